@@ -1,0 +1,76 @@
+"""The edge between the command line and the program.
+
+Hydra composes the configuration, `from_hydra` turns it into frozen dataclasses, and whatever goes wrong because
+of what the user typed or gave us ends as one message and a non-zero exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+
+from kraken_train.config import COMPOSITION_ERRORS, describe_composition_error, escape_interpolations, from_hydra
+from kraken_train.errors import KrakenError
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+USER_ERROR_EXIT_CODE = 2
+
+Config = TypeVar("Config")
+
+
+def run_entry(
+    main: Callable[[Config], None], schema: type[Config], config_name: str, literal_keys: Iterable[str] = ()
+) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line's overrides and call `main` with a `schema` object.
+
+    `literal_keys` are settings that hold free text or a path: their values reach the program as typed, although
+    Hydra's grammar would read a comma as a sweep and a parenthesis as a function.
+    """
+    sys.argv[1:] = [quote_literal(argument, frozenset(literal_keys)) for argument in sys.argv[1:]]
+    # Hydra would otherwise print a shortened traceback and exit by itself; the message is ours to write.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def task(composed: Any) -> None:
+        try:
+            main(from_hydra(composed, schema))
+        except KrakenError as error:  # here, since Hydra would add lines of its own
+            exit_with_message(str(error))
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
+    except COMPOSITION_ERRORS as error:
+        exit_with_message(describe_composition_error(error, schema))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
+    """`prompt=Hello, world` -> `prompt='Hello, world'` for a key in `literal_keys`; other arguments unchanged.
+
+    The value means what was typed, its own quotes included; only `null` keeps its meaning.
+    """
+    key, separator, value = argument.partition("=")
+    if not separator or key.lstrip("+") not in literal_keys or value == "null":
+        return argument
+    # In Hydra's quoted strings backslashes are special only before a quote and at the end.
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escape_interpolations(value))
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
+    return f"{key}='{escaped}'"
+
+
+def exit_with_message(message: str) -> None:
+    """Print `error: message` to standard error, once per machine, and exit."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
+        # this rank alone has seen is still told.
+        time.sleep(3)
+        message = f"[rank {os.environ.get('RANK', '?')}] {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(USER_ERROR_EXIT_CODE)

@@ -1,0 +1,463 @@
+"""Configuration: frozen dataclasses, parsed once at the edge and validated before anything else happens.
+
+This is the only file that knows OmegaConf. Below the entry points there is no `DictConfig`. A class here says what
+its settings mean and which rules they obey (`validate`); it never repairs a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from kraken_train.errors import ConfigError
+
+Schema = TypeVar("Schema")
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KrakenConfig:
+    """A Kraken model (arXiv 2408.07802, section 3): every layer is `num_sub_layers` narrow sub-layers.
+
+    The product `num_sub_layers * heads_per_sub_layer` is the total number of heads of a layer.
+    """
+
+    num_sub_layers: int
+    num_layers: int
+    hidden_size: int  # width of each sub-layer's own residual stream
+    heads_per_sub_layer: int
+    vocab_size: int  # rows of the embedding; at least the tokenizer's size
+    context_length: int  # tokens
+    ffn_multiplier: int = 2  # width of a sub-layer's FFN in units of hidden_size
+    norm_epsilon: float = 1e-5
+    architecture: str = "kraken"
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ConfigError if a setting breaks a rule."""
+        require_choice("model.architecture", self.architecture, ("kraken",))
+        positive_fields = (
+            "num_sub_layers", "num_layers", "hidden_size", "heads_per_sub_layer",
+            "vocab_size", "context_length", "ffn_multiplier", "norm_epsilon",
+        )  # fmt: skip
+        for name in positive_fields:
+            require_positive(f"model.{name}", getattr(self, name))
+        require_divides("model.heads_per_sub_layer", self.heads_per_sub_layer, "model.hidden_size", self.hidden_size)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads_per_sub_layer
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_multiplier * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """L N ((4 + 2m) d^2 + 2d) + V d + T d + N d^2 + d: sub-layers, embeddings, conjunction, final norm."""
+        d, n = self.hidden_size, self.num_sub_layers
+        sub_layer = (4 + 2 * self.ffn_multiplier) * d * d + 2 * d
+        return self.num_layers * n * sub_layer + (self.vocab_size + self.context_length) * d + n * d * d + d
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters that each token is multiplied with: all but position embedding and norms."""
+        d, n = self.hidden_size, self.num_sub_layers
+        return self.num_layers * n * (4 + 2 * self.ffn_multiplier) * d * d + n * d * d + self.vocab_size * d
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all heads of a layer together: what attention's cost and key-value cache are proportional to."""
+        return self.num_sub_layers * self.hidden_size
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT-2 without biases: the paper's two baselines.
+
+    `architecture="standard"` adds attention and FFN one after the other, `"parallel"` adds both to the same input
+    (`x + MHA(LN x) + FFN(LN x)`).
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    vocab_size: int
+    context_length: int  # tokens
+    ffn_multiplier: int = 4
+    norm_epsilon: float = 1e-5
+    architecture: str = "standard"
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ConfigError if a setting breaks a rule."""
+        require_choice("model.architecture", self.architecture, ("standard", "parallel"))
+        positive_fields = (
+            "num_layers", "hidden_size", "num_heads", "vocab_size", "context_length", "ffn_multiplier", "norm_epsilon",
+        )  # fmt: skip
+        for name in positive_fields:
+            require_positive(f"model.{name}", getattr(self, name))
+        require_divides("model.num_heads", self.num_heads, "model.hidden_size", self.hidden_size)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_multiplier * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """L ((4 + 2m) D^2 + k D) + V D + T D + D with k = 2 norms a layer, or 1 in the parallel form."""
+        width = self.hidden_size
+        norms = 2 if self.architecture == "standard" else 1
+        layer = (4 + 2 * self.ffn_multiplier) * width * width + norms * width
+        return self.num_layers * layer + (self.vocab_size + self.context_length) * width + width
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters that each token is multiplied with: all but position embedding and norms."""
+        width = self.hidden_size
+        return self.num_layers * (4 + 2 * self.ffn_multiplier) * width * width + self.vocab_size * width
+
+    @property
+    def attention_width(self) -> int:
+        return self.hidden_size
+
+
+ModelConfig = KrakenConfig | GPTConfig
+MODEL_CONFIGS: dict[str, type[KrakenConfig] | type[GPTConfig]] = {
+    "kraken": KrakenConfig,
+    "standard": GPTConfig,
+    "parallel": GPTConfig,
+}
+
+
+def parse_model(settings: dict[str, Any], data_vocab_size: int | None = None) -> ModelConfig:
+    """A `conf/model` group as a configuration object.
+
+    `vocab_size: null` stands for the data's vocabulary, rounded up to a multiple of 64. Raises ConfigError for an
+    unknown architecture or setting, and for a vocabulary that does not fit the data's.
+    """
+    settings = dict(settings)
+    architecture = settings.get("architecture", "kraken")
+    require_choice("model.architecture", architecture, tuple(MODEL_CONFIGS))
+    if data_vocab_size is not None:
+        if settings.get("vocab_size") is None:
+            settings["vocab_size"] = padded_vocab_size(data_vocab_size)
+        require_fitting_vocabulary(settings["vocab_size"], data_vocab_size)
+    return from_dict(settings, MODEL_CONFIGS[architecture], prefix="model")
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The next multiple of 64, the row count that matrix units like (GPT-2's 50257 becomes 50304)."""
+    return -(-vocab_size // 64) * 64
+
+
+def require_fitting_vocabulary(model_vocab_size: object, data_vocab_size: int) -> None:
+    """The model's embedding has a row for each token of the data, and less than 1024 rows more (padding)."""
+    if not isinstance(model_vocab_size, int) or not data_vocab_size <= model_vocab_size < data_vocab_size + 1024:
+        raise ConfigError(
+            f"model.vocab_size={model_vocab_size} does not fit the data, whose tokenizer has {data_vocab_size} "
+            f"tokens; use {data_vocab_size}, {padded_vocab_size(data_vocab_size)} (padded to a multiple of 64), or "
+            "null to take it from the data"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with decoupled weight decay on matrices and embeddings."""
+
+    lr: float  # peak learning rate
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float  # gradients are scaled down to this norm; 0 means no clipping
+
+    def validate(self) -> None:
+        require_positive("optim.lr", self.lr)
+        require_positive("optim.eps", self.eps)
+        require_at_least("optim.weight_decay", self.weight_decay, 0)
+        require_at_least("optim.max_grad_norm", self.max_grad_norm, 0)
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ConfigError(f"optim.betas={list(self.betas)} must both be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over optimizer steps: warm-up, then a shape (`kraken_train.optim.learning_rate`)."""
+
+    name: str  # cosine | wsd | constant
+    warmup_steps: int
+    min_ratio: float  # the last learning rate as a fraction of the peak
+    decay_steps: int  # wsd only: length of the final linear decay
+
+    def validate(self) -> None:
+        require_choice("schedule.name", self.name, ("cosine", "wsd", "constant"))
+        require_at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        require_at_least("schedule.decay_steps", self.decay_steps, 1)
+        if not 0 <= self.min_ratio <= 1:
+            raise ConfigError(f"schedule.min_ratio={self.min_ratio} must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed's part."""
+
+    zero_stage: int  # 1 shards the optimizer state over the data-parallel ranks, 2 the gradients as well
+
+    def validate(self) -> None:
+        if self.zero_stage not in (1, 2):
+            why = {
+                0: "DeepSpeed's ZeRO-0 reports and clips wrong gradient norms in bf16, and stage 1 costs no more",
+                3: "stage 3 shards the weights as well, which Kraken's sub-layers already do",
+            }.get(self.zero_stage, "there is no such stage")
+            raise ConfigError(f"engine.zero_stage={self.zero_stage} is not supported ({why}); use 1 or 2")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int  # optimizer steps; a checkpoint is also written after the last step
+    keep: int  # how many of the newest checkpoints stay on disk
+
+    def validate(self) -> None:
+        require_positive("checkpoint.every", self.every)
+        require_positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every: int  # optimizer steps; also after the last step; 0 means never
+    samples: int  # samples of the validation split, from its start
+
+    def validate(self) -> None:
+        require_at_least("validation.every", self.every, 0)
+        require_positive("validation.samples", self.samples)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    mode: str  # online | offline | off
+    project: str
+    entity: str | None
+    name: str | None
+    group: str | None
+    tags: tuple[str, ...]
+
+    def validate(self) -> None:
+        require_choice("tracking.mode", self.mode, ("online", "offline", "off"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; see conf/train.yaml for the defaults."""
+
+    model: dict[str, Any]  # parsed with the data's vocabulary by `parse_model`
+    data_dir: str
+    run_dir: str
+    max_steps: int  # optimizer steps
+    global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks and micro-batches
+    micro_batch_size: int  # samples per rank and forward pass
+    seed: int
+    precision: str  # bf16 (with fp32 master weights and accumulation) | fp32
+    resume: str  # auto: continue if the run folder has a checkpoint; never; must
+    max_nonfinite_steps: int  # this many skipped steps in a row stop the run
+    log_every: int  # optimizer steps
+    peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig
+    tracking: TrackingConfig
+
+    def validate(self) -> None:
+        """Rules that need neither data nor machine. Raises ConfigError."""
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "max_nonfinite_steps", "log_every"):
+            require_positive(name, getattr(self, name))
+        require_choice("precision", self.precision, ("bf16", "fp32"))
+        require_choice("resume", self.resume, ("auto", "never", "must"))
+        if self.peak_tflops is not None:
+            require_positive("peak_tflops", self.peak_tflops)
+        for part in (self.optim, self.schedule, self.engine, self.checkpoint, self.validation, self.tracking):
+            part.validate()
+
+    def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches per rank and optimizer step. Raises ConfigError where the batch does not divide."""
+        samples = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % samples:
+            below = self.global_batch_size // samples * samples
+            would = f"{below} or {below + samples}" if below else str(samples)
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
+                f"{self.micro_batch_size} times {data_parallel_size} data-parallel ranks; "
+                f"use global_batch_size={would}, or another micro_batch_size"
+            )
+        return self.global_batch_size // samples
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rules
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def require_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{name}={value} must be greater than 0")
+
+
+def require_at_least(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:
+        raise ConfigError(f"{name}={value} must be at least {minimum}")
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value} is not known; use {' or '.join(choices)}{suggestion(value, choices)}")
+
+
+def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if value % divisor:
+        divisors = [str(d) for d in range(1, value + 1) if value % d == 0]
+        nearest = sorted(divisors, key=lambda d: abs(int(d) - divisor))[:4]
+        raise ConfigError(
+            f"{divisor_name}={divisor} does not divide {name}={value}; "
+            f"near it, {', '.join(sorted(nearest, key=int))} would"
+        )
+
+
+def suggestion(value: object, choices: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From YAML and Hydra to dataclasses
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def from_hydra(composed: DictConfig, schema: type[Schema]) -> Schema:
+    """The composed configuration as a validated object of `schema`. Raises ConfigError."""
+    try:
+        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(describe_composition_error(error)) from error
+    return from_dict({str(key): value for key, value in dict(settings).items()}, schema)  # type: ignore[arg-type]
+
+
+def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") -> Schema:
+    """`settings` as a validated object of the dataclass `schema`; unknown keys are refused. Raises ConfigError."""
+    dot = f"{prefix}." if prefix else ""
+    refuse_unknown(settings, schema, dot)
+    try:
+        parsed = TypeAdapter(schema).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = dot + ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise ConfigError(f"{name} is not set; give {name}=VALUE") from None
+        given = "null" if first["input"] is None else first["input"]
+        raise ConfigError(f"{name}={given}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    if hasattr(parsed, "validate"):
+        parsed.validate()
+    return parsed
+
+
+def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
+    kinds = get_type_hints(schema)
+    for key, value in settings.items():
+        if key not in kinds:
+            raise ConfigError(
+                f"{dot}{key} is not a setting{suggestion(key, tuple(kinds))}; known: {', '.join(dot + k for k in kinds)}"
+            )
+        if dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict):
+            refuse_unknown(value, kinds[key], f"{dot}{key}.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration object as plain values, the inverse of `from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(settings: dict[str, Any], path: Path) -> None:
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load(path.read_text())
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} does not hold settings (a YAML mapping)")
+    return loaded
+
+
+def escape_interpolations(text: str) -> str:
+    """Text that OmegaConf reads back as it stands, although `${` opens an interpolation there."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def describe_composition_error(error: Exception, schema: type | None = None) -> str:
+    """One line for what Hydra or OmegaConf refused: the key, its value and what would work."""
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and "To append to your config" in text:
+        key = unknown.group(1)
+        known = setting_names(schema) if schema else ()
+        return f"{key} is not a setting{suggestion(key, known)}; see --help for all"
+    unreadable = getattr(error, "override", None)  # of Hydra's OverrideParseException
+    if unreadable is not None:
+        return f"{unreadable} cannot be read as key=value; put quotes around a value with special characters"
+    group = re.search(r"Could not find '([^']+)'", text)
+    if group:
+        available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        name, _, choice = group.group(1).rpartition("/")
+        if available:
+            close = suggestion(choice, tuple(available))
+            return f"{name}={choice} is not known; use one of {', '.join(available)}{close}"
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing:
+        return f"{missing.group(1)} is not set; give {missing.group(1)}=VALUE"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    key_line = next((line for line in lines if line.startswith("full_key:")), "")
+    message = lines[0] if lines else type(error).__name__
+    return f"{key_line.removeprefix('full_key:').strip()}: {message}" if key_line else message
+
+
+def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:
+    """Dotted names of all settings of a dataclass, nested ones included, and of the model configurations."""
+    names: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        names.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            names += setting_names(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif name == "model":
+            names += setting_names(KrakenConfig, "model.") + setting_names(GPTConfig, "model.")
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,25 @@
+"""Errors that a user can act on.
+
+Every message names the setting or file, its value, the rule that it breaks and what would work. Entry points
+(`kraken_train.cli`) print such an error as one message; anything else is our bug and keeps its traceback.
+"""
+
+
+class KrakenError(Exception):
+    """Base of all errors caused by what the user gave us: settings, files, machines."""
+
+
+class ConfigError(KrakenError):
+    """A setting is unknown, of the wrong type, or breaks a rule."""
+
+
+class DataError(KrakenError):
+    """A source, shard, manifest or tokenizer is missing, damaged or does not fit."""
+
+
+class CheckpointError(KrakenError):
+    """A checkpoint or export cannot be written, found, verified, or belongs to something else."""
+
+
+class TrainingError(KrakenError):
+    """Training cannot go on, for example because the loss is no longer finite."""

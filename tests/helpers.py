@@ -1,0 +1,121 @@
+"""Small models, data and exports that several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from checkpoints.export_folder import write_export
+from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
+from kraken_train.architectures import build_model
+from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model import LanguageModel
+
+REPOSITORY = Path(__file__).parent.parent
+TEXTS = [
+    "The river bends where the old mill stood, and the wheel has long been still.",
+    "Once upon a time a kraken slept below the ice; nobody had woken it.",
+    "Numbers such as 3.14159, 2.71828 and 42 appear (sometimes) in the text!",
+]
+
+
+def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, ModelConfig]:
+    """One model of each architecture."""
+    common = {"vocab_size": vocab_size, "context_length": context_length, "num_layers": 3}
+    return {
+        "kraken": KrakenConfig(num_sub_layers=3, hidden_size=16, heads_per_sub_layer=2, **common),
+        "standard": GPTConfig(hidden_size=24, num_heads=3, **common),
+        "parallel": GPTConfig(hidden_size=24, num_heads=3, architecture="parallel", **common),
+    }
+
+
+def rough_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> LanguageModel:
+    """A model whose weights are so large that all of its parts matter; norms are not all ones."""
+    model = build_model(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
+    return model.eval()
+
+
+def random_ids(config: ModelConfig, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, tokens), generator=generator)
+
+
+def small_tokenizer() -> Tokenizer:
+    settings = TokenizerSettings(kind="sentencepiece", vocab_size=320)
+    return build_tokenizer(settings, lambda: iter(TEXTS * 20))
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    tokenizer.save(folder)
+    return folder
+
+
+def write_small_export(folder: Path, config: ModelConfig, tokenizer_dir: Path | None) -> LanguageModel:
+    model = rough_model(config, torch.float32)
+    write_export(
+        folder, config, model.state_dict(), tokenizer_dir=tokenizer_dir, metadata={"step": 7}, dtype=torch.float32
+    )
+    return model
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments`, as a user would."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which saves the seconds of importing torch."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", [module, *arguments]),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # that the module has been imported before
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return subprocess.CompletedProcess([module, *arguments], code, stdout.getvalue(), stderr.getvalue())
+
+
+def launch_ranks(ranks: int, script: Path, *arguments: str) -> None:
+    """Run `script` on `ranks` ranks of this machine; fails with its output if a rank fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, str(script), *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def user_error(result: subprocess.CompletedProcess[str]) -> str:
+    """The message of a failed command, which is one line and no traceback."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0].removeprefix("error: ")
+
+
+def random_windows(config: ModelConfig, batch: int, tokens: int) -> np.ndarray:
+    return random_ids(config, batch, tokens + 1).numpy()

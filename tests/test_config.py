@@ -1,0 +1,141 @@
+"""Models of `conf/model` against the paper, and settings from YAML to dataclasses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY
+
+from kraken_train.architectures import build_model
+from kraken_train.config import (
+    CheckpointConfig,
+    EngineConfig,
+    GPTConfig,
+    KrakenConfig,
+    OptimConfig,
+    from_dict,
+    load_yaml,
+    padded_vocab_size,
+    parse_model,
+    to_dict,
+)
+from kraken_train.errors import ConfigError
+from kraken_train.generate import GenerateConfig
+
+MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
+PAPER = {
+    "kraken-125m-2way": (2, 12, 6, 678, 124.0),
+    "kraken-125m-4way": (4, 12, 3, 504, 124.5),
+    "kraken-125m-6way": (6, 12, 2, 418, 123.2),
+    "kraken-350m-2way": (2, 24, 8, 888, 350.0),
+    "kraken-350m-4way": (4, 24, 4, 644, 353.4),
+    "kraken-760m-4way": (4, 24, 4, 960, 760.9),
+}
+
+
+def model(name: str, vocab_size: int | None = None) -> KrakenConfig | GPTConfig:
+    return parse_model(load_yaml(REPOSITORY / "conf" / "model" / f"{name}.yaml"), vocab_size)
+
+
+def parameters(name: str, vocab_size: int | None = None) -> int:
+    return model(name, vocab_size).num_parameters
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_models(name: str) -> None:
+    config = model(name)
+    assert isinstance(config, KrakenConfig)
+    dimensions = (config.num_sub_layers, config.num_layers, config.heads_per_sub_layer, config.hidden_size)
+    assert dimensions == PAPER[name][:4]
+    assert (config.vocab_size, config.context_length, config.ffn_multiplier) == (50304, 1024, 2)
+    assert f"{config.num_parameters / 1e6:.1f}" == str(PAPER[name][4])
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
+def test_parameters_are_counted_as_built(path: Path) -> None:
+    settings = load_yaml(path)
+    config = parse_model(settings, 4000 if settings["vocab_size"] is None else None)
+    with torch.device("meta"):
+        built = build_model(config)
+    assert sum(parameter.numel() for parameter in built.parameters()) == config.num_parameters
+    matrices = sum(p.numel() for name, p in built.named_parameters() if "norm" not in name and "position" not in name)
+    assert config.matrix_parameters == matrices
+
+
+def test_matched_models() -> None:
+    assert abs(parameters("gpt-10m", 16384) / parameters("kraken-10m-4way", 16384) - 1) < 0.015
+    assert model("gpt-10m", 16384).num_layers == model("kraken-10m-4way", 16384).num_layers
+    assert 8e6 < parameters("kraken-10m-4way", 16384) < 15e6
+    for vocab_size in (2048, 4096):
+        for name in ("kraken-tiny-2way", "gpt-tiny", "gpt-tiny-parallel"):
+            assert abs(parameters(name, vocab_size) / parameters("kraken-tiny-4way", vocab_size) - 1) < 0.05
+    for size in ("124m", "350m", "760m"):
+        assert model(f"gpt2-{size}-parallel").architecture == "parallel"
+        assert abs(parameters(f"gpt2-{size}") / parameters(f"gpt2-{size}-parallel") - 1) < 0.001
+
+
+def test_each_model_file_says_what_it_is() -> None:
+    assert len(MODEL_FILES) >= 18
+    for path in MODEL_FILES:
+        assert path.read_text().startswith("# "), path.name
+
+
+def test_vocabulary_of_the_data() -> None:
+    assert [padded_vocab_size(size) for size in (1, 64, 65, 50257)] == [64, 64, 128, 50304]
+    assert model("kraken-tiny-4way", 4000).vocab_size == 4032
+    assert model("kraken-125m-4way", 50257).vocab_size == 50304
+    with pytest.raises(ConfigError, match=r"model.vocab_size=50304 does not fit the data, whose tokenizer has 8000"):
+        model("kraken-125m-4way", 8000)
+    with pytest.raises(ConfigError, match="vocab_size"):
+        model("kraken-tiny-4way")
+
+
+@pytest.mark.parametrize("name", ["kraken-125m-6way", "gpt2-350m-parallel"])
+def test_round_trip(name: str) -> None:
+    config = model(name)
+    assert parse_model(to_dict(config)) == config
+    with pytest.raises(AttributeError):
+        config.num_layers = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "krakn"}, r"architecture=krakn is not known.*did you mean kraken"),
+        ({"hiden_size": 8}, r"model.hiden_size is not a setting \(did you mean hidden_size\?\)"),
+        ({"heads_per_sub_layer": 5}, "heads_per_sub_layer=5 does not divide model.hidden_size=64.*4.*would"),
+        ({"num_layers": 0}, "model.num_layers=0 must be greater than 0"),
+        ({"num_layers": "many"}, "model.num_layers=many"),
+        ({"num_layers": None}, "model.num_layers=null"),
+        ({"context_length": 1.5}, "model.context_length=1.5"),
+    ],
+)
+def test_wrong_model_settings(changes: dict[str, object], message: str) -> None:
+    settings = load_yaml(REPOSITORY / "conf" / "model" / "kraken-tiny-4way.yaml")
+    with pytest.raises(ConfigError, match=message):
+        parse_model(settings | changes, 1000)
+
+
+def test_missing_and_unknown_settings() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint.keep is not set"):
+        from_dict({"every": 1}, CheckpointConfig, prefix="checkpoint")
+    with pytest.raises(ConfigError, match=r"checkpoint.kep is not a setting.*did you mean keep"):
+        from_dict({"every": 1, "kep": 2}, CheckpointConfig, prefix="checkpoint")
+
+
+def test_rules_name_setting_value_and_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"engine.zero_stage=3 is not supported.*use 1 or 2"):
+        EngineConfig(zero_stage=3).validate()
+    with pytest.raises(ConfigError, match=r"optim.betas=\[0.9, 1.0\]"):
+        OptimConfig(lr=1e-3, betas=(0.9, 1.0), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+    with pytest.raises(ConfigError, match=r"optim.lr=0 must be greater than 0"):
+        OptimConfig(lr=0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+
+
+def test_free_text_is_not_an_interpolation() -> None:
+    settings = load_yaml(REPOSITORY / "conf" / "generate.yaml")
+    settings = {key: value for key, value in settings.items() if key not in ("defaults", "hydra")}
+    text = "costs ${HOME} and \\${x}"
+    assert from_dict({**settings, "export_dir": "e", "prompt": text}, GenerateConfig).prompt == text
