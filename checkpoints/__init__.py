@@ -1,0 +1,1 @@
+"""What happens to weights after training: checkpoints on disk, exports, imports."""

@@ -1,0 +1,128 @@
+"""Kraken: every layer is N independent, narrower sub-layers whose outputs are summed once per layer.
+
+Source: Prabhakar, Zhang, Wentzlaff, "Kraken: Inherently Parallel Transformers For Efficient Multi-Device
+Inference", NeurIPS 2024, arXiv 2408.07802, section 3.
+
+    layer 1      a_i = MHA_i(LN1_i(e));    x_i = e + a_i + FFN_i(LN2_i(e + a_i))
+    layer l > 1  s = sum_j x_j;  a_i = MHA_i(LN1_i(x_i));  x_i = x_i + a_i + FFN_i(LN2_i(a_i + s))
+    conjunction  y = sum_i W_i x_i;  logits = LN(y) E^T
+
+The sum s is asked for before the attention and needed only after it, so its AllReduce hides behind the attention.
+
+Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kraken_train.config import KrakenConfig
+from kraken_train.exchange import Exchange, LocalExchange
+from kraken_train.initialization import initialize
+from kraken_train.layers import KeyValueStore, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.placement import Placement, place_all
+
+
+class LanguageModel(nn.Module):
+    """What Kraken and the baselines share: embeddings in, the tied head and the loss out.
+
+    A subclass turns the embedding into the last hidden state, (B, T, D) -> (B, T, D).
+    """
+
+    def __init__(self, vocab_size: int, context_length: int, hidden_size: int, norm_epsilon: float) -> None:
+        super().__init__()
+        self.context_length = context_length
+        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
+        self.position_embedding = nn.Embedding(context_length, hidden_size)
+        self.final_norm = nn.LayerNorm(hidden_size, norm_epsilon, bias=False)
+
+    def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not define hidden()")
+
+    @property
+    def num_layers(self) -> int:
+        raise TypeError(f"{type(self).__name__} does not define num_layers")
+
+    def forward(
+        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, first_position: int = 0
+    ) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V).
+
+        With `caches` (one per layer) the tokens continue those that the caches hold, `first_position` of them.
+        Raises ValueError where the tokens go beyond `context_length`.
+        """
+        tokens = input_ids.shape[1]
+        if first_position + tokens > self.context_length:
+            raise ValueError(f"{first_position + tokens} tokens are more than context_length={self.context_length}")
+        positions = torch.arange(first_position, first_position + tokens, device=input_ids.device)
+        embedding = self.token_embedding(input_ids) + self.position_embedding(positions)
+        hidden = self.hidden(embedding, caches if caches is not None else [None] * self.num_layers)
+        return F.linear(self.final_norm(hidden), self.token_embedding.weight)
+
+    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of `targets` (B, T) after `input_ids` (B, T), a scalar of at least float32.
+
+        Targets of -100 do not count.
+        """
+        logits = self(input_ids)
+        # The softmax over V is summed in fp32 even where the model computes in bf16.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class KrakenModel(LanguageModel):
+    """See the module's formulas.
+
+    `placement` says which sub-layers are here (default: all), `exchange` how they are summed (default: locally).
+    The initial weights are drawn from `seed` and depend on neither.
+    """
+
+    layers: Sequence[KrakenLayer]
+
+    def __init__(
+        self,
+        config: KrakenConfig,
+        placement: Placement | None = None,
+        exchange: Exchange | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(config.vocab_size, config.context_length, config.hidden_size, config.norm_epsilon)
+        self.config = config
+        self.placement = placement or place_all(config.num_sub_layers)
+        self.exchange: Exchange = exchange or LocalExchange()
+        self.layers = nn.ModuleList(  # type: ignore[assignment]
+            KrakenLayer(config, self.placement.count) for _ in range(config.num_layers)
+        )
+        self.conjunction = StackedLinear(self.placement.count, config.hidden_size, config.hidden_size)
+        initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers, placement=self.placement)
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        embedding = self.exchange.broadcast(embedding)
+        streams = embedding.expand(self.placement.count, -1, -1, -1)  # x_i, (n, B, T, D)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            # All streams start as the embedding, and it counts once, not N times: layer 1 has no sum to wait for.
+            pending = self.exchange.start(streams) if index > 0 else None
+            attended = layer.attention(streams, cache)
+            total = self.exchange.finish(pending) if index > 0 else embedding  # s, (B, T, D)
+            streams = streams + attended + layer.ffn(attended + total)
+        return self.exchange.reduce(self.conjunction(streams).sum(dim=0))
+
+
+class KrakenLayer(nn.Module):
+    """The two parts of a layer; `KrakenModel.hidden` puts the exchange between them."""
+
+    def __init__(self, config: KrakenConfig, num_stacked: int) -> None:
+        super().__init__()
+        self.attention = StackedAttention(
+            num_stacked, config.hidden_size, config.heads_per_sub_layer, config.norm_epsilon
+        )
+        self.ffn = StackedFFN(num_stacked, config.hidden_size, config.ffn_size, config.norm_epsilon)

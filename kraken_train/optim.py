@@ -1,0 +1,50 @@
+"""Parameter groups by role, and learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from kraken_train.config import ScheduleConfig
+from kraken_train.layers import StackedLayerNorm, StackedLinear
+
+DECAYED_MODULES = (nn.Linear, nn.Embedding, StackedLinear)
+UNDECAYED_MODULES = (nn.LayerNorm, StackedLayerNorm)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimizer groups: matrices and embeddings decay, norms do not.
+
+    The role comes from the module that owns the weight, since a stacked norm has two axes like a matrix. Raises
+    TypeError for a module whose role nobody has decided.
+    """
+    decayed, undecayed = [], []
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, DECAYED_MODULES):
+                decayed.append(parameter)
+            elif isinstance(module, UNDECAYED_MODULES):
+                undecayed.append(parameter)
+            else:
+                raise TypeError(f"{name} ({type(module).__name__}) has parameters but no role in weight decay")
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int, max_steps: int) -> float:
+    """The rate for optimizer step `step` (the first is 0) of a run of `max_steps`.
+
+    A linear warm-up, then "cosine": half a cosine down to `min_ratio * peak`; "wsd" (warm-up, stable, decay):
+    constant, then linear down to `min_ratio * peak` over the last `decay_steps`; "constant".
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    floor = schedule.min_ratio * peak
+    if schedule.name == "cosine":
+        progress = (step - schedule.warmup_steps) / max(1, max_steps - schedule.warmup_steps)
+        return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress)))
+    if schedule.name == "wsd":
+        remaining = max(0, max_steps - step)
+        return floor + (peak - floor) * min(1.0, remaining / schedule.decay_steps)
+    return peak
