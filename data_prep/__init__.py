@@ -1,0 +1,1 @@
+"""Text to memory-mapped token shards in Megatron's indexed format."""

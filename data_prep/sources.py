@@ -1,0 +1,47 @@
+"""Where documents come from: files and folders, Hugging Face datasets, and Python's own documentation.
+
+    open_source(settings) -> Source,  Source.documents(bad_records) -> Document, Document, ...
+
+Readers are in data_prep/files.py, data_prep/hub.py and data_prep/embedded.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.documents import Source
+from data_prep.embedded import EmbeddedSource
+from data_prep.files import SUFFIXES, FilesSource
+from data_prep.hub import HubSource
+from kraken_train.errors import DataError
+
+EMBEDDED = "embedded"
+WHAT_SOURCES_ARE = (
+    "a source is a .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of such files, "
+    "the name of a Hugging Face dataset (OWNER/NAME), or embedded"
+)
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """The settings that say what to read (conf/prepare.yaml)."""
+
+    source: str
+    text_field: str = "text"
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+
+
+def open_source(settings: SourceSettings) -> Source:
+    """The source that `settings.source` names. Raises DataError if there is none of that name."""
+    name = settings.source
+    if name == EMBEDDED:
+        return EmbeddedSource()
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return FilesSource(path, settings.text_field)
+    if not name or name.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        raise DataError(f"source={name}: {name or 'the empty name'} does not exist; {WHAT_SOURCES_ARE}")
+    return HubSource(name, settings.text_field, settings.dataset_config, settings.dataset_split)

@@ -1,0 +1,294 @@
+"""Tokenizers behind one small interface; each keeps its own library's files and its native batch encoding.
+
+    build_tokenizer(settings, texts) -> Tokenizer      from settings; `texts` is read only to train
+    tokenizer.save(folder);  load_tokenizer(folder)    needs no network and nothing outside the folder
+
+What is saved is self-contained: it travels with the shards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import tiktoken
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Backend
+
+from data_prep.gpt2_ranks import find_ranks, read_ranks, write_ranks
+from data_prep.train_tokenizer import train_sentencepiece
+from kraken_train.config import require_choice, require_positive
+from kraken_train.errors import ConfigError, DataError
+
+KINDS = ("sentencepiece", "sentencepiece_model", "gpt2", "huggingface")
+DESCRIPTION_NAME = "kraken_tokenizer.json"
+VERSION = 1
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    kind: str
+    vocab_size: int  # largest id + 1
+    end_of_document: int  # the id that ends each document; `encode_batch` never gives it for text
+
+    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
+        """Token ids of each text, without begin, end or other added tokens; what looks like one is text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def save(self, folder: Path) -> None:
+        """Write all that `load_tokenizer` needs into `folder`, which exists."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """conf/tokenizer/KIND.yaml lists those that belong to a kind."""
+
+    kind: str
+    path: str | None = None  # sentencepiece_model: model file; huggingface: tokenizer.json or its folder
+    end_of_document: str | None = None  # token that ends a document; None takes the tokenizer's own
+    vocab_size: int = 8000  # tokens, end of document and bytes included
+    model_type: str = "bpe"
+    byte_fallback: bool = True
+    character_coverage: float = 0.9995
+    max_training_documents: int = 1_000_000
+    max_training_bytes: int = 30_000_000
+
+    def __post_init__(self) -> None:
+        require_choice("tokenizer.kind", self.kind, KINDS)
+        require_choice("tokenizer.model_type", self.model_type, ("bpe", "unigram"))
+        for name in ("vocab_size", "character_coverage", "max_training_documents", "max_training_bytes"):
+            require_positive(f"tokenizer.{name}", getattr(self, name))
+        if not 0.98 <= self.character_coverage <= 1:
+            raise ConfigError(f"tokenizer.character_coverage={self.character_coverage} must be from 0.98 to 1")
+        if self.kind in ("sentencepiece_model", "huggingface") and not self.path:
+            raise ConfigError(f"tokenizer.path is not set, which tokenizer={self.kind} needs; give tokenizer.path=FILE")
+
+
+def build_tokenizer(settings: TokenizerSettings, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that `settings` describe; `texts()` is called only for one that is trained.
+
+    Raises ConfigError or DataError.
+    """
+    if settings.kind == "sentencepiece":
+        return SentencePieceTokenizer(train_sentencepiece(settings, texts()), "sentencepiece")
+    if settings.kind == "gpt2":
+        return GPT2Tokenizer.from_tiktoken()
+    path = Path(str(settings.path)).expanduser()
+    if not path.exists():
+        raise DataError(f"tokenizer.path={path} does not exist; name a {settings.kind} file or folder")
+    if settings.kind == "sentencepiece_model":
+        return SentencePieceTokenizer(_read(path), settings.kind, settings.end_of_document, str(path))
+    return HuggingFaceTokenizer.from_path(path, settings.end_of_document)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote to `folder`. Raises DataError if files are missing or damaged."""
+    folder = Path(folder)
+    path = folder / DESCRIPTION_NAME
+    try:
+        description = json.loads(_read(path))
+        kind, version = description["kind"], description["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); copy the folder again or prepare the data again") from error
+    if version != VERSION or kind not in KINDS:
+        raise DataError(
+            f"{path} describes a {kind} tokenizer in version {version}, but this program knows {', '.join(KINDS)} in "
+            f"version {VERSION}; update the program or prepare the data again"
+        )
+    if kind == "gpt2":
+        return GPT2Tokenizer.load(folder)
+    if kind == "huggingface":
+        return HuggingFaceTokenizer.load(folder, description.get("end_of_document"))
+    path = folder / SentencePieceTokenizer.FILE
+    return SentencePieceTokenizer(_read(path), kind, description.get("end_of_document"), str(path))
+
+
+def _save_description(folder: Path, kind: str, **details: Any) -> None:
+    description = {"kind": kind, "version": VERSION} | details
+    (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; name a tokenizer's file") from error
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model: any, or one trained by us (kind "sentencepiece"), for which decode(encode(x)) == x."""
+
+    FILE = "tokenizer.model"
+    SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece, so as text it would come back as a space
+
+    def __init__(
+        self, model: bytes, kind: str, end_of_document: str | None = None, origin: str = "the trained model"
+    ) -> None:
+        self.kind = kind
+        self.model = model
+        self.end_piece = end_of_document
+        try:
+            self.processor = SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, TypeError) as error:
+            raise DataError(f"{origin} is no SentencePiece model; name another file") from error
+        self.vocab_size: int = self.processor.vocab_size()
+        self.end_of_document: int = self._find_end(origin)
+        mark = [f"<0x{byte:02X}>" for byte in self.SPACE_MARK.encode()]
+        ids = [self.processor.piece_to_id(piece) for piece in mark]
+        has_bytes = all(self.processor.is_byte(i) for i in ids)
+        self._space_mark_ids = ids if kind == "sentencepiece" and has_bytes else None
+
+    def _find_end(self, origin: str) -> int:
+        if self.end_piece is None:
+            if self.processor.eos_id() < 0:
+                raise ConfigError(
+                    f"{origin} has no end-of-sentence piece; name one with tokenizer.end_of_document=PIECE"
+                )
+            return self.processor.eos_id()
+        identifier: int = self.processor.piece_to_id(self.end_piece)
+        if self.processor.id_to_piece(identifier) != self.end_piece:
+            raise ConfigError(
+                f"tokenizer.end_of_document={self.end_piece} is no piece of {origin}; leave it out or name another"
+            )
+        return identifier
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.processor.encode(texts, out_type=int)
+        if self._space_mark_ids:
+            for i, text in enumerate(texts):
+                if self.SPACE_MARK in text:
+                    ids[i] = self._encode_with_marks(text)
+        return ids
+
+    def _encode_with_marks(self, text: str) -> list[int]:
+        """Each space mark of the text as its three bytes, which decode to itself."""
+        first, *rest = self.processor.encode(text.split(self.SPACE_MARK), out_type=int)
+        return list(first) + [token for part in rest for token in (self._space_mark_ids or []) + part]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.processor.decode([int(i) for i in ids]))
+
+    def save(self, folder: Path) -> None:
+        (folder / self.FILE).write_bytes(self.model)
+        _save_description(folder, self.kind, end_of_document=self.end_piece)
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE by tiktoken, saved as its ranks, which tiktoken would ask the network for."""
+
+    FILE = "gpt2.tiktoken"
+    kind = "gpt2"
+    vocab_size = 50257
+    end_of_document = 50256
+    # Public in tiktoken's sources; as a possessive pattern it matches the same as the one that OpenAI published.
+    PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        self.ranks = ranks
+        self.encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=self.PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_DOCUMENT: self.end_of_document},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    @classmethod
+    def from_tiktoken(cls) -> GPT2Tokenizer:
+        """From tiktoken's cache or the network. Raises DataError if neither has it."""
+        return cls(find_ranks())
+
+    @classmethod
+    def load(cls, folder: Path) -> GPT2Tokenizer:
+        return cls(read_ranks(folder / cls.FILE))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.encoding.decode([int(i) for i in ids])
+
+    def save(self, folder: Path) -> None:
+        write_ranks(self.ranks, folder / self.FILE)
+        _save_description(folder, self.kind)
+
+
+class HuggingFaceTokenizer:
+    """Any tokenizer of the `tokenizers` library."""
+
+    FILE = "tokenizer.json"
+    kind = "huggingface"
+
+    def __init__(self, tokenizer_json: str, end_token: str, origin: str) -> None:
+        try:
+            self.backend = Backend.from_str(tokenizer_json)
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError(f"{origin} is no Hugging Face tokenizer ({error}); name another file") from error
+        # A file may ask for padding and truncation to its model's context; text that names special tokens is text.
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True
+        self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_token = end_token
+        end = self.backend.token_to_id(end_token)
+        if end is None:
+            raise ConfigError(f"tokenizer.end_of_document={end_token} is no token of {origin}; name another")
+        self.end_of_document: int = end
+
+    @classmethod
+    def from_path(cls, path: Path, end_token: str | None) -> HuggingFaceTokenizer:
+        folder = path if path.is_dir() else path.parent
+        file = path / cls.FILE if path.is_dir() else path
+        try:
+            tokenizer_json = file.read_text() if file.is_file() else _convert_slow_tokenizer(folder)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read ({error}); name a tokenizer.json or its folder") from error
+        end_token = end_token or _configured_end(folder)
+        if end_token is None:
+            raise ConfigError(f"{folder} does not say which token ends a text; give tokenizer.end_of_document=TOKEN")
+        return cls(tokenizer_json, end_token, str(file))
+
+    @classmethod
+    def load(cls, folder: Path, end_token: str) -> HuggingFaceTokenizer:
+        return cls(_read(folder / cls.FILE).decode(), end_token, str(folder / cls.FILE))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def save(self, folder: Path) -> None:
+        (folder / self.FILE).write_text(self.backend.to_str())
+        _save_description(folder, self.kind, end_of_document=self.end_token)
+
+
+def _configured_end(folder: Path) -> str | None:
+    """`eos_token` of the folder's tokenizer_config.json, which is a string or an object with its content."""
+    path = folder / "tokenizer_config.json"
+    try:
+        token = json.loads(path.read_text())["eos_token"] if path.is_file() else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _convert_slow_tokenizer(folder: Path) -> str:
+    """tokenizer.json of a folder that holds only a tokenizer's older files. Raises DataError."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 (takes seconds)
+
+    try:
+        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        return str(backend.to_str())
+    except Exception as error:  # of many kinds, one for each file and library that may be missing
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"tokenizer.path={folder} holds no tokenizer that can be read ({reason}); name another"
+        ) from error
