@@ -1,0 +1,203 @@
+"""DeepSpeed behind a small interface: accumulate gradients, step, and hand out or take in the training state.
+
+This is the only file that imports deepspeed. Which of its modes are used, and why:
+
+- ZeRO-1 or 2, also in fp32: ZeRO-0 with bf16 reports and clips wrong gradient norms.
+- bf16 weights with fp32 masters and fp32 accumulation of gradients.
+- `overlap_comm: false`: races with it are open (deepspeedai/DeepSpeed#5545, #8061).
+- A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute.
+- Its checkpoints are not used; `checkpoints.store` writes the state that `Engine.state` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kraken_train.config import TrainConfig
+from kraken_train.model import LanguageModel
+from kraken_train.optim import parameter_groups
+from kraken_train.runtime import Runtime, export_rendezvous
+
+# DeepSpeed looks for its accelerator, and logs, while it is imported.
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+# DeepSpeed calls it on every step; newer PyTorch has another name for it.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per token, mean over the global batch
+    grad_norm: float  # before clipping, over the whole model
+    applied: bool  # False: something was not finite, and no weight has changed on any rank
+
+
+def start_processes(runtime: Runtime) -> None:
+    """Join the ranks of the run (NCCL on GPUs, gloo on CPUs) and claim this rank's device."""
+    runtime.configure_device()
+    export_rendezvous(runtime)
+    # On a CPU it would compile a kernel for half a minute that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
+    )
+
+
+class Engine:
+    """A model under DeepSpeed with AdamW."""
+
+    def __init__(self, model: LanguageModel, config: TrainConfig, runtime: Runtime) -> None:
+        self.model = model
+        self.runtime = runtime
+        self.accumulation_steps = config.gradient_accumulation_steps(runtime.world_size)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.optim.weight_decay),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=runtime.device.type == "cuda",
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=LossModule(model),
+                optimizer=optimizer,
+                config=deepspeed_settings(config, runtime.world_size),
+                dist_init_required=False,
+            )
+        self.micro_losses: list[Tensor] = []
+        self.create_optimizer_state()
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    def accumulate(self, input_ids: Tensor, targets: Tensor) -> None:
+        """Forward and backward of one micro-batch, (micro_batch_size, context_length) each.
+
+        The last one of a step reduces the gradients.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(len(self.micro_losses) + 1 == self.accumulation_steps)
+        loss = self.deepspeed(input_ids, targets)
+        self.deepspeed.backward(loss)
+        self.micro_losses.append(loss.detach())
+
+    def step(self, lr: float) -> StepResult:
+        """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere."""
+        losses = torch.stack(self.micro_losses)
+        self.micro_losses = []
+        gradients = list(self.reduced_gradients())
+        finite = bool(torch.isfinite(losses).all()) and all(bool(torch.isfinite(g).all()) for g in gradients)
+        # One sum tells all ranks the mean loss and whether any of them has seen something that is not finite, so
+        # that they skip together: DeepSpeed's own decision can differ between ranks, which then wait for ever.
+        loss_sum, unsound = self.runtime.sum([float(losses.double().mean()) if finite else 0.0, float(not finite)])
+        if unsound:
+            for gradient in gradients:
+                gradient.fill_(math.nan)  # now each rank's optimizer skips by itself and clears its own buffers
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        if unsound:
+            return StepResult(math.nan, math.nan, applied=False)
+        return StepResult(
+            loss_sum / self.runtime.world_size, float(self.deepspeed.get_global_grad_norm()), applied=True
+        )
+
+    def reduced_gradients(self) -> Iterator[Tensor]:
+        """This rank's part of the gradients, after reduction and before clipping."""
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "averaged_gradients"):  # DeepSpeedZeroOptimizer: fp32 at any stage, bf16 at stage 2
+            for group in optimizer.averaged_gradients.values():
+                yield from (gradient for gradient in group or () if gradient is not None)
+        else:  # BF16_Optimizer: bf16 at stage 1
+            yield from optimizer.fp32_groups_gradients_flat
+
+    def state(self) -> dict[str, Tensor]:
+        """fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`), whole, on the CPU. A collective."""
+        state = {}
+        for name, parameter in self.model.named_parameters():
+            state[f"model.{name}"] = safe_get_full_fp32_param(parameter).cpu()
+            for moment in MOMENTS:
+                state[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+        return state
+
+    def load_state(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
+        """Take over what `state()` returned after `optimizer_steps` updates. A collective."""
+        self.set_optimizer_steps(optimizer_steps)
+        for name, parameter in self.model.named_parameters():
+            weight = state[f"model.{name}"].to(self.device)
+            safe_set_full_fp32_param(parameter, weight)
+            parameter.data.copy_(weight)  # the weights that the model computes with, bf16 or fp32
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"optimizer.{moment}.{name}"].to(self.device), moment)
+
+    def create_optimizer_state(self) -> None:
+        """Make AdamW's state, which otherwise appears with the first update, without changing a weight.
+
+        DeepSpeed links parameters to their state after the first group's first update, when the second group has
+        none yet, and so never finds that of the norms.
+        """
+        zero, adamw = self.deepspeed.optimizer, self.deepspeed.optimizer.optimizer
+        rates = [(group["lr"], group["weight_decay"]) for group in adamw.param_groups]
+        for group in adamw.param_groups:
+            group.update(lr=0.0, weight_decay=0.0)
+            for partition in group["params"]:
+                partition.grad = torch.zeros_like(partition)
+        adamw.step()
+        for group, (lr, weight_decay) in zip(adamw.param_groups, rates, strict=True):
+            group.update(lr=lr, weight_decay=weight_decay)
+            for partition in group["params"]:
+                partition.grad = None
+        zero._lazy_init_hp_params_optimizer_state()
+        self.set_optimizer_steps(0)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        for state in self.deepspeed.optimizer.optimizer.state.values():
+            state["step"].fill_(steps)
+
+
+class LossModule(nn.Module):
+    """DeepSpeed hooks into `forward`; training's forward is the loss."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(input_ids, targets)
+
+
+def deepspeed_settings(config: TrainConfig, data_parallel_size: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(data_parallel_size),
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": False},
+        "steps_per_print": None,
+    }

@@ -1,0 +1,130 @@
+"""The folder of a run: what identifies it, and when a command may start, continue or must leave it alone.
+
+run.json      identity: id, model, data fingerprint, seed; written first
+config.yaml   the settings of the latest start
+tokenizer/    the data's tokenizer, so that an export needs nothing else
+metrics.jsonl one object per logged step
+checkpoints/  see `checkpoints.store`
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints.store import has_checkpoints, write_synced
+from data_prep.manifest import TOKENIZER_FOLDER
+from kraken_train.config import ModelConfig, TrainConfig, dump_yaml, to_dict
+from kraken_train.errors import CheckpointError
+
+IDENTITY_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    run_id: str  # also the id of the Weights & Biases run
+    resuming: bool  # whether training continues from a checkpoint
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def open_run_folder(
+    config: TrainConfig, model: ModelConfig, data_dir: Path, fingerprint: str, held: ExitStack
+) -> RunFolder:
+    """Create the run's folder, or open it to continue, as `config.resume` says.
+
+    The folder is locked against other processes. Raises CheckpointError, with nothing changed, where it holds something else, where `resume=must` finds no
+    checkpoint, and where `resume=never` would overwrite a run.
+    """
+    path = Path(config.run_dir)
+    checkpoints = path / "checkpoints"
+    identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
+    existing = read_identity(path)
+    if existing is None and path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise CheckpointError(
+            f"run_dir={path} is not empty and holds no run ({IDENTITY_FILE} is missing); use a new or empty folder"
+        )
+    if config.resume == "must" and not has_checkpoints(checkpoints):
+        raise CheckpointError(
+            f"resume=must, but there is no checkpoint in {checkpoints}; name the run's folder in run_dir, or start "
+            "from the beginning with resume=auto"
+        )
+    if existing is not None:
+        if config.resume == "never":
+            raise CheckpointError(
+                f"run_dir={path} holds another run, which resume=never would overwrite; use a new folder, or "
+                "resume=auto to continue it"
+            )
+        require_same_run(path, existing, identity)
+    run_id = existing["id"] if existing else uuid.uuid4().hex[:8]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(path))
+        if existing is None:
+            temporary = path / f".{IDENTITY_FILE}.tmp"
+            write_synced(temporary, json.dumps({"id": run_id, **identity}, indent=1))
+            temporary.replace(path / IDENTITY_FILE)
+        dump_yaml(json.loads(json.dumps(to_dict(config))), path / "config.yaml")
+        shutil.copytree(data_dir / TOKENIZER_FOLDER, path / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror} ({error.filename})") from error
+    return RunFolder(path, run_id, resuming=has_checkpoints(checkpoints))
+
+
+def read_identity(path: Path) -> dict[str, Any] | None:
+    file = path / IDENTITY_FILE
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"run_dir={path} is a file; name a folder")
+    if not file.is_file():
+        return None
+    try:
+        identity = json.loads(file.read_text())
+        return {"id": identity["id"], **{key: identity[key] for key in ("model", "data_fingerprint", "seed")}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged; use another run_dir, or restore the file") from error
+
+
+def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:
+    """The model, the data and the seed of a run are fixed. Raises CheckpointError naming what differs."""
+    there, here = existing["model"], identity["model"]
+    for name in [*here, *(name for name in there if name not in here)]:
+        if there.get(name) != here.get(name):
+            raise CheckpointError(
+                f"run_dir={path} holds a run of another model: model.{name} is {there.get(name)} there and "
+                f"{here.get(name)} here; use another run_dir, or the model of that run"
+            )
+    if existing["data_fingerprint"] != identity["data_fingerprint"]:
+        raise CheckpointError(
+            f"run_dir={path} holds a run on other data (fingerprint {existing['data_fingerprint']} there, "
+            f"{identity['data_fingerprint']} here); use the same data_dir, or another run_dir"
+        )
+    if existing["seed"] != identity["seed"]:
+        raise CheckpointError(
+            f"run_dir={path} holds a run with seed={existing['seed']}, not {identity['seed']}; use the same seed, or "
+            "another run_dir"
+        )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing to the folder. Raises CheckpointError if one does."""
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"run_dir={path} is being written by another process; stop it first") from error
+        yield

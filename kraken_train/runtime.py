@@ -1,0 +1,126 @@
+"""The processes of a run: who this one is, and how all of them agree on something.
+
+Reads the launcher's environment once (deepspeed and torchrun set RANK and friends, Slurm SLURM_PROCID and friends);
+nothing else in the package does.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from kraken_train.errors import ConfigError, KrakenError
+
+Result = TypeVar("Result")
+
+# (rank, local rank, number of ranks, number of ranks on this machine), in order of preference.
+LAUNCHER_VARIABLES = (
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", ("SLURM_NTASKS_PER_NODE",)),
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the `world_size` processes of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU; the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
+        if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def configure_device(self) -> None:
+        """Claim this rank's GPU, or its share of the machine's cores."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // self.local_world_size))
+
+    def on_first(self, function: Callable[[], Result]) -> Result:
+        """Call `function` on rank 0 and return its result on all ranks; a user's error is raised on all as well."""
+        outcome: list[Result | KrakenError | None] = [None]
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except KrakenError as error:
+                outcome[0] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], KrakenError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def all_true(self, flag: bool) -> bool:
+        """Whether `flag` holds on every rank."""
+        return self.sum([0.0 if flag else 1.0])[0] == 0.0
+
+
+def read_runtime() -> Runtime:
+    """This process's place as the launcher tells it; a process on its own without one. Raises ConfigError."""
+    for rank, local_rank, world_size, local_world_size in LAUNCHER_VARIABLES:
+        if rank in os.environ and world_size in os.environ:
+            world = read_integer(world_size)
+            local = next((read_integer(name) for name in local_world_size if name in os.environ), world)
+            return Runtime(read_integer(rank), read_integer(local_rank), world, local)
+    return Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
+
+
+def read_integer(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdigit():
+        raise ConfigError(f"the launcher's environment variable {name}={value!r} is not a number; start ranks with "
+                          "the deepspeed launcher, torchrun or srun")  # fmt: skip
+    return int(value)
+
+
+def export_rendezvous(runtime: Runtime) -> None:
+    """Set what `torch.distributed` and DeepSpeed read from the environment, where the launcher has not."""
+    for name, value in (
+        ("RANK", runtime.rank),
+        ("LOCAL_RANK", runtime.local_rank),
+        ("WORLD_SIZE", runtime.world_size),
+    ):
+        os.environ.setdefault(name, str(value))
+    if runtime.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ConfigError(
+            f"{runtime.world_size} ranks need MASTER_ADDR and MASTER_PORT (the first host and a free port on it); "
+            "the deepspeed launcher and torchrun set them, under srun export them in the batch script"
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,244 @@
+"""Pretraining: `python -m kraken_train.train model=NAME data_dir=DATA run_dir=RUN`, alone or under a launcher."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from checkpoints.store import find_good_checkpoint, load_tensors, save_checkpoint
+from data_prep.manifest import Manifest, verify_quick
+from kraken_train.architectures import build_model
+from kraken_train.cli import run_entry
+from kraken_train.config import ModelConfig, TrainConfig, parse_model, to_dict
+from kraken_train.data import Samples, TokenStream, open_split, sequential
+from kraken_train.engine import Engine, start_processes
+from kraken_train.errors import CheckpointError, TrainingError
+from kraken_train.flops import device_peak_flops, training_flops_per_token
+from kraken_train.metrics import Metrics, Record
+from kraken_train.optim import learning_rate
+from kraken_train.perplexity import perplexity, token_losses
+from kraken_train.run_folder import RunFolder, open_run_folder
+from kraken_train.runtime import Runtime, read_runtime
+
+
+def main() -> None:
+    run_entry(train, TrainConfig, "train", literal_keys=("data_dir", "run_dir"))
+
+
+def train(config: TrainConfig) -> None:
+    """Train to `config.max_steps`, from the run folder's newest good checkpoint if it has one."""
+    data_dir = Path(config.data_dir)
+    runtime = read_runtime()
+    manifest = verify_quick(data_dir)
+    model_config = parse_model(config.model, manifest.vocab_size)
+    config.gradient_accumulation_steps(runtime.world_size)
+    samples = Samples(open_split(data_dir, "train", manifest), model_config.context_length, config.seed)
+
+    start_processes(runtime)
+    with ExitStack() as held:
+        run = runtime.on_first(lambda: open_run_folder(config, model_config, data_dir, manifest.fingerprint, held))
+        trainer = Trainer(config, model_config, samples, manifest, run, runtime)
+        trainer.restore()
+        trainer.run_steps()
+
+
+class Trainer:
+    """One start of a run, on one rank."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        samples: Samples,
+        manifest: Manifest,
+        run: RunFolder,
+        runtime: Runtime,
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.samples = samples
+        self.manifest = manifest
+        has_validation = config.validation.every > 0 and "validation" in manifest.splits
+        self.validation = open_split(Path(config.data_dir), "validation", manifest) if has_validation else None
+        self.run = run
+        self.runtime = runtime
+        self.engine = Engine(build_model(model_config, config.seed), config, runtime)
+        self.step = 0  # optimizer steps done, skipped ones included
+        self.updates = 0  # of these, those that changed the weights
+        self.consumed_samples = 0  # the position in the data
+        self.skipped_in_a_row = 0
+        self.flops_per_token = training_flops_per_token(model_config)
+        self.peak_flops = config.peak_tflops * 1e12 if config.peak_tflops else None
+        self.metrics: Metrics | None = None
+
+    def run_steps(self) -> None:
+        if self.runtime.is_first:
+            self.metrics = Metrics(self.config, self.run, self.step, self.summary())
+        self.introduce()
+        if self.peak_flops is None:
+            self.peak_flops = device_peak_flops(self.runtime.device, self.config.precision)
+        try:
+            while self.step < self.config.max_steps:
+                self.train_step()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def train_step(self) -> None:
+        started, waited = time.perf_counter(), 0.0
+        lr = learning_rate(self.config.schedule, self.config.optim.lr, self.step, self.config.max_steps)
+        for micro_step in range(self.engine.accumulation_steps):
+            asked = time.perf_counter()
+            batch = self.micro_batch(micro_step)
+            waited += time.perf_counter() - asked
+            self.engine.accumulate(*batch)
+        result = self.engine.step(lr)
+        seconds = time.perf_counter() - started
+        tokens = self.config.global_batch_size * self.model_config.context_length
+
+        self.step += 1
+        self.updates += result.applied
+        self.consumed_samples += self.config.global_batch_size
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        record: Record = {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self.consumed_samples * self.model_config.context_length,
+            "tokens_per_second": tokens / seconds,
+            "data_wait": waited / seconds,
+        }
+        if self.peak_flops:
+            device_peak = self.peak_flops * self.runtime.world_size
+            record["mfu"] = self.flops_per_token * tokens / seconds / device_peak
+        last = self.step == self.config.max_steps
+        if self.validation and (last or self.step % self.config.validation.every == 0):
+            record["validation_loss"] = loss = self.validate(self.validation)
+            record["validation_perplexity"] = perplexity(loss)
+        if self.metrics is not None and (
+            last or self.step % self.config.log_every == 0 or "validation_loss" in record or not result.applied
+        ):
+            self.metrics.record(record)
+        self.stop_if_not_finite()
+        # While steps are being skipped nothing is saved: the newest checkpoint stays one from before the trouble.
+        if result.applied and (last or self.step % self.config.checkpoint.every == 0):
+            self.save()
+
+    def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (micro_batch_size, context_length) of this rank."""
+        size, ranks = self.config.micro_batch_size, self.runtime.world_size
+        first = self.consumed_samples + (micro_step * ranks + self.runtime.rank) * size
+        return to_device(self.samples.batch(range(first, first + size)), self.runtime.device)
+
+    def stop_if_not_finite(self) -> None:
+        if self.skipped_in_a_row < self.config.max_nonfinite_steps:
+            return
+        first = self.step - self.skipped_in_a_row + 1
+        raise TrainingError(
+            f"the loss or a gradient was not finite in steps {first} to {self.step} "
+            f"(max_nonfinite_steps={self.config.max_nonfinite_steps}); no weight has changed since step {first - 1}, "
+            f"and the checkpoints in {self.run.checkpoints} are kept. Try a lower optim.lr or a longer "
+            "schedule.warmup_steps in a new run_dir"
+        )
+
+    def validate(self, stream: TokenStream) -> float:
+        """Mean loss in nats per token over the first `validation.samples` windows of the validation split."""
+        size = self.config.micro_batch_size
+        nats, tokens = 0.0, 0
+        for index, windows in enumerate(sequential(stream, self.model_config.context_length, size)):
+            remaining = self.config.validation.samples - index * size
+            if remaining <= 0:
+                break
+            if index % self.runtime.world_size == self.runtime.rank:
+                batch_nats, batch_tokens = token_losses(self.engine.model, windows[:remaining])
+                nats += batch_nats
+                tokens += batch_tokens
+        nats, all_tokens = self.runtime.sum([nats, float(tokens)])
+        return nats / all_tokens
+
+    # ----------------------------------------------------------------------------------------------------------
+    # Checkpoints
+    # ----------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        # No random number is drawn after initialisation (the order of the data is a function of seed and position),
+        # so there is no generator's state to keep.
+        metadata = {
+            "model": to_dict(self.model_config),
+            "config": to_dict(self.config),
+            "data_fingerprint": self.manifest.fingerprint,
+            "run_id": self.run.run_id,
+            "updates": self.updates,
+            "consumed_samples": self.consumed_samples,
+            "tokens": self.consumed_samples * self.model_config.context_length,
+            "world_size": self.runtime.world_size,
+        }
+        save_checkpoint(
+            self.run.checkpoints, self.step, self.engine.state(), metadata, self.config.checkpoint.keep, self.runtime
+        )
+
+    def restore(self) -> None:
+        """Continue from the newest good checkpoint; do nothing in a new run. Raises CheckpointError."""
+        if not self.run.resuming:
+            return
+        checkpoint, problems = self.runtime.on_first(lambda: find_good_checkpoint(self.run.checkpoints))
+        for problem in problems:
+            self.say(f"passed over a damaged checkpoint: {problem}")
+        metadata = checkpoint.metadata
+        if metadata["model"] != to_dict(self.model_config):
+            raise CheckpointError(f"{checkpoint.path} is the checkpoint of another model; restore the run's own")
+        if metadata["data_fingerprint"] != self.manifest.fingerprint:
+            raise CheckpointError(f"{checkpoint.path} is the checkpoint of a run on other data; restore the run's own")
+        self.engine.load_state(load_tensors(checkpoint), metadata["updates"])
+        self.step, self.updates = checkpoint.step, metadata["updates"]
+        self.consumed_samples = metadata["consumed_samples"]
+        self.say(f"resumed from {checkpoint.path}: step {self.step}, {metadata['tokens']:,} tokens")
+
+    # ----------------------------------------------------------------------------------------------------------
+    # Words
+    # ----------------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        if self.runtime.is_first:
+            print(text, flush=True)
+
+    def introduce(self) -> None:
+        train_tokens = self.manifest.splits["train"].tokens
+        steps = self.config.max_steps - self.step
+        self.say(
+            f"{self.model_config.architecture}, {self.model_config.num_parameters:,} parameters, "
+            f"{self.runtime.world_size} x {self.runtime.device.type}, {self.config.precision}, "
+            f"ZeRO-{self.config.engine.zero_stage}; {train_tokens:,} training tokens; {steps} steps to go of "
+            f"{self.config.global_batch_size} x {self.model_config.context_length} tokens "
+            f"({self.engine.accumulation_steps} micro-batches of {self.config.micro_batch_size} per rank)"
+        )
+        if self.validation is None and self.config.validation.every:
+            self.say("no validation: the data were prepared without a validation split")
+
+    def summary(self) -> dict[str, object]:
+        """What is not in the configuration but worth knowing beside it."""
+        return {
+            "model": to_dict(self.model_config),
+            "num_parameters": self.model_config.num_parameters,
+            "data_fingerprint": self.manifest.fingerprint,
+            "world_size": self.runtime.world_size,
+            "torch": torch.__version__,
+        }
+
+
+def to_device(windows: NDArray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Windows (B, T + 1) -> inputs and targets, (B, T) each."""
+    tokens = torch.from_numpy(windows)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The training command, run as a user runs it: what it writes, resumes, refuses and survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY, run_module, user_error
+
+from checkpoints.store import find_good_checkpoint, read_weights
+from integration.dying_save import PHASES
+
+STEPS, EVERY = 12, 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "corpus.jsonl"
+    texts = [f"Chapter {i}: " + " ".join(f"word{(i * j) % 37}" for j in range(60)) for i in range(150)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    output = folder / "data"
+    result = run_module(
+        "data_prep.prepare",
+        f"source={source}",
+        "tokenizer.vocab_size=320",
+        "validation_fraction=0.1",
+        f"output_dir={output}",
+    )
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def overrides(data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "model=kraken-tiny-4way",
+        "model.num_layers=2",
+        "model.hidden_size=16",
+        "model.context_length=32",
+        f"data_dir={data}",
+        f"run_dir={run}",
+        "precision=fp32",
+        "global_batch_size=4",
+        "micro_batch_size=2",
+        f"max_steps={STEPS}",
+        f"checkpoint.every={EVERY}",
+        "validation.every=6",
+        "validation.samples=5",
+        "schedule.warmup_steps=3",
+        *more,
+    ]
+
+
+def train(data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return run_module("kraken_train.train", *overrides(data, run, *more))
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(run: Path) -> list[tuple[float, ...]]:
+    """What must not depend on interruptions, per step."""
+    keys = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")
+    return [tuple(record.get(key, -1.0) for key in keys) for record in records(run)]
+
+
+@pytest.fixture(scope="module")
+def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    result = train(data, run)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def test_metrics(reference: Path) -> None:
+    found = records(reference)
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "data_wait", "mfu"} <= found[0].keys()
+    assert found[-1]["tokens"] == STEPS * 4 * 32
+    assert [record["step"] for record in found if "validation_loss" in record] == [6, 12]
+    assert found[-1]["loss"] < found[0]["loss"] - 0.1
+
+
+def test_checkpoints_and_folder(reference: Path) -> None:
+    folders = sorted(path.name for path in (reference / "checkpoints").glob("step-*"))
+    assert folders == ["step-00000004", "step-00000008", "step-00000012"]
+    trained = read_weights(reference)
+    assert trained.metadata["step"] == STEPS
+    assert trained.metadata["consumed_samples"] == STEPS * 4
+    assert sum(weight.numel() for weight in trained.weights.values()) == trained.model_config.num_parameters
+    assert (reference / "tokenizer" / "tokenizer.model").is_file()
+
+
+def test_a_finished_run_is_left_alone(data: Path, reference: Path) -> None:
+    before = learned(reference)
+    result = train(data, reference)
+    assert result.returncode == 0
+    assert "0 steps to go" in result.stdout
+    assert learned(reference) == before
+
+
+@pytest.mark.parametrize("moment", [2, 6], ids=["before the first checkpoint", "after it"])
+def test_killed_while_training(data: Path, reference: Path, tmp_path: Path, moment: int) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, run)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= moment):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    interrupted = len(records(run))
+
+    assert train(data, run).returncode == 0
+    assert interrupted < STEPS or moment == STEPS
+    assert learned(run) == learned(reference)
+
+
+def test_killed_during_each_phase_of_a_save(data: Path, reference: Path, tmp_path: Path) -> None:
+    """Each attempt dies in its second save; with what the earlier ones left, the run still ends as the reference."""
+    run = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+    script = REPOSITORY / "tests" / "integration" / "dying_save.py"
+    for phase in PHASES:
+        command = [sys.executable, str(script), phase, *overrides(data, run, "checkpoint.every=1", "checkpoint.keep=2")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == -signal.SIGKILL, (phase, result.stderr)
+        checkpoint, problems = find_good_checkpoint(run / "checkpoints")
+        assert not problems, phase
+        # The first save of this attempt is complete; the second is, once it was renamed.
+        assert learned(run)[: checkpoint.step] == learned(reference)[: checkpoint.step], phase
+    result = train(data, run, "checkpoint.every=1", "checkpoint.keep=2")
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
+    assert learned(run) == learned(reference)
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000011", "step-00000012"], "an interrupted save has left something behind"
+
+
+def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(reference), str(run)], check=True)
+    for step in (8, 12):
+        file = next((run / "checkpoints" / f"step-{step:08d}").glob("*.distcp"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    result = train(data, run)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("passed over a damaged checkpoint") == 2
+    assert f"resumed from {run}/checkpoints/step-00000004" in result.stdout
+    assert learned(run) == learned(reference)
+
+    for file in (run / "checkpoints").glob("*/manifest.json"):
+        file.write_text("{}")
+    error = user_error(train(data, run))
+    assert error.startswith(f"no checkpoint in {run}/checkpoints is whole"), "a run must not start afresh in silence"
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, run, "max_steps=4").returncode == 0
+    good = find_good_checkpoint(run / "checkpoints")[0].path
+    result = train(data, run, "optim.lr=1e30", "optim.max_grad_norm=0", "max_nonfinite_steps=2", "max_steps=50")
+    error = user_error(result)
+    assert "was not finite in steps" in error and "max_nonfinite_steps=2" in error
+    assert find_good_checkpoint(run / "checkpoints")[0].path == good
+    assert records(run)[-1]["loss"] is None
+
+
+def test_refused_before_anything_starts(data: Path, reference: Path, tmp_path: Path) -> None:
+    """Mistakes, each with the words that its message must hold. Nothing is left behind or changed."""
+    other = tmp_path / "documents"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    before = learned(reference)
+    for run, more, words in [
+        (tmp_path / "a", ["checkpoint.evry=5"], "checkpoint.evry is not a setting (did you mean checkpoint.every?)"),
+        (tmp_path / "a", ["model.heads_per_sub_layer=3"], "heads_per_sub_layer=3 does not divide model.hidden_size=16"),
+        (tmp_path / "a", ["model.vocab_size=9999"], "model.vocab_size=9999 does not fit the data"),
+        (tmp_path / "a", ["global_batch_size=5"], "global_batch_size=5 is not a multiple of micro_batch_size=2"),
+        (tmp_path / "a", ["engine.zero_stage=0"], "engine.zero_stage=0 is not supported"),
+        (tmp_path / "a", ["resume=must"], "there is no checkpoint"),
+        (tmp_path / "a", ["data_dir=/nowhere"], "/nowhere does not exist"),
+        (other, [], "is not empty and holds no run"),
+        (reference, ["resume=never"], "holds another run"),
+        (reference, ["model.num_layers=3"], "another model: model.num_layers is 2 there and 3 here"),
+        (reference, ["seed=5"], "seed=0, not 5"),
+    ]:
+        error = user_error(train(data, run, *more))
+        assert words in error, error
+        assert not (tmp_path / "a").exists()
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+    assert learned(reference) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_full_disk_while_saving(data: Path, reference: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in (reference / "checkpoints").rglob("*") if path.is_file())
+    # Room for two checkpoints and a half.
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 6}", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        error = user_error(train(data, disk / "run"))
+        assert "step 12 could not be written" in error and "No space left on device" in error
+        assert find_good_checkpoint(disk / "run" / "checkpoints")[0].step == 8
+        subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
+        assert train(data, disk / "run").returncode == 0
+        assert learned(disk / "run") == learned(reference)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
