@@ -1,0 +1,60 @@
+"""A run's checkpoint as an export: python -m checkpoints.export run_dir=RUN output_dir=EXPORT
+
+Needs neither the GPUs nor the number of processes of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoints.export_folder import require_unused, write_export
+from checkpoints.store import read_weights
+from data_prep.manifest import TOKENIZER_FOLDER
+from kraken_train.cli import run_entry
+from kraken_train.config import require_at_least, require_choice
+from kraken_train.errors import CheckpointError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """See conf/export.yaml."""
+
+    run_dir: str
+    output_dir: str
+    step: int | None  # null: the newest good checkpoint
+    dtype: str  # fp32 | bf16
+
+    def validate(self) -> None:
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        if self.step is not None:
+            require_at_least("step", self.step, 0)
+
+
+def export(config: ExportConfig) -> None:
+    """Raises CheckpointError if the run has no such checkpoint or the output cannot be written."""
+    run_dir, output_dir = Path(config.run_dir), Path(config.output_dir)
+    if not run_dir.is_dir():
+        raise CheckpointError(f"run_dir={run_dir} is not a folder; name the run_dir of a training run")
+    require_unused(output_dir)
+    trained = read_weights(run_dir, config.step)
+    tokenizer_dir = run_dir / TOKENIZER_FOLDER
+    write_export(
+        output_dir,
+        trained.model_config,
+        trained.weights,
+        tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+        metadata={key: trained.metadata[key] for key in EXPORTED_METADATA if key in trained.metadata},
+        dtype=DTYPES[config.dtype],
+    )
+    parameters = trained.model_config.num_parameters
+    print(f"exported step {trained.metadata.get('step')}, {parameters:,} parameters in {config.dtype}, to {output_dir}")
+
+
+if __name__ == "__main__":
+    run_entry(export, ExportConfig, "export", literal_keys=("run_dir", "output_dir"))

@@ -1,0 +1,215 @@
+"""The export: one folder with everything that is needed to run a model.
+
+    model.safetensors  weights under global names, sub-layers stacked: layers.3.attention.qkv.weight is (N, 3D, D)
+    config.json        the model's settings, `model_type`, `format_version`, `dtype` and what is known of the training
+    tokenizer/         the tokenizer's files, absent if the model came without one
+
+It is written under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_prep.manifest import TOKENIZER_FOLDER
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from kraken_train.architectures import build_model
+from kraken_train.config import KrakenConfig, ModelConfig, parse_model, to_dict
+from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.model import LanguageModel
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Entries of config.json that are not settings of the model.
+ABOUT_THE_EXPORT = ("architectures", "model_type", "format_version", "dtype", "training")
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export whose settings and tensor shapes have been checked; weights are read when asked for."""
+
+    folder: Path
+    config: ModelConfig
+    dtype: torch.dtype  # of the stored weights
+    training: dict[str, Any]  # step, tokens and the like; empty if unknown
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.folder / TOKENIZER_FOLDER
+
+    def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LanguageModel:
+        """The model with its weights in `dtype`, by default the stored one. Raises CheckpointError."""
+        path = self.folder / WEIGHTS_FILE
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); copy it again or export again") from error
+        model = empty_model(self.config)
+        model.load_state_dict(weights, assign=True)
+        return model.to(device=device, dtype=dtype or self.dtype).eval()
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError if the export has none, DataError if it is damaged."""
+        if not self.tokenizer_dir.is_dir():
+            raise CheckpointError(
+                f"{self.folder} has no tokenizer, because none was given when it was made; make it again with one"
+            )
+        return load_tokenizer(self.tokenizer_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def write_export(
+    output_dir: Path,
+    model_config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tokenizer_dir: Path | None,
+    metadata: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Write an export into `output_dir`, which is new or an empty folder.
+
+    `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. Raises CheckpointError if
+    the folder is in use, weights or tokenizer do not fit the model, or the disk refuses.
+    """
+    require_unused(output_dir)
+    require_matching_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, model_config, "the model")
+    if tokenizer_dir is not None:
+        require_fitting_tokenizer(tokenizer_dir, model_config)
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+        save_file(converted, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        description = describe(model_config, metadata, dtype)
+        (temporary / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        if tokenizer_dir is not None:
+            shutil.copytree(tokenizer_dir, temporary / TOKENIZER_FOLDER)
+        os.replace(temporary, output_dir)  # over an empty folder too
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the export {output_dir} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_unused(output_dir: Path) -> None:
+    """Raises CheckpointError unless `output_dir` is free or an empty folder."""
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise CheckpointError(f"output_dir={output_dir} exists and is not an empty folder; name another or remove it")
+
+
+def require_fitting_tokenizer(tokenizer_dir: Path, config: ModelConfig) -> None:
+    if not tokenizer_dir.is_dir():
+        raise CheckpointError(f"the tokenizer folder {tokenizer_dir} does not exist")
+    tokens = load_tokenizer(tokenizer_dir).vocab_size
+    if tokens > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer_dir} has {tokens} tokens, but the model's vocabulary only "
+            f"{config.vocab_size}; it belongs to another model"
+        )
+
+
+def describe(config: ModelConfig, metadata: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What `config.json` holds."""
+    return {
+        "architectures": ["KrakenForCausalLM" if isinstance(config, KrakenConfig) else "GPTForCausalLM"],
+        "model_type": "kraken",
+        "format_version": FORMAT_VERSION,
+        "dtype": next(name for name, known in DTYPES.items() if known == dtype),
+        **to_dict(config),
+        "training": dict(metadata),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_export(export_dir: Path) -> Export:
+    """The export in `export_dir`. Raises CheckpointError if it is missing, damaged, or from a newer program."""
+    if not export_dir.is_dir():
+        raise CheckpointError(f"export_dir={export_dir} is not a folder; name one that checkpoints.export has written")
+    description = read_description(export_dir / CONFIG_FILE)
+    settings = {key: value for key, value in description.items() if key not in ABOUT_THE_EXPORT}
+    try:
+        config = parse_model(settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{export_dir / CONFIG_FILE} does not describe a model: {error}") from error
+    weights = export_dir / WEIGHTS_FILE
+    require_matching_shapes(read_shapes(weights), config, str(weights))
+    dtype = DTYPES.get(description.get("dtype", ""))
+    if dtype is None:
+        raise CheckpointError(
+            f"{export_dir / CONFIG_FILE} has dtype={description.get('dtype')}; known: {', '.join(DTYPES)}"
+        )
+    return Export(export_dir, config, dtype, dict(description.get("training") or {}))
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing, so {path.parent} is not an export") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again or export again") from error
+    if not isinstance(description, dict) or description.get("model_type") != "kraken":
+        raise CheckpointError(f"{path} is not of an export: its model_type is not kraken")
+    version = description.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version={version}, and this program knows up to {FORMAT_VERSION}; "
+            "update the program or export again with this one"
+        )
+    return description
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes from the file's header; also finds a file that is cut off."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; copy it again or export again") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}); copy it again or export again"
+        ) from error
+
+
+def require_matching_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
+    """Raises CheckpointError unless `found` are the tensors of the model, each with its shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    problems = [f"lacks the weight {name}" for name in expected if name not in found]
+    problems += [f"has an unexpected weight {name}" for name in found if name not in expected]
+    problems += [
+        f"has {name} of shape {found[name]}, but its settings say {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" ({len(problems) - 1} more such differences)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{where} {problems[0]}{more}")
+
+
+def empty_model(config: ModelConfig) -> LanguageModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(config)

@@ -1,0 +1,124 @@
+"""A checkpoint of the authors' code as an export:
+
+    python -m checkpoints.import_reference checkpoint=ckpt.pt output_dir=EXPORT
+
+Their `ckpt.pt` is a pickle. It is read by PyTorch's restricted loader, which knows tensors and plain values and runs
+nothing that the file names.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.export_folder import require_unused, write_export
+from checkpoints.reference import convert_reference_state_dict
+from kraken_train.cli import run_entry
+from kraken_train.config import KrakenConfig, require_positive
+from kraken_train.errors import CheckpointError
+
+# Their names of dimensions that the weights show as well.
+VISIBLE_DIMENSIONS = {
+    "n_layer": "num_layers",
+    "n_embd": "hidden_size",
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "ffn_expansion": "ffn_multiplier",
+}
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """See conf/import_reference.yaml."""
+
+    checkpoint: str
+    output_dir: str
+    tokenizer_dir: str | None
+    heads_per_sub_layer: int | None  # null: as the checkpoint says
+
+    def validate(self) -> None:
+        if self.heads_per_sub_layer is not None:
+            require_positive("heads_per_sub_layer", self.heads_per_sub_layer)
+
+
+def import_reference(config: ImportConfig) -> None:
+    """Raises CheckpointError if the file is not the authors' or the output cannot be written."""
+    output_dir = Path(config.output_dir)
+    require_unused(output_dir)
+    stored = read_checkpoint(Path(config.checkpoint))
+    weights = convert_reference_state_dict(stored["model"])
+    model_config = infer_config(weights, stored["model_args"], config.heads_per_sub_layer)
+    metadata = {"step": stored["iter_num"]} if isinstance(stored.get("iter_num"), int) else {}
+    tokenizer_dir = Path(config.tokenizer_dir) if config.tokenizer_dir else None
+    write_export(output_dir, model_config, weights, tokenizer_dir=tokenizer_dir, metadata=metadata, dtype=torch.float32)
+    print(f"imported {model_config.num_parameters:,} parameters to {output_dir}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The file's dictionary with `model` (names to tensors) and `model_args`. Raises CheckpointError."""
+    try:
+        stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint={path} does not exist") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint={path} holds more than tensors and plain values, which only code in the file could restore; "
+            "it was refused, and nothing in it was run"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"checkpoint={path} is not a checkpoint written by torch.save ({reason})") from error
+    if not isinstance(stored, dict) or not is_state_dict(stored.get("model")):
+        raise CheckpointError(f"checkpoint={path} has no weights under `model`, so it is not one of the authors' code")
+    arguments = stored.get("model_args")
+    return {**stored, "model_args": arguments if isinstance(arguments, dict) else {}}
+
+
+def is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def infer_config(
+    weights: Mapping[str, Tensor], arguments: Mapping[str, Any], heads_per_sub_layer: int | None = None
+) -> KrakenConfig:
+    """Dimensions from converted weights, heads (which no shape shows) from `arguments` or as given.
+
+    Raises CheckpointError where `arguments` contradict the weights.
+    """
+    num_sub_layers, hidden_size, _ = weights["conjunction.weight"].shape
+    heads = heads_per_sub_layer or arguments.get("n_heads_in_split")
+    if not isinstance(heads, int):
+        raise CheckpointError(
+            "the checkpoint does not say how many heads a sub-layer has (model_args.n_heads_in_split), and weights "
+            "cannot show it; give heads_per_sub_layer=NUMBER"
+        )
+    config = KrakenConfig(
+        num_sub_layers=num_sub_layers,
+        num_layers=sum(name.endswith(".attention.qkv.weight") for name in weights),
+        hidden_size=hidden_size,
+        heads_per_sub_layer=heads,
+        vocab_size=weights["token_embedding.weight"].shape[0],
+        context_length=weights["position_embedding.weight"].shape[0],
+        ffn_multiplier=weights["layers.0.ffn.up.weight"].shape[1] // hidden_size,
+    )
+    for theirs, ours in VISIBLE_DIMENSIONS.items():
+        said, seen = arguments.get(theirs), getattr(config, ours)
+        if said is not None and said != seen:
+            raise CheckpointError(f"model_args.{theirs}={said} contradicts the checkpoint's weights, which have {seen}")
+    total = arguments.get("n_head")  # theirs counts the heads of all sub-layers
+    if heads_per_sub_layer is None and total is not None and total != num_sub_layers * heads:
+        raise CheckpointError(
+            f"model_args.n_head={total} contradicts {num_sub_layers} sub-layers with n_heads_in_split={heads} each; "
+            "give heads_per_sub_layer=NUMBER"
+        )
+    return config
+
+
+if __name__ == "__main__":
+    run_entry(import_reference, ImportConfig, "import_reference", ("checkpoint", "output_dir", "tokenizer_dir"))

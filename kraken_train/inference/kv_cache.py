@@ -1,0 +1,52 @@
+"""Keys and values of the tokens so far, so that each new token costs one token's work.
+
+Shapes: rows are batch times sub-layers, H heads of a sub-layer, K head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kraken_train.baselines import GPTModel
+from kraken_train.model import KrakenModel, LanguageModel
+
+
+class KVCache:
+    """One layer's cache, allocated once for `capacity` tokens (a `layers.KeyValueStore`)."""
+
+    def __init__(
+        self, rows: int, heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.keys = torch.empty(rows, heads, capacity, head_dim, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0  # tokens held
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (rows, H, T, K) and returns views of all of (rows, H, length, K). Raises ValueError if it is full."""
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit into a cache for {self.capacity}")
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def make_caches(model: LanguageModel, batch_size: int, capacity: int) -> list[KVCache]:
+    """An empty cache for each layer of the sub-layers that live here."""
+    if isinstance(model, KrakenModel):
+        rows, heads, head_dim = model.placement.count, model.config.heads_per_sub_layer, model.config.head_dim
+    elif isinstance(model, GPTModel):
+        rows, heads, head_dim = 1, model.config.num_heads, model.config.head_dim
+    else:
+        raise TypeError(f"no cache is known for {type(model).__name__}")
+    weight = model.token_embedding.weight
+    return [
+        KVCache(rows * batch_size, heads, capacity, head_dim, dtype=weight.dtype, device=weight.device)
+        for _ in range(model.num_layers)
+    ]

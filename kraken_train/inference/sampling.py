@@ -1,0 +1,53 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kraken_train.config import require_at_least, require_positive
+from kraken_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; both limits may be combined, `top_k` then comes first."""
+
+    temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        require_at_least("temperature", self.temperature, 0)
+        require_at_least("seed", self.seed, 0)
+        if self.top_k is not None:
+            require_positive("top_k", self.top_k)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be greater than 0 and at most 1")
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """(B, V) -> token ids (B,). On the CPU and in fp32 at least, so that a seed means the same on every device."""
+    logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p is not None:
+        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        # A token stays if those before it have not reached top_p: the first one always does.
+        dropped = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]

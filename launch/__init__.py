@@ -1,0 +1,1 @@
+"""Starting jobs: the demo, and launchers for one machine and many."""

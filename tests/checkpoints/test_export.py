@@ -1,0 +1,70 @@
+"""From a run's checkpoint to an export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import rough_model, run_here, small_configs, user_error
+
+from checkpoints.export_folder import read_export
+from checkpoints.store import save_checkpoint
+from kraken_train.config import to_dict
+from kraken_train.runtime import Runtime
+
+CONFIG = small_configs(vocab_size=320)["kraken"]
+
+
+def weights(step: int) -> dict[str, torch.Tensor]:
+    return rough_model(CONFIG, torch.float32, seed=step).state_dict()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    """A run folder with checkpoints of steps 5 and 10."""
+    run = tmp_path / "run (a, b)"
+    shutil.copytree(tokenizer_dir, run / "tokenizer")
+    for step in (5, 10):
+        tensors = {f"model.{name}": tensor for name, tensor in weights(step).items()}
+        tensors |= {f"optimizer.exp_avg.{name}": torch.zeros_like(tensor) for name, tensor in weights(step).items()}
+        metadata = {
+            "model": to_dict(CONFIG),
+            "consumed_samples": step * 8,
+            "tokens": step * 8 * 24,
+            "data_fingerprint": "abc",
+            "world_size": 1,
+        }
+        save_checkpoint(run / "checkpoints", step, tensors, metadata, 3, Runtime(0, 0, 1, 1))
+    return run
+
+
+@pytest.mark.parametrize(("settings", "step"), [([], 10), (["step=5"], 5)])
+def test_weights_and_training_of_a_step(run_dir: Path, tmp_path: Path, settings: list[str], step: int) -> None:
+    result = run_here("checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}", *settings)
+    assert result.returncode == 0, result.stderr
+    assert f"exported step {step}, {CONFIG.num_parameters:,} parameters in fp32" in result.stdout
+    export = read_export(tmp_path / "e")
+    assert export.config == CONFIG
+    expected = {"step": step, "consumed_samples": step * 8, "tokens": step * 192, "data_fingerprint": "abc"}
+    assert export.training == expected
+    loaded = export.load_model().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(step).items())
+    text = run_here("kraken_train.generate", f"export_dir={tmp_path / 'e'}", "prompt=The", "max_new_tokens=3")
+    assert text.stdout.startswith("The"), text.stderr
+
+
+def test_bf16(run_dir: Path, tmp_path: Path) -> None:
+    run_here("checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}", "dtype=bf16")
+    loaded = read_export(tmp_path / "e").load_model().state_dict()
+    assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in weights(10).items())
+
+
+def test_what_cannot_be_exported(run_dir: Path, tmp_path: Path) -> None:
+    base = ["checkpoints.export", f"run_dir={run_dir}"]
+    assert "step=7 is not in" in user_error(run_here(*base, f"output_dir={tmp_path / 'e'}", "step=7"))
+    assert "is not an empty folder" in user_error(run_here(*base, f"output_dir={run_dir}"))
+    shutil.rmtree(run_dir / "checkpoints")
+    user_error(run_here(*base, f"output_dir={tmp_path / 'e'}"))
+    assert not (tmp_path / "e").exists()
