@@ -57,4 +57,4 @@ def export(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(export, ExportConfig, "export", literal_keys=("run_dir", "output_dir"))
+    run_entry(export, ExportConfig, "export", path_keys=("run_dir", "output_dir"))

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kraken_train.config import ModelConfig, parse_model
 from kraken_train.errors import CheckpointError
+from kraken_train.files import file_sha256, replace_synced, sync_folder, write_synced
 from kraken_train.runtime import Runtime
 
 FORMAT_VERSION = 1
@@ -100,29 +101,27 @@ def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any]) 
         )
         sync_folder(temporary)
         if final.exists():  # the same step, written again after falling back behind it
-            shutil.rmtree(final)
+            discard(final)
         temporary.rename(final)
-        point_to(folder, final.name)
+        replace_synced(folder / POINTER, final.name + "\n")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(describe_failed_save(folder, step, root_message(error))) from error
 
 
-def point_to(folder: Path, name: str) -> None:
-    temporary = folder / f".{POINTER}.tmp"
-    write_synced(temporary, name + "\n")
-    temporary.replace(folder / POINTER)
-    sync_folder(folder)
-
-
 def drop_old(folder: Path, keep: int) -> None:
     for path in step_folders(folder)[:-keep]:
-        # Renamed first: a deletion that is cut short must not leave half a checkpoint under a good name.
-        doomed = path.with_name(f".{path.name}.old")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard(path)
     for leftover in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a deletion cut short leaves no half of one under a good name."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def make_empty(folder: Path) -> None:
@@ -241,35 +240,6 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     """Shape and type of each tensor in the checkpoint."""
     stored = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def content_sha256(content: dict[str, Any]) -> str:

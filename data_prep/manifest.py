@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.indexed import bin_path, file_size, idx_path, idx_size, sync_folder
+from data_prep.indexed import bin_path, file_size, idx_path, idx_size
 from kraken_train.config import from_dict
 from kraken_train.errors import ConfigError, DataError
+from kraken_train.files import file_sha256, replace_synced
 
 FORMAT = "kraken-data"
 VERSION = 1
@@ -100,14 +100,7 @@ class Manifest:
         """Write `manifest.json` atomically."""
         totals = {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes}
         record = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, "totals": totals}
-        temporary = data_dir / f".{MANIFEST_NAME}.tmp"
-        with open(temporary, "w") as file:
-            json.dump(record | dataclasses.asdict(self), file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, data_dir / MANIFEST_NAME)
-        sync_folder(data_dir)
+        replace_synced(data_dir / MANIFEST_NAME, json.dumps(record | dataclasses.asdict(self), indent=1) + "\n")
 
 
 def load_manifest(data_dir: Path) -> Manifest:
@@ -207,18 +200,6 @@ def _require_same_content(path: Path, found: str, expected: str) -> None:
             f"{path} has other content than {MANIFEST_NAME} lists (checksum {found[:12]}, expected {expected[:12]}): "
             "it belongs to other data or is damaged; copy it again or prepare the data again"
         )
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    checksum = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(1 << 20):
-        checksum.update(block)
-    return checksum.hexdigest()
 
 
 def probe_sha256(path: Path) -> str:

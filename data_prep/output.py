@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.indexed import sync_folder
 from data_prep.manifest import MANIFEST_NAME, Manifest, load_manifest, verify_quick
 from kraken_train.errors import DataError
+from kraken_train.files import sync_folder
 
 MARK = ".kraken-partial"  # says that a folder is ours to remove
 

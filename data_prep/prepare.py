@@ -22,7 +22,7 @@ from typing import Any
 
 from data_prep.documents import BadRecords, Source
 from data_prep.indexed import token_dtype
-from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry, file_sha256
+from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry
 from data_prep.output import finished_result, partial_folder
 from data_prep.progress import Progress
 from data_prep.sources import SourceSettings, open_source
@@ -31,9 +31,10 @@ from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.cli import run_entry
 from kraken_train.config import require_choice, require_positive
 from kraken_train.errors import ConfigError
+from kraken_train.files import file_sha256
 
-LITERAL_KEYS = ("source", "output_dir", "text_field", "dataset_config", "dataset_split", "tokenizer.path",
-                "tokenizer.end_of_document")  # fmt: skip
+PATH_KEYS = ("source", "output_dir", "tokenizer.path")
+TEXT_KEYS = ("text_field", "dataset_config", "dataset_split", "tokenizer.end_of_document")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,4 +150,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, PrepareConfig, "prepare", LITERAL_KEYS)
+    run_entry(main, PrepareConfig, "prepare", PATH_KEYS, TEXT_KEYS)

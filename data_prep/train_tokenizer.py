@@ -8,14 +8,11 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from sentencepiece import SentencePieceTrainer
 
+from data_prep.tokenizer_settings import TokenizerSettings
 from kraken_train.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from data_prep.tokenizers import TokenizerSettings
 
 END_PIECE = "<|endoftext|>"
 # SentencePiece leaves out whole texts with these (a tab, and its marks of a space and of an unknown piece).

@@ -26,14 +26,23 @@ Config = TypeVar("Config")
 
 
 def run_entry(
-    main: Callable[[Config], None], schema: type[Config], config_name: str, literal_keys: Iterable[str] = ()
+    main: Callable[[Config], None],
+    schema: type[Config],
+    config_name: str,
+    path_keys: Iterable[str] = (),
+    text_keys: Iterable[str] = (),
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and call `main` with a `schema` object.
 
-    `literal_keys` are settings that hold free text or a path: their values reach the program as typed, although
-    Hydra's grammar would read a comma as a sweep and a parenthesis as a function.
+    The values of `path_keys` and `text_keys` reach the program as typed, although Hydra's grammar would read a comma
+    as a sweep and a parenthesis as a function; of a path, `~` is expanded.
     """
-    sys.argv[1:] = [quote_literal(argument, frozenset(literal_keys)) for argument in sys.argv[1:]]
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
+                          "folder")  # fmt: skip
+    arguments = [expand_home(argument, frozenset(path_keys)) for argument in sys.argv[1:]]
+    literal = frozenset([*path_keys, *text_keys])
+    sys.argv[1:] = [quote_literal(argument, literal) for argument in arguments]
     # Hydra would otherwise print a shortened traceback and exit by itself; the message is ours to write.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -49,6 +58,14 @@ def run_entry(
         exit_with_message(describe_composition_error(error, schema))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def expand_home(argument: str, path_keys: frozenset[str]) -> str:
+    """`run_dir=~/run` -> `run_dir=/home/me/run`: not every shell does it after `=`."""
+    key, separator, value = argument.partition("=")
+    if key.lstrip("+") not in path_keys or not value.startswith("~"):
+        return argument
+    return key + separator + os.path.expanduser(value)
 
 
 def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
@@ -67,7 +84,7 @@ def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
 
 def exit_with_message(message: str) -> None:
     """Print `error: message` to standard error, once per machine, and exit."""
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
         # this rank alone has seen is still told.
         time.sleep(3)

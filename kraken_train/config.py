@@ -396,9 +396,8 @@ def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
     kinds = get_type_hints(schema)
     for key, value in settings.items():
         if key not in kinds:
-            raise ConfigError(
-                f"{dot}{key} is not a setting{suggestion(key, tuple(kinds))}; known: {', '.join(dot + k for k in kinds)}"
-            )
+            known = ", ".join(dot + name for name in kinds)
+            raise ConfigError(f"{dot}{key} is not a setting{suggestion(key, tuple(kinds))}; known: {known}")
         if dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict):
             refuse_unknown(value, kinds[key], f"{dot}{key}.")
 

@@ -110,7 +110,7 @@ class Engine:
         losses = torch.stack(self.micro_losses)
         self.micro_losses = []
         gradients = list(self.reduced_gradients())
-        finite = bool(torch.isfinite(losses).all()) and all(bool(torch.isfinite(g).all()) for g in gradients)
+        finite = bool(torch.stack([torch.isfinite(tensor).all() for tensor in (losses, *gradients)]).all())
         # One sum tells all ranks the mean loss and whether any of them has seen something that is not finite, so
         # that they skip together: DeepSpeed's own decision can differ between ranks, which then wait for ever.
         loss_sum, unsound = self.runtime.sum([float(losses.double().mean()) if finite else 0.0, float(not finite)])

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.export_folder import Export, read_export
-from data_prep.manifest import SPLITS, Manifest, file_sha256, verify_quick
+from data_prep.manifest import SPLITS, Manifest, verify_quick
 from kraken_train.cli import run_entry
 from kraken_train.config import require_choice, require_positive
 from kraken_train.data import open_split, sequential
 from kraken_train.errors import ConfigError, DataError
+from kraken_train.files import file_sha256
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.perplexity import evaluate
 
@@ -87,4 +88,4 @@ def write_json(record: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, EvaluateConfig, "evaluate", literal_keys=("export_dir", "data_dir", "output"))
+    run_entry(main, EvaluateConfig, "evaluate", path_keys=("export_dir", "data_dir", "output"))

@@ -128,4 +128,4 @@ def main(config: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, GenerateConfig, "generate", literal_keys=("export_dir", "prompt"))
+    run_entry(main, GenerateConfig, "generate", path_keys=("export_dir",), text_keys=("prompt",))

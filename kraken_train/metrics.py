@@ -29,10 +29,10 @@ class Metrics:
         self.progress: Progress | None = None
         if sys.stdout.isatty():
             self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
+                TextColumn("{task.description}"),
                 console=self.console,
             )
             self.progress.start()
@@ -48,10 +48,10 @@ class Metrics:
         except OSError as error:
             raise TrainingError(f"{self.file.name} cannot be written: {error.strerror}") from error
         line = describe(record)
-        if self.progress is None:
-            self.say(line)
-        else:
+        if self.progress is not None:
             self.progress.update(self.task, completed=int(record["step"]), description=line)
+        if self.progress is None or "validation_loss" in record:
+            self.say(line)
         if self.wandb is not None:
             self.wandb.log(dict(record), step=int(record["step"]))
 
@@ -104,7 +104,7 @@ def start_wandb(config: TrainConfig, run: RunFolder, summary: dict[str, Any]) ->
     tracking = config.tracking
     if tracking.mode == "off":
         return None
-    import wandb  # takes seconds, and not everybody uses it
+    import wandb  # noqa: PLC0415 (takes seconds, and not everybody uses it)
 
     try:
         return wandb.init(

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints.store import has_checkpoints, write_synced
+from checkpoints.store import has_checkpoints
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.config import ModelConfig, TrainConfig, dump_yaml, to_dict
 from kraken_train.errors import CheckpointError
+from kraken_train.files import replace_synced
 
 IDENTITY_FILE = "run.json"
 
@@ -47,8 +48,9 @@ def open_run_folder(
 ) -> RunFolder:
     """Create the run's folder, or open it to continue, as `config.resume` says.
 
-    The folder is locked against other processes. Raises CheckpointError, with nothing changed, where it holds something else, where `resume=must` finds no
-    checkpoint, and where `resume=never` would overwrite a run.
+    It stays locked against other processes until `held` is closed. Raises CheckpointError, with nothing changed,
+    where it holds something else, where `resume=must` finds no checkpoint, and where `resume=never` would overwrite
+    a run.
     """
     path = Path(config.run_dir)
     checkpoints = path / "checkpoints"
@@ -75,9 +77,7 @@ def open_run_folder(
         path.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(path))
         if existing is None:
-            temporary = path / f".{IDENTITY_FILE}.tmp"
-            write_synced(temporary, json.dumps({"id": run_id, **identity}, indent=1))
-            temporary.replace(path / IDENTITY_FILE)
+            replace_synced(path / IDENTITY_FILE, json.dumps({"id": run_id, **identity}, indent=1))
         dump_yaml(json.loads(json.dumps(to_dict(config))), path / "config.yaml")
         shutil.copytree(data_dir / TOKENIZER_FOLDER, path / TOKENIZER_FOLDER, dirs_exist_ok=True)
     except OSError as error:

@@ -27,7 +27,7 @@ from kraken_train.runtime import Runtime, read_runtime
 
 
 def main() -> None:
-    run_entry(train, TrainConfig, "train", literal_keys=("data_dir", "run_dir"))
+    run_entry(train, TrainConfig, "train", path_keys=("data_dir", "run_dir"))
 
 
 def train(config: TrainConfig) -> None:
@@ -127,7 +127,7 @@ class Trainer:
             self.metrics.record(record)
         self.stop_if_not_finite()
         # While steps are being skipped nothing is saved: the newest checkpoint stays one from before the trouble.
-        if result.applied and (last or self.step % self.config.checkpoint.every == 0):
+        if last or (result.applied and self.step % self.config.checkpoint.every == 0):
             self.save()
 
     def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:

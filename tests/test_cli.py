@@ -51,7 +51,7 @@ def test_free_text_reaches_the_program(text: str, monkeypatch: pytest.MonkeyPatc
     received: list[GenerateConfig] = []
     monkeypatch.setattr(sys, "argv", ["program", "export_dir=a,b (c)", f"prompt={text}"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by run_entry; this restores it afterwards
-    run_entry(received.append, GenerateConfig, "generate", literal_keys=("export_dir", "prompt"))
+    run_entry(received.append, GenerateConfig, "generate", path_keys=("export_dir",), text_keys=("prompt",))
     assert received[0].prompt == text and received[0].export_dir == "a,b (c)"
 
 

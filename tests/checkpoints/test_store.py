@@ -112,7 +112,7 @@ def test_failed_write_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.Mon
     for broken in ("write_synced", "file_sha256"):
         with monkeypatch.context() as patch:
             patch.setattr(store, broken, full)
-            with pytest.raises(CheckpointError, match="step 2 could not be written.*No space left.*step-00000001"):
+            with pytest.raises(CheckpointError, match=r"step 2 could not be written.*No space left.*step-00000001"):
                 save(tmp_path, 2)
         assert {path: path.read_bytes() for path in files(tmp_path)} == before
     assert find_good_checkpoint(tmp_path)[0].step == 1

@@ -17,10 +17,10 @@ from kraken_train.train import main
 PHASES = {  # phase: (function, whether it dies before it instead of after it, on which call)
     "before the tensors": ("write_tensors", True, 2),
     "after the tensors": ("write_tensors", False, 2),
-    "before the manifest": ("write_synced", True, 3),  # each save writes the manifest and the pointer
-    "before the rename": ("sync_folder", True, 3),
-    "before the pointer": ("point_to", True, 2),
-    "after the pointer": ("point_to", False, 2),
+    "before the manifest": ("write_synced", True, 2),
+    "before the rename": ("sync_folder", True, 2),
+    "before the pointer": ("replace_synced", True, 2),
+    "after the pointer": ("replace_synced", False, 2),
 }
 
 

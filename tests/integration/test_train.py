@@ -135,7 +135,7 @@ def test_killed_during_each_phase_of_a_save(data: Path, reference: Path, tmp_pat
     script = REPOSITORY / "tests" / "integration" / "dying_save.py"
     for phase in PHASES:
         command = [sys.executable, str(script), phase, *overrides(data, run, "checkpoint.every=1", "checkpoint.keep=2")]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == -signal.SIGKILL, (phase, result.stderr)
         checkpoint, problems = find_good_checkpoint(run / "checkpoints")
         assert not problems, phase

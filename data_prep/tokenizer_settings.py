@@ -1,0 +1,35 @@
+"""Which tokenizer, and how it is trained: the settings under `tokenizer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kraken_train.config import require_choice, require_positive
+from kraken_train.errors import ConfigError
+
+KINDS = ("sentencepiece", "sentencepiece_model", "gpt2", "huggingface")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """conf/tokenizer/KIND.yaml lists those that belong to a kind."""
+
+    kind: str
+    path: str | None = None  # sentencepiece_model: model file; huggingface: tokenizer.json or its folder
+    end_of_document: str | None = None  # token that ends a document; None takes the tokenizer's own
+    vocab_size: int = 8000  # tokens, end of document and bytes included
+    model_type: str = "bpe"
+    byte_fallback: bool = True
+    character_coverage: float = 0.9995
+    max_training_documents: int = 1_000_000
+    max_training_bytes: int = 30_000_000
+
+    def __post_init__(self) -> None:
+        require_choice("tokenizer.kind", self.kind, KINDS)
+        require_choice("tokenizer.model_type", self.model_type, ("bpe", "unigram"))
+        for name in ("vocab_size", "character_coverage", "max_training_documents", "max_training_bytes"):
+            require_positive(f"tokenizer.{name}", getattr(self, name))
+        if not 0.98 <= self.character_coverage <= 1:
+            raise ConfigError(f"tokenizer.character_coverage={self.character_coverage} must be from 0.98 to 1")
+        if self.kind in ("sentencepiece_model", "huggingface") and not self.path:
+            raise ConfigError(f"tokenizer.path is not set, which tokenizer={self.kind} needs; give tokenizer.path=FILE")

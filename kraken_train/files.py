@@ -1,0 +1,43 @@
+"""Files that must survive a crash or be recognised again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+BLOCK_BYTES = 1 << 20
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write `text` and wait until the disk has it."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_synced(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new one, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_synced(temporary, text)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""Who a process is, by what launchers put into its environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from kraken_train.errors import ConfigError
+from kraken_train.runtime import Runtime, export_rendezvous, read_runtime
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone
+        monkeypatch.delenv(name)
+
+
+def test_alone() -> None:
+    assert read_runtime() == Runtime(0, 0, 1, 1)
+
+
+def test_torchrun_and_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert read_runtime() == Runtime(5, 1, 8, 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert read_runtime() == Runtime(5, 1, 8, 2)
+
+
+def test_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"SLURM_PROCID": 3, "SLURM_LOCALID": 1, "SLURM_NTASKS": 4, "SLURM_NTASKS_PER_NODE": 2}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    runtime = read_runtime()
+    assert runtime == Runtime(3, 1, 4, 2)
+    with pytest.raises(ConfigError, match="4 ranks need MASTER_ADDR and MASTER_PORT"):
+        export_rendezvous(runtime)
+
+
+def test_nonsense(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "one", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="RANK='one' is not a number"):
+        read_runtime()
+
+
+def test_errors_reach_all_ranks_alone() -> None:
+    def fail() -> None:
+        raise ConfigError("wrong")
+
+    with pytest.raises(ConfigError, match="wrong"):
+        Runtime(0, 0, 1, 1).on_first(fail)
+    assert Runtime(0, 0, 1, 1).on_first(lambda: 7) == 7
