@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR := runs/demo
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test lint clean
 
 setup: $(VENV)/.ready
 
@@ -24,9 +24,6 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" --durations=10
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,8 +14,8 @@ from checkpoints.export_folder import require_unused, write_export
 from checkpoints.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.cli import run_entry
-from kraken_train.config import require_at_least, require_choice
 from kraken_train.errors import CheckpointError
+from kraken_train.rules import require_at_least, require_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
@@ -43,6 +43,8 @@ def export(config: ExportConfig) -> None:
         raise CheckpointError(f"run_dir={run_dir} is not a folder; name the run_dir of a training run")
     require_unused(output_dir)
     trained = read_weights(run_dir, config.step)
+    for problem in trained.passed_over:
+        print(f"passed over a damaged checkpoint: {problem}")
     tokenizer_dir = run_dir / TOKENIZER_FOLDER
     write_export(
         output_dir,

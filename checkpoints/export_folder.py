@@ -4,7 +4,8 @@
     config.json        the model's settings, `model_type`, `format_version`, `dtype` and what is known of the training
     tokenizer/         the tokenizer's files, absent if the model came without one
 
-It is written under a temporary name and renamed when complete.
+It is written under a temporary name, `.NAME.tmp`, and renamed when complete; what a killed attempt left there is
+removed by the next one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from torch import Tensor
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.architectures import build_model
-from kraken_train.config import KrakenConfig, ModelConfig, parse_model, to_dict
+from kraken_train.config import KrakenConfig, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.files import sync_folder
 from kraken_train.model import LanguageModel
+from kraken_train.parsing import to_dict
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -90,10 +93,12 @@ def write_export(
     the folder is in use, weights or tokenizer do not fit the model, or the disk refuses.
     """
     require_unused(output_dir)
+    output_dir = output_dir.resolve()  # so that it has a name and a parent
     require_matching_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, model_config, "the model")
     if tokenizer_dir is not None:
         require_fitting_tokenizer(tokenizer_dir, model_config)
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp-{os.getpid()}")
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
@@ -102,7 +107,9 @@ def write_export(
         (temporary / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
         if tokenizer_dir is not None:
             shutil.copytree(tokenizer_dir, temporary / TOKENIZER_FOLDER)
+        sync_tree(temporary)
         os.replace(temporary, output_dir)  # over an empty folder too
+        sync_folder(output_dir.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the export {output_dir} could not be written: {error}") from error
     finally:
@@ -110,9 +117,21 @@ def write_export(
 
 
 def require_unused(output_dir: Path) -> None:
-    """Raises CheckpointError unless `output_dir` is free or an empty folder."""
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+    """Raises CheckpointError unless `output_dir` is free or an empty folder that can be replaced."""
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir() or any(output_dir.iterdir()):
         raise CheckpointError(f"output_dir={output_dir} exists and is not an empty folder; name another or remove it")
+    folder = output_dir.resolve()
+    if folder == Path.cwd() or folder.is_mount():
+        kind = "a mount point" if folder.is_mount() else "the folder that the command runs in"
+        raise CheckpointError(f"output_dir={output_dir} is {kind}, which cannot be replaced; name a folder inside it")
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until the disk has all files and folders below `folder`, and itself."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_folder(path)  # which does the same for a file
 
 
 def require_fitting_tokenizer(tokenizer_dir: Path, config: ModelConfig) -> None:

@@ -24,6 +24,7 @@ SUB_LAYER_NAMES = {
     "mlp.c_fc.weight": "ffn.up.weight",
     "mlp.c_proj.weight": "ffn.down.weight",
 }
+CAUSAL_MASKS = ("attn.bias", "attn.masked_bias")  # buffers of their attention under an old PyTorch, no weights
 SHARED_NAMES = {
     "transformer.wpe.weight": "position_embedding.weight",
     "transformer.ln_f.weight": "final_norm.weight",
@@ -36,7 +37,8 @@ def convert_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, 
     """The authors' state dict, of any N and depth, as one of `KrakenModel`.
 
     Takes keys with or without torch.compile's `_orig_mod.` prefix, and the tied embedding under either or both of
-    its names. Raises CheckpointError for keys that are unknown, missing or contradict each other.
+    its names; leaves out causal masks. Raises CheckpointError for keys that are unknown, missing or contradict each
+    other.
     """
     weights = {name.removeprefix(COMPILE_PREFIX): tensor for name, tensor in state_dict.items()}
     converted = {"token_embedding.weight": take_tied_embedding(weights)}
@@ -48,6 +50,8 @@ def convert_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, 
     num_sub_layers = num_layers = 0
     for name in list(weights):
         match = SUB_LAYER_WEIGHT.fullmatch(name)
+        if match is not None and match[3] in CAUSAL_MASKS:
+            del weights[name]
         if match is None or match[3] not in SUB_LAYER_NAMES:
             continue
         sub_layer, layer = int(match[1]), int(match[2])

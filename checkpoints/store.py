@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -23,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from kraken_train.config import ModelConfig, parse_model
 from kraken_train.errors import CheckpointError
@@ -53,6 +54,7 @@ class TrainedWeights:
     model_config: ModelConfig
     weights: dict[str, Tensor]
     metadata: dict[str, Any]
+    passed_over: list[str]  # why newer checkpoints of the run were not taken
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -91,6 +93,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) ->
 def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any]) -> None:
     final = folder / f"step-{step:08d}"
     try:
+        require_all_parts(temporary)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(temporary.iterdir())
@@ -107,6 +110,17 @@ def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any]) 
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(describe_failed_save(folder, step, root_message(error))) from error
+
+
+def require_all_parts(temporary: Path) -> None:
+    """Raises CheckpointError unless the files of all ranks are here, as they are on a shared file system."""
+    for part in sorted({info.relative_path for info in read_index(temporary).storage_data.values()}):
+        if not (temporary / part).is_file():
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"{part} of the checkpoint was written by another node and cannot be seen in {temporary}; run_dir must "
+                "be on a file system that all nodes share"
+            )
 
 
 def drop_old(folder: Path, keep: int) -> None:
@@ -160,7 +174,10 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def find_good_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over. CheckpointError where none does."""
+    """The newest checkpoint that verifies, and why newer ones were passed over.
+
+    Raises CheckpointError where there is none, or none that is whole.
+    """
     problems: list[str] = []
     for path in reversed(step_folders(folder)):
         try:
@@ -170,6 +187,15 @@ def find_good_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     if problems:
         raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}")
     raise CheckpointError(f"there is no checkpoint in {folder}")
+
+
+def set_aside_after(checkpoint: Checkpoint) -> None:
+    """Rename checkpoints newer than this one, which are damaged, so that they no longer count as any."""
+    for path in step_folders(checkpoint.path.parent):
+        if path.name > checkpoint.path.name:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
@@ -214,9 +240,12 @@ def load_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> dict
         if name not in stored:
             raise CheckpointError(f"{checkpoint.path} holds no tensor {name}; it is the checkpoint of another model")
     tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in wanted}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a single process loads without a process group
-        dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a single process loads without a process group
+            dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=True)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be read: {root_message(error)}") from error
     return tensors
 
 
@@ -224,21 +253,21 @@ def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
     """The weights of a run's newest good checkpoint, or of the one at `step`. Raises CheckpointError."""
     folder = run_dir / "checkpoints"
     if step is None:
-        checkpoint, _ = find_good_checkpoint(folder)
+        checkpoint, passed_over = find_good_checkpoint(folder)
     else:
         available = [str(int(path.name.removeprefix("step-"))) for path in step_folders(folder)]
         if str(step) not in available:
             raise CheckpointError(f"step={step} is not in {folder}; there are {', '.join(available) or 'none'}")
-        checkpoint = verify_checkpoint(folder / f"step-{step:08d}")
+        checkpoint, passed_over = verify_checkpoint(folder / f"step-{step:08d}"), []
     names = [name for name in stored_tensors(checkpoint) if name.startswith(WEIGHT_PREFIX)]
     weights = {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in load_tensors(checkpoint, names).items()}
     metadata = {"step": checkpoint.step, **checkpoint.metadata}
-    return TrainedWeights(parse_model(metadata["model"]), weights, metadata)
+    return TrainedWeights(parse_model(metadata["model"]), weights, metadata, passed_over)
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     """Shape and type of each tensor in the checkpoint."""
-    stored = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    stored = read_index(checkpoint.path).state_dict_metadata
     return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -258,3 +287,11 @@ def root_message(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     # PyTorch's zip writer reports a short write, which is what a full disk gives, by position only.
     return os.strerror(errno.ENOSPC) if "unexpected pos" in str(error) else (text[0] if text else type(error).__name__)
+
+
+def read_index(path: Path) -> Metadata:
+    """What the checkpoint library has written where. Raises CheckpointError."""
+    try:
+        return dcp.FileSystemReader(path).read_metadata()
+    except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the index of {path} cannot be read: {root_message(error)}") from error

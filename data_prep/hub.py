@@ -36,7 +36,10 @@ class HubSource:
             try:
                 row = next(rows, None)
             except Exception as error:  # the library raises its own, those of its file systems and of HTTP clients
-                raise self._failure(f"reading row {number + 1} failed", error) from error
+                raise DataError(
+                    f"source={self.location}: reading row {number + 1} from the Hugging Face Hub failed "
+                    f"({_reason(error)}); check dataset_config, dataset_split and the network"
+                ) from error
             if row is None:
                 return
             number += 1
@@ -63,13 +66,12 @@ class HubSource:
                 )
             )
         except Exception as error:
-            raise self._failure(
-                "there is no such file or folder, and no such dataset could be opened", error
+            raise DataError(
+                f"source={self.location}: there is no such file or folder here, and no such dataset could be opened "
+                f"on the Hugging Face Hub ({_reason(error)}); if a file is meant, its path is mistyped; otherwise "
+                "check the dataset's name, dataset_config, dataset_split and the network"
             ) from error
 
-    def _failure(self, what: str, error: Exception) -> DataError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return DataError(
-            f"source={self.location}: {what} on the Hugging Face Hub ({reason}); check the name, "
-            "dataset_config, dataset_split and the network, or give a file, a folder or embedded"
-        )
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.indexed import bin_path, file_size, idx_path, idx_size
-from kraken_train.config import from_dict
 from kraken_train.errors import ConfigError, DataError
 from kraken_train.files import file_sha256, replace_synced
+from kraken_train.parsing import from_dict
 
 FORMAT = "kraken-data"
 VERSION = 1
@@ -173,7 +173,7 @@ def verify_quick(data_dir: Path) -> Manifest:
     for name, sha256 in manifest.tokenizer.files.items():
         path = data_dir / TOKENIZER_FOLDER / name
         file_size(path)
-        _require_same_content(path, file_sha256(path), sha256)
+        require_same_content(path, file_sha256(path), sha256)
     return manifest
 
 
@@ -190,11 +190,11 @@ def _verify_shard(data_dir: Path, shard: ShardEntry) -> None:
                 f"{path} has {found} bytes, but {data_dir / MANIFEST_NAME} lists it with {expected}: it is {state}; "
                 "copy it again or prepare the data again"
             )
-    _require_same_content(idx_path(prefix), file_sha256(idx_path(prefix)), shard.idx_sha256)
-    _require_same_content(bin_path(prefix), probe_sha256(bin_path(prefix)), shard.bin_probe_sha256)
+    require_same_content(idx_path(prefix), file_sha256(idx_path(prefix)), shard.idx_sha256)
+    require_same_content(bin_path(prefix), probe_sha256(bin_path(prefix)), shard.bin_probe_sha256)
 
 
-def _require_same_content(path: Path, found: str, expected: str) -> None:
+def require_same_content(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise DataError(
             f"{path} has other content than {MANIFEST_NAME} lists (checksum {found[:12]}, expected {expected[:12]}): "

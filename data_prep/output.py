@@ -7,7 +7,6 @@ the next one.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, load_manifest, verify_quick
 from kraken_train.errors import DataError
-from kraken_train.files import sync_folder
+from kraken_train.files import sync_folder, try_lock
 
 MARK = ".kraken-partial"  # says that a folder is ours to remove
 
@@ -36,6 +35,11 @@ def finished_result(folder: Path, request: dict[str, Any]) -> Manifest | None:
     if not names:
         if os.path.ismount(folder):
             raise DataError(f"output_dir={folder} is a mount point, which cannot be replaced; name a folder inside it")
+        if folder == Path.cwd():
+            raise DataError(
+                f"output_dir={folder} is the folder that the command runs in, which cannot be replaced; "
+                "name a folder inside it"
+            )
         return None
     if MANIFEST_NAME not in names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -104,14 +108,8 @@ def _remove_leftover(partial: Path) -> None:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    """Held while this process lives. A file system that has no locks goes without."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"another process is preparing {folder} right now; wait for it or end it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
-            raise
+    if not try_lock(descriptor):
+        raise DataError(f"another process is preparing {folder} right now; wait for it or end it")
 
 
 def _write_error(folder: Path, error: OSError) -> DataError:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.documents import BadRecords, Source
+from data_prep.hub import HubSource
 from data_prep.indexed import token_dtype
 from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry
 from data_prep.output import finished_result, partial_folder
@@ -29,9 +30,9 @@ from data_prep.sources import SourceSettings, open_source
 from data_prep.splits import write_splits
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.cli import run_entry
-from kraken_train.config import require_choice, require_positive
 from kraken_train.errors import ConfigError
 from kraken_train.files import file_sha256
+from kraken_train.rules import require_choice, require_positive
 
 PATH_KEYS = ("source", "output_dir", "tokenizer.path")
 TEXT_KEYS = ("text_field", "dataset_config", "dataset_split", "tokenizer.end_of_document")
@@ -75,6 +76,11 @@ def prepare(config: PrepareConfig) -> Manifest:
         return finished
     for file in getattr(source, "ignored", [])[:3]:
         print(f"note: {file} is of no kind that is read, so it is left out")
+    if source.kind == HubSource.kind:
+        print(
+            f"{source.location} is no file or folder here; asking the Hugging Face Hub for a dataset of that name",
+            flush=True,
+        )
 
     bad_records = BadRecords(config.on_bad_record)
     with partial_folder(output) as folder:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kraken_train.config import require_choice, require_positive
 from kraken_train.errors import ConfigError
+from kraken_train.rules import require_choice, require_positive
 
 KINDS = ("sentencepiece", "sentencepiece_model", "gpt2", "huggingface")
 

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import hydra
 
-from kraken_train.config import COMPOSITION_ERRORS, describe_composition_error, escape_interpolations, from_hydra
+from kraken_train.config import setting_names
 from kraken_train.errors import KrakenError
+from kraken_train.parsing import COMPOSITION_ERRORS, describe_composition_error, escape_interpolations, from_hydra
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 USER_ERROR_EXIT_CODE = 2
@@ -55,7 +56,7 @@ def run_entry(
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
     except COMPOSITION_ERRORS as error:
-        exit_with_message(describe_composition_error(error, schema))
+        exit_with_message(describe_composition_error(error, setting_names(schema)))
     except KeyboardInterrupt:
         sys.exit(130)
 

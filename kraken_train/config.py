@@ -1,30 +1,18 @@
 """Configuration: frozen dataclasses, parsed once at the edge and validated before anything else happens.
 
-This is the only file that knows OmegaConf. Below the entry points there is no `DictConfig`. A class here says what
-its settings mean and which rules they obey (`validate`); it never repairs a value.
+Below the entry points there is no `DictConfig`. A class here says what its settings mean and which rules they obey
+(`validate`); it never repairs a value.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-import yaml
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from typing import Any, get_type_hints
 
 from kraken_train.errors import ConfigError
-
-Schema = TypeVar("Schema")
-
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
-
+from kraken_train.parsing import from_dict
+from kraken_train.rules import require_at_least, require_choice, require_divides, require_positive
 
 # ---------------------------------------------------------------------------------------------------------------
 # Models
@@ -310,6 +298,11 @@ class TrainConfig:
             require_positive("peak_tflops", self.peak_tflops)
         for part in (self.optim, self.schedule, self.engine, self.checkpoint, self.validation, self.tracking):
             part.validate()
+        if self.schedule.name == "wsd" and self.schedule.warmup_steps + self.schedule.decay_steps > self.max_steps:
+            raise ConfigError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} and schedule.decay_steps="
+                f"{self.schedule.decay_steps} together are more than max_steps={self.max_steps}; lower them"
+            )
 
     def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per rank and optimizer step. Raises ConfigError where the batch does not divide."""
@@ -323,131 +316,6 @@ class TrainConfig:
                 f"use global_batch_size={would}, or another micro_batch_size"
             )
         return self.global_batch_size // samples
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rules
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"{name}={value} must be greater than 0")
-
-
-def require_at_least(name: str, value: float, minimum: float) -> None:
-    if not value >= minimum:
-        raise ConfigError(f"{name}={value} must be at least {minimum}")
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value} is not known; use {' or '.join(choices)}{suggestion(value, choices)}")
-
-
-def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
-    if value % divisor:
-        divisors = [str(d) for d in range(1, value + 1) if value % d == 0]
-        nearest = sorted(divisors, key=lambda d: abs(int(d) - divisor))[:4]
-        raise ConfigError(
-            f"{divisor_name}={divisor} does not divide {name}={value}; "
-            f"near it, {', '.join(sorted(nearest, key=int))} would"
-        )
-
-
-def suggestion(value: object, choices: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From YAML and Hydra to dataclasses
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def from_hydra(composed: DictConfig, schema: type[Schema]) -> Schema:
-    """The composed configuration as a validated object of `schema`. Raises ConfigError."""
-    try:
-        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(describe_composition_error(error)) from error
-    return from_dict({str(key): value for key, value in dict(settings).items()}, schema)  # type: ignore[arg-type]
-
-
-def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") -> Schema:
-    """`settings` as a validated object of the dataclass `schema`; unknown keys are refused. Raises ConfigError."""
-    dot = f"{prefix}." if prefix else ""
-    refuse_unknown(settings, schema, dot)
-    try:
-        parsed = TypeAdapter(schema).validate_python(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = dot + ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise ConfigError(f"{name} is not set; give {name}=VALUE") from None
-        given = "null" if first["input"] is None else first["input"]
-        raise ConfigError(f"{name}={given}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
-    if hasattr(parsed, "validate"):
-        parsed.validate()
-    return parsed
-
-
-def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
-    kinds = get_type_hints(schema)
-    for key, value in settings.items():
-        if key not in kinds:
-            known = ", ".join(dot + name for name in kinds)
-            raise ConfigError(f"{dot}{key} is not a setting{suggestion(key, tuple(kinds))}; known: {known}")
-        if dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict):
-            refuse_unknown(value, kinds[key], f"{dot}{key}.")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration object as plain values, the inverse of `from_dict`."""
-    return dataclasses.asdict(config)
-
-
-def dump_yaml(settings: dict[str, Any], path: Path) -> None:
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    loaded = yaml.safe_load(path.read_text())
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} does not hold settings (a YAML mapping)")
-    return loaded
-
-
-def escape_interpolations(text: str) -> str:
-    """Text that OmegaConf reads back as it stands, although `${` opens an interpolation there."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def describe_composition_error(error: Exception, schema: type | None = None) -> str:
-    """One line for what Hydra or OmegaConf refused: the key, its value and what would work."""
-    text = str(error)
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown and "To append to your config" in text:
-        key = unknown.group(1)
-        known = setting_names(schema) if schema else ()
-        return f"{key} is not a setting{suggestion(key, known)}; see --help for all"
-    unreadable = getattr(error, "override", None)  # of Hydra's OverrideParseException
-    if unreadable is not None:
-        return f"{unreadable} cannot be read as key=value; put quotes around a value with special characters"
-    group = re.search(r"Could not find '([^']+)'", text)
-    if group:
-        available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        name, _, choice = group.group(1).rpartition("/")
-        if available:
-            close = suggestion(choice, tuple(available))
-            return f"{name}={choice} is not known; use one of {', '.join(available)}{close}"
-    missing = re.search(r"Missing mandatory value: (\S+)", text)
-    if missing:
-        return f"{missing.group(1)} is not set; give {missing.group(1)}=VALUE"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    key_line = next((line for line in lines if line.startswith("full_key:")), "")
-    message = lines[0] if lines else type(error).__name__
-    return f"{key_line.removeprefix('full_key:').strip()}: {message}" if key_line else message
 
 
 def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from kraken_train.cli import run_entry
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig, parse_model, require_positive
+from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig, parse_model
 from kraken_train.errors import ConfigError
+from kraken_train.rules import require_positive
 
 HEAD_DIM_STEP = 8
 BEST_HEAD_DIMS = (64, 128)
@@ -35,7 +36,10 @@ class DeriveConfig:
     def validate(self) -> None:
         """Raises ConfigError."""
         require_positive("num_sub_layers", self.num_sub_layers)
-        require_positive("tolerance", self.tolerance)
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(
+                f"tolerance={self.tolerance} must be greater than 0 and less than 1: it is a fraction, 0.02 means 2%"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ class Candidate:
 
     @property
     def overrides(self) -> str:
-        """The command-line settings that train this model."""
-        names = ("num_sub_layers", "num_layers", "hidden_size", "heads_per_sub_layer", "vocab_size", "context_length")
-        settings = [f"model.{name}={getattr(self.config, name)}" for name in names]
+        """The command-line settings that train this model: all but those at their default, which conf/model has too."""
+        values = [(field.name, getattr(self.config, field.name), field.default) for field in fields(self.config)]
+        settings = [f"model.{name}={value}" for name, value, default in values if value != default]
         return " ".join(["model=kraken-125m-4way", *settings])
 
     @property
@@ -95,10 +99,11 @@ def derive(base: ModelConfig, num_sub_layers: int, tolerance: float = 0.02) -> l
     fitting = [candidate for candidate in candidates if abs(candidate.difference) <= tolerance]
     if not fitting:
         nearest = min(candidates, key=lambda candidate: abs(candidate.difference))
+        needed = round_up(abs(nearest.difference))
         raise ConfigError(
             f"no width of {num_sub_layers} sub-layers is within tolerance={tolerance} of the base's "
             f"{base.num_parameters:,} parameters; the nearest, hidden_size={nearest.config.hidden_size}, differs by "
-            f"{nearest.difference:+.1%}: use tolerance={round_up(abs(nearest.difference)):g} or another num_sub_layers"
+            f"{nearest.difference:+.1%}: use {f'tolerance={needed:g} or ' if needed < 1 else ''}another num_sub_layers"
         )
     return sorted(fitting, key=lambda candidate: candidate.rank)
 
@@ -182,10 +187,12 @@ def main(config: DeriveConfig) -> None:
     print(f"to train the first: python -m kraken_train.train {candidates[0].overrides}")
     if candidates[0].config.head_dim not in BEST_HEAD_DIMS:
         faster = nearest_with_best_heads(candidates[0].base, config.num_sub_layers)
-        print(
-            f"heads of 64 or 128 are fastest: hidden_size={faster.config.hidden_size} would have them at "
-            f"{faster.difference:+.1%} parameters (tolerance={round_up(abs(faster.difference)):g})"
-        )
+        needed = round_up(abs(faster.difference))
+        if needed < 1:
+            print(
+                f"heads of 64 or 128 are fastest: hidden_size={faster.config.hidden_size} would have them at "
+                f"{faster.difference:+.1%} parameters (tolerance={needed:g})"
+            )
 
 
 if __name__ == "__main__":

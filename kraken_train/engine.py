@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -65,6 +65,12 @@ def start_processes(runtime: Runtime) -> None:
     deepspeed.init_distributed(
         dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
     )
+
+
+def stop_processes(runtime: Runtime) -> None:
+    """Leave the other ranks in good order, at the end of a run that has succeeded."""
+    if runtime.world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 class Engine:
@@ -136,23 +142,31 @@ class Engine:
             yield from optimizer.fp32_groups_gradients_flat
 
     def state(self) -> dict[str, Tensor]:
-        """fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`), whole, on the CPU. A collective."""
+        """This rank's share of the training state, on the CPU. A collective.
+
+        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). Each rank keeps whole
+        tensors of every so-many-th parameter, so that memory and writing are shared.
+        """
         state = {}
-        for name, parameter in self.model.named_parameters():
-            state[f"model.{name}"] = safe_get_full_fp32_param(parameter).cpu()
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
             for moment in MOMENTS:
-                state[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+                tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
+            if index % self.runtime.world_size == self.runtime.rank:
+                state.update({key: tensor.cpu() for key, tensor in tensors.items()})
         return state
 
-    def load_state(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
-        """Take over what `state()` returned after `optimizer_steps` updates. A collective."""
+    def load_state(self, read: Callable[[list[str]], dict[str, Tensor]], optimizer_steps: int) -> None:
+        """Take over the state after `optimizer_steps` updates; `read` returns the named tensors of it, whole."""
         self.set_optimizer_steps(optimizer_steps)
         for name, parameter in self.model.named_parameters():
-            weight = state[f"model.{name}"].to(self.device)
+            moments = {moment: f"optimizer.{moment}.{name}" for moment in MOMENTS}
+            tensors = read([f"model.{name}", *moments.values()])
+            weight = tensors[f"model.{name}"].to(self.device)
             safe_set_full_fp32_param(parameter, weight)
             parameter.data.copy_(weight)  # the weights that the model computes with, bf16 or fp32
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"optimizer.{moment}.{name}"].to(self.device), moment)
+            for moment, key in moments.items():
+                safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), moment)
 
     def create_optimizer_state(self) -> None:
         """Make AdamW's state, which otherwise appears with the first update, without changing a weight.
@@ -198,6 +212,7 @@ def deepspeed_settings(config: TrainConfig, data_parallel_size: int) -> dict[str
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # by default bf16 gradients are summed over the ranks in bf16
         "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": False},
         "steps_per_print": None,
     }

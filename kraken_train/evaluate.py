@@ -15,12 +15,12 @@ from typing import Any
 from checkpoints.export_folder import Export, read_export
 from data_prep.manifest import SPLITS, Manifest, verify_quick
 from kraken_train.cli import run_entry
-from kraken_train.config import require_choice, require_positive
 from kraken_train.data import open_split, sequential
 from kraken_train.errors import ConfigError, DataError
 from kraken_train.files import file_sha256
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.perplexity import evaluate
+from kraken_train.rules import require_choice, require_positive
 
 
 @dataclass(frozen=True)

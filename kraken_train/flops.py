@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
@@ -14,6 +15,7 @@ BF16_PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
@@ -26,6 +28,7 @@ FP32_PEAK_TFLOPS = {
     "B200": 80.0,
     "H200": 67.0,
     "H100 PCIe": 51.0,
+    "H100 NVL": 60.0,
     "H100": 67.0,
     "A100": 19.5,
     "L40S": 91.6,
@@ -52,7 +55,7 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type == "cuda":
         table = BF16_PEAK_TFLOPS if precision == "bf16" else FP32_PEAK_TFLOPS
         name = torch.cuda.get_device_name(device)
-        return next((tflops * 1e12 for part, tflops in table.items() if part in name), None)
+        return next((tflops * 1e12 for part, tflops in table.items() if re.search(rf"\b{part}\b", name)), None)
     size = 1024
     a = torch.randn(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     a @ a

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from checkpoints.export_folder import read_export
 from kraken_train.cli import run_entry
-from kraken_train.config import require_choice, require_positive
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.inference.kv_cache import make_caches
 from kraken_train.inference.sampling import Sampling, draw
 from kraken_train.model import LanguageModel
+from kraken_train.rules import require_choice, require_positive
 
 
 @dataclass(frozen=True)

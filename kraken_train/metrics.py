@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kraken_train.config import TrainConfig, to_dict
+from kraken_train.config import TrainConfig
 from kraken_train.errors import ConfigError, TrainingError
+from kraken_train.parsing import to_dict
 from kraken_train.run_folder import RunFolder
 
 Record = dict[str, float | int]
@@ -23,8 +26,12 @@ class Metrics:
 
     def __init__(self, config: TrainConfig, run: RunFolder, step: int, summary: dict[str, Any]) -> None:
         self.console = Console(stderr=False, highlight=False)
-        drop_records_after(run.metrics, step)
-        self.file = run.metrics.open("a", buffering=1)
+        try:
+            run.write_config(config)
+            drop_records_after(run.metrics, step)
+            self.file = run.metrics.open("a", buffering=1)
+        except OSError as error:
+            raise TrainingError(f"{run.path} cannot be written: {error.strerror}") from error
         self.wandb = start_wandb(config, run, summary)
         self.progress: Progress | None = None
         if sys.stdout.isatty():
@@ -55,12 +62,17 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(dict(record), step=int(record["step"]))
 
-    def close(self) -> None:
-        self.file.close()
+    def sync(self) -> None:
+        """Wait until the disk has all records: those up to a checkpoint's step must not be lost with a machine."""
+        os.fsync(self.file.fileno())
+
+    def close(self, failed: bool) -> None:
+        with contextlib.suppress(OSError):  # a full disk has been reported by `record`
+            self.file.close()
         if self.progress is not None:
             self.progress.stop()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(failed))
 
 
 def describe(record: Record) -> str:

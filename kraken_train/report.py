@@ -47,7 +47,7 @@ def read_run(run_dir: Path) -> Run:
     """What the run logged; where a resumed run logged a step again, the later record counts. Raises DataError."""
     path = run_dir / METRICS_FILE
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); name the run_dir of a training run") from error
     by_step: dict[int, dict[str, Any]] = {}
@@ -62,10 +62,10 @@ def read_run(run_dir: Path) -> Run:
     return Run(run_dir.resolve().name, [by_step[step] for step in sorted(by_step)])
 
 
-def parse_record(line: str) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except ValueError:  # no JSON, or no UTF-8
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

@@ -9,9 +9,10 @@ checkpoints/  see `checkpoints.store`
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,13 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints.store import has_checkpoints
+from checkpoints.store import find_good_checkpoint, has_checkpoints
 from data_prep.manifest import TOKENIZER_FOLDER
-from kraken_train.config import ModelConfig, TrainConfig, dump_yaml, to_dict
+from kraken_train.config import ModelConfig, TrainConfig
 from kraken_train.errors import CheckpointError
-from kraken_train.files import replace_synced
+from kraken_train.files import replace_synced, try_lock
+from kraken_train.parsing import to_dict, to_yaml
 
 IDENTITY_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
+
+    def write_config(self, config: TrainConfig) -> None:
+        replace_synced(self.path / CONFIG_FILE, to_yaml(config))
 
 
 def open_run_folder(
@@ -55,7 +62,7 @@ def open_run_folder(
     path = Path(config.run_dir)
     checkpoints = path / "checkpoints"
     identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
-    existing = read_identity(path)
+    existing = read_identity(path) or identity_of_checkpoints(checkpoints)
     if existing is None and path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise CheckpointError(
             f"run_dir={path} is not empty and holds no run ({IDENTITY_FILE} is missing); use a new or empty folder"
@@ -76,12 +83,11 @@ def open_run_folder(
     try:
         path.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(path))
-        if existing is None:
+        if not (path / IDENTITY_FILE).exists():
             replace_synced(path / IDENTITY_FILE, json.dumps({"id": run_id, **identity}, indent=1))
-        dump_yaml(json.loads(json.dumps(to_dict(config))), path / "config.yaml")
-        shutil.copytree(data_dir / TOKENIZER_FOLDER, path / TOKENIZER_FOLDER, dirs_exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror} ({error.filename})") from error
+        copy_once(data_dir / TOKENIZER_FOLDER, path / TOKENIZER_FOLDER)
+    except OSError as error:  # shutil.Error, which is one, has no strerror
+        raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror or error}") from error
     return RunFolder(path, run_id, resuming=has_checkpoints(checkpoints))
 
 
@@ -96,6 +102,19 @@ def read_identity(path: Path) -> dict[str, Any] | None:
         return {"id": identity["id"], **{key: identity[key] for key in ("model", "data_fingerprint", "seed")}}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged; use another run_dir, or restore the file") from error
+
+
+def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
+    """The same from the newest good checkpoint, for a run whose identity file was lost."""
+    if not has_checkpoints(folder):
+        return None
+    metadata = find_good_checkpoint(folder)[0].metadata
+    return {
+        "id": metadata["run_id"],
+        "model": metadata["model"],
+        "data_fingerprint": metadata["data_fingerprint"],
+        "seed": metadata["config"]["seed"],
+    }
 
 
 def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -122,9 +141,23 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from writing to the folder. Raises CheckpointError if one does."""
-    with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"run_dir={path} is being written by another process; stop it first") from error
+    with (path / ".lock").open("a") as file:
+        if not try_lock(file.fileno()):
+            raise CheckpointError(
+                f"run_dir={path} is being written by another process ({(path / '.lock').read_text() or 'unknown'}); "
+                "stop it first"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
+
+
+def copy_once(source: Path, target: Path) -> None:
+    """Copy a folder, unless the whole of it is there already."""
+    if target.exists():
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    temporary.rename(target)

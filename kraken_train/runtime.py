@@ -22,7 +22,8 @@ Result = TypeVar("Result")
 # (rank, local rank, number of ranks, number of ranks on this machine), in order of preference.
 LAUNCHER_VARIABLES = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", ("SLURM_NTASKS_PER_NODE",)),
+    # Set by srun for each task; the variables of the job itself are also there in a batch script, which is no task.
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ("SLURM_STEP_TASKS_PER_NODE",)),
 )
 
 
@@ -41,10 +42,17 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """This rank's GPU; the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
-        if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-            return torch.device("cuda", self.local_rank)
-        return torch.device("cpu")
+        """This rank's GPU; the CPU where there is none or DS_ACCELERATOR=cpu asks for it. Raises ConfigError."""
+        if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+            return torch.device("cpu")
+        visible = torch.cuda.device_count()
+        if visible > 1 and self.local_rank >= visible:
+            raise ConfigError(
+                f"rank {self.rank} is number {self.local_rank} on its machine, which has {visible} GPUs; start as many "
+                "ranks per machine as it has GPUs"
+            )
+        # Where the launcher shows each rank its own GPU only, that one is number 0.
+        return torch.device("cuda", self.local_rank if visible > 1 else 0)
 
     @property
     def backend(self) -> str:
@@ -59,16 +67,20 @@ class Runtime:
             torch.set_num_threads(max(1, cores // self.local_world_size))
 
     def on_first(self, function: Callable[[], Result]) -> Result:
-        """Call `function` on rank 0 and return its result on all ranks; a user's error is raised on all as well."""
-        outcome: list[Result | KrakenError | None] = [None]
+        """Call `function` on rank 0 and return its result on all ranks; an error is raised on all of them as well."""
+        if self.world_size == 1:
+            return function()
+        outcome: list[Result | Exception | None] = [None]
         if self.is_first:
             try:
                 outcome[0] = function()
             except KrakenError as error:
                 outcome[0] = error
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], KrakenError):
+            except Exception as error:
+                dist.broadcast_object_list([RuntimeError(f"rank 0: {error!r}")], src=0)  # the others must not wait
+                raise
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
 
@@ -89,16 +101,18 @@ def read_runtime() -> Runtime:
     for rank, local_rank, world_size, local_world_size in LAUNCHER_VARIABLES:
         if rank in os.environ and world_size in os.environ:
             world = read_integer(world_size)
-            local = next((read_integer(name) for name in local_world_size if name in os.environ), world)
+            local = next((read_integer(name) for name in local_world_size if os.environ.get(name)), world)
             return Runtime(read_integer(rank), read_integer(local_rank), world, local)
     return Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 
 def read_integer(name: str) -> int:
-    value = os.environ.get(name, "")
+    value = os.environ.get(name, "").partition("(")[0]  # Slurm writes 2(x3) for two tasks on each of three nodes
     if not value.isdigit():
-        raise ConfigError(f"the launcher's environment variable {name}={value!r} is not a number; start ranks with "
-                          "the deepspeed launcher, torchrun or srun")  # fmt: skip
+        raise ConfigError(
+            f"the launcher's environment variable {name}={value!r} is not a number; start ranks with the deepspeed "
+            "launcher, torchrun or srun"
+        )
     return int(value)
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from checkpoints.store import find_good_checkpoint, load_tensors, save_checkpoint
+from checkpoints.store import Checkpoint, find_good_checkpoint, load_tensors, save_checkpoint, set_aside_after
 from data_prep.manifest import Manifest, verify_quick
 from kraken_train.architectures import build_model
 from kraken_train.cli import run_entry
-from kraken_train.config import ModelConfig, TrainConfig, parse_model, to_dict
+from kraken_train.config import ModelConfig, TrainConfig, parse_model
 from kraken_train.data import Samples, TokenStream, open_split, sequential
-from kraken_train.engine import Engine, start_processes
+from kraken_train.engine import Engine, start_processes, stop_processes
 from kraken_train.errors import CheckpointError, TrainingError
 from kraken_train.flops import device_peak_flops, training_flops_per_token
 from kraken_train.metrics import Metrics, Record
 from kraken_train.optim import learning_rate
+from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.run_folder import RunFolder, open_run_folder
 from kraken_train.runtime import Runtime, read_runtime
+
+LEARNING_SETTINGS = ("optim", "schedule", "global_batch_size", "precision")
 
 
 def main() -> None:
@@ -45,6 +49,7 @@ def train(config: TrainConfig) -> None:
         trainer = Trainer(config, model_config, samples, manifest, run, runtime)
         trainer.restore()
         trainer.run_steps()
+    stop_processes(runtime)
 
 
 class Trainer:
@@ -77,17 +82,21 @@ class Trainer:
         self.metrics: Metrics | None = None
 
     def run_steps(self) -> None:
-        if self.runtime.is_first:
-            self.metrics = Metrics(self.config, self.run, self.step, self.summary())
+        self.runtime.on_first(self.start_metrics)
         self.introduce()
         if self.peak_flops is None:
             self.peak_flops = device_peak_flops(self.runtime.device, self.config.precision)
+        finished = False
         try:
             while self.step < self.config.max_steps:
                 self.train_step()
+            finished = True
         finally:
             if self.metrics is not None:
-                self.metrics.close()
+                self.metrics.close(failed=not finished)
+
+    def start_metrics(self) -> None:
+        self.metrics = Metrics(self.config, self.run, self.step, self.summary())
 
     def train_step(self) -> None:
         started, waited = time.perf_counter(), 0.0
@@ -125,9 +134,10 @@ class Trainer:
             last or self.step % self.config.log_every == 0 or "validation_loss" in record or not result.applied
         ):
             self.metrics.record(record)
-        self.stop_if_not_finite()
         # While steps are being skipped nothing is saved: the newest checkpoint stays one from before the trouble.
-        if last or (result.applied and self.step % self.config.checkpoint.every == 0):
+        if self.skipped_in_a_row == self.config.max_nonfinite_steps or (last and self.skipped_in_a_row):
+            raise TrainingError(self.describe_not_finite())
+        if result.applied and (last or self.step % self.config.checkpoint.every == 0):
             self.save()
 
     def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
@@ -136,11 +146,9 @@ class Trainer:
         first = self.consumed_samples + (micro_step * ranks + self.runtime.rank) * size
         return to_device(self.samples.batch(range(first, first + size)), self.runtime.device)
 
-    def stop_if_not_finite(self) -> None:
-        if self.skipped_in_a_row < self.config.max_nonfinite_steps:
-            return
+    def describe_not_finite(self) -> str:
         first = self.step - self.skipped_in_a_row + 1
-        raise TrainingError(
+        return (
             f"the loss or a gradient was not finite in steps {first} to {self.step} "
             f"(max_nonfinite_steps={self.config.max_nonfinite_steps}); no weight has changed since step {first - 1}, "
             f"and the checkpoints in {self.run.checkpoints} are kept. Try a lower optim.lr or a longer "
@@ -169,6 +177,8 @@ class Trainer:
     def save(self) -> None:
         # No random number is drawn after initialisation (the order of the data is a function of seed and position),
         # so there is no generator's state to keep.
+        if self.metrics is not None:
+            self.metrics.sync()
         metadata = {
             "model": to_dict(self.model_config),
             "config": to_dict(self.config),
@@ -190,15 +200,29 @@ class Trainer:
         checkpoint, problems = self.runtime.on_first(lambda: find_good_checkpoint(self.run.checkpoints))
         for problem in problems:
             self.say(f"passed over a damaged checkpoint: {problem}")
+        self.runtime.on_first(lambda: set_aside_after(checkpoint))
         metadata = checkpoint.metadata
         if metadata["model"] != to_dict(self.model_config):
             raise CheckpointError(f"{checkpoint.path} is the checkpoint of another model; restore the run's own")
         if metadata["data_fingerprint"] != self.manifest.fingerprint:
             raise CheckpointError(f"{checkpoint.path} is the checkpoint of a run on other data; restore the run's own")
-        self.engine.load_state(load_tensors(checkpoint), metadata["updates"])
+        self.require_steps_to_go(checkpoint)
+        self.engine.load_state(lambda names: load_tensors(checkpoint, names), metadata["updates"])
         self.step, self.updates = checkpoint.step, metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
         self.say(f"resumed from {checkpoint.path}: step {self.step}, {metadata['tokens']:,} tokens")
+
+    def require_steps_to_go(self, checkpoint: Checkpoint) -> None:
+        """Tell which settings differ from the checkpoint's. Raises CheckpointError if they come too late to matter."""
+        changes = differences(checkpoint.metadata["config"], to_dict(self.config))
+        for change in changes:
+            self.say(f"changed since the checkpoint: {change}")
+        if checkpoint.step > self.config.max_steps or (checkpoint.step == self.config.max_steps and changes):
+            raise CheckpointError(
+                f"run_dir={self.run.path} holds a run that has done {checkpoint.step} steps"
+                f"{' with other settings (' + '; '.join(changes) + ')' if changes else ''}, and "
+                f"max_steps={self.config.max_steps}; raise max_steps, or use another run_dir"
+            )
 
     # ----------------------------------------------------------------------------------------------------------
     # Words
@@ -218,6 +242,11 @@ class Trainer:
             f"{self.config.global_batch_size} x {self.model_config.context_length} tokens "
             f"({self.engine.accumulation_steps} micro-batches of {self.config.micro_batch_size} per rank)"
         )
+        if self.config.max_steps <= self.config.schedule.warmup_steps:
+            self.say(
+                f"note: the run of max_steps={self.config.max_steps} ends within its warm-up of "
+                f"schedule.warmup_steps={self.config.schedule.warmup_steps}, before the peak learning rate"
+            )
         if self.validation is None and self.config.validation.every:
             self.say("no validation: the data were prepared without a validation split")
 
@@ -230,6 +259,16 @@ class Trainer:
             "world_size": self.runtime.world_size,
             "torch": torch.__version__,
         }
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """The settings with influence on what is learned that differ, as "optim.lr: 0.001 -> 0.002"."""
+    found = []
+    for group in LEARNING_SETTINGS:
+        old, new = there[group], here[group]
+        pairs = {f"{group}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {group: (old, new)}
+        found += [f"{name}: {before} -> {now}" for name, (before, now) in pairs.items() if before != now]
+    return found
 
 
 def to_device(windows: NDArray, device: torch.device) -> tuple[Tensor, Tensor]:

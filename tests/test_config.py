@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import REPOSITORY
 
 from kraken_train.architectures import build_model
@@ -15,14 +16,12 @@ from kraken_train.config import (
     GPTConfig,
     KrakenConfig,
     OptimConfig,
-    from_dict,
-    load_yaml,
     padded_vocab_size,
     parse_model,
-    to_dict,
 )
 from kraken_train.errors import ConfigError
 from kraken_train.generate import GenerateConfig
+from kraken_train.parsing import from_dict, to_dict
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
 PAPER = {
@@ -36,7 +35,7 @@ PAPER = {
 
 
 def model(name: str, vocab_size: int | None = None) -> KrakenConfig | GPTConfig:
-    return parse_model(load_yaml(REPOSITORY / "conf" / "model" / f"{name}.yaml"), vocab_size)
+    return parse_model(yaml.safe_load((REPOSITORY / "conf" / "model" / f"{name}.yaml").read_text()), vocab_size)
 
 
 def parameters(name: str, vocab_size: int | None = None) -> int:
@@ -55,7 +54,7 @@ def test_the_papers_models(name: str) -> None:
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
 def test_parameters_are_counted_as_built(path: Path) -> None:
-    settings = load_yaml(path)
+    settings = yaml.safe_load((path).read_text())
     config = parse_model(settings, 4000 if settings["vocab_size"] is None else None)
     with torch.device("meta"):
         built = build_model(config)
@@ -113,7 +112,7 @@ def test_round_trip(name: str) -> None:
     ],
 )
 def test_wrong_model_settings(changes: dict[str, object], message: str) -> None:
-    settings = load_yaml(REPOSITORY / "conf" / "model" / "kraken-tiny-4way.yaml")
+    settings = yaml.safe_load((REPOSITORY / "conf" / "model" / "kraken-tiny-4way.yaml").read_text())
     with pytest.raises(ConfigError, match=message):
         parse_model(settings | changes, 1000)
 
@@ -135,7 +134,7 @@ def test_rules_name_setting_value_and_remedy() -> None:
 
 
 def test_free_text_is_not_an_interpolation() -> None:
-    settings = load_yaml(REPOSITORY / "conf" / "generate.yaml")
+    settings = yaml.safe_load((REPOSITORY / "conf" / "generate.yaml").read_text())
     settings = {key: value for key, value in settings.items() if key not in ("defaults", "hydra")}
     text = "costs ${HOME} and \\${x}"
     assert from_dict({**settings, "export_dir": "e", "prompt": text}, GenerateConfig).prompt == text

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from helpers import run_here
+from helpers import REPOSITORY, run_here
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from test_config import model
 
-from kraken_train.config import KrakenConfig
+from kraken_train.config import parse_model
 from kraken_train.derive import derive, nearest_with_best_heads
 from kraken_train.errors import ConfigError
 
@@ -47,13 +51,14 @@ def test_costs_of_a_known_case() -> None:
     assert uneven.base_cache_bytes == 24 * 2 * (3 * 64) * 2  # 16 heads on 6 devices: 3 on the fullest
 
 
-def test_the_overrides_give_the_model() -> None:
-    candidate = derive(model("gpt2-124m"), 6)[0]
-    group, *changes = candidate.overrides.split()
-    settings = {"architecture": "kraken"}
-    settings |= {key.removeprefix("model."): int(value) for key, value in (item.split("=") for item in changes)}
-    assert group == "model=kraken-125m-4way"
-    assert KrakenConfig(**settings) == candidate.config
+@pytest.mark.parametrize("norm_epsilon", [1e-5, 1e-6])
+def test_the_overrides_give_the_model(norm_epsilon: float) -> None:
+    best = derive(dataclasses.replace(model("gpt2-124m"), norm_epsilon=norm_epsilon), 6)[0]
+    wider = dataclasses.replace(best, config=dataclasses.replace(best.config, ffn_multiplier=3))
+    for candidate in (best, wider):
+        with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+            composed = compose("train", candidate.overrides.split())
+        assert parse_model(OmegaConf.to_container(composed.model)) == candidate.config
 
 
 def test_nearest_with_best_heads() -> None:
@@ -64,8 +69,17 @@ def test_nearest_with_best_heads() -> None:
 def test_none_fits() -> None:
     with pytest.raises(ConfigError, match=r"tolerance=0.001 .* nearest, hidden_size=416, differs by -1.8%.*0.019"):
         derive(model("gpt2-124m"), 6, tolerance=0.001)
+    with pytest.raises(ConfigError, match=r"differs by \+\d+\.\d%: use another num_sub_layers$"):
+        derive(model("gpt-tiny", vocab_size=64), 500)  # no tolerance below 1 would do
     with pytest.raises(ConfigError, match="architecture=kraken is no base"):
         derive(model("kraken-125m-4way"), 4)
+
+
+def test_no_tolerance_is_suggested_that_would_be_refused() -> None:
+    arguments = ["model=gpt-tiny", "model.vocab_size=64", "num_sub_layers=8", "tolerance=0.99"]
+    result = run_here("kraken_train.derive", *arguments)
+    assert result.returncode == 0 and "to train the first" in result.stdout, result.stderr
+    assert "tolerance=" not in result.stdout
 
 
 def test_command() -> None:

@@ -44,15 +44,30 @@ def test_cache_size() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_is_the_argmax_of_the_whole_forward(architecture: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_greedy_is_the_argmax_of_the_whole_forward(architecture: str, dtype: torch.dtype) -> None:
     config = small_configs()[architecture]
-    model, prompt = rough_model(config), random_ids(config, 3, 5)
+    model, prompt = rough_model(config, dtype), random_ids(config, 3, 5)
     cached = generate(model, prompt, 10, GREEDY)
     assert torch.equal(cached, generate(model, prompt, 10, GREEDY, use_cache=False))
     expected = prompt
     for _ in range(10):
         expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(cached, expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_in_bf16(architecture: str, use_cache: bool) -> None:
+    """Each token is the most likely one after those before it, up to bf16's rounding: equal logits are common."""
+    config = small_configs()[architecture]
+    model = rough_model(config, torch.bfloat16)
+    ids = generate(model, random_ids(config, 3, 5), 19, GREEDY, use_cache=use_cache).clone()
+    logits = model.double()(ids[:, :-1])[:, 4:]
+    chosen = logits.gather(-1, ids[:, 5:, None])[..., 0]
+    behind = (logits.max(dim=-1).values - chosen) / logits.abs().amax(dim=-1)
+    assert behind.max() < 0.03
+    assert (behind == 0).double().mean() > 0.8
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -120,6 +135,8 @@ def test_limits_of_sampling() -> None:
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0 and less than"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be at least 0 and less than"),
         ({"top_k": 0}, "top_k=0 must be greater than 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be greater than 0"),
         ({"top_p": 1.5}, "top_p=1.5 must be greater than 0 and at most 1"),

@@ -35,13 +35,13 @@ def test_one_record_per_step_across_restarts(tmp_path: Path) -> None:
     first = Metrics(config(), run, 0, {})
     for step in range(1, 6):
         first.record(record(step))
-    first.close()
+    first.close(failed=False)
     with run.metrics.open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
     second = Metrics(config(), run, 3, {})  # the newest checkpoint is of step 3
     for step in range(4, 8):
         second.record(record(step))
-    second.close()
+    second.close(failed=False)
     assert steps(run.metrics) == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -54,7 +54,7 @@ def test_file_is_json_even_for_nan(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, "abc", resuming=False)
     metrics = Metrics(config(), run, 0, {})
     metrics.record(record(1) | {"loss": math.nan, "grad_norm": math.inf})
-    metrics.close()
+    metrics.close(failed=False)
     line = run.metrics.read_text()
     assert "NaN" not in line and "Infinity" not in line
     assert json.loads(line)["loss"] is None
@@ -73,7 +73,7 @@ def test_wandb_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for start in (0, 2):
         metrics = Metrics(config("offline"), RunFolder(tmp_path, "abcd1234", resuming=start > 0), start, {"n": 1})
         metrics.record(record(start + 1))
-        metrics.close()
+        metrics.close(failed=False)
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2, "each start writes files of its own"
     assert {path.name.rpartition("-")[2] for path in runs} == {"abcd1234"}, "of one and the same run"

@@ -75,6 +75,9 @@ def test_unusable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\nnonsense\n{"step": 2, "loss": 5.0}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl:2 is not a JSON object"):
         read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 5.0}\n{"step": 2, "x": "\xff"}\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl:2 is not a JSON object"):
+        read_run(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path / "nowhere")])
     assert caught.value.code == 2

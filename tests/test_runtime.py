@@ -7,8 +7,10 @@ import pytest
 from kraken_train.errors import ConfigError
 from kraken_train.runtime import Runtime, export_rendezvous, read_runtime
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
-             "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")  # fmt: skip
+VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,15 @@ def test_torchrun_and_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"SLURM_PROCID": 3, "SLURM_LOCALID": 1, "SLURM_NTASKS": 4, "SLURM_NTASKS_PER_NODE": 2}
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert read_runtime() == Runtime(0, 0, 1, 1), "a batch script is no task of the job's four"
+    values = {
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    }
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     runtime = read_runtime()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kraken_train.config import require_at_least, require_positive
 from kraken_train.errors import ConfigError
+from kraken_train.rules import require_at_least, require_positive
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Sampling:
     def validate(self) -> None:
         """Raises ConfigError."""
         require_at_least("temperature", self.temperature, 0)
-        require_at_least("seed", self.seed, 0)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and less than 2**63")
         if self.top_k is not None:
             require_positive("top_k", self.top_k)
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -11,7 +11,7 @@ from helpers import rough_model, run_here, small_configs, user_error
 
 from checkpoints.export_folder import read_export
 from checkpoints.store import save_checkpoint
-from kraken_train.config import to_dict
+from kraken_train.parsing import to_dict
 from kraken_train.runtime import Runtime
 
 CONFIG = small_configs(vocab_size=320)["kraken"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,59 @@ def test_an_empty_folder_is_filled_and_a_used_one_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
         write_export(tmp_path / "e", config, weights, tokenizer_dir=None, metadata=METADATA, dtype=torch.float32)
     assert (tmp_path / "e" / "config.json").read_bytes() == before
+
+
+def write_into(output_dir: Path) -> None:
+    config = CONFIGS["kraken"]
+    weights = rough_model(config).state_dict()
+    write_export(output_dir, config, weights, tokenizer_dir=None, metadata={}, dtype=torch.float32)
+
+
+def test_a_folder_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", ""):
+        with pytest.raises(CheckpointError, match="is the folder that the command runs in, which cannot be replaced"):
+            write_into(Path(name))
+    (tmp_path / "e").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda path: True)
+        with pytest.raises(CheckpointError, match="is a mount point, which cannot be replaced"):
+            write_into(tmp_path / "e")
+    write_into(Path("e") / ".." / "e")
+    assert read_export(tmp_path / "e").config == CONFIGS["kraken"]
+
+
+def test_what_a_killed_attempt_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".e.tmp" / "tokenizer").mkdir(parents=True)
+    (tmp_path / ".e.tmp" / "model.safetensors").write_bytes(b"half of it")
+    write_into(tmp_path / "e")
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_sync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    config = CONFIGS["kraken"]
+    weights = rough_model(config).state_dict()
+    write_export(tmp_path / "e", config, weights, tokenizer_dir=tokenizer_dir, metadata={}, dtype=torch.float32)
+    written = {path.name for path in (tmp_path / "e").rglob("*")} | {".e.tmp"}
+    assert "tokenizer.model" in written
+    assert set(events[: events.index("rename")]) == written
+    assert events[events.index("rename") :] == ["rename", tmp_path.name]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

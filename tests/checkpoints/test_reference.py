@@ -56,6 +56,15 @@ def test_compiled_prefix_and_tied_head(theirs: dict[str, Tensor]) -> None:
             assert all(torch.equal(converted[name], expected[name]) for name in expected)
 
 
+def test_causal_masks_are_left_out(theirs: dict[str, Tensor]) -> None:
+    expected = convert_reference_state_dict(theirs)
+    masks = {f"transformer.h.{i}.{layer}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in (0, 1) for layer in (0, 1)}
+    masks["transformer.h.0.0.attn.masked_bias"] = torch.tensor(-1e4)
+    converted = convert_reference_state_dict({**theirs, **masks})
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -75,8 +84,9 @@ def test_a_missing_weight(theirs: dict[str, Tensor], name: str) -> None:
 def test_what_does_not_belong(theirs: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match="not a weight of the authors' Kraken: other"):
         convert_reference_state_dict({**theirs, "other": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="biases are not supported"):
-        convert_reference_state_dict({**theirs, "transformer.h.0.0.ln_1.bias": torch.zeros(8)})
+    for bias in ("ln_1.bias", "attn.c_attn.bias", "attn.c_proj.bias", "mlp.c_fc.bias"):
+        with pytest.raises(CheckpointError, match="biases are not supported"):
+            convert_reference_state_dict({**theirs, f"transformer.h.0.0.{bias}": torch.zeros(8)})
     with pytest.raises(CheckpointError, match="tied"):
         convert_reference_state_dict({**theirs, "lm_head.weight": torch.zeros(16, 8)})
     with pytest.raises(CheckpointError, match="differ in shape"):

@@ -1,41 +1,14 @@
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_helpers import make_texts, write_jsonl
 
 from data_prep.prepare import PrepareConfig
-from kraken_train.config import from_dict
-
-WORDS = [
-    "sea",
-    "ship",
-    "crew",
-    "storm",
-    "island",
-    "rope",
-    "sail",
-    "wind",
-    "harbour",
-    "captain",
-    "squid",
-    "deep",
-    "night",
-]
-
-
-def make_texts(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [f"{i}: " + " ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + ".\n" for i in range(count)]
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+from kraken_train.parsing import from_dict
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.manifest import Manifest, load_manifest, probe_sha256, verify_quick
 from data_prep.prepare import PrepareConfig, prepare
+from kraken_train.data import open_split
 from kraken_train.errors import DataError
 
 
@@ -96,10 +97,17 @@ def test_damaged_file(data: Path, name: str, damage: Callable[[Path], None], mes
     assert str(data / name) in str(caught.value)
 
 
-def test_foreign_shard_of_the_same_size(data: Path, config: Callable[..., PrepareConfig], tmp_path: Path) -> None:
-    """The shard of a twin data set, whose tokens alone differ: sizes and lengths cannot tell them apart."""
-    source = tmp_path / "twin.jsonl"
-    source.write_text(Path(config().source).read_text())
+def test_foreign_shard(data: Path, config: Callable[..., PrepareConfig], tmp_path: Path) -> None:
+    """The whole shard of another data set, whose two files fit each other."""
+    prepare(config(output_dir=str(tmp_path / "other"), validation_fraction=0.2))
+    for name in ("train_00000.bin", "train_00000.idx"):
+        shutil.copy(tmp_path / "other" / name, data / name)
+    with pytest.raises(DataError, match=r"train_00000.bin has \d+ bytes, but .*manifest.json lists it with \d+"):
+        open_split(data, "train")
+
+
+def test_foreign_shard_of_the_same_size(data: Path) -> None:
+    """Tokens alone differ: sizes and lengths cannot tell."""
     manifest: Manifest = load_manifest(data)
     foreign = (data / "train_00000.bin").read_bytes()
     (data / "train_00000.bin").write_bytes(foreign[2:] + foreign[:2])

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import make_texts, write_jsonl
+from data_helpers import make_texts, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.indexed import Shard, ShardWriter
@@ -164,6 +165,13 @@ def test_empty_output_folder_is_fine(config: Configure, tmp_path: Path) -> None:
     assert (tmp_path / "data" / "manifest.json").is_file()
 
 
+def test_the_current_folder_is_refused(config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    with pytest.raises(DataError, match="is the folder that the command runs in, which cannot be replaced"):
+        prepare(config(output_dir="."))
+
+
 def test_a_strangers_partial_folder_stays(config: Configure, tmp_path: Path) -> None:
     (tmp_path / ".data.partial").mkdir()
     (tmp_path / ".data.partial" / "diary").write_text("mine")
@@ -201,6 +209,14 @@ def test_source_without_documents(config: Configure, tmp_path: Path, kind: str) 
     assert not (tmp_path / "data").exists() and siblings(tmp_path / "data") == []
 
 
+def test_file_without_bytes(config: Configure, tmp_path: Path) -> None:
+    for name in ("empty.jsonl", "empty.txt", "empty.jsonl.gz", "empty.jsonl.zst", "empty.parquet"):
+        (tmp_path / name).touch()
+        with pytest.raises(DataError, match=rf"no document with text|{name} cannot be read"):
+            prepare(config(source=str(tmp_path / name)))
+        assert not (tmp_path / "data").exists() and siblings(tmp_path / "data") == []
+
+
 def test_broken_record_fails_or_is_skipped(
     config: Configure, corpus: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -213,6 +229,21 @@ def test_broken_record_fails_or_is_skipped(
     assert manifest.skipped == {"the line is not JSON": 1, "empty": 1}
     assert manifest.documents == len(texts)
     assert f"skipped 1 record: the line is not JSON ({corpus}:201)" in capsys.readouterr().out
+
+
+def test_a_mistyped_path_is_told_before_the_hub_answers(
+    config: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+
+    def refuse(*_: object, **__: object) -> None:
+        printed.append(capsys.readouterr().out)
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match="if a file is meant, its path is mistyped"):
+        prepare(config(source="corpus"))
+    assert printed == ["corpus is no file or folder here; asking the Hugging Face Hub for a dataset of that name\n"]
 
 
 def test_full_disk(config: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from conftest import make_texts
+from data_helpers import make_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, run_module, user_error
+from helpers import REPOSITORY, launch_ranks, run_module, user_error
 
 from checkpoints.store import find_good_checkpoint, read_weights
 from integration.dying_save import PHASES
@@ -107,6 +107,31 @@ def test_a_finished_run_is_left_alone(data: Path, reference: Path) -> None:
     assert learned(reference) == before
 
 
+def test_two_ranks(data: Path, reference: Path, tmp_path: Path) -> None:
+    """The same samples, losses and validation over two ranks, whose checkpoint then goes on in one process."""
+    run = tmp_path / "run"
+    half = overrides(data, run, "max_steps=6", "schedule.name=constant")
+    whole = tmp_path / "whole"
+    alone = train(data, whole, "schedule.name=constant")
+    assert alone.returncode == 0, alone.stderr
+    launch_ranks(2, "-m", "kraken_train.train", *half)
+    assert read_weights(run).metadata["world_size"] == 2
+    assert len(list((run / "checkpoints" / "step-00000006").glob("*.distcp"))) == 2
+    assert train(data, run, "schedule.name=constant").returncode == 0
+    for found, expected in zip(learned(run), learned(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_error_is_told_once(data: Path, tmp_path: Path) -> None:
+    """Two ranks see the same mistake, one before and one after they have joined."""
+    for setting, words in [("global_batch_size=5", "global_batch_size=5 is not"), ("resume=must", "no checkpoint in")]:
+        command = overrides(data, tmp_path / "run", setting)
+        with pytest.raises(AssertionError) as failure:
+            launch_ranks(2, "-m", "kraken_train.train", *command)
+        messages = [line for line in str(failure.value).splitlines() if "error: " in line]
+        assert len(messages) == 1 and words in messages[0], messages
+
+
 @pytest.mark.parametrize("moment", [2, 6], ids=["before the first checkpoint", "after it"])
 def test_killed_while_training(data: Path, reference: Path, tmp_path: Path, moment: int) -> None:
     run = tmp_path / "run"
@@ -121,10 +146,11 @@ def test_killed_while_training(data: Path, reference: Path, tmp_path: Path, mome
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    interrupted = len(records(run))
+    assert len(records(run)) < STEPS, "the run was done before it was killed"
 
-    assert train(data, run).returncode == 0
-    assert interrupted < STEPS or moment == STEPS
+    result = train(data, run)
+    assert result.returncode == 0, result.stderr
+    assert ("resumed from" in result.stdout) == (moment > EVERY)
     assert learned(run) == learned(reference)
 
 
@@ -160,6 +186,7 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_pa
     result = train(data, run)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("passed over a damaged checkpoint") == 2
+    assert len(list((run / "checkpoints").glob("step-*.damaged"))) == 2
     assert f"resumed from {run}/checkpoints/step-00000004" in result.stdout
     assert learned(run) == learned(reference)
 
@@ -198,6 +225,8 @@ def test_refused_before_anything_starts(data: Path, reference: Path, tmp_path: P
         (reference, ["resume=never"], "holds another run"),
         (reference, ["model.num_layers=3"], "another model: model.num_layers is 2 there and 3 here"),
         (reference, ["seed=5"], "seed=0, not 5"),
+        (reference, ["optim.lr=0.5"], "with other settings (optim.lr: 0.001 -> 0.5)"),
+        (reference, ["max_steps=8"], "holds a run that has done 12 steps, and max_steps=8"),
     ]:
         error = user_error(train(data, run, *more))
         assert words in error, error

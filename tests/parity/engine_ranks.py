@@ -72,7 +72,7 @@ def run_steps(engine: Engine, runtime: Runtime, steps: range, poisoned: int | No
     for step in steps:
         for micro_step in range(engine.accumulation_steps):
             first = (micro_step * runtime.world_size + runtime.rank) * MICRO_BATCH
-            samples = batches()[step, first : first + MICRO_BATCH]
+            samples = batches()[step, first : first + MICRO_BATCH].to(engine.device)
             hook = None
             if step == poisoned and micro_step == 0 and runtime.rank == runtime.world_size - 1:
                 hook = engine.model.final_norm.register_forward_hook(lambda *arguments: arguments[-1] * math.nan)
@@ -82,6 +82,19 @@ def run_steps(engine: Engine, runtime: Runtime, steps: range, poisoned: int | No
         result = engine.step(rate(step))
         results.append([result.loss, result.grad_norm, result.applied])
     return results
+
+
+def whole_state(engine: Engine, runtime: Runtime) -> dict[str, torch.Tensor]:
+    """The shares of all ranks together; each tensor is kept by exactly one."""
+    shares: list[dict[str, torch.Tensor]] = [{}] * runtime.world_size
+    torch.distributed.all_gather_object(shares, engine.state())
+    names = [name for share in shares for name in share]
+    assert len(names) == len(set(names)) == 3 * len(list(engine.model.parameters()))
+    return {name: share[name] for share in shares for name in sorted(share)}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def main() -> None:
@@ -94,28 +107,28 @@ def main() -> None:
             return Engine(KrakenModel(MODEL), settings(precision, zero_stage), runtime)
 
         whole = engine()
-        untouched = whole.state()
+        untouched = whole_state(whole, runtime)
+        initial = {f"model.{name}": weight.detach() for name, weight in KrakenModel(MODEL).named_parameters()}
+        if precision == "bf16":  # DeepSpeed makes the masters from the bf16 weights
+            initial = {name: weight.bfloat16().float() for name, weight in initial.items()}
         uninterrupted = run_steps(whole, runtime, range(STEPS))
 
         first = engine()
         run_steps(first, runtime, range(3))
-        saved = first.state()
+        saved = whole_state(first, runtime)
         resumed = engine()
-        resumed.load_state(saved, 3)
+        resumed.load_state(lambda names, saved=saved: {name: saved[name] for name in names}, 3)
         continued = run_steps(resumed, runtime, range(3, STEPS))
-        same_end = all(torch.equal(a, b) for a, b in zip(whole.state().values(), resumed.state().values(), strict=True))
+        same_end = same(whole_state(whole, runtime), whole_state(resumed, runtime))
 
         victim = engine()
         before_and_nan = run_steps(victim, runtime, range(3), poisoned=2)
-        kept = run_steps(first_two := engine(), runtime, range(2)) and first_two.state()
-        unchanged = all(torch.equal(a, b) for a, b in zip(kept.values(), victim.state().values(), strict=True))
+        first_two = engine()
+        run_steps(first_two, runtime, range(2))
+        unchanged = same(whole_state(first_two, runtime), whole_state(victim, runtime))
 
         report[f"{precision} {zero_stage}"] = {
-            "initial_weights_kept": torch.equal(
-                untouched["model.conjunction.weight"], KrakenModel(MODEL).conjunction.weight.detach()
-            )
-            if precision == "fp32"
-            else None,
+            "initial_weights_kept": same(initial, {name: untouched[name] for name in initial}),
             "steps": uninterrupted,
             "resumed": continued,
             "same_end": same_end,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ RELATIVE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("engine") / "report.json"
-    launch_ranks(request.param, Path(engine_ranks.__file__), str(output))
+    launch_ranks(request.param, str(engine_ranks.__file__), str(output))
     report = json.loads(output.read_text())
     assert report["world_size"] == request.param
     return report
@@ -53,7 +52,7 @@ def test_mode(report: dict[str, Any], twin: list[tuple[float, float]], precision
         assert applied
         assert loss == pytest.approx(expected_loss, rel=tolerance)
         assert norm == pytest.approx(expected_norm, rel=tolerance * 2)
-    assert mode["initial_weights_kept"] in (True, None), "creating the optimizer state has changed a weight"
+    assert mode["initial_weights_kept"], "creating the optimizer state has changed a weight"
 
     assert mode["resumed"] == mode["steps"][3:], "resumed losses and norms differ"
     assert mode["same_end"], "resumed weights or moments differ at the end"

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_helpers import make_texts, write_jsonl
+from helpers import run_here, user_error
+
+from data_prep.manifest import Manifest, load_manifest, probe_sha256, verify_quick
+from data_prep.prepare import PrepareConfig, prepare
+from data_prep.verify import verify
+from kraken_train.errors import DataError
+
+
+@pytest.fixture
+def data(config: Callable[..., PrepareConfig]) -> Path:
+    prepare(config(shard_tokens=4000))
+    return Path(config().output_dir)
+
+
+def save_with(data: Path, **changes: object) -> None:
+    """Change the first training shard's entry in the manifest, which is valid again afterwards."""
+    manifest = load_manifest(data)
+    shards = manifest.splits["train"].shards
+    changed = dataclasses.replace(shards[0], **changes)  # type: ignore[arg-type]
+    split = dataclasses.replace(manifest.splits["train"], shards=[changed, *shards[1:]])
+    dataclasses.replace(manifest, splits={**manifest.splits, "train": split}).save(data)
+
+
+def set_token(path: Path, position: int, token: int) -> None:
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<H", content, 2 * position, token)
+    path.write_bytes(content)
+
+
+def test_good_data(data: Path, texts: list[str]) -> None:
+    result = run_here("data_prep.verify", str(data))
+    assert result.returncode == 0, result.stderr
+    manifest: Manifest = load_manifest(data)
+    entries = [entry for split in manifest.splits.values() for entry in split.shards]
+    lines = result.stdout.splitlines()
+    assert len(entries) > 2 and len(lines) == len(entries) + 2
+    for line, entry in zip(lines, entries, strict=False):
+        assert line == f"{entry.name}: {entry.documents:,} documents, {entry.tokens:,} tokens, good"
+    sample = lines[-2].removeprefix("train_00000 begins: ")
+    assert any(repr(text[:200]) == sample for text in texts)
+    assert manifest.fingerprint in lines[-1]
+
+
+def test_one_byte_anywhere(config: Callable[..., PrepareConfig], tmp_path: Path) -> None:
+    """Also where the quick check does not look, for which the shard must be larger than what that reads."""
+    source = write_jsonl(tmp_path / "large.jsonl", make_texts(6000))
+    prepare(config(source=str(source), output_dir=str(tmp_path / "large")))
+    path = tmp_path / "large" / "train_00000.bin"
+    content = path.read_bytes()
+    unseen = 0
+    for position in (0, 1, 4096 + 7, len(content) // 3, len(content) - 5000, len(content) - 1):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        message = user_error(run_here("data_prep.verify", str(tmp_path / "large")))
+        assert f"{path} has other content than manifest.json lists" in message
+        try:
+            verify_quick(tmp_path / "large")
+            unseen += 1
+        except DataError:
+            pass
+    assert unseen > 0
+
+
+@pytest.mark.parametrize("name", ["train_00001.bin", "train_00001.idx", "tokenizer/tokenizer.model", "manifest.json"])
+def test_missing_file(data: Path, name: str) -> None:
+    (data / name).unlink()
+    assert name in user_error(run_here("data_prep.verify", str(data)))
+
+
+def test_token_outside_the_vocabulary(data: Path) -> None:
+    path = data / "train_00000.bin"
+    set_token(path, 5, 330)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    save_with(data, bin_sha256=digest, bin_probe_sha256=probe_sha256(path))
+    with pytest.raises(DataError, match=r"holds the token 330, but the tokenizer has only those from 0 to 329"):
+        verify(data)
+
+
+def test_manifest_with_other_counts(data: Path) -> None:
+    tokens = load_manifest(data).splits["train"].shards[0].tokens
+    save_with(data, tokens=tokens + 1)
+    with pytest.raises(DataError, match=rf"and {tokens} tokens of uint16, but the manifest lists \d+ and {tokens + 1}"):
+        verify(data)
+
+
+def test_manifest_of_another_tokenizer(data: Path) -> None:
+    manifest = load_manifest(data)
+    dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, vocab_size=400)).save(data)
+    with pytest.raises(DataError, match="the manifest has vocab_size=400, but the tokenizer 330"):
+        verify(data)
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    assert "does not exist" in user_error(run_here("data_prep.verify", str(tmp_path / "nowhere")))
+    assert "holds no manifest.json" in user_error(run_here("data_prep.verify", str(tmp_path)))
