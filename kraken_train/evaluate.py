@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.export_folder import Export, read_export
 from data_prep.manifest import SPLITS, Manifest, verify_quick
 from kraken_train.cli import run_entry
@@ -68,7 +70,9 @@ def main(config: EvaluateConfig) -> None:
     require_fitting_data(export, manifest, data_dir)
     stream = open_split(data_dir, config.split, manifest)
     windows = sequential(stream, export.config.context_length, config.batch_size)
-    result = evaluate(export.load_model(device=device), windows, manifest.splits[config.split].text_bytes)
+    # In fp32, whatever the export is stored in: rounding in bf16 would depend on the batch size.
+    model = export.load_model(torch.float32, device)
+    result = evaluate(model, windows, manifest.splits[config.split].text_bytes)
     print(f"loss           {result.loss:.6f} nats per token")
     print(f"perplexity     {result.perplexity:.4f}")
     print(f"tokens         {result.tokens:,}")

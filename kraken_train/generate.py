@@ -115,7 +115,7 @@ def main(config: GenerateConfig) -> None:
     prompt = list(tokenizer.encode_batch([config.prompt])[0])
     require_room(len(prompt), config.max_new_tokens, export.config.context_length)
     ids = generate(
-        export.load_model(device=device),
+        export.load_model(torch.float32, device),  # in bf16 logits tie, and ties fall differently with a cache
         torch.tensor([prompt]),
         config.max_new_tokens,
         config.sampling,
