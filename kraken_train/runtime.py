@@ -7,6 +7,7 @@ nothing else in the package does.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,13 +108,14 @@ def read_runtime() -> Runtime:
 
 
 def read_integer(name: str) -> int:
-    value = os.environ.get(name, "").partition("(")[0]  # Slurm writes 2(x3) for two tasks on each of three nodes
-    if not value.isdigit():
+    value = os.environ.get(name, "")
+    number = re.match(r"\d+(?=$|[(,])", value)  # Slurm writes 2(x3),1 for two tasks on each of three nodes, then one
+    if number is None:
         raise ConfigError(
             f"the launcher's environment variable {name}={value!r} is not a number; start ranks with the deepspeed "
             "launcher, torchrun or srun"
         )
-    return int(value)
+    return int(number.group())
 
 
 def export_rendezvous(runtime: Runtime) -> None:

@@ -27,7 +27,7 @@ from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.run_folder import RunFolder, open_run_folder
 from kraken_train.runtime import Runtime, read_runtime
 
-LEARNING_SETTINGS = ("optim", "schedule", "global_batch_size", "precision")
+LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
 
 
 def main() -> None:
