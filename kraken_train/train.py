@@ -217,11 +217,12 @@ class Trainer:
         changes = differences(checkpoint.metadata["config"], to_dict(self.config))
         for change in changes:
             self.say(f"changed since the checkpoint: {change}")
-        if checkpoint.step > self.config.max_steps or (checkpoint.step == self.config.max_steps and changes):
+        others = "; ".join(change for change in changes if not change.startswith("max_steps"))
+        if checkpoint.step > self.config.max_steps or (checkpoint.step == self.config.max_steps and others):
             raise CheckpointError(
                 f"run_dir={self.run.path} holds a run that has done {checkpoint.step} steps"
-                f"{' with other settings (' + '; '.join(changes) + ')' if changes else ''}, and "
-                f"max_steps={self.config.max_steps}; raise max_steps, or use another run_dir"
+                f"{f' with other settings ({others})' if others else ''}, and max_steps={self.config.max_steps}; "
+                "raise max_steps, or use another run_dir"
             )
 
     # ----------------------------------------------------------------------------------------------------------
