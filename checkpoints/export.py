@@ -14,8 +14,9 @@ from checkpoints.export_folder import require_unused, write_export
 from checkpoints.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.cli import run_entry
-from kraken_train.errors import CheckpointError
+from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.rules import require_at_least, require_choice
+from kraken_train.run_folder import read_identity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
@@ -32,6 +33,9 @@ class ExportConfig:
 
     def validate(self) -> None:
         require_choice("dtype", self.dtype, tuple(DTYPES))
+        for name in ("run_dir", "output_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; give {name}=FOLDER")
         if self.step is not None:
             require_at_least("step", self.step, 0)
 
@@ -43,6 +47,12 @@ def export(config: ExportConfig) -> None:
         raise CheckpointError(f"run_dir={run_dir} is not a folder; name the run_dir of a training run")
     require_unused(output_dir)
     trained = read_weights(run_dir, config.step)
+    identity = read_identity(run_dir)
+    if identity is not None and trained.metadata["run_id"] != identity["id"]:
+        raise CheckpointError(
+            f"step {trained.metadata['step']} in {run_dir} is the checkpoint of another run; move it away, or name a "
+            "step=NUMBER of this one"
+        )
     for problem in trained.passed_over:
         print(f"passed over a damaged checkpoint: {problem}")
     tokenizer_dir = run_dir / TOKENIZER_FOLDER
@@ -55,6 +65,8 @@ def export(config: ExportConfig) -> None:
         dtype=DTYPES[config.dtype],
     )
     parameters = trained.model_config.num_parameters
+    if not tokenizer_dir.is_dir():
+        print(f"note: {run_dir} has no tokenizer, so the export has none and cannot generate text from a prompt")
     print(f"exported step {trained.metadata.get('step')}, {parameters:,} parameters in {config.dtype}, to {output_dir}")
 
 

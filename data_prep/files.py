@@ -128,7 +128,9 @@ def _parse_line(line: bytes, place: str, text_field: str, bad_records: BadRecord
             bad_records.reject(place, "the line is not a JSON object", f"it is {type(record).__name__}")
         elif text_field not in record:
             fields = ", ".join(list(record)[:8]) or "none"
-            bad_records.reject(place, f"the record has no field {text_field}", f"its fields: {fields}")
+            bad_records.reject(
+                place, f"the record has no field {text_field}", f"its fields: {fields}; text_field=FIELD names another"
+            )
         else:
             return check_text(record[text_field], place, bad_records)
     return None

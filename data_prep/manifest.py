@@ -106,6 +106,8 @@ class Manifest:
 def load_manifest(data_dir: Path) -> Manifest:
     """The manifest of a prepared folder. Raises DataError if there is none or it cannot be understood."""
     path = data_dir / MANIFEST_NAME
+    if data_dir.is_file():
+        raise DataError(f"{data_dir} is a file, not a folder of prepared data; prepare it with source={data_dir}")
     if not data_dir.is_dir():
         raise DataError(
             f"{data_dir} does not exist; prepare data with python -m data_prep.prepare output_dir={data_dir}"

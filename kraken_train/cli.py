@@ -57,7 +57,15 @@ def run_entry(
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
     except COMPOSITION_ERRORS as error:
         exit_with_message(describe_composition_error(error, setting_names(schema)))
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        exit_with_message(f"a group of settings must be given by name: {error}")
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)
 
 

@@ -292,6 +292,9 @@ class TrainConfig:
         """Rules that need neither data nor machine. Raises ConfigError."""
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "max_nonfinite_steps", "log_every"):
             require_positive(name, getattr(self, name))
+        for name in ("data_dir", "run_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; give {name}=FOLDER")
         require_choice("precision", self.precision, ("bf16", "fp32"))
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:

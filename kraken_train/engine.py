@@ -31,7 +31,7 @@ from kraken_train.optim import parameter_groups
 from kraken_train.runtime import Runtime, export_rendezvous
 
 # DeepSpeed looks for its accelerator, and logs, while it is imported.
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: E402

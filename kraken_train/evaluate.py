@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from checkpoints.export_folder import Export, read_export
 from data_prep.manifest import SPLITS, Manifest, verify_quick
 from kraken_train.cli import run_entry
 from kraken_train.data import open_split, sequential
-from kraken_train.errors import ConfigError, DataError
+from kraken_train.errors import CheckpointError, ConfigError, DataError
 from kraken_train.files import file_sha256
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.perplexity import evaluate
@@ -73,6 +74,8 @@ def main(config: EvaluateConfig) -> None:
     # In fp32, whatever the export is stored in: rounding in bf16 would depend on the batch size.
     model = export.load_model(torch.float32, device)
     result = evaluate(model, windows, manifest.splits[config.split].text_bytes)
+    if not math.isfinite(result.loss):
+        raise CheckpointError("the model's predictions are not finite: its weights are damaged or have diverged")
     print(f"loss           {result.loss:.6f} nats per token")
     print(f"perplexity     {result.perplexity:.4f}")
     print(f"tokens         {result.tokens:,}")

@@ -21,11 +21,19 @@ from kraken_train.run_folder import RunFolder
 Record = dict[str, float | int]
 
 
+class PatientConsole(Console):
+    """A console whose reader may leave (`| head`): nothing more is printed, and training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Metrics:
     """Reports of one start of a run; `step` is the number of optimizer steps it continues after."""
 
     def __init__(self, config: TrainConfig, run: RunFolder, step: int, summary: dict[str, Any]) -> None:
-        self.console = Console(stderr=False, highlight=False)
+        self.console = PatientConsole(highlight=False)
         try:
             run.write_config(config)
             drop_records_after(run.metrics, step)
@@ -100,14 +108,14 @@ def drop_records_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
     temporary.replace(path)
 
 

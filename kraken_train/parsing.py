@@ -94,7 +94,8 @@ def describe_composition_error(error: Exception, known: tuple[str, ...] = ()) ->
     if unknown and "To append to your config" in text:
         key = unknown.group(1)
         if key in known:
-            return f"{key} is not a setting of the chosen model; it belongs to another architecture"
+            group = key.partition(".")[0]
+            return f"{key} is not a setting of the chosen {group}; it belongs to another choice of {group}"
         return f"{key} is not a setting{suggestion(key, known)}; see --help for all"
     unreadable = getattr(error, "override", None)  # of Hydra's OverrideParseException
     if unreadable is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 
 from kraken_train.errors import ConfigError
 
 
 def require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"{name}={value} must be greater than 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name}={value} must be greater than 0{' and finite' if value == math.inf else ''}")
 
 
 def require_at_least(name: str, value: float, minimum: float) -> None:

@@ -11,7 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from checkpoints.store import Checkpoint, find_good_checkpoint, load_tensors, save_checkpoint, set_aside_after
+from checkpoints.store import (
+    Checkpoint,
+    find_good_checkpoint,
+    has_checkpoints,
+    load_tensors,
+    save_checkpoint,
+    set_aside_after,
+)
 from data_prep.manifest import Manifest, verify_quick
 from kraken_train.architectures import build_model
 from kraken_train.cli import run_entry
@@ -27,7 +34,9 @@ from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.run_folder import RunFolder, open_run_folder
 from kraken_train.runtime import Runtime, read_runtime
 
-LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
+LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision", "engine")
+# What gloo and NCCL say to the ranks that are left when one has died.
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 
 def main() -> None:
@@ -46,9 +55,16 @@ def train(config: TrainConfig) -> None:
     start_processes(runtime)
     with ExitStack() as held:
         run = runtime.on_first(lambda: open_run_folder(config, model_config, data_dir, manifest.fingerprint, held))
-        trainer = Trainer(config, model_config, samples, manifest, run, runtime)
-        trainer.restore()
-        trainer.run_steps()
+        try:
+            trainer = Trainer(config, model_config, samples, manifest, run, runtime)
+            trainer.restore()
+            trainer.run_steps()
+        except RuntimeError as error:
+            if any(words in str(error) for words in PEER_LOST):
+                raise TrainingError(
+                    "another rank has ended, see its message; the same command continues from the newest checkpoint"
+                ) from error
+            raise
     stop_processes(runtime)
 
 
@@ -148,10 +164,12 @@ class Trainer:
 
     def describe_not_finite(self) -> str:
         first = self.step - self.skipped_in_a_row + 1
+        steps = f"steps {first} to {self.step}" if first < self.step else f"step {first}"
+        kept = has_checkpoints(self.run.checkpoints)
+        checkpoints = f"the checkpoints in {self.run.checkpoints} are kept" if kept else "there is no checkpoint yet"
         return (
-            f"the loss or a gradient was not finite in steps {first} to {self.step} "
-            f"(max_nonfinite_steps={self.config.max_nonfinite_steps}); no weight has changed since step {first - 1}, "
-            f"and the checkpoints in {self.run.checkpoints} are kept. Try a lower optim.lr or a longer "
+            f"the loss or a gradient was not finite in {steps} (max_nonfinite_steps="
+            f"{self.config.max_nonfinite_steps}); no weight has changed since step {first - 1}, and {checkpoints}. Try a lower optim.lr or a longer "
             "schedule.warmup_steps in a new run_dir"
         )
 
@@ -200,12 +218,17 @@ class Trainer:
         checkpoint, problems = self.runtime.on_first(lambda: find_good_checkpoint(self.run.checkpoints))
         for problem in problems:
             self.say(f"passed over a damaged checkpoint: {problem}")
-        self.runtime.on_first(lambda: set_aside_after(checkpoint))
         metadata = checkpoint.metadata
-        if metadata["model"] != to_dict(self.model_config):
-            raise CheckpointError(f"{checkpoint.path} is the checkpoint of another model; restore the run's own")
-        if metadata["data_fingerprint"] != self.manifest.fingerprint:
-            raise CheckpointError(f"{checkpoint.path} is the checkpoint of a run on other data; restore the run's own")
+        for what, differs in (
+            ("another model", metadata["model"] != to_dict(self.model_config)),
+            ("a run on other data", metadata["data_fingerprint"] != self.manifest.fingerprint),
+            ("another run", metadata["run_id"] != self.run.run_id),
+        ):
+            if differs:
+                raise CheckpointError(
+                    f"{checkpoint.path} is the checkpoint of {what}; move it out of this run's folder"
+                )
+        self.runtime.on_first(lambda: set_aside_after(checkpoint))
         self.require_steps_to_go(checkpoint)
         self.engine.load_state(lambda names: load_tensors(checkpoint, names), metadata["updates"])
         self.step, self.updates = checkpoint.step, metadata["updates"]
@@ -243,7 +266,7 @@ class Trainer:
             f"{self.config.global_batch_size} x {self.model_config.context_length} tokens "
             f"({self.engine.accumulation_steps} micro-batches of {self.config.micro_batch_size} per rank)"
         )
-        if self.config.max_steps <= self.config.schedule.warmup_steps:
+        if self.config.max_steps < self.config.schedule.warmup_steps:
             self.say(
                 f"note: the run of max_steps={self.config.max_steps} ends within its warm-up of "
                 f"schedule.warmup_steps={self.config.schedule.warmup_steps}, before the peak learning rate"

@@ -38,6 +38,8 @@ def test_one_record_per_step_across_restarts(tmp_path: Path) -> None:
     first.close(failed=False)
     with run.metrics.open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
+    with run.metrics.open("ab") as damaged:
+        damaged.write(b"\n\xff\xfe{\n")
     second = Metrics(config(), run, 3, {})  # the newest checkpoint is of step 3
     for step in range(4, 8):
         second.record(record(step))

@@ -196,6 +196,31 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_pa
     assert error.startswith(f"no checkpoint in {run}/checkpoints is whole"), "a run must not start afresh in silence"
 
 
+def test_a_checkpoint_of_another_run(data: Path, reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, run, "max_steps=2").returncode == 0
+    foreign = run / "checkpoints" / "step-00000012"
+    subprocess.run(["cp", "-r", str(reference / "checkpoints" / foreign.name), str(foreign)], check=True)
+    assert f"{foreign} is the checkpoint of another run" in user_error(train(data, run))
+    export = [f"run_dir={run}", f"output_dir={tmp_path / 'export'}"]
+    assert "step 12 in" in user_error(run_module("checkpoints.export", *export))
+    result = run_module("checkpoints.export", *export, "step=2")
+    assert result.returncode == 0, result.stderr
+
+
+def test_output_that_nobody_reads(data: Path, tmp_path: Path) -> None:
+    """`train | head` ends the printing, not the training."""
+    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step 2 "):
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(data, run, "max_steps=4").returncode == 0
@@ -220,6 +245,7 @@ def test_refused_before_anything_starts(data: Path, reference: Path, tmp_path: P
         (tmp_path / "a", ["global_batch_size=5"], "global_batch_size=5 is not a multiple of micro_batch_size=2"),
         (tmp_path / "a", ["engine.zero_stage=0"], "engine.zero_stage=0 is not supported"),
         (tmp_path / "a", ["resume=must"], "there is no checkpoint"),
+        (tmp_path / "a", ["optim=null"], "a group of settings must be given by name"),
         (tmp_path / "a", ["data_dir=/nowhere"], "/nowhere does not exist"),
         (other, [], "is not empty and holds no run"),
         (reference, ["resume=never"], "holds another run"),
