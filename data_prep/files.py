@@ -129,7 +129,7 @@ def _parse_line(line: bytes, place: str, text_field: str, bad_records: BadRecord
         elif text_field not in record:
             fields = ", ".join(list(record)[:8]) or "none"
             bad_records.reject(
-                place, f"the record has no field {text_field}", f"its fields: {fields}; text_field=FIELD names another"
+                place, f"the record has no field {text_field}", f"its fields: {fields}; text_field=FIELD takes one"
             )
         else:
             return check_text(record[text_field], place, bad_records)

@@ -169,8 +169,8 @@ class Trainer:
         checkpoints = f"the checkpoints in {self.run.checkpoints} are kept" if kept else "there is no checkpoint yet"
         return (
             f"the loss or a gradient was not finite in {steps} (max_nonfinite_steps="
-            f"{self.config.max_nonfinite_steps}); no weight has changed since step {first - 1}, and {checkpoints}. Try a lower optim.lr or a longer "
-            "schedule.warmup_steps in a new run_dir"
+            f"{self.config.max_nonfinite_steps}); no weight has changed since step {first - 1}, and {checkpoints}. "
+            "Try a lower optim.lr or a longer schedule.warmup_steps in a new run_dir"
         )
 
     def validate(self, stream: TokenStream) -> float:

@@ -78,7 +78,9 @@ def test_mixed_folder_in_order(tmp_path: Path) -> None:
 BROKEN_LINES = {
     r"a.jsonl:2: the line is not JSON \(Expecting value at column 10\)": b'{"text": oops}',
     r"a.jsonl:2: the line is not a JSON object \(it is list\)": b"[1]",
-    r"a.jsonl:2: the record has no field text \(its fields: id, body\)": b'{"id": 1, "body": "x"}',
+    r"a.jsonl:2: the record has no field text \(its fields: id, body; text_field=FIELD takes one\)": (
+        b'{"id": 1, "body": "x"}'
+    ),
     r"a.jsonl:2: the text is not a string \(it is NoneType\)": b'{"text": null}',
     r"a.jsonl:2: the line is not valid UTF-8 \(byte 0xff at position 10\)": b'{"text": "\xff"}',
     r"a.jsonl:2: the text is not valid Unicode \(lone surrogate '\\ud800'\)": b'{"text": "\\ud800"}',
