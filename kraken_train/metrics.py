@@ -72,7 +72,10 @@ class Metrics:
 
     def sync(self) -> None:
         """Wait until the disk has all records: those up to a checkpoint's step must not be lost with a machine."""
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise TrainingError(f"{self.file.name} cannot be written: {error.strerror}") from error
 
     def close(self, failed: bool) -> None:
         with contextlib.suppress(OSError):  # a full disk has been reported by `record`

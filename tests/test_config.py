@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from helpers import REPOSITORY
+from hydra import compose, initialize_config_dir
 
 from kraken_train.architectures import build_model
 from kraken_train.config import (
@@ -16,14 +17,16 @@ from kraken_train.config import (
     GPTConfig,
     KrakenConfig,
     OptimConfig,
+    TrainConfig,
     padded_vocab_size,
     parse_model,
 )
 from kraken_train.errors import ConfigError
 from kraken_train.generate import GenerateConfig
-from kraken_train.parsing import from_dict, to_dict
+from kraken_train.parsing import from_dict, from_hydra, to_dict
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
+EXPERIMENT_FILES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 PAPER = {
     "kraken-125m-2way": (2, 12, 6, 678, 124.0),
     "kraken-125m-4way": (4, 12, 3, 504, 124.5),
@@ -138,3 +141,17 @@ def test_free_text_is_not_an_interpolation() -> None:
     settings = {key: value for key, value in settings.items() if key not in ("defaults", "hydra")}
     text = "costs ${HOME} and \\${x}"
     assert from_dict({**settings, "export_dir": "e", "prompt": text}, GenerateConfig).prompt == text
+
+
+@pytest.mark.parametrize("path", EXPERIMENT_FILES, ids=lambda path: path.stem)
+def test_experiments_are_the_papers(path: Path) -> None:
+    """Each experiment composes into a valid run of its model with the paper's batch, schedule and learning rate."""
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        composed = compose("train", [f"experiment={path.stem}", "data_dir=data", "run_dir=run"])
+    config = from_hydra(composed, TrainConfig)
+    name = path.stem.removeprefix("paper-")
+    assert parse_model(config.model) == model(f"kraken-{name}", 50257)
+    assert config.optim.lr == (2.5e-4 if name.startswith("125m") else 1.5e-4)
+    assert (config.max_steps, config.schedule.name, config.schedule.warmup_steps) == (300_000, "cosine", 2000)
+    assert 0.45e6 < config.global_batch_size * config.model["context_length"] < 0.55e6
+    assert config.gradient_accumulation_steps(8) == 4
