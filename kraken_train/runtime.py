@@ -30,12 +30,17 @@ LAUNCHER_VARIABLES = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the `world_size` processes of the run."""
+    """This process among the `world_size` processes of the run.
+
+    `dataclasses.replace(runtime, group=...)` gives the same processes another channel to agree over, for example one
+    that a second thread can use while the first trains.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
+    group: dist.ProcessGroup | None = None  # of all ranks, in their order; None: the default group
 
     @property
     def is_first(self) -> bool:
@@ -57,7 +62,8 @@ class Runtime:
 
     @property
     def backend(self) -> str:
-        return "nccl" if self.device.type == "cuda" else "gloo"
+        """Tensors on GPUs go through NCCL; gloo serves those on the CPU, where ranks agree on small things."""
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
     def configure_device(self) -> None:
         """Claim this rank's GPU, or its share of the machine's cores."""
@@ -78,23 +84,41 @@ class Runtime:
             except KrakenError as error:
                 outcome[0] = error
             except Exception as error:
-                dist.broadcast_object_list([RuntimeError(f"rank 0: {error!r}")], src=0)  # the others must not wait
+                report = RuntimeError(f"rank 0: {error!r}")
+                dist.broadcast_object_list([report], src=0, group=self.group)  # the others must not wait
                 raise
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sums over all ranks, in float64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(total)
+        if self.world_size == 1:
+            return torch.tensor(values, dtype=torch.float64).tolist()
+        on_cpu = "cpu:" in dist.get_backend_config(self.group)  # such as "cpu:gloo,cuda:nccl"; NCCL's has no CPU
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if on_cpu else self.device)
+        dist.all_reduce(total, group=self.group)
         return total.tolist()
+
+    def gather(self, value: Result) -> list[Result]:
+        """The `value` of every rank, in the order of ranks, on all ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def all_true(self, flag: bool) -> bool:
         """Whether `flag` holds on every rank."""
         return self.sum([0.0 if flag else 1.0])[0] == 0.0
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks met: a store that all of them can read and write."""
+
+    store: dist.Store
+    store_rank: int | None  # the rank whose process holds it; None: the launcher does
 
 
 def read_runtime() -> Runtime:
@@ -134,6 +158,11 @@ def export_rendezvous(runtime: Runtime) -> None:
             f"{runtime.world_size} ranks need MASTER_ADDR and MASTER_PORT (the first host and a free port on it); "
             "the deepspeed launcher and torchrun set them, under srun export them in the batch script"
         )
+
+
+def launcher_holds_store() -> bool:
+    """Whether the store through which the ranks meet is torchrun's rather than rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def free_port() -> int:

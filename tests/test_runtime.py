@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from kraken_train.errors import ConfigError
 from kraken_train.runtime import Runtime, export_rendezvous, read_runtime
@@ -65,3 +67,25 @@ def test_errors_reach_all_ranks_alone() -> None:
     with pytest.raises(ConfigError, match="wrong"):
         Runtime(0, 0, 1, 1).on_first(fail)
     assert Runtime(0, 0, 1, 1).on_first(lambda: 7) == 7
+    assert Runtime(0, 0, 1, 1).gather("mine") == ["mine"]
+    assert Runtime(0, 0, 1, 1).sum([1.5, 2.0]) == [1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"),
+    [("cuda:nccl", "meta"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu")],
+)
+def test_sums_go_where_the_group_can_communicate(monkeypatch: pytest.MonkeyPatch, backends: str, device: str) -> None:
+    """A device named meta stands for the rank's GPU. Groups of ranks are tried in checkpoints/test_store.py."""
+
+    class Reached(Exception):
+        pass
+
+    def all_reduce(tensor: torch.Tensor, group: object) -> None:
+        raise Reached(tensor.device.type)
+
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(Runtime, "device", torch.device("meta"))
+    with pytest.raises(Reached, match=device):
+        Runtime(0, 0, 2, 2).sum([1.0])

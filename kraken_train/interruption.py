@@ -1,0 +1,118 @@
+"""What asks a run to save and end early: SIGTERM, or the end of the launcher that started it.
+
+The `deepspeed` command does not pass SIGTERM on: it dies and leaves `deepspeed.launcher.launch` and the ranks behind.
+So a rank looks at its launchers itself.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+from types import FrameType
+
+import psutil
+
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGTERM
+
+RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+LOCAL_LAUNCHER = "deepspeed.launcher.launch"  # which a runner starts on each machine
+LAUNCHERS = (*RUNNERS, LOCAL_LAUNCHER, "torchrun", "torch.distributed.run", "torch.distributed.launch")
+PYTHON_OPTIONS_WITH_VALUE = ("-W", "-X")
+
+
+class Interrupted(Exception):
+    """The run has ended early and in good order, because it was asked to. The message is the reason."""
+
+
+class StopRequest:
+    """Whether, and why, this rank was asked to save and end. The first reason is kept."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Ask for it, from any thread."""
+        if self.reason is None:
+            self.reason = reason
+
+    @contextmanager
+    def on_sigterm(self) -> Iterator[None]:
+        """Make SIGTERM a request, in place of death. Main thread only (ValueError elsewhere)."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.request("SIGTERM")
+
+        previous = signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+class Launchers:
+    """The launchers among the ancestors of this process: the nearest ones, up to the first that is none.
+
+    A shell, nohup or srun is none, so a run outlives the session that started it.
+    """
+
+    def __init__(self) -> None:
+        self.processes: list[psutil.Process] = []
+        self.orphaned = False
+        parent = parent_of(psutil.Process())
+        while parent is not None and (name := launcher_name(command := command_of(parent))) is not None:
+            self.processes.append(parent)
+            parent = parent_of(parent)
+            # A runner may have died before this process could look. On the machines of a cluster, which are told
+            # their number, the local launcher has a remote shell for a parent.
+            if name == LOCAL_LAUNCHER and not any(argument.startswith("--node_rank") for argument in command):
+                self.orphaned = parent is None or launcher_name(command_of(parent)) not in RUNNERS
+
+    def __bool__(self) -> bool:
+        return bool(self.processes)
+
+    def have_ended(self) -> bool:
+        """Whether one of them is gone."""
+        return self.orphaned or any(has_ended(process) for process in self.processes)
+
+
+def parent_of(process: psutil.Process) -> psutil.Process | None:
+    try:
+        return process.parent()
+    except psutil.Error:
+        return None
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Its arguments; none if it has ended or they are not ours to see."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def launcher_name(command: list[str]) -> str | None:
+    """Which of LAUNCHERS a process with these arguments runs: the script or module that its Python was given."""
+    if not command or not PurePath(command[0]).name.startswith("python"):
+        return None
+    arguments = iter(command[1:])
+    for argument in arguments:
+        if argument in PYTHON_OPTIONS_WITH_VALUE:
+            next(arguments, None)
+        elif not argument.startswith("-"):
+            name = PurePath(argument).name
+            return name if name in LAUNCHERS else None
+    return None
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it is gone, its number possibly given to another one, or dead and only not yet collected."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,91 @@
+"""What asks a run to end: SIGTERM and its launchers, which are told from shells."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+
+from kraken_train import interruption
+from kraken_train.interruption import Launchers, StopRequest, has_ended, launcher_name
+
+
+def test_sigterm_is_a_request_inside_the_context_only() -> None:
+    stop, before = StopRequest(), signal.getsignal(signal.SIGTERM)
+    with stop.on_sigterm():
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and stop.reason == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_first_reason_is_kept() -> None:
+    stop = StopRequest()
+    thread = threading.Thread(target=stop.request, args=("its launcher has ended",))
+    thread.start()
+    thread.join()
+    stop.request("SIGTERM")
+    assert stop.reason == "its launcher has ended"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("python3 /opt/bin/deepspeed --num_gpus 2 --module a.b", "deepspeed"),
+        ("/opt/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=x a.py", "deepspeed.launcher.launch"),
+        ("python -W ignore -m torch.distributed.run -m a.b", "torch.distributed.run"),
+        ("python /opt/bin/torchrun --nproc-per-node 2 -m a.b", "torchrun"),
+        ("bash -c deepspeed", None),
+        ("timeout 100 deepspeed --num_gpus 2", None),
+        ("python submit.py deepspeed", None),
+        ("python -m kraken_train.train", None),
+        ("python", None),
+        ("", None),
+    ],
+)
+def test_launchers_are_recognised(command: str, name: str | None) -> None:
+    assert launcher_name(command.split()) == name
+
+
+RUNNER, LOCAL = ["python", "/opt/bin/deepspeed"], ["python", "-u", "-m", "deepspeed.launcher.launch"]
+SHELL = ["bash"]
+
+
+@pytest.mark.parametrize(
+    ("ancestors", "watched", "orphaned"),
+    [
+        ([SHELL], 0, False),
+        ([SHELL, RUNNER], 0, False),
+        ([["python", "/opt/bin/torchrun"], SHELL], 1, False),
+        ([LOCAL, RUNNER, SHELL], 2, False),
+        ([LOCAL, ["init"]], 1, True),
+        ([LOCAL], 1, True),
+        ([[*LOCAL, "--node_rank=1"], SHELL], 1, False),
+    ],
+)
+def test_ancestors(monkeypatch: pytest.MonkeyPatch, ancestors: list[list[str]], watched: int, orphaned: bool) -> None:
+    """From the parent upwards. A process on one machine whose local launcher has no runner has lost it."""
+    parents = iter([*range(len(ancestors)), None])
+    monkeypatch.setattr(interruption, "parent_of", lambda process: next(parents))
+    monkeypatch.setattr(interruption, "command_of", lambda process: ancestors[process])
+    monkeypatch.setattr(interruption, "has_ended", lambda process: False)
+    launchers = Launchers()
+    assert len(launchers.processes) == watched
+    assert bool(launchers) == bool(watched)
+    assert launchers.have_ended() == orphaned
+
+
+def test_a_process_has_ended() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = psutil.Process(child.pid)
+    assert not has_ended(process)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert has_ended(process), "dead, and not yet collected"
+    child.communicate()
+    assert has_ended(process)

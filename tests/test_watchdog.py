@@ -1,0 +1,304 @@
+"""A stopped rank ends the job, a dead launcher ends it in good order, and who is just slow or done is left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+from helpers import REPOSITORY
+
+from kraken_train import watchdog
+from kraken_train.interruption import StopRequest
+from kraken_train.runtime import Runtime, free_port
+from kraken_train.watchdog import DONE, FAILED, RUNNING, Beat, Silence, Watchdog, encode
+
+SCRIPT = Path(__file__).with_name("watched_rank.py")
+CLEAR = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What it concludes, in this process
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is ended raises Ended, at once."""
+
+    def end(self: Watchdog, culprit: Beat, message: str | None) -> None:
+        raise Ended(message)
+
+    monkeypatch.setattr(Watchdog, "end_job", end)
+
+
+def build(rank: int = 0, world_size: int = 3) -> tuple[Watchdog, dist.Store]:
+    store = dist.HashStore()
+    dog = Watchdog(Runtime(rank, rank, world_size, world_size), store, 10.0, StopRequest())
+    assert dog.store is not None
+    return dog, dog.store
+
+
+def beat(rank: int, count: int = 1, state: str = RUNNING) -> Beat:
+    return Beat(rank, pid=4242, host="node3", started=0.0, count=count, step=17, state=state)
+
+
+def test_silence() -> None:
+    silence = Silence()
+    assert silence.seconds(None, 3.0) == 3.0
+    assert silence.seconds(1, 4.0) == 0.0
+    assert silence.seconds(1, 9.0) == 5.0
+
+
+def test_a_silent_neighbour(ends: None) -> None:
+    dog, store = build()
+    for count in range(1, 4):
+        store.set("beat/1", encode(beat(1, count)))
+        for _ in range(5):  # 10 s, as long as is allowed
+            dog.exchange(store)
+            dog.watch_ranks(awake=dog.answers * 2.0)
+    dog.exchange(store)
+    expected = r"rank 1 \(process 4242 on node3\) has not answered for 10 s \(its last completed step is 17\)"
+    with pytest.raises(Ended, match=expected):
+        dog.watch_ranks(awake=dog.answers * 2.0 + 2.0)
+
+
+def test_a_neighbour_that_has_not_begun_has_longer(ends: None) -> None:
+    dog, store = build()
+    while dog.answers * 2.0 < 10.0 + watchdog.STARTING_SECONDS:
+        dog.exchange(store)
+        dog.watch_ranks(awake=dog.answers * 2.0)
+    dog.exchange(store)
+    with pytest.raises(Ended, match="rank 1 has not answered since the ranks joined"):
+        dog.watch_ranks(awake=dog.answers * 2.0)
+
+
+def test_who_is_done_is_watched_no_more(ends: None) -> None:
+    dog, store = build()
+    store.set("beat/1", encode(beat(1, state=DONE)))
+    store.set("beat/2", encode(beat(2, state=DONE)))
+    for awake in range(1000):
+        dog.exchange(store)
+        dog.watch_ranks(float(awake))
+    assert dog.watched == 0, "nobody else is left"
+
+
+def test_a_failed_neighbour(ends: None) -> None:
+    dog, store = build()
+    store.set("beat/1", encode(beat(1, state=FAILED)))
+    dog.exchange(store)
+    dog.watch_ranks(1.0)
+    dog.exchange(store)
+    dog.watch_ranks(2.0)
+    dog.exchange(store)
+    with pytest.raises(Ended, match="has failed, see its message"):
+        dog.watch_ranks(12.0)
+
+
+def test_a_silent_store_is_its_holder_s_and_one_rank_says_so(ends: None) -> None:
+    for rank, told in [(1, None), (2, r"rank 0 .* has not answered for 10 s")]:
+        dog, store = build(rank)
+        store.set("beat/0", encode(beat(0)))
+        store.set("beat/2", encode(beat(2)))
+        dog.exchange(store)
+        for awake in (1.0, 5.0, 9.0):
+            dog.watch_ranks(awake)
+        with pytest.raises(Ended, match=told or "None"):
+            dog.watch_ranks(12.0)
+
+
+def test_a_silent_launcher_s_store_ends_nothing(ends: None, capsys: pytest.CaptureFixture[str]) -> None:
+    dog, store = build()
+    dog.store_rank = None
+    dog.exchange(store)
+    for awake in range(1000):
+        dog.watch_ranks(float(awake))
+    assert capsys.readouterr().err.count("the launcher does not answer rank 0") == 1
+
+
+def test_off() -> None:
+    for dog in (
+        Watchdog(Runtime(0, 0, 2, 2), dist.HashStore(), 0.0, StopRequest()),
+        Watchdog(Runtime(0, 0, 1, 1), dist.HashStore(), 10.0, StopRequest()),
+        Watchdog(Runtime(0, 0, 2, 2), None, 10.0, StopRequest()),
+    ):
+        with dog:
+            assert not dog.talker.is_alive()
+
+
+def test_only_the_process_itself_is_killed() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = psutil.Process(child.pid)
+    here = replace(beat(1), pid=child.pid, host=watchdog.socket.gethostname(), started=process.create_time())
+    replace(here, host="another").kill()
+    replace(here, started=here.started - 100).kill()
+    time.sleep(0.2)
+    assert child.poll() is None
+    os.kill(child.pid, signal.SIGSTOP)
+    here.kill()
+    assert child.wait(10) == -signal.SIGKILL
+    here.kill()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What it does to processes
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a command with tmp_path/NAME.err for its standard error; nothing of it is left after the test."""
+    started: list[psutil.Process] = []
+
+    def start(name: str, *command: str, **variables: object) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if key not in CLEAR}
+        environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment |= {key: str(value) for key, value in variables.items()}
+        with open(tmp_path / f"{name}.err", "w") as errors:
+            process = subprocess.Popen(command, env=environment, stderr=errors, stdout=errors, text=True)
+        started.append(psutil.Process(process.pid))
+        return process
+
+    yield start
+    for file in tmp_path.glob("*.pid"):
+        if psutil.pid_exists(int(file.read_text())):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+    for process in started:
+        if process.is_running():
+            process.kill()
+            process.wait()
+
+
+def start_pair(start: Start, folder: Path, timeout_seconds: float, mode: str) -> list[subprocess.Popen[str]]:
+    """Two ranks as the deepspeed launcher or srun start them: rank 0 holds the store."""
+    command = [sys.executable, str(SCRIPT), str(folder), str(timeout_seconds), mode]
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [start(f"rank{rank}", *command, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
+
+
+def rank_pids(folder: Path) -> list[int]:
+    """The processes of both ranks, as soon as they run."""
+    files = [folder / f"{rank}.pid" for rank in range(2)]
+    wait_until(lambda: all(file.exists() for file in files), 60, folder)
+    return [int(file.read_text()) for file in files]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, output(folder)
+        time.sleep(0.1)
+
+
+def output(folder: Path) -> str:
+    return "".join(file.read_text() for file in sorted(folder.glob("*.err")))
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # 1: also in integration/test_faults
+def test_a_stopped_rank(start: Start, tmp_path: Path, victim: int) -> None:
+    ranks = start_pair(start, tmp_path, 5.0, "together")
+    pids = rank_pids(tmp_path)
+    time.sleep(2)
+    os.kill(pids[victim], signal.SIGSTOP)
+    assert ranks[1 - victim].wait(30) == 1
+    assert ranks[victim].wait(5) == -signal.SIGKILL
+    errors = [line for line in output(tmp_path).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output(tmp_path)
+    assert f"rank {victim} (process {pids[victim]} on " in errors[0]
+    assert "has not answered for 5 s (its last completed step is " in errors[0]
+
+
+def test_a_stopped_rank_under_torchrun(start: Start, tmp_path: Path) -> None:
+    """The launcher holds the store."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    launcher = start("launcher", *launch, str(SCRIPT), str(tmp_path), "5", "together")
+    pids = rank_pids(tmp_path)
+    time.sleep(2)
+    os.kill(pids[0], signal.SIGSTOP)
+    assert launcher.wait(30) == 1
+    errors = [line for line in output(tmp_path).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output(tmp_path)
+    assert f"rank 0 (process {pids[0]} on " in errors[0]
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_all_stopped_for_a_while_and_leaving_one_by_one(start: Start, tmp_path: Path) -> None:
+    ranks = start_pair(start, tmp_path, 3.0, "alone")
+    pids = rank_pids(tmp_path)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert [rank.wait(30) for rank in ranks] == [0, 0], output(tmp_path)
+    assert "Exception raised" not in output(tmp_path) and "error" not in output(tmp_path)
+
+
+def test_a_failure_that_the_others_do_not_see(start: Start, tmp_path: Path) -> None:
+    ranks = start_pair(start, tmp_path, 3.0, "failing")
+    rank_pids(tmp_path)
+    assert ranks[0].wait(30) == 1
+    assert "rank 1 (process" in output(tmp_path) and "has failed, see its message" in output(tmp_path)
+    assert "this rank has failed" in output(tmp_path)
+
+
+@pytest.mark.slow  # also in integration/test_faults
+def test_the_deepspeed_command_is_ended(start: Start, tmp_path: Path) -> None:
+    """It passes no signal on. The ranks save and end, and so does the local launcher between them."""
+    options = ["--num_gpus=2", "--no_local_rank", f"--master_port={free_port()}"]
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    runner = start("runner", sys.executable, deepspeed, *options, str(SCRIPT), str(tmp_path), "20", "together")
+    pids = rank_pids(tmp_path)
+    local_launcher = psutil.Process(pids[0]).ppid()
+    time.sleep(1)
+    runner.terminate()
+    assert runner.wait(10) == -signal.SIGTERM
+    wait_until(lambda: all(gone(pid) for pid in [local_launcher, *pids]), 30, tmp_path)
+    assert "its launcher has ended" in [(tmp_path / f"{rank}.saved").read_text() for rank in range(2)]
+
+
+# A stand-in for a launcher, with the one argument that makes it one.
+STAND_IN = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])\n"
+DEAF = """
+import os, time
+from pathlib import Path
+from kraken_train import watchdog
+from kraken_train.interruption import StopRequest
+from kraken_train.runtime import Runtime
+watchdog.BEAT_SECONDS, watchdog.LAUNCHER_SECONDS = 0.2, 1.0
+with watchdog.Watchdog(Runtime(0, 0, 1, 1), None, 45.0, StopRequest()):
+    Path("{folder}/0.pid").write_text(str(os.getpid()))
+    time.sleep(100)
+"""
+
+
+def test_a_rank_that_does_not_heed_its_launcher_s_end(start: Start, tmp_path: Path) -> None:
+    script = tmp_path / "torchrun"
+    script.write_text(STAND_IN)
+    launcher = start("launcher", sys.executable, str(script), DEAF.format(folder=tmp_path))
+    wait_until((tmp_path / "0.pid").exists, 60, tmp_path)
+    time.sleep(1)
+    pid = int((tmp_path / "0.pid").read_text())
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: gone(pid), 15, tmp_path)
+    assert "error: rank 0 has not ended in the 1 s since its launcher has" in output(tmp_path)

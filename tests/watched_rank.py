@@ -1,0 +1,60 @@
+"""A rank that counts steps together with the others, watched, until it is asked to stop.
+
+Usage, under a launcher: watched_rank.py FOLDER TIMEOUT_SECONDS MODE. It leaves in FOLDER `RANK.pid` once it runs,
+and `RANK.saved`, with the reason, when it ends because it was asked to. MODE is
+
+    together    steps that all ranks do together; what a stopped rank holds up
+    alone       30 steps without any communication, in which rank 0 is the fastest
+    failing     the last rank raises, and the others do not see it
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
+from kraken_train.runtime import Runtime, launcher_holds_store, read_runtime
+from kraken_train.watchdog import Watchdog
+
+
+def run(runtime: Runtime, folder: Path, timeout_seconds: float, mode: str) -> None:
+    with ExitStack() as held:
+        stop = StopRequest()
+        held.enter_context(stop.on_sigterm())
+        minute = timedelta(minutes=1)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=minute))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=minute)
+        store_rank = None if launcher_holds_store() else 0
+        watchdog = held.enter_context(Watchdog(runtime, store, timeout_seconds, stop, store_rank))
+        write(folder / f"{rank}.pid", str(os.getpid()))
+        for step in range(1, 1000 if mode == "together" else 31):
+            time.sleep({"together": 0.1, "alone": 0.1 * (1 + rank), "failing": 1}[mode])
+            if mode == "failing" and rank == world_size - 1:
+                raise RuntimeError("this rank has failed")
+            if mode == "together" and not runtime.all_true(not stop.requested):
+                write(folder / f"{rank}.saved", str(stop.reason))
+                raise Interrupted(stop.reason)
+            watchdog.step = step
+
+
+def write(path: Path, text: str) -> None:
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").rename(path)
+
+
+if __name__ == "__main__":
+    runtime = read_runtime()
+    try:
+        run(runtime, Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3])
+        if runtime.is_first:
+            sys.exit()  # before the others
+        time.sleep(1)
+    except Interrupted:
+        sys.exit(INTERRUPTED_EXIT_CODE)
