@@ -3,7 +3,7 @@
 A run's `checkpoints/` folder holds one `step-NNNNNNNN/` per checkpoint and a pointer `latest`. A checkpoint is a
 `torch.distributed.checkpoint` directory plus `manifest.json`, which lists every file with size and SHA-256. It is
 written under a temporary name, synced, renamed, and only then pointed to, so that being killed at any moment leaves
-the previous checkpoint as it was.
+the previous checkpoint as it was. Where there are several ranks, each writes, hashes and verifies a share.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import threading
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,6 +41,12 @@ STEP_FOLDER = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
 POINTER = "latest"
 WEIGHT_PREFIX = "model."
+ALONE = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
+PATIENCE_AFTER_ERROR = 600.0  # seconds for a save under way when training has failed; a dead disk may never answer
+
+# A single process saves and loads without a process group. Set here and not around the calls: a thread saves, and
+# warnings.catch_warnings changes the filters of all threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Checkpoint:
     path: Path
     step: int
     metadata: dict[str, Any]
+    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,97 @@ class TrainedWeights:
     passed_over: list[str]  # why newer checkpoints of the run were not taken
 
 
+@dataclass(frozen=True)
+class WrittenPart:
+    """What one rank has written of a checkpoint."""
+
+    files: dict[str, dict[str, Any]]  # as the manifest lists them
+    failure: str | None  # why it could not
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------
+
+
+class CheckpointWriter:
+    """Saves a run's checkpoints, either while the caller waits or in the background. Creating one is a collective.
+
+    In the background a thread does what `save_checkpoint` does, and its ranks agree over a process group of their own,
+    so that their messages never mix with training's. At most one save is under way. All ranks must call `save` and
+    `finish` in the same order. As a context manager it finishes when the block ends:
+
+        with CheckpointWriter(folder, keep=3, runtime=runtime, asynchronous=True) as writer:
+            writer.save(step, tensors, metadata)
+
+    An error that ends the block is not replaced by that of a save, which is printed only. The thread never keeps the
+    interpreter from exiting.
+    """
+
+    def __init__(self, folder: Path, keep: int, runtime: Runtime, asynchronous: bool) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.asynchronous = asynchronous
+        if asynchronous and runtime.world_size > 1:
+            runtime = replace(runtime, group=dist.new_group(backend="gloo"))
+        self.runtime = runtime
+        self.under_way: BackgroundSave | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Save as `save_checkpoint` does, or start to; a save that is still under way is finished before.
+
+        In the background nobody may change `tensors`, which are on the CPU, or `metadata` any more. Raises
+        CheckpointError on all ranks if this save failed, or in the background the one before it.
+        """
+        self.finish()
+        save = partial(save_checkpoint, self.folder, step, tensors, metadata, self.keep, self.runtime)
+        if self.asynchronous:
+            self.under_way = BackgroundSave(save)
+            self.under_way.start()
+        else:
+            save()
+
+    def finish(self) -> None:
+        """Wait for the save that is under way, if there is one. Raises CheckpointError on all ranks if it failed."""
+        failure = self.wait(None)
+        if failure is not None:
+            raise failure
+
+    def wait(self, seconds: float | None) -> BaseException | None:
+        """Wait for the save that is under way, and forget it; why it failed, if it did."""
+        if self.under_way is None:
+            return None
+        self.under_way.join(seconds)  # when that is interrupted, the save is still under way
+        finished, self.under_way = self.under_way, None
+        return finished.failure
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.finish()
+            return
+        # The threads of all ranks agree without the main ones, so the save can end well although training did not.
+        failure = self.wait(PATIENCE_AFTER_ERROR)
+        if failure is not None and self.runtime.is_first:
+            print(f"note: a save was under way, and failed as well: {failure}", file=sys.stderr, flush=True)
+
+
+class BackgroundSave(threading.Thread):
+    """A save and, once it has ended, why it failed. A daemon: Python exits without waiting for it."""
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.save = save
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.save()
+        except BaseException as error:  # told by the thread that waits; the library's errors are no Exception
+            self.failure = error
+        del self.save  # and with it the tensors
 
 
 def save_checkpoint(
@@ -67,37 +167,48 @@ def save_checkpoint(
 ) -> None:
     """Write `tensors` and `metadata` as the checkpoint of `step`, then drop all but the newest `keep`. A collective.
 
-    Raises CheckpointError on all ranks where one of them cannot write; the previous checkpoints are untouched then.
+    Each name is a plain tensor on exactly one rank, or a DTensor on the ranks of its mesh; ranks may hold different
+    names. Raises CheckpointError, with one message, on all ranks where one of them cannot write; the previous
+    checkpoints are untouched then.
     """
     temporary = folder / f".step-{step:08d}.tmp"
     runtime.on_first(lambda: make_empty(temporary))
-    failure = write_tensors(tensors, temporary, runtime)
-    if not runtime.all_true(failure is None):
-        runtime.on_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise CheckpointError(describe_failed_save(folder, step, failure or "another rank could not write its part"))
-    runtime.on_first(lambda: publish(folder, temporary, step, metadata))
+    parts = runtime.gather(write_part(tensors, temporary, runtime))
+    runtime.on_first(lambda: publish(folder, temporary, step, metadata, parts))
     runtime.on_first(lambda: drop_old(folder, keep))
+
+
+def write_part(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> WrittenPart:
+    """Write this rank's part and describe its files, so that the ranks hash in parallel."""
+    failure = write_tensors(tensors, folder, runtime)
+    if failure is not None:
+        return WrittenPart({}, failure)
+    try:
+        own = folder.glob(f"__{runtime.rank}_*.distcp")  # as the library names them
+        return WrittenPart({path.name: describe_file(path) for path in own}, None)
+    except OSError as error:
+        return WrittenPart({}, root_message(error))
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> str | None:
     """This rank's part of the checkpoint; what went wrong, if anything did."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a single process saves without a process group
-            dcp.save(tensors, checkpoint_id=folder, no_dist=runtime.world_size == 1)
+        dcp.save(tensors, checkpoint_id=folder, process_group=runtime.group, no_dist=runtime.world_size == 1)
     except (CheckpointException, OSError, RuntimeError) as error:
         return root_message(error)
     return None
 
 
-def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any]) -> None:
+def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], parts: list[WrittenPart]) -> None:
+    """Rank 0: make what all ranks have written the checkpoint of `step`. Raises CheckpointError."""
     final = folder / f"step-{step:08d}"
     try:
-        require_all_parts(temporary)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(temporary.iterdir())
-        }
+        for part in parts:
+            if part.failure is not None:
+                raise CheckpointError(describe_failed_save(folder, step, part.failure))
+        written = {name: entry for part in parts for name, entry in part.files.items()}
+        require_all_parts(temporary, written)
+        files = {path.name: written.get(path.name) or describe_file(path) for path in sorted(temporary.iterdir())}
         content = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
         write_synced(
             temporary / MANIFEST, json.dumps({"content": content, "sha256": content_sha256(content)}, indent=1)
@@ -110,22 +221,35 @@ def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any]) 
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(describe_failed_save(folder, step, root_message(error))) from error
+    except CheckpointError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def require_all_parts(temporary: Path) -> None:
+def describe_file(path: Path) -> dict[str, Any]:
+    """What the manifest lists of a file. Raises OSError."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def require_all_parts(temporary: Path, written: dict[str, dict[str, Any]]) -> None:
     """Raises CheckpointError unless the files of all ranks are here, as they are on a shared file system."""
-    for part in sorted({info.relative_path for info in read_index(temporary).storage_data.values()}):
-        if not (temporary / part).is_file():
-            shutil.rmtree(temporary, ignore_errors=True)
+    indexed = {info.relative_path for info in read_index(temporary).storage_data.values()}
+    for part in sorted(indexed | written.keys()):
+        path = temporary / part
+        seen = path.stat().st_size if path.is_file() else None
+        if seen is None or seen != written.get(part, {}).get("bytes", seen):
             raise CheckpointError(
-                f"{part} of the checkpoint was written by another node and cannot be seen in {temporary}; run_dir must "
-                "be on a file system that all nodes share"
+                f"{part} of the checkpoint was written by another node and cannot be seen in {temporary}"
+                f"{'' if seen is None else ' as it was written'}; run_dir must be on a file system that all nodes share"
             )
 
 
 def drop_old(folder: Path, keep: int) -> None:
-    for path in step_folders(folder)[:-keep]:
-        discard(path)
+    try:
+        for path in step_folders(folder)[:-keep]:
+            discard(path)
+    except OSError as error:
+        raise CheckpointError(f"old checkpoints in {folder} cannot be removed: {error}") from error
     for leftover in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -173,15 +297,17 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
 
-def find_good_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+def find_good_checkpoint(folder: Path, runtime: Runtime | None = None) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over.
 
+    With `runtime` a collective that comes to the same result on all ranks; without one, this process does all of it.
     Raises CheckpointError where there is none, or none that is whole.
     """
+    runtime = runtime or ALONE
     problems: list[str] = []
-    for path in reversed(step_folders(folder)):
+    for path in reversed(runtime.on_first(lambda: step_folders(folder))):
         try:
-            return verify_checkpoint(path), problems
+            return verify_checkpoint(path, runtime), problems
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -198,30 +324,59 @@ def set_aside_after(checkpoint: Checkpoint) -> None:
             path.rename(aside)
 
 
-def verify_checkpoint(path: Path) -> Checkpoint:
-    """Read the manifest of `path` and check every file's size and SHA-256 against it. Raises CheckpointError."""
+def verify_checkpoint(path: Path, runtime: Runtime | None = None) -> Checkpoint:
+    """Read the manifest of `path` and check every file's size and SHA-256 against it.
+
+    With `runtime` a collective: each rank reads a share of the files. Raises CheckpointError, on all ranks then.
+    """
+    runtime = runtime or ALONE
+    checkpoint = runtime.on_first(lambda: read_manifest(path))
+    shares = runtime.gather(
+        {
+            name: find_problem(path / name, checkpoint.files[name])
+            for name in list(checkpoint.files)[runtime.rank :: runtime.world_size]
+        }
+    )
+    problems = {name: problem for share in shares for name, problem in share.items()}
+    for name in checkpoint.files:
+        if problems[name] is not None:
+            raise CheckpointError(problems[name])
+    return checkpoint
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """The checkpoint in `path` as its manifest describes it, with no other file looked at. Raises CheckpointError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         content = manifest["content"]
         intact = manifest["sha256"] == content_sha256(content)
-        version, files = content["format_version"], content["files"]
+        version = content["format_version"]
+        checkpoint = Checkpoint(path, content["step"], content["metadata"], content["files"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path / MANIFEST} is missing") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged") from error
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
     if not intact:
         raise CheckpointError(f"{path / MANIFEST} is damaged: its content does not match its checksum")
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}")
-    for name, expected in files.items():
-        file = path / name
+    return checkpoint
+
+
+def find_problem(file: Path, expected: dict[str, Any]) -> str | None:
+    """How `file` differs from what the manifest lists of it; a file that cannot be read is a problem, no error."""
+    try:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
+            return f"{file} is missing"
         if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
         if file_sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's")
-    return Checkpoint(path, content["step"], content["metadata"])
+            return f"{file} is damaged: its SHA-256 is not the manifest's"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -236,17 +391,40 @@ def load_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> dict
     """
     stored = stored_tensors(checkpoint)
     wanted = list(stored) if names is None else names
-    for name in wanted:
+    require_stored(checkpoint, stored, wanted)
+    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in wanted}
+    read_into(tensors, checkpoint)
+    return tensors
+
+
+def fill_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Read the named tensors of a checkpoint into those given, in place; of a DTensor only this rank's slices.
+
+    No collective: each rank reads for itself, whatever ranks have written. Raises CheckpointError, with nothing
+    changed, where a name is missing or a shape (of a DTensor: the whole one) differs; and where a file cannot be read.
+    """
+    stored = stored_tensors(checkpoint)
+    require_stored(checkpoint, stored, list(tensors))
+    for name, tensor in tensors.items():
+        if tensor.shape != stored[name].size:
+            raise CheckpointError(
+                f"{checkpoint.path} holds {name} of shape {tuple(stored[name].size)}, not {tuple(tensor.shape)}; it is "
+                "the checkpoint of another model"
+            )
+    read_into(tensors, checkpoint)
+
+
+def require_stored(checkpoint: Checkpoint, stored: dict[str, TensorStorageMetadata], names: list[str]) -> None:
+    for name in names:
         if name not in stored:
             raise CheckpointError(f"{checkpoint.path} holds no tensor {name}; it is the checkpoint of another model")
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in wanted}
+
+
+def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a single process loads without a process group
-            dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=True)
+        dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {root_message(error)}") from error
-    return tensors
 
 
 def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import store_ranks
 import torch
+from helpers import REPOSITORY, launch_ranks
 
 from checkpoints import store
-from checkpoints.store import find_good_checkpoint, load_tensors, save_checkpoint
+from checkpoints.store import (
+    ALONE,
+    CheckpointWriter,
+    fill_tensors,
+    find_good_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from kraken_train.errors import CheckpointError
-from kraken_train.runtime import Runtime
 
-ALONE = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest drops the module's filter
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -30,6 +44,16 @@ def save(folder: Path, step: int, keep: int = 3) -> None:
     save_checkpoint(folder, step, tensors(step), {"updates": step}, keep, ALONE)
 
 
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def flip_byte(path: Path, position: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
 def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != store.POINTER)
 
@@ -38,10 +62,7 @@ def test_round_trip(tmp_path: Path) -> None:
     save(tmp_path, 5)
     checkpoint, problems = find_good_checkpoint(tmp_path)
     assert (checkpoint.step, checkpoint.metadata, problems) == (5, {"updates": 5}, [])
-    loaded = load_tensors(checkpoint)
-    assert loaded.keys() == tensors(5).keys()
-    for name, tensor in tensors(5).items():
-        assert torch.equal(loaded[name], tensor)
+    assert same(load_tensors(checkpoint), tensors(5))
     assert load_tensors(checkpoint, ["model.b"]).keys() == {"model.b"}
     with pytest.raises(CheckpointError, match=r"holds no tensor model\.c; it is the checkpoint of another model"):
         load_tensors(checkpoint, ["model.c"])
@@ -122,3 +143,301 @@ def test_pointer_is_not_needed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "latest").unlink()
     assert find_good_checkpoint(tmp_path)[0].step == 1
+
+
+def test_fill_in_place(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    checkpoint, _ = find_good_checkpoint(tmp_path)
+    given = {name: torch.zeros_like(tensor) for name, tensor in tensors(1).items() if name != "model.b"}
+    views = dict(given)
+    fill_tensors(checkpoint, given)
+    for name, view in views.items():
+        assert torch.equal(view, tensors(1)[name]) and given[name] is view
+    for wrong, words in (
+        ({"model.a": torch.zeros(3, 5, 4)}, "holds model.a of shape (3, 4, 5), not (3, 5, 4); it is the checkpoint of"),
+        ({"model.a": torch.zeros(3, 4, 5), "model.c": torch.zeros(2)}, "holds no tensor model.c"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            fill_tensors(checkpoint, wrong)
+        assert words in str(error.value)
+        assert not any(tensor.any() for tensor in wrong.values()), "something was read before the mistake was found"
+
+
+def test_unreadable_file_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = store.file_sha256
+
+    def refused(path: Path) -> str:
+        if "step-00000002" in str(path) and path.suffix == ".distcp":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(store, "file_sha256", refused)
+    checkpoint, problems = find_good_checkpoint(tmp_path)
+    assert checkpoint.step == 1
+    assert len(problems) == 1 and problems[0].endswith(".distcp cannot be read: Permission denied")
+
+
+def test_parts_that_rank_0_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that is not shared, or not yet up to date."""
+    save(tmp_path, 1)
+
+    def hidden(*arguments: Any) -> store.WrittenPart:
+        part = write_part(*arguments)
+        next(arguments[1].glob("*.distcp")).unlink()
+        return part
+
+    def truncated(*arguments: Any) -> store.WrittenPart:
+        part = write_part(*arguments)
+        os.truncate(next(arguments[1].glob("*.distcp")), 10)
+        return part
+
+    write_part = store.write_part
+    for broken, words in ((hidden, "cannot be seen in"), (truncated, "as it was written; run_dir must be on")):
+        monkeypatch.setattr(store, "write_part", broken)
+        with pytest.raises(CheckpointError, match=f"written by another node.*{words}"):
+            save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In the background
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class SlowWrite:
+    """Stands for `store.write_tensors`; a write begins when called and goes on once it is allowed to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.allowed = threading.Event(), threading.Event()
+        self.real = store.write_tensors
+        monkeypatch.setattr(store, "write_tensors", self)
+
+    def __call__(self, *arguments: Any) -> str | None:
+        self.begun.set()
+        assert self.allowed.wait(60)
+        return self.real(*arguments)
+
+
+def test_background_save_equals_a_synchronous_one(tmp_path: Path) -> None:
+    for name, asynchronous in (("now", False), ("later", True)):
+        with CheckpointWriter(tmp_path / name, 2, ALONE, asynchronous) as writer:
+            for step in (1, 2, 3):
+                writer.save(step, tensors(step), {"updates": step})
+    now, later = ({path.name: path for path in files(tmp_path / name)} for name in ("now", "later"))
+    assert now.keys() == later.keys()
+    assert sorted(path.name for path in (tmp_path / "later").iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    for step in (2, 3):
+        checkpoint = verify_checkpoint(tmp_path / "later" / f"step-{step:08d}")
+        assert (checkpoint.step, checkpoint.metadata) == (step, {"updates": step})
+        assert same(load_tensors(checkpoint), tensors(step))
+
+
+def test_background_save_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    slow = SlowWrite(monkeypatch)
+    writer = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
+    writer.save(2, tensors(2), {})
+    assert slow.begun.wait(60)
+    assert find_good_checkpoint(tmp_path)[0].step == 1, "step 2 is only being written"
+    slow.allowed.set()
+    writer.finish()
+    writer.finish()
+    assert find_good_checkpoint(tmp_path)[0].step == 2
+
+
+def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowWrite(monkeypatch)
+    writer = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
+    writer.save(1, tensors(1), {})
+    threading.Timer(0.3, slow.allowed.set).start()
+    writer.save(2, tensors(2), {})
+    assert (tmp_path / "step-00000001").is_dir(), "the second save began before the first had ended"
+    writer.finish()
+    assert find_good_checkpoint(tmp_path)[0].step == 2
+
+
+def test_a_failed_background_save_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    writer = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
+    expected = r"step 2 could not be written.*No space left.*step-00000001"
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for tell in (lambda: writer.save(3, tensors(3), {}), writer.finish):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "file_sha256", full)
+            writer.save(2, tensors(2), {})
+            assert writer.under_way is not None
+            writer.under_way.join()
+        with pytest.raises(CheckpointError, match=expected):
+            tell()
+        writer.finish()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    writer.save(3, tensors(3), {})
+    writer.finish()
+    assert find_good_checkpoint(tmp_path)[0].step == 3
+
+
+def test_an_error_of_training_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ArithmeticError), CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True) as writer:
+        writer.save(1, tensors(1), {})
+        raise ArithmeticError("training has failed")
+    assert find_good_checkpoint(tmp_path)[0].step == 1, "the save that was under way was not waited for"
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(store, "write_tensors", lambda *arguments: "the disk is gone")
+    with pytest.raises(ArithmeticError), CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True) as writer:
+        writer.save(2, tensors(2), {})
+        raise ArithmeticError("training has failed")
+    assert "the checkpoint of step 2 could not be written" in capsys.readouterr().err
+
+
+LEAVING = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from checkpoints import store
+folder = Path(sys.argv[1])
+writer = store.CheckpointWriter(folder, 3, store.ALONE, asynchronous=True)
+writer.save(1, {"model.a": torch.ones(3)}, {})
+writer.finish()
+written, real = threading.Event(), store.write_tensors
+def stuck(*arguments):
+    real(*arguments)
+    written.set()
+    time.sleep(1000)
+store.write_tensors = stuck
+writer.save(2, {"model.a": torch.ones(3)}, {})
+written.wait()
+raise SystemExit(7)
+"""
+
+
+def test_a_save_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", LEAVING, str(tmp_path)]
+    assert subprocess.run(command, env=environment, timeout=120, check=False).returncode == 7
+    checkpoint, problems = find_good_checkpoint(tmp_path)
+    assert (checkpoint.step, problems) == (1, [])
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+    save(tmp_path, 3)
+    assert not list(tmp_path.glob(".step-*")), "what the interrupted save has left was not cleared away"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Over two ranks, which hold one model copy together
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder and what each rank has reported; see store_ranks.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_checkpoint(folder / "alone", 7, store_ranks.whole_tensors(7), {}, 1, ALONE)
+    launch_ranks(2, str(store_ranks.__file__), str(folder), "2")
+    reports = json.loads((folder / "report.json").read_text())
+    assert len(reports) == 2
+    return folder / "ranks", reports
+
+
+Ranks = tuple[Path, list[dict[str, Any]]]
+
+
+def test_ranks_agree_over_any_group(two_ranks: Ranks) -> None:
+    for report in two_ranks[1]:
+        assert report["agree"] == {
+            "gather": [["rank 0", "rank 1"]] * 2,
+            "sum": [[2.0, 1.0]] * 2,
+            "all_true": [False, False],
+            "on_first": [0, 0],
+        }
+
+
+def test_ranks_save_what_one_process_reads(two_ranks: Ranks) -> None:
+    folder, reports = two_ranks
+    assert reports[0]["save"]["keys"] != reports[1]["save"]["keys"], "the ranks should hold different tensors"
+    for step in (1, 2, 3):
+        checkpoint = verify_checkpoint(folder / f"step-{step:08d}")
+        assert checkpoint.metadata == {"tokens": step}
+        assert same(load_tensors(checkpoint), store_ranks.whole_tensors(step))
+        assert checkpoint.files.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        for name, entry in checkpoint.files.items():
+            assert entry["bytes"] == (checkpoint.path / name).stat().st_size
+    shares = [(folder / "step-00000001" / f"__{rank}_0.distcp").stat().st_size for rank in (0, 1)]
+    assert max(shares) < 2 * min(shares), "one rank has written most of it"
+    assert [report["save"]["hashed"] for report in reports] == [["__0_0.distcp", ".metadata"], ["__1_0.distcp"]]
+
+
+def test_ranks_save_in_the_background(two_ranks: Ranks) -> None:
+    for report in two_ranks[1]:
+        saved = report["save"]
+        assert saved["under_way"], "the training steps waited for the save"
+        assert saved["sums_right"]
+        assert saved["at_once"] == ["step-00000001"]
+        assert saved["after_finish"] == ["step-00000001", "step-00000002"]
+        assert saved["after_error"] == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_a_rank_that_cannot_write_fails_all(two_ranks: Ranks) -> None:
+    reports = [report["fail"] for report in two_ranks[1]]
+    assert reports[0] == reports[1]
+    for way in ("write, asynchronous=False", "write, asynchronous=True", "hash"):
+        assert reports[0][way].startswith("the checkpoint of step 4 could not be written to ")
+        assert reports[0][way].count("step-00000003") == 1
+    assert "File too large" in reports[0]["write, asynchronous=True"]
+    assert "Input/output error" in reports[0]["hash"]
+    assert reports[0]["started"] is None and reports[0]["told twice"] is None
+    assert reports[0]["left"] == ["latest", "step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_ranks_verify_together(two_ranks: Ranks) -> None:
+    folder, reports = two_ranks
+    found = [report["verify"] for report in reports]
+    hashed = [share.pop("hashed") for share in found]
+    assert all(hashed) and sorted(hashed[0] + hashed[1]) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert found[0] == found[1]
+    assert found[0]["whole"] == [3, {"tokens": 3}, []]
+    newest = folder / "step-00000003"
+    for name in (".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"):
+        step, _, problems = found[0][f"flipped {name}"]
+        assert step == 2
+        assert len(problems) == 1 and problems[0].startswith(f"{newest / name} is damaged")
+    assert found[0]["unreadable on rank 1"].startswith(f"no checkpoint in {folder} is whole: {newest}")
+    assert found[0]["unreadable on rank 1"].count("cannot be read: Permission denied") == 3
+    assert found[0]["none"].startswith("there is no checkpoint in")
+
+
+@pytest.mark.parametrize("writer", ["ranks", "alone"])
+def test_ranks_read_their_slices(two_ranks: Ranks, writer: str) -> None:
+    for report in two_ranks[1]:
+        filled = report[f"fill {writer}"]
+        assert filled["right"] == dict.fromkeys(store_ranks.whole_tensors(0), True)
+        assert "holds model.a of shape (4, 8, 40), not (6, 8, 40); it is the checkpoint of" in filled["shape"]
+        assert "holds no tensor model.c" in filled["name"]
+
+
+def test_a_file_of_another_step(two_ranks: Ranks, tmp_path: Path) -> None:
+    """A whole file of the right name and size, but from another moment."""
+    folder = shutil.copytree(two_ranks[0], tmp_path / "checkpoints")
+    for rank in (0, 1):
+        file = folder / "step-00000003" / f"__{rank}_0.distcp"
+        intact = file.read_bytes()
+        shutil.copy(folder / "step-00000002" / file.name, file)
+        checkpoint, problems = find_good_checkpoint(folder)
+        assert checkpoint.step == 2
+        assert problems == [f"{file} is damaged: its SHA-256 is not the manifest's"]
+        file.write_bytes(intact)
+    assert find_good_checkpoint(folder)[0].step == 3
+
+
+def test_damage_to_all_but_the_oldest(two_ranks: Ranks, tmp_path: Path) -> None:
+    folder = shutil.copytree(two_ranks[0], tmp_path / "checkpoints")
+    flip_byte(folder / "step-00000003" / "__1_0.distcp")
+    (folder / "step-00000002" / "__0_0.distcp").unlink()
+    checkpoint, problems = find_good_checkpoint(folder)
+    assert checkpoint.step == 1
+    assert ["is damaged" in problems[0], problems[1].endswith("__0_0.distcp is missing")] == [True, True]

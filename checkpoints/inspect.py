@@ -1,0 +1,188 @@
+"""What a training checkpoint holds, and whether it is whole: python -m checkpoints.inspect DIR
+
+DIR is one checkpoint, RUN/checkpoints/step-NNNNNNNN, or a run or its `checkpoints` folder: then all checkpoints are
+listed, and the newest is described and verified. Reads every byte of that one; needs none of the run's ranks or GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints.store import (
+    POINTER,
+    STEP_FOLDER,
+    WEIGHT_PREFIX,
+    Checkpoint,
+    read_manifest,
+    step_folders,
+    stored_tensors,
+    verify_checkpoint,
+)
+from kraken_train.cli import exit_with_message
+from kraken_train.errors import CheckpointError, KrakenError
+
+INDEX = ".metadata"  # the file that every torch.distributed.checkpoint folder has
+OPTIMIZER_PREFIX = "optimizer."
+LABEL_WIDTH = 11
+BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def inspect(folder: Path) -> None:
+    """Print what is in `folder`. Raises CheckpointError if it holds no checkpoint or the one described is damaged."""
+    path = folder
+    if not is_checkpoint(folder):
+        checkpoints = checkpoints_folder(folder)
+        print_lines(describe_all(checkpoints))
+        print()
+        path = newest(checkpoints)
+    checkpoint = read_manifest(path)
+    print_lines(describe(checkpoint))
+    verify_checkpoint(path)
+    print_lines(describe_tensors(checkpoint))  # now, as the index of a damaged checkpoint could be anything
+    print(f"verified: all {len(checkpoint.files)} files have the size and the SHA-256 that the manifest lists")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Also one that was set aside or copied under another name; any other folder may have a manifest too."""
+    return STEP_FOLDER.match(folder.resolve().name) is not None or (folder / INDEX).exists()
+
+
+def checkpoints_folder(folder: Path) -> Path:
+    """The folder of checkpoints that `folder` is or contains. Raises CheckpointError."""
+    for candidate in (folder, folder / "checkpoints"):
+        if step_folders(candidate) or damaged_folders(candidate):
+            return candidate
+    what = "holds no checkpoint" if folder.is_dir() else "is not a folder"
+    raise CheckpointError(
+        f"{folder} {what}; name a run's folder, its checkpoints folder or a checkpoint in it, such as step-00000100"
+    )
+
+
+def newest(checkpoints: Path) -> Path:
+    found = step_folders(checkpoints)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {checkpoints} is left; those set aside as damaged can be named")
+    return found[-1]
+
+
+def damaged_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoints that a resumed run has found damaged and renamed."""
+    return sorted(checkpoints.glob("step-*.damaged"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def describe_all(checkpoints: Path) -> list[tuple[str, str]]:
+    """A line per checkpoint, oldest first, from the manifests alone."""
+    pointer = checkpoints / POINTER
+    pointed = pointer.read_text().strip() if pointer.is_file() else None
+    found = step_folders(checkpoints)
+    lines = [("checkpoints", f"{len(found)} in {checkpoints}")]
+    for path in found:
+        try:
+            checkpoint = read_manifest(path)
+            tokens = checkpoint.metadata.get("tokens")
+            words = [size(total_bytes(checkpoint)), *([f"{tokens:,} tokens"] if tokens is not None else [])]
+        except CheckpointError as error:
+            words = [str(error)]
+        lines.append((path.name, ", ".join([*words, *(["latest"] if path.name == pointed else [])])))
+    if pointed is None:
+        lines.append((POINTER, "is missing; training does not need it"))
+    elif pointed not in [path.name for path in found]:
+        lines.append((POINTER, f"points to {pointed}, which is not there; training does not need it"))
+    lines += [(path.name, "set aside by a run that found it damaged") for path in damaged_folders(checkpoints)]
+    return lines
+
+
+def describe(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """What the manifest tells, as (label, text); what an older checkpoint lacks is left out."""
+    metadata = checkpoint.metadata
+    config = metadata.get("config", {})
+    lines = [("checkpoint", str(checkpoint.path)), ("step", f"{checkpoint.step:,}")]
+    for label, key, text in (
+        ("updates", "updates", "{:,}"),
+        ("samples", "consumed_samples", "{:,} consumed"),
+        ("tokens", "tokens", "{:,} consumed"),
+        ("run", "run_id", "{}"),
+        ("data", "data_fingerprint", "fingerprint {}"),
+    ):
+        if key in metadata:
+            lines.append((label, text.format(metadata[key])))
+    if "model" in metadata:
+        lines += describe_model(metadata["model"])
+    if "precision" in config:
+        lines.append(("precision", str(config["precision"])))
+    if "zero_stage" in config.get("engine", {}):
+        lines.append(("ZeRO stage", str(config["engine"]["zero_stage"])))
+    lines += describe_topology(metadata)
+    return [*lines, ("files", f"{len(checkpoint.files)}, {size(total_bytes(checkpoint))}")]
+
+
+def describe_model(model: dict[str, Any]) -> list[tuple[str, str]]:
+    settings = ", ".join(f"{name}={value}" for name, value in model.items() if name != "architecture")
+    return [("model", str(model.get("architecture", "?"))), ("", settings)]
+
+
+def describe_topology(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """The ranks that wrote it; any other number can read it."""
+    if "world_size" not in metadata:
+        return []
+    ranks = metadata["world_size"]
+    text = f"{ranks} rank{'s' if ranks != 1 else ''}"
+    if {"sub_layer_parallel_size", "data_parallel_size"} <= metadata.keys():
+        text += (
+            f": {metadata['sub_layer_parallel_size']} sub-layer parallel x {metadata['data_parallel_size']} "
+            "data parallel"
+        )
+    return [("written by", text)]
+
+
+def describe_tensors(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    stored = stored_tensors(checkpoint)
+    numbers = {"weights": 0, "moments": 0, "others": 0}
+    for name, entry in stored.items():
+        kind = {WEIGHT_PREFIX: "weights", OPTIMIZER_PREFIX: "moments"}.get(name[: name.find(".") + 1], "others")
+        numbers[kind] += entry.size.numel()
+    return [("tensors", f"{len(stored):,}"), *((kind, f"{count:,} values") for kind, count in numbers.items() if count)]
+
+
+def total_bytes(checkpoint: Checkpoint) -> int:
+    return sum(entry["bytes"] for entry in checkpoint.files.values())
+
+
+def size(number: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    power = 0
+    while number >= 1024 and power < len(BYTE_UNITS) - 1:
+        number, power = number / 1024, power + 1
+    return f"{number:.0f} {BYTE_UNITS[power]}" if power == 0 else f"{number:.1f} {BYTE_UNITS[power]}"
+
+
+def print_lines(lines: Sequence[tuple[str, str]]) -> None:
+    width = max(LABEL_WIDTH, *(len(label) for label, _ in lines))
+    for label, text in lines:
+        print(f"{label:{width}}  {text}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints.inspect", description="Describe a training checkpoint and check every byte of it."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, a checkpoints folder or a run folder")
+    folder = parser.parse_args(arguments).folder
+    try:
+        inspect(folder)
+    except KrakenError as error:
+        exit_with_message(str(error))
+    except OSError as error:
+        exit_with_message(f"{error.filename or folder} cannot be read: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()
