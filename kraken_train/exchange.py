@@ -1,14 +1,19 @@
-"""The seam between one process and many: how sub-layers exchange their residual streams.
+"""The seam between one process and many: how the ranks of a model copy exchange what they compute.
 
-The model calls these four operations and never asks how many processes there are. Each has a forward and a backward
-meaning, so that an exchange over several ranks is a set of autograd functions and the model does not change:
+The model calls these operations and never asks how many processes there are. Each has a forward and a backward
+meaning, so that an exchange over several ranks is a set of autograd functions (`kraken_train.distributed_exchange`)
+and the model does not change:
 
 | operation   | forward                                   | backward                                     |
 |-------------|-------------------------------------------|----------------------------------------------|
-| `broadcast` | the embedding, to the sub-layers here     | sums the gradient over all ranks             |
+| `broadcast` | hands the same value to every rank        | sums the gradient over all ranks             |
+| `reduce`    | sums the ranks' parts                     | hands the gradient to every rank             |
 | `start`     | begins the sum over all sub-layers        | waits for the gradient that `finish` began   |
 | `finish`    | waits for the sum                         | begins the sum of the gradient               |
-| `reduce`    | sums the ranks' parts of the conjunction  | hands the gradient to every rank             |
+| `maximum`   | the largest of the ranks' values          | (has no gradient)                            |
+
+`broadcast` and `reduce` are the f and g of Megatron-LM (arXiv 1909.08053, section 3); `start` and `finish` are
+Kraken's AllReduce, cut in two so that the attention fits in between.
 """
 
 from __future__ import annotations
@@ -21,8 +26,12 @@ from torch import Tensor
 class Exchange(Protocol):
     """See the table above. Shapes: n sub-layers here, B batch, T tokens, D hidden size."""
 
-    def broadcast(self, embedding: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D), the same on every rank of a model copy."""
+    def broadcast(self, shared: Tensor) -> Tensor:
+        """The same value on every rank of a model copy, on to computations that differ between ranks."""
+        ...
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """This rank's part of a sum -> the sum over all ranks."""
         ...
 
     def start(self, streams: Tensor) -> Any:
@@ -33,16 +42,19 @@ class Exchange(Protocol):
         """The handle of `start` -> (B, T, D), summed over all sub-layers of all ranks."""
         ...
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        """(B, T, D), summed over the sub-layers here -> (B, T, D), summed over all ranks."""
+    def maximum(self, values: Tensor) -> Tensor:
+        """Element-wise over all ranks, without a gradient."""
         ...
 
 
 class LocalExchange:
-    """All sub-layers are in this process: the exchange is a sum over the leading axis."""
+    """All of the model is in this process: the exchange is a sum over the leading axis."""
 
-    def broadcast(self, embedding: Tensor) -> Tensor:
-        return embedding
+    def broadcast(self, shared: Tensor) -> Tensor:
+        return shared
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        return partial
 
     def start(self, streams: Tensor) -> Tensor:
         return streams.sum(dim=0)
@@ -50,5 +62,5 @@ class LocalExchange:
     def finish(self, handle: Tensor) -> Tensor:
         return handle
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        return partial
+    def maximum(self, values: Tensor) -> Tensor:
+        return values.detach()

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from kraken_train.layers import StackedLayerNorm, StackedLinear
-from kraken_train.placement import Placement
+from kraken_train.placement import Partition
+from kraken_train.tensor_parallel import QKVLinear
+from kraken_train.vocabulary import Vocabulary
 
 STANDARD_DEVIATION = 0.02
 RESIDUAL_PROJECTIONS = ("attention.out", "ffn.down")
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int, residual_depth: int, placement: Placement | None = None) -> None:
+def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
     """Fill all parameters in place.
 
     Each tensor, and of a stacked one each sub-layer's slice, has a random stream of its own, seeded by (seed,
@@ -33,17 +35,20 @@ def initialize(model: nn.Module, seed: int, residual_depth: int, placement: Plac
             std /= math.sqrt(2 * residual_depth)
         if isinstance(module, nn.LayerNorm | StackedLayerNorm):
             module.weight.fill_(1.0)
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            draw_normal(module.weight, std, f"{seed}/{name}.weight")
-        elif isinstance(module, StackedLinear) and placement is not None:
-            for slice_, sub_layer in zip(module.weight, placement.sub_layer_ids, strict=True):
-                draw_normal(slice_, std, f"{seed}/{name}.weight/{sub_layer}")
+        elif isinstance(module, StackedLinear):
+            for slice_, sub_layer in zip(module.weight, module.partition.placement.ids, strict=True):
+                slice_.copy_(draw_normal(slice_.shape, std, f"{seed}/{name}.weight/{sub_layer}"))
+        elif isinstance(module, nn.Linear | nn.Embedding | QKVLinear | Vocabulary):
+            partition: Partition | None = getattr(module, "partition", None)
+            shape = module.weight.shape if partition is None else partition.whole_shape(module.weight.shape)
+            whole = draw_normal(shape, std, f"{seed}/{name}.weight")
+            module.weight.copy_(whole if partition is None else partition.take(whole))
         elif any(True for _ in module.parameters(recurse=False)):
             raise TypeError(f"{name} ({type(module).__name__}) has parameters but no rule for their initial values")
 
 
-def draw_normal(tensor: Tensor, std: float, identity: str) -> None:
+def draw_normal(shape: torch.Size, std: float, identity: str) -> Tensor:
     digest = hashlib.sha256(identity.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    # Drawn on the CPU in fp32 whatever the tensor's device and dtype, so that those do not matter either.
-    tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))
+    # Drawn on the CPU in fp32 whatever the model's device and dtype, so that those do not matter either.
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

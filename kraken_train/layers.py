@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kraken_train.placement import Partition, Placement
+
 
 class KeyValueStore(Protocol):
     """One layer's cache of keys and values during generation."""
@@ -24,9 +26,10 @@ class KeyValueStore(Protocol):
 class StackedLinear(nn.Module):
     """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product."""
 
-    def __init__(self, num_stacked: int, in_features: int, out_features: int) -> None:
+    def __init__(self, placement: Placement, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_stacked, out_features, in_features))
+        self.partition = Partition(placement, axis=0)
+        self.weight = nn.Parameter(torch.empty(placement.count, out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         n, batch, tokens, _ = x.shape
@@ -37,9 +40,10 @@ class StackedLinear(nn.Module):
 class StackedLayerNorm(nn.Module):
     """n LayerNorms without bias over the last axis of (n, B, T, D)."""
 
-    def __init__(self, num_stacked: int, size: int, epsilon: float) -> None:
+    def __init__(self, placement: Placement, size: int, epsilon: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_stacked, size))
+        self.partition = Partition(placement, axis=0)
+        self.weight = nn.Parameter(torch.empty(placement.count, size))
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,12 +53,12 @@ class StackedLayerNorm(nn.Module):
 class StackedAttention(nn.Module):
     """MHA_i(LN1_i(x_i)) of all sub-layers here, (n, B, T, D) -> (n, B, T, D)."""
 
-    def __init__(self, num_stacked: int, hidden_size: int, num_heads: int, norm_epsilon: float) -> None:
+    def __init__(self, placement: Placement, hidden_size: int, num_heads: int, norm_epsilon: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = StackedLayerNorm(num_stacked, hidden_size, norm_epsilon)
-        self.qkv = StackedLinear(num_stacked, hidden_size, 3 * hidden_size)
-        self.out = StackedLinear(num_stacked, hidden_size, hidden_size)
+        self.norm = StackedLayerNorm(placement, hidden_size, norm_epsilon)
+        self.qkv = StackedLinear(placement, hidden_size, 3 * hidden_size)
+        self.out = StackedLinear(placement, hidden_size, hidden_size)
 
     def forward(self, x: Tensor, cache: KeyValueStore | None = None) -> Tensor:
         n, batch, tokens, width = x.shape
@@ -67,11 +71,11 @@ class StackedAttention(nn.Module):
 class StackedFFN(nn.Module):
     """FFN_i(LN2_i(u_i)) of all sub-layers here, (n, B, T, D) -> (n, B, T, D)."""
 
-    def __init__(self, num_stacked: int, hidden_size: int, ffn_size: int, norm_epsilon: float) -> None:
+    def __init__(self, placement: Placement, hidden_size: int, ffn_size: int, norm_epsilon: float) -> None:
         super().__init__()
-        self.norm = StackedLayerNorm(num_stacked, hidden_size, norm_epsilon)
-        self.up = StackedLinear(num_stacked, hidden_size, ffn_size)
-        self.down = StackedLinear(num_stacked, ffn_size, hidden_size)
+        self.norm = StackedLayerNorm(placement, hidden_size, norm_epsilon)
+        self.up = StackedLinear(placement, hidden_size, ffn_size)
+        self.down = StackedLinear(placement, ffn_size, hidden_size)
 
     def forward(self, u: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(self.norm(u)), approximate="tanh"))

@@ -15,37 +15,44 @@ Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from kraken_train.config import KrakenConfig
+from kraken_train.config import KrakenConfig, ModelConfig
 from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.initialization import initialize
 from kraken_train.layers import KeyValueStore, StackedAttention, StackedFFN, StackedLinear
 from kraken_train.placement import Placement, place_all
+from kraken_train.vocabulary import IGNORED, Vocabulary
 
 
 class LanguageModel(nn.Module):
     """What Kraken and the baselines share: embeddings in, the tied head and the loss out.
 
-    A subclass turns the embedding into the last hidden state, (B, T, D) -> (B, T, D).
+    A subclass turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer; each of its
+    `layers` has the two parts `attention` and `ffn`, which communicate nothing.
     """
 
-    def __init__(self, vocab_size: int, context_length: int, hidden_size: int, norm_epsilon: float) -> None:
+    layers: Sequence[Any]
+
+    def __init__(self, config: ModelConfig, exchange: Exchange, vocabulary: Placement | None) -> None:
         super().__init__()
-        self.context_length = context_length
-        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
-        self.position_embedding = nn.Embedding(context_length, hidden_size)
-        self.final_norm = nn.LayerNorm(hidden_size, norm_epsilon, bias=False)
+        self.exchange = exchange
+        self.context_length = config.context_length
+        self.token_embedding = Vocabulary(vocabulary or place_all(config.vocab_size), config.hidden_size, exchange)
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)
+        self.recompute = False
 
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define hidden()")
 
     @property
     def num_layers(self) -> int:
-        raise TypeError(f"{type(self).__name__} does not define num_layers")
+        return len(self.layers)
 
     def forward(
         self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, first_position: int = 0
@@ -55,33 +62,49 @@ class LanguageModel(nn.Module):
         With `caches` (one per layer) the tokens continue those that the caches hold, `first_position` of them.
         Raises ValueError where the tokens go beyond `context_length`.
         """
+        return self.token_embedding.logits(self.last_hidden(input_ids, caches, first_position))
+
+    def last_hidden(
+        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, first_position: int = 0
+    ) -> Tensor:
+        """Token ids (B, T) -> what the head sees, (B, T, D)."""
         tokens = input_ids.shape[1]
         if first_position + tokens > self.context_length:
             raise ValueError(f"{first_position + tokens} tokens are more than context_length={self.context_length}")
         positions = torch.arange(first_position, first_position + tokens, device=input_ids.device)
         embedding = self.token_embedding(input_ids) + self.position_embedding(positions)
-        hidden = self.hidden(embedding, caches if caches is not None else [None] * self.num_layers)
-        return F.linear(self.final_norm(hidden), self.token_embedding.weight)
+        return self.final_norm(self.hidden(embedding, caches if caches is not None else [None] * self.num_layers))
+
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies in nats of `targets` (B, T) after `input_ids` (B, T), of at least float32.
+
+        Targets of -100 do not count and have 0.
+        """
+        return self.token_embedding.token_losses(self.last_hidden(input_ids), targets)
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` (B, T) after `input_ids` (B, T), a scalar of at least float32.
+        """The mean of `token_losses` over the targets that count, a scalar."""
+        return self.token_losses(input_ids, targets).sum() / (targets != IGNORED).sum()
 
-        Targets of -100 do not count.
-        """
-        logits = self(input_ids)
-        # The softmax over V is summed in fp32 even where the model computes in bf16.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def run_part(self, part: nn.Module, *inputs: Any) -> Tensor:
+        """A part of a layer; with `recompute` its activations are not kept but computed again in the backward pass."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return part(*inputs)
+
+    def compile_parts(self) -> None:
+        """Compile the parts of the layers; all layers share one compilation of each."""
+        for layer in self.layers:
+            layer.attention.compile()
+            layer.ffn.compile()
 
 
 class KrakenModel(LanguageModel):
     """See the module's formulas.
 
-    `placement` says which sub-layers are here (default: all), `exchange` how they are summed (default: locally).
-    The initial weights are drawn from `seed` and depend on neither.
+    `placement` says which sub-layers are here and `vocabulary` which rows of the embedding (default: all), `exchange`
+    how they are summed (default: locally). The initial weights are drawn from `seed` and depend on none of these.
     """
-
-    layers: Sequence[KrakenLayer]
 
     def __init__(
         self,
@@ -89,20 +112,16 @@ class KrakenModel(LanguageModel):
         placement: Placement | None = None,
         exchange: Exchange | None = None,
         seed: int = 0,
+        vocabulary: Placement | None = None,
     ) -> None:
-        super().__init__(config.vocab_size, config.context_length, config.hidden_size, config.norm_epsilon)
+        super().__init__(config, exchange or LocalExchange(), vocabulary)
         self.config = config
         self.placement = placement or place_all(config.num_sub_layers)
-        self.exchange: Exchange = exchange or LocalExchange()
         self.layers = nn.ModuleList(  # type: ignore[assignment]
-            KrakenLayer(config, self.placement.count) for _ in range(config.num_layers)
+            KrakenLayer(config, self.placement) for _ in range(config.num_layers)
         )
-        self.conjunction = StackedLinear(self.placement.count, config.hidden_size, config.hidden_size)
-        initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers, placement=self.placement)
-
-    @property
-    def num_layers(self) -> int:
-        return self.config.num_layers
+        self.conjunction = StackedLinear(self.placement, config.hidden_size, config.hidden_size)
+        initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers)
 
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -111,18 +130,18 @@ class KrakenModel(LanguageModel):
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             # All streams start as the embedding, and it counts once, not N times: layer 1 has no sum to wait for.
             pending = self.exchange.start(streams) if index > 0 else None
-            attended = layer.attention(streams, cache)
+            attended = self.run_part(layer.attention, streams, cache)
             total = self.exchange.finish(pending) if index > 0 else embedding  # s, (B, T, D)
-            streams = streams + attended + layer.ffn(attended + total)
+            streams = streams + attended + self.run_part(layer.ffn, attended + total)
         return self.exchange.reduce(self.conjunction(streams).sum(dim=0))
 
 
 class KrakenLayer(nn.Module):
     """The two parts of a layer; `KrakenModel.hidden` puts the exchange between them."""
 
-    def __init__(self, config: KrakenConfig, num_stacked: int) -> None:
+    def __init__(self, config: KrakenConfig, placement: Placement) -> None:
         super().__init__()
         self.attention = StackedAttention(
-            num_stacked, config.hidden_size, config.heads_per_sub_layer, config.norm_epsilon
+            placement, config.hidden_size, config.heads_per_sub_layer, config.norm_epsilon
         )
-        self.ffn = StackedFFN(num_stacked, config.hidden_size, config.ffn_size, config.norm_epsilon)
+        self.ffn = StackedFFN(placement, config.hidden_size, config.ffn_size, config.norm_epsilon)

@@ -9,8 +9,10 @@ from torch import nn
 
 from kraken_train.config import ScheduleConfig
 from kraken_train.layers import StackedLayerNorm, StackedLinear
+from kraken_train.tensor_parallel import QKVLinear
+from kraken_train.vocabulary import Vocabulary
 
-DECAYED_MODULES = (nn.Linear, nn.Embedding, StackedLinear)
+DECAYED_MODULES = (nn.Linear, nn.Embedding, QKVLinear, StackedLinear, Vocabulary)
 UNDECAYED_MODULES = (nn.LayerNorm, StackedLayerNorm)
 
 

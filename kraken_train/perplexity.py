@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from kraken_train.model import LanguageModel
 
@@ -38,9 +37,7 @@ def evaluate(model: LanguageModel, windows: Iterable[NDArray[np.int64]], text_by
 def token_losses(model: LanguageModel, windows: NDArray[np.int64]) -> tuple[float, int]:
     """(sum of cross-entropies in nats, number of targets) of windows (B, T + 1), summed in float64."""
     ids = torch.from_numpy(windows).to(model.token_embedding.weight.device)
-    logits = model(ids[:, :-1])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = model.token_losses(ids[:, :-1], ids[:, 1:])
     return float(losses.double().sum()), losses.numel()
 
 

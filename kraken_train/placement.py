@@ -1,37 +1,81 @@
-"""Which sub-layers live here: pure arithmetic, no communication."""
+"""What of a model lives here: pure arithmetic, no communication.
+
+A model copy is cut along units that have global numbers: sub-layers, attention heads, rows of the vocabulary. A rank
+holds a contiguous range of them. Names, seeds and checkpoints use the global numbers, never a rank.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kraken_train.errors import ConfigError
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A contiguous range of global sub-layer ids, out of `num_sub_layers`."""
+    """The `count` units from `first` on, out of `total`."""
 
-    num_sub_layers: int
+    total: int
     first: int
     count: int
 
     @property
-    def sub_layer_ids(self) -> range:
+    def ids(self) -> range:
         return range(self.first, self.first + self.count)
 
+    @property
+    def is_whole(self) -> bool:
+        return self.count == self.total
 
-def place_all(num_sub_layers: int) -> Placement:
-    """All sub-layers in one process."""
-    return Placement(num_sub_layers, first=0, count=num_sub_layers)
+    def in_units_of(self, size: int) -> Placement:
+        """The same range where each unit consists of `size` smaller ones, as a head of its columns."""
+        return Placement(self.total * size, self.first * size, self.count * size)
 
 
-def place_evenly(num_sub_layers: int, num_ranks: int, rank: int) -> Placement:
-    """The sub-layers of `rank` out of the `num_ranks` that share one model copy. Raises ConfigError."""
-    if num_ranks < 1 or num_sub_layers % num_ranks:
-        divisors = [str(d) for d in range(1, num_sub_layers + 1) if num_sub_layers % d == 0]
-        raise ConfigError(
-            f"parallel.sub_layer_parallel_size={num_ranks} does not divide model.num_sub_layers={num_sub_layers}; "
-            f"use {', '.join(divisors)}"
-        )
-    count = num_sub_layers // num_ranks
-    return Placement(num_sub_layers, first=rank * count, count=count)
+@dataclass(frozen=True)
+class Partition:
+    """How a parameter is cut: `axis` runs over the units of `placement`."""
+
+    placement: Placement
+    axis: int
+
+    def whole_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the whole parameter, given that of the part here."""
+        return torch.Size([*shape[: self.axis], self.placement.total, *shape[self.axis + 1 :]])
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The part of `whole` that lives here, a view."""
+        return whole.narrow(self.axis, self.placement.first, self.placement.count)
+
+
+@dataclass(frozen=True)
+class ModelRank:
+    """This process is number `rank` of the `size` that share one copy of a model."""
+
+    rank: int = 0
+    size: int = 1
+
+    def place(self, total: int) -> Placement:
+        """An even share of `total` units. Raises ValueError where there is none."""
+        if total % self.size:
+            raise ValueError(f"{total} units cannot be shared evenly by {self.size} ranks")
+        count = total // self.size
+        return Placement(total, first=self.rank * count, count=count)
+
+
+def place_all(total: int) -> Placement:
+    """All units in one process."""
+    return Placement(total, first=0, count=total)
+
+
+def partitions(model: nn.Module) -> dict[str, Partition | None]:
+    """How each parameter of a model is cut; None: all of it is on every rank (a shared parameter).
+
+    Modules that hold a part of something say so with an attribute `partition`.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: getattr(module, "partition", None)
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }

@@ -40,7 +40,7 @@ def test_standard_form_is_gpt2() -> None:
         renamed[f"{their}.ln_1.weight"] = ours[f"{mine}.attention_norm.weight"]
         renamed[f"{their}.ln_2.weight"] = ours[f"{mine}.ffn_norm.weight"]
         # Their Conv1D holds (in, out).
-        renamed[f"{their}.attn.c_attn.weight"] = ours[f"{mine}.attention.qkv.weight"].T
+        renamed[f"{their}.attn.c_attn.weight"] = ours[f"{mine}.attention.qkv.weight"].flatten(0, 1).T
         renamed[f"{their}.attn.c_proj.weight"] = ours[f"{mine}.attention.out.weight"].T
         renamed[f"{their}.mlp.c_fc.weight"] = ours[f"{mine}.ffn.up.weight"].T
         renamed[f"{their}.mlp.c_proj.weight"] = ours[f"{mine}.ffn.down.weight"].T
@@ -77,7 +77,7 @@ def test_parallel_form_by_hand() -> None:
         h = F.layer_norm(x, (d,), weights[f"{prefix}.norm.weight"])
 
         def heads(i: int, h: Tensor = h, prefix: str = prefix) -> Tensor:
-            part = h @ weights[f"{prefix}.attention.qkv.weight"][i * d : (i + 1) * d].T
+            part = h @ weights[f"{prefix}.attention.qkv.weight"][i].T
             return part.view(2, 10, config.num_heads, -1).transpose(1, 2)
 
         scores = heads(0) @ heads(1).transpose(-1, -2) / config.head_dim**0.5 + mask

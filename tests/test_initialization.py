@@ -8,23 +8,38 @@ import pytest
 import torch
 
 from kraken_train.architectures import build_model
-from kraken_train.config import GPTConfig, KrakenConfig
+from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model import KrakenModel
-from kraken_train.placement import place_evenly
+from kraken_train.placement import ModelRank, partitions
 
 CONFIG = KrakenConfig(4, 3, 64, 2, vocab_size=512, context_length=32)
-STACKED = ("layers.", "conjunction.")
+CONFIGS = [
+    CONFIG,
+    GPTConfig(3, 64, 4, vocab_size=512, context_length=32),
+    GPTConfig(3, 64, 4, vocab_size=512, context_length=32, architecture="parallel"),
+]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_draw_slices_of_the_same_model(num_ranks: int) -> None:
-    whole = KrakenModel(CONFIG, seed=5).state_dict()
-    for rank in range(num_ranks):
-        placement = place_evenly(4, num_ranks, rank)
-        for name, part in KrakenModel(CONFIG, placement=placement, seed=5).state_dict().items():
-            ids = placement.sub_layer_ids
-            expected = whole[name][ids.start : ids.stop] if name.startswith(STACKED) else whole[name]
-            assert torch.equal(part, expected), name
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.architecture)
+def test_ranks_draw_slices_of_the_same_model(config: ModelConfig, num_ranks: int) -> None:
+    whole = build_model(config, seed=5).state_dict()
+    parts = [
+        build_model(config, seed=5, model_rank=ModelRank(rank, num_ranks), vocab_parallel=True)
+        for rank in range(num_ranks)
+    ]
+    cut = partitions(parts[0])
+    for name, expected in whole.items():
+        held = [part.state_dict()[name] for part in parts]
+        partition = cut[name]
+        if partition is None:
+            assert all(torch.equal(part, expected) for part in held), name
+        else:
+            assert torch.equal(torch.cat(held, dim=partition.axis), expected), name
+    shared = {name for name, partition in cut.items() if partition is None}
+    norms = {name for name in whole if "norm" in name and config.architecture != "kraken"}
+    token_embedding = {"token_embedding.weight"} if num_ranks == 1 else set()
+    assert shared == {"position_embedding.weight", "final_norm.weight"} | norms | token_embedding
 
 
 def test_weights_are_independent_of_each_other_and_follow_the_seed() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kraken_train.inference.kv_cache import KVCache
 from kraken_train.layers import StackedAttention, StackedFFN, StackedLayerNorm, StackedLinear, causal_attention
+from kraken_train.placement import place_all
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -36,14 +37,14 @@ def attention_by_hand(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def test_stacked_linear() -> None:
-    layer = randomized(StackedLinear(3, 5, 7))
+    layer = randomized(StackedLinear(place_all(3), 5, 7))
     x = torch.randn(3, 2, 4, 5, dtype=torch.float64)
     for i, y in enumerate(layer(x)):
         torch.testing.assert_close(y, F.linear(x[i], layer.weight[i]), rtol=0, atol=1e-13)
 
 
 def test_stacked_layer_norm() -> None:
-    layer = randomized(StackedLayerNorm(3, 6, epsilon=1e-3))
+    layer = randomized(StackedLayerNorm(place_all(3), 6, epsilon=1e-3))
     x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
     for i, y in enumerate(layer(x)):
         torch.testing.assert_close(y, F.layer_norm(x[i], (6,), layer.weight[i], eps=1e-3), rtol=0, atol=1e-13)
@@ -71,8 +72,8 @@ def test_a_full_cache_says_so() -> None:
 
 
 def test_stacked_attention_and_ffn_keep_sub_layers_apart() -> None:
-    attention = randomized(StackedAttention(3, 8, num_heads=2, norm_epsilon=1e-5))
-    ffn = randomized(StackedFFN(3, 8, ffn_size=16, norm_epsilon=1e-5))
+    attention = randomized(StackedAttention(place_all(3), 8, num_heads=2, norm_epsilon=1e-5))
+    ffn = randomized(StackedFFN(place_all(3), 8, ffn_size=16, norm_epsilon=1e-5))
     x = torch.randn(3, 2, 5, 8, dtype=torch.float64)
     for i in range(3):
         normed = F.layer_norm(x[i], (8,), attention.norm.weight[i])

@@ -42,7 +42,7 @@ def make_caches(model: LanguageModel, batch_size: int, capacity: int) -> list[KV
     if isinstance(model, KrakenModel):
         rows, heads, head_dim = model.placement.count, model.config.heads_per_sub_layer, model.config.head_dim
     elif isinstance(model, GPTModel):
-        rows, heads, head_dim = 1, model.config.num_heads, model.config.head_dim
+        rows, heads, head_dim = 1, model.heads.count, model.config.head_dim
     else:
         raise TypeError(f"no cache is known for {type(model).__name__}")
     weight = model.token_embedding.weight
