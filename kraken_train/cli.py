@@ -99,4 +99,8 @@ def exit_with_message(message: str) -> None:
         time.sleep(3)
         message = f"[rank {os.environ.get('RANK', '?')}] {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        # Among other ranks the interpreter's own end can abort in the threads of a process group that is still up.
+        sys.stdout.flush()
+        os._exit(USER_ERROR_EXIT_CODE)
     sys.exit(USER_ERROR_EXIT_CODE)

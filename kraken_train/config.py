@@ -76,6 +76,11 @@ class KrakenConfig:
         """Width of all heads of a layer together: what attention's cost and key-value cache are proportional to."""
         return self.num_sub_layers * self.hidden_size
 
+    @property
+    def parallel_units(self) -> tuple[str, int]:
+        """What the ranks of a model copy share, by setting: the sub-layers."""
+        return "model.num_sub_layers", self.num_sub_layers
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -132,6 +137,11 @@ class GPTConfig:
     @property
     def attention_width(self) -> int:
         return self.hidden_size
+
+    @property
+    def parallel_units(self) -> tuple[str, int]:
+        """What the ranks of a model copy share, by setting: the attention heads, and with them the FFN."""
+        return "model.num_heads", self.num_heads
 
 
 ModelConfig = KrakenConfig | GPTConfig
@@ -216,10 +226,62 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks of a run share the work: `sub_layer_parallel_size` of them hold one copy of the model.
+
+    The copies are data parallel. A Kraken is divided by sub-layers, a baseline by attention heads.
+    """
+
+    sub_layer_parallel_size: int
+    vocab_parallel: bool  # divide the embedding, the head and the cross-entropy too, by rows of the vocabulary
+    reduce_dtype: str | None  # bf16 | fp32: what sums over the ranks of a copy are computed in; null: the precision
+    verify_every: int  # optimizer steps between checks that equal weights are equal; 0: at start and checkpoints only
+
+    def validate(self) -> None:
+        require_positive("parallel.sub_layer_parallel_size", self.sub_layer_parallel_size)
+        if self.reduce_dtype is not None:
+            require_choice("parallel.reduce_dtype", self.reduce_dtype, ("bf16", "fp32"))
+        require_at_least("parallel.verify_every", self.verify_every, 0)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model among `world_size` ranks. Raises ConfigError."""
+        size = self.sub_layer_parallel_size
+        if world_size % size:
+            raise ConfigError(
+                f"parallel.sub_layer_parallel_size={size} does not divide the {world_size} "
+                f"rank{'s' if world_size > 1 else ''} of this run; start a multiple of {size} ranks, or use "
+                f"{' or '.join(divisors(world_size))}"
+            )
+        return world_size // size
+
+    def require_fits(self, model: ModelConfig) -> None:
+        """Raises ConfigError unless the ranks of a copy can share the model evenly."""
+        size = self.sub_layer_parallel_size
+        name, total = model.parallel_units
+        if total % size:
+            raise ConfigError(
+                f"parallel.sub_layer_parallel_size={size} does not divide {name}={total}; use "
+                f"{' or '.join(divisors(total))}"
+            )
+        if self.vocab_parallel and model.vocab_size % size:
+            raise ConfigError(
+                f"parallel.sub_layer_parallel_size={size} does not divide model.vocab_size={model.vocab_size}, which "
+                "parallel.vocab_parallel=true divides too; use parallel.vocab_parallel=false or model.vocab_size="
+                f"{-(-model.vocab_size // size) * size}"
+            )
+
+
+def divisors(number: int) -> list[str]:
+    return [str(d) for d in range(1, number + 1) if number % d == 0]
+
+
+@dataclass(frozen=True)
 class EngineConfig:
-    """DeepSpeed's part."""
+    """How a step is computed."""
 
     zero_stage: int  # 1 shards the optimizer state over the data-parallel ranks, 2 the gradients as well
+    activation_checkpointing: bool  # keep no activations within attention and FFN, compute them again when needed
+    compile: bool  # torch.compile attention and FFN
 
     def validate(self) -> None:
         if self.zero_stage not in (1, 2):
@@ -234,6 +296,7 @@ class EngineConfig:
 class CheckpointConfig:
     every: int  # optimizer steps; a checkpoint is also written after the last step
     keep: int  # how many of the newest checkpoints stay on disk
+    asynchronous: bool  # write in the background while training goes on
 
     def validate(self) -> None:
         require_positive("checkpoint.every", self.every)
@@ -281,8 +344,10 @@ class TrainConfig:
     max_nonfinite_steps: int  # this many skipped steps in a row stop the run
     log_every: int  # optimizer steps
     peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
+    watchdog_seconds: float  # a rank that does not answer for so long ends the job; 0: never
     optim: OptimConfig
     schedule: ScheduleConfig
+    parallel: ParallelConfig
     engine: EngineConfig
     checkpoint: CheckpointConfig
     validation: ValidationConfig
@@ -299,8 +364,15 @@ class TrainConfig:
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:
             require_positive("peak_tflops", self.peak_tflops)
-        for part in (self.optim, self.schedule, self.engine, self.checkpoint, self.validation, self.tracking):
+        require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
+        for part in (
+            self.optim, self.schedule, self.parallel, self.engine, self.checkpoint, self.validation, self.tracking,
+        ):  # fmt: skip
             part.validate()
+        if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":
+            raise ConfigError(
+                "parallel.reduce_dtype=bf16 would round what precision=fp32 computes; use fp32 or null for it"
+            )
         if self.schedule.name == "wsd" and self.schedule.warmup_steps + self.schedule.decay_steps > self.max_steps:
             raise ConfigError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} and schedule.decay_steps="

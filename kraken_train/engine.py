@@ -6,6 +6,7 @@ This is the only file that imports deepspeed. Which of its modes are used, and w
 - bf16 weights with fp32 masters and fp32 accumulation of gradients.
 - `overlap_comm: false`: races with it are open (deepspeedai/DeepSpeed#5545, #8061).
 - A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute.
+- Sub-layer parameters are marked `model_parallel`, without which it counts their norm too low.
 - Its checkpoints are not used; `checkpoints.store` writes the state that `Engine.state` returns.
 """
 
@@ -23,12 +24,16 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kraken_train.config import TrainConfig
+from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
 from kraken_train.optim import parameter_groups
-from kraken_train.runtime import Runtime, export_rendezvous
+from kraken_train.placement import partitions
+from kraken_train.replicas import require_equal_replicas
+from kraken_train.runtime import Rendezvous, Runtime, export_rendezvous, launcher_holds_store
 
 # DeepSpeed looks for its accelerator, and logs, while it is imported.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -54,32 +59,41 @@ class StepResult:
     loss: float  # nats per token, mean over the global batch
     grad_norm: float  # before clipping, over the whole model
     applied: bool  # False: something was not finite, and no weight has changed on any rank
+    stop: bool  # some rank has been asked to stop
 
 
-def start_processes(runtime: Runtime) -> None:
-    """Join the ranks of the run (NCCL on GPUs, gloo on CPUs) and claim this rank's device."""
+def start_processes(runtime: Runtime) -> Rendezvous:
+    """Join the ranks of the run and claim this rank's device."""
     runtime.configure_device()
     export_rendezvous(runtime)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT)
     # On a CPU it would compile a kernel for half a minute that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
-    )
+    deepspeed.init_distributed(dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False)
+    return Rendezvous(store, None if launcher_holds_store() else 0)
 
 
 def stop_processes(runtime: Runtime) -> None:
     """Leave the other ranks in good order, at the end of a run that has succeeded."""
     if runtime.world_size > 1:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 class Engine:
-    """A model under DeepSpeed with AdamW."""
+    """This rank's part of a model under DeepSpeed with AdamW."""
 
-    def __init__(self, model: LanguageModel, config: TrainConfig, runtime: Runtime) -> None:
+    def __init__(self, model: LanguageModel, config: TrainConfig, mesh: ParallelMesh, runtime: Runtime) -> None:
         self.model = model
+        self.mesh = mesh
         self.runtime = runtime
-        self.accumulation_steps = config.gradient_accumulation_steps(runtime.world_size)
+        self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
+        self.partitions = partitions(model)
+        for name, parameter in model.named_parameters():
+            parameter.model_parallel = self.partitions[name] is not None  # type: ignore[attr-defined]
+        model.recompute = config.engine.activation_checkpointing
+        if config.engine.compile:
+            model.compile_parts()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optim.weight_decay),
             lr=config.optim.lr,
@@ -91,7 +105,8 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=LossModule(model),
                 optimizer=optimizer,
-                config=deepspeed_settings(config, runtime.world_size),
+                config=deepspeed_settings(config, mesh.data_size),
+                mpu=mesh,
                 dist_init_required=False,
             )
         self.micro_losses: list[Tensor] = []
@@ -111,15 +126,19 @@ class Engine:
         self.deepspeed.backward(loss)
         self.micro_losses.append(loss.detach())
 
-    def step(self, lr: float) -> StepResult:
-        """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere."""
+    def step(self, lr: float, stop: bool = False) -> StepResult:
+        """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere.
+
+        `stop` says that this rank has been asked to stop; the result tells all ranks whether any has.
+        """
         losses = torch.stack(self.micro_losses)
         self.micro_losses = []
         gradients = list(self.reduced_gradients())
         finite = bool(torch.stack([torch.isfinite(tensor).all() for tensor in (losses, *gradients)]).all())
         # One sum tells all ranks the mean loss and whether any of them has seen something that is not finite, so
         # that they skip together: DeepSpeed's own decision can differ between ranks, which then wait for ever.
-        loss_sum, unsound = self.runtime.sum([float(losses.double().mean()) if finite else 0.0, float(not finite)])
+        mean_loss = float(losses.double().mean()) if finite else 0.0
+        loss_sum, unsound, stopping = self.runtime.sum([mean_loss, float(not finite), float(stop)])
         if unsound:
             for gradient in gradients:
                 gradient.fill_(math.nan)  # now each rank's optimizer skips by itself and clears its own buffers
@@ -127,10 +146,9 @@ class Engine:
             group["lr"] = lr
         self.deepspeed.step()
         if unsound:
-            return StepResult(math.nan, math.nan, applied=False)
-        return StepResult(
-            loss_sum / self.runtime.world_size, float(self.deepspeed.get_global_grad_norm()), applied=True
-        )
+            return StepResult(math.nan, math.nan, applied=False, stop=stopping > 0)
+        norm = float(self.deepspeed.get_global_grad_norm())
+        return StepResult(loss_sum / self.runtime.world_size, norm, applied=True, stop=stopping > 0)
 
     def reduced_gradients(self) -> Iterator[Tensor]:
         """This rank's part of the gradients, after reduction and before clipping."""
@@ -142,31 +160,54 @@ class Engine:
             yield from optimizer.fp32_groups_gradients_flat
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's share of the training state, on the CPU. A collective.
+        """This rank's share of the training state, on the CPU, in copies. A collective.
 
-        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). Each rank keeps whole
-        tensors of every so-many-th parameter, so that memory and writing are shared.
+        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). The model copies take turns
+        in keeping a parameter, and within a copy the ranks do for shared ones, so that memory and writing are shared.
+        What a copy's ranks hold parts of is a DTensor.
         """
         state = {}
         for index, (name, parameter) in enumerate(self.model.named_parameters()):
             tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
             for moment in MOMENTS:
                 tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
-            if index % self.runtime.world_size == self.runtime.rank:
-                state.update({key: tensor.cpu() for key, tensor in tensors.items()})
+            if self.keeps(name, index):
+                partition = self.partitions[name]
+                state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
         return state
 
-    def load_state(self, read: Callable[[list[str]], dict[str, Tensor]], optimizer_steps: int) -> None:
-        """Take over the state after `optimizer_steps` updates; `read` returns the named tensors of it, whole."""
+    def keeps(self, name: str, index: int) -> bool:
+        turn, copy = divmod(index, self.mesh.data_size)
+        mine = self.partitions[name] is not None or turn % self.mesh.model_rank.size == self.mesh.model_rank.rank
+        return copy == self.mesh.data_rank and mine
+
+    def load_state(self, fill: Callable[[dict[str, Tensor]], None], optimizer_steps: int) -> None:
+        """Take over the state after `optimizer_steps` updates.
+
+        `fill` puts values into tensors of the names that `state` gives and of any sharding.
+        """
         self.set_optimizer_steps(optimizer_steps)
         for name, parameter in self.model.named_parameters():
-            moments = {moment: f"optimizer.{moment}.{name}" for moment in MOMENTS}
-            tensors = read([f"model.{name}", *moments.values()])
-            weight = tensors[f"model.{name}"].to(self.device)
+            keys = [f"model.{name}", *(f"optimizer.{moment}.{name}" for moment in MOMENTS)]
+            parts = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in keys}
+            fill({key: self.mesh.as_global(part, self.partitions[name]) for key, part in parts.items()})
+            weight, *moments = [part.to(self.device) for part in parts.values()]
             safe_set_full_fp32_param(parameter, weight)
             parameter.data.copy_(weight)  # the weights that the model computes with, bf16 or fp32
-            for moment, key in moments.items():
-                safe_set_full_optimizer_state(parameter, tensors[key].to(self.device), moment)
+            for moment, value in zip(MOMENTS, moments, strict=True):
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+    def verify_replicas(self) -> None:
+        """Check that weights which several ranks hold are the same bits there. A collective. Raises TrainingError."""
+
+        def held() -> Iterator[tuple[str, Tensor, bool]]:
+            for name, parameter in self.model.named_parameters():
+                shared = self.partitions[name] is None
+                yield name, parameter, shared
+                if shared:
+                    yield f"{name} (fp32)", safe_get_full_fp32_param(parameter), shared
+
+        require_equal_replicas(held(), self.mesh.model_rank.size, self.runtime)
 
     def create_optimizer_state(self) -> None:
         """Make AdamW's state, which otherwise appears with the first update, without changing a weight.
@@ -191,6 +232,10 @@ class Engine:
     def set_optimizer_steps(self, steps: int) -> None:
         for state in self.deepspeed.optimizer.optimizer.state.values():
             state["step"].fill_(steps)
+
+
+def cpu_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 class LossModule(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from checkpoints.store import (
     Checkpoint,
+    CheckpointWriter,
+    fill_tensors,
     find_good_checkpoint,
     has_checkpoints,
-    load_tensors,
-    save_checkpoint,
     set_aside_after,
 )
 from data_prep.manifest import Manifest, verify_quick
@@ -24,17 +25,23 @@ from kraken_train.architectures import build_model
 from kraken_train.cli import run_entry
 from kraken_train.config import ModelConfig, TrainConfig, parse_model
 from kraken_train.data import Samples, TokenStream, open_split, sequential
+from kraken_train.distributed_exchange import DistributedExchange
 from kraken_train.engine import Engine, start_processes, stop_processes
 from kraken_train.errors import CheckpointError, TrainingError
+from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.flops import device_peak_flops, training_flops_per_token
+from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
+from kraken_train.mesh import ParallelMesh
 from kraken_train.metrics import Metrics, Record
 from kraken_train.optim import learning_rate
 from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.run_folder import RunFolder, open_run_folder
 from kraken_train.runtime import Runtime, read_runtime
+from kraken_train.watchdog import Watchdog
 
-LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision", "engine")
+LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 # What gloo and NCCL say to the ranks that are left when one has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
@@ -44,27 +51,39 @@ def main() -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """Train to `config.max_steps`, from the run folder's newest good checkpoint if it has one."""
+    """Train to `config.max_steps`, from the run folder's newest good checkpoint if it has one.
+
+    Exits with INTERRUPTED_EXIT_CODE, after saving, if SIGTERM or the end of its launcher asked it to stop before.
+    """
     data_dir = Path(config.data_dir)
     runtime = read_runtime()
     manifest = verify_quick(data_dir)
     model_config = parse_model(config.model, manifest.vocab_size)
-    config.gradient_accumulation_steps(runtime.world_size)
+    config.parallel.require_fits(model_config)
+    config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = Samples(open_split(data_dir, "train", manifest), model_config.context_length, config.seed)
 
-    start_processes(runtime)
-    with ExitStack() as held:
-        run = runtime.on_first(lambda: open_run_folder(config, model_config, data_dir, manifest.fingerprint, held))
-        try:
-            trainer = Trainer(config, model_config, samples, manifest, run, runtime)
+    stop = StopRequest()
+    try:
+        with ExitStack() as held:
+            rendezvous = start_processes(runtime)
+            watchdog = held.enter_context(
+                Watchdog(runtime, rendezvous.store, config.watchdog_seconds, stop, rendezvous.store_rank)
+            )
+            run = runtime.on_first(lambda: open_run_folder(config, model_config, data_dir, manifest.fingerprint, held))
+            trainer = Trainer(config, model_config, samples, manifest, run, runtime, stop, watchdog)
             trainer.restore()
-            trainer.run_steps()
-        except RuntimeError as error:
-            if any(words in str(error) for words in PEER_LOST):
-                raise TrainingError(
-                    "another rank has ended, see its message; the same command continues from the newest checkpoint"
-                ) from error
-            raise
+            with stop.on_sigterm():  # before there is a step, there is nothing to save
+                trainer.run_steps()
+    except Interrupted:
+        stop_processes(runtime)
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except RuntimeError as error:
+        if any(words in str(error) for words in PEER_LOST):
+            raise TrainingError(
+                "another rank has ended, see its message; the same command continues from the newest checkpoint"
+            ) from error
+        raise
     stop_processes(runtime)
 
 
@@ -79,6 +98,8 @@ class Trainer:
         manifest: Manifest,
         run: RunFolder,
         runtime: Runtime,
+        stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.model_config = model_config
@@ -88,7 +109,17 @@ class Trainer:
         self.validation = open_split(Path(config.data_dir), "validation", manifest) if has_validation else None
         self.run = run
         self.runtime = runtime
-        self.engine = Engine(build_model(model_config, config.seed), config, runtime)
+        self.stop = stop
+        self.watchdog = watchdog
+        size = config.parallel.sub_layer_parallel_size
+        self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
+        model = build_model(
+            model_config, config.seed, self.mesh.model_rank, self.make_exchange(), config.parallel.vocab_parallel
+        )
+        self.engine = Engine(model, config, self.mesh, runtime)
+        self.checkpoints = CheckpointWriter(
+            run.checkpoints, config.checkpoint.keep, runtime, config.checkpoint.asynchronous
+        )
         self.step = 0  # optimizer steps done, skipped ones included
         self.updates = 0  # of these, those that changed the weights
         self.consumed_samples = 0  # the position in the data
@@ -97,15 +128,22 @@ class Trainer:
         self.peak_flops = config.peak_tflops * 1e12 if config.peak_tflops else None
         self.metrics: Metrics | None = None
 
+    def make_exchange(self) -> Exchange:
+        if self.mesh.model_rank.size == 1:
+            return LocalExchange()
+        return DistributedExchange(self.mesh.get_model_parallel_group(), DTYPES[self.config.parallel.reduce_dtype])
+
     def run_steps(self) -> None:
+        self.engine.verify_replicas()
         self.runtime.on_first(self.start_metrics)
         self.introduce()
         if self.peak_flops is None:
             self.peak_flops = device_peak_flops(self.runtime.device, self.config.precision)
         finished = False
         try:
-            while self.step < self.config.max_steps:
-                self.train_step()
+            with self.checkpoints:
+                while self.step < self.config.max_steps:
+                    self.train_step()
             finished = True
         finally:
             if self.metrics is not None:
@@ -122,11 +160,12 @@ class Trainer:
             batch = self.micro_batch(micro_step)
             waited += time.perf_counter() - asked
             self.engine.accumulate(*batch)
-        result = self.engine.step(lr)
+        result = self.engine.step(lr, self.stop.requested)
         seconds = time.perf_counter() - started
         tokens = self.config.global_batch_size * self.model_config.context_length
 
         self.step += 1
+        self.watchdog.step = self.step
         self.updates += result.applied
         self.consumed_samples += self.config.global_batch_size
         self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
@@ -153,13 +192,20 @@ class Trainer:
         # While steps are being skipped nothing is saved: the newest checkpoint stays one from before the trouble.
         if self.skipped_in_a_row == self.config.max_nonfinite_steps or (last and self.skipped_in_a_row):
             raise TrainingError(self.describe_not_finite())
-        if result.applied and (last or self.step % self.config.checkpoint.every == 0):
+        if result.applied and (last or result.stop or self.step % self.config.checkpoint.every == 0):
             self.save()
+        elif self.config.parallel.verify_every and self.step % self.config.parallel.verify_every == 0:
+            self.engine.verify_replicas()
+        if result.stop and not last:
+            self.checkpoints.finish()
+            reason = self.stop.reason or "asked to on another rank"
+            self.say(f"stopped ({reason}) after step {self.step}; the same command continues")
+            raise Interrupted(reason)
 
     def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (micro_batch_size, context_length) of this rank."""
-        size, ranks = self.config.micro_batch_size, self.runtime.world_size
-        first = self.consumed_samples + (micro_step * ranks + self.runtime.rank) * size
+        """Inputs and targets (micro_batch_size, context_length) of this rank's copy of the model."""
+        size = self.config.micro_batch_size
+        first = self.consumed_samples + (micro_step * self.mesh.data_size + self.mesh.data_rank) * size
         return to_device(self.samples.batch(range(first, first + size)), self.runtime.device)
 
     def describe_not_finite(self) -> str:
@@ -181,10 +227,11 @@ class Trainer:
             remaining = self.config.validation.samples - index * size
             if remaining <= 0:
                 break
-            if index % self.runtime.world_size == self.runtime.rank:
+            if index % self.mesh.data_size == self.mesh.data_rank:
                 batch_nats, batch_tokens = token_losses(self.engine.model, windows[:remaining])
                 nats += batch_nats
                 tokens += batch_tokens
+        # Each rank of a copy counts the copy's windows, which leaves the mean as it is.
         nats, all_tokens = self.runtime.sum([nats, float(tokens)])
         return nats / all_tokens
 
@@ -195,6 +242,7 @@ class Trainer:
     def save(self) -> None:
         # No random number is drawn after initialisation (the order of the data is a function of seed and position),
         # so there is no generator's state to keep.
+        self.engine.verify_replicas()
         if self.metrics is not None:
             self.metrics.sync()
         metadata = {
@@ -206,16 +254,16 @@ class Trainer:
             "consumed_samples": self.consumed_samples,
             "tokens": self.consumed_samples * self.model_config.context_length,
             "world_size": self.runtime.world_size,
+            "sub_layer_parallel_size": self.mesh.model_rank.size,
+            "data_parallel_size": self.mesh.data_size,
         }
-        save_checkpoint(
-            self.run.checkpoints, self.step, self.engine.state(), metadata, self.config.checkpoint.keep, self.runtime
-        )
+        self.checkpoints.save(self.step, self.engine.state(), metadata)
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint; do nothing in a new run. Raises CheckpointError."""
         if not self.run.resuming:
             return
-        checkpoint, problems = self.runtime.on_first(lambda: find_good_checkpoint(self.run.checkpoints))
+        checkpoint, problems = find_good_checkpoint(self.run.checkpoints, self.runtime)
         for problem in problems:
             self.say(f"passed over a damaged checkpoint: {problem}")
         metadata = checkpoint.metadata
@@ -230,7 +278,7 @@ class Trainer:
                 )
         self.runtime.on_first(lambda: set_aside_after(checkpoint))
         self.require_steps_to_go(checkpoint)
-        self.engine.load_state(lambda names: load_tensors(checkpoint, names), metadata["updates"])
+        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
         self.step, self.updates = checkpoint.step, metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
         self.say(f"resumed from {checkpoint.path}: step {self.step}, {metadata['tokens']:,} tokens")
@@ -261,10 +309,11 @@ class Trainer:
         steps = self.config.max_steps - self.step
         self.say(
             f"{self.model_config.architecture}, {self.model_config.num_parameters:,} parameters, "
-            f"{self.runtime.world_size} x {self.runtime.device.type}, {self.config.precision}, "
+            f"{self.mesh.data_size} x {self.mesh.model_rank.size} {self.runtime.device.type} ranks (model copies x "
+            f"ranks of a copy), {self.config.precision}, "
             f"ZeRO-{self.config.engine.zero_stage}; {train_tokens:,} training tokens; {steps} steps to go of "
             f"{self.config.global_batch_size} x {self.model_config.context_length} tokens "
-            f"({self.engine.accumulation_steps} micro-batches of {self.config.micro_batch_size} per rank)"
+            f"({self.engine.accumulation_steps} micro-batches of {self.config.micro_batch_size} per copy)"
         )
         if self.config.max_steps < self.config.schedule.warmup_steps:
             self.say(
@@ -281,6 +330,7 @@ class Trainer:
             "num_parameters": self.model_config.num_parameters,
             "data_fingerprint": self.manifest.fingerprint,
             "world_size": self.runtime.world_size,
+            "data_parallel_size": self.mesh.data_size,
             "torch": torch.__version__,
         }
 

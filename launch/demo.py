@@ -1,7 +1,8 @@
 """The main job end to end on a CPU, in a few minutes: python -m launch.demo [FOLDER]
 
-Prepares the embedded corpus, trains a small Kraken over two ranks of the deepspeed launcher, exports it, evaluates
-the export, draws the curves and generates text. Every command is printed before it runs, to be copied and changed.
+Prepares the embedded corpus, trains a small Kraken whose four sub-layers are shared by two ranks of the deepspeed
+launcher, exports it, evaluates the export, draws the curves and generates text. Every command is printed before it
+runs, to be copied and changed.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def main() -> None:
     step("prepare", [*python, "data_prep.prepare", "source=embedded", "tokenizer=sentencepiece",
                      "tokenizer.vocab_size=2048", "validation_fraction=0.02", f"output_dir={data}"])  # fmt: skip
     step("train", [*launcher, "kraken_train.train", f"model={MODEL}", f"data_dir={data}", f"run_dir={run}",
-                   f"max_steps={STEPS}", "optim.lr=2e-3", "schedule.warmup_steps=20", "validation.every=50",
-                   "checkpoint.every=50", "log_every=10"])  # fmt: skip
+                   f"parallel.sub_layer_parallel_size={RANKS}", f"max_steps={STEPS}", "optim.lr=2e-3",
+                   "schedule.warmup_steps=20", "validation.every=50", "checkpoint.every=50",
+                   "log_every=10"])  # fmt: skip
     step("draw the curves", [*python, "kraken_train.report", str(run)])
     step("export", [*python, "checkpoints.export", f"run_dir={run}", f"output_dir={export}"])
     evaluation = folder / "evaluation.json"
@@ -95,7 +97,7 @@ def summarize(data: Path, run: Path, export: Path, evaluation: dict, text: str, 
         f"{totals['text_bytes'] / 1e6:.1f} MB",
         "tokens": f"{totals['tokens']:,} prepared, {records[-1]['tokens']:,} trained on, vocabulary "
         f"{manifest['tokenizer']['vocab_size']}",
-        "model": f"{MODEL}, {model.num_parameters:,} parameters, trained over {RANKS} ranks",
+        "model": f"{MODEL}, {model.num_parameters:,} parameters, its sub-layers shared by {RANKS} ranks",
         "loss": f"{records[0]['loss']:.3f} at step {records[0]['step']}, {records[-1]['loss']:.3f} at step "
         f"{records[-1]['step']}",
         "validation perplexity": f"{evaluation['perplexity']:.2f} over {evaluation['tokens']:,} tokens",

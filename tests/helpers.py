@@ -102,7 +102,8 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def launch_ranks(ranks: int, *program: str, device: str = "cpu") -> None:
     """Run a program (a script, or -m and a module) on `ranks` ranks of this machine; fails with its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": device}
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": device}
     result = subprocess.run([*command, *program], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 

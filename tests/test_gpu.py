@@ -1,29 +1,47 @@
-"""The same training on a GPU as on the CPU."""
+"""The same training on a GPU as on the CPU. One GPU takes one NCCL rank."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import launch_ranks
-from parity import engine_ranks
+from parity import engine_modes, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+TRAJECTORIES = ["kraken-4/1/plain", "kraken-4/1/compile-recompute-bf16"]
 
-def test_modes_of_the_engine(tmp_path: Path) -> None:
-    reports = []
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("gpu")
     for device in ("cuda", "cpu"):
-        output = tmp_path / f"{device}.json"
-        launch_ranks(1, str(engine_ranks.__file__), str(output), device=device)
-        reports.append(json.loads(output.read_text()))
-    for precision, zero_stage in engine_ranks.MODES:
-        on_gpu, on_cpu = (report[f"{precision} {zero_stage}"] for report in reports)
+        checks = ["modes:1", "trajectories:" + ",".join(TRAJECTORIES), "events:1"]
+        launch_ranks(1, str(run_ranks.__file__), str(folder / device), str(folder), *checks, device=device)
+    return {device: json.loads((folder / device).read_text()) for device in ("cuda", "cpu")}
+
+
+def test_modes_of_the_engine(reports: dict[str, dict]) -> None:
+    for precision, zero_stage in engine_modes.MODES:
+        on_gpu, on_cpu = (report["modes"][f"1 {precision} {zero_stage}"] for report in reports.values())
         tolerance = {"fp32": 1e-4, "bf16": 1e-2}[precision]
         for found, expected in zip(on_gpu["steps"], on_cpu["steps"], strict=True):
             assert found == pytest.approx(expected, rel=tolerance)
-        assert on_gpu["resumed"] == pytest.approx(on_gpu["steps"][3:], rel=tolerance)
+        for found, expected in zip(on_gpu["resumed"], on_gpu["steps"][3:], strict=True):
+            assert found == pytest.approx(expected, rel=tolerance)
         assert on_gpu["poisoned"][2] == [None, None, False]
         assert on_gpu["unchanged_by_nan"] and on_gpu["recovers"]
+
+
+def test_trajectories(reports: dict[str, dict]) -> None:
+    for case in TRAJECTORIES:
+        on_gpu, on_cpu = (report["trajectories"][case] for report in reports.values())
+        for found, expected in zip(on_gpu, on_cpu, strict=True):
+            assert found == pytest.approx(expected, rel=1e-2 if "bf16" in case else 1e-4)
+
+
+def test_order_of_events(reports: dict[str, dict]) -> None:
+    on_gpu, on_cpu = (report["events"]["1"] for report in reports.values())
+    assert on_gpu == on_cpu

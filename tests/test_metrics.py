@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity.engine_ranks import settings
+from parity.common import settings
 
 from kraken_train.config import TrackingConfig
 from kraken_train.errors import ConfigError
@@ -22,7 +22,7 @@ def record(step: int, **more: float) -> dict[str, Any]:
 
 def config(mode: str = "off") -> Any:
     tracking = TrackingConfig(mode=mode, project="test", entity=None, name=None, group=None, tags=("a",))
-    template = settings("fp32", 1)
+    template = settings()
     return type(template)(**{**template.__dict__, "tracking": tracking})
 
 

@@ -2,73 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, launch_ranks, run_module, user_error
+from helpers import REPOSITORY, launch_ranks, run_here, run_module, user_error
 
 from checkpoints.store import find_good_checkpoint, read_weights
-from integration.dying_save import PHASES
-
-STEPS, EVERY = 12, 4
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    source = folder / "corpus.jsonl"
-    texts = [f"Chapter {i}: " + " ".join(f"word{(i * j) % 37}" for j in range(60)) for i in range(150)]
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    output = folder / "data"
-    result = run_module(
-        "data_prep.prepare",
-        f"source={source}",
-        "tokenizer.vocab_size=320",
-        "validation_fraction=0.1",
-        f"output_dir={output}",
-    )
-    assert result.returncode == 0, result.stderr
-    return output
-
-
-def overrides(data: Path, run: Path, *more: str) -> list[str]:
-    return [
-        "model=kraken-tiny-4way",
-        "model.num_layers=2",
-        "model.hidden_size=16",
-        "model.context_length=32",
-        f"data_dir={data}",
-        f"run_dir={run}",
-        "precision=fp32",
-        "global_batch_size=4",
-        "micro_batch_size=2",
-        f"max_steps={STEPS}",
-        f"checkpoint.every={EVERY}",
-        "validation.every=6",
-        "validation.samples=5",
-        "schedule.warmup_steps=3",
-        *more,
-    ]
+from integration.training import STEPS, learned, overrides, records
 
 
 def train(data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return run_module("kraken_train.train", *overrides(data, run, *more))
-
-
-def records(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def learned(run: Path) -> list[tuple[float, ...]]:
-    """What must not depend on interruptions, per step."""
-    keys = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")
-    return [tuple(record.get(key, -1.0) for key in keys) for record in records(run)]
 
 
 @pytest.fixture(scope="module")
@@ -123,56 +70,16 @@ def test_two_ranks(data: Path, reference: Path, tmp_path: Path) -> None:
 
 
 def test_an_error_is_told_once(data: Path, tmp_path: Path) -> None:
-    """Two ranks see the same mistake, one before and one after they have joined."""
-    for setting, words in [("global_batch_size=5", "global_batch_size=5 is not"), ("resume=must", "no checkpoint in")]:
+    """Two ranks see the same mistake, before or after they have joined."""
+    for setting, words in [
+        ("parallel.sub_layer_parallel_size=4", "parallel.sub_layer_parallel_size=4 does not divide the 2 ranks"),
+        ("resume=must", "no checkpoint in"),
+    ]:
         command = overrides(data, tmp_path / "run", setting)
         with pytest.raises(AssertionError) as failure:
             launch_ranks(2, "-m", "kraken_train.train", *command)
         messages = [line for line in str(failure.value).splitlines() if "error: " in line]
         assert len(messages) == 1 and words in messages[0], messages
-
-
-@pytest.mark.parametrize("moment", [2, 6], ids=["before the first checkpoint", "after it"])
-def test_killed_while_training(data: Path, reference: Path, tmp_path: Path, moment: int) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, run)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= moment):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(records(run)) < STEPS, "the run was done before it was killed"
-
-    result = train(data, run)
-    assert result.returncode == 0, result.stderr
-    assert ("resumed from" in result.stdout) == (moment > EVERY)
-    assert learned(run) == learned(reference)
-
-
-def test_killed_during_each_phase_of_a_save(data: Path, reference: Path, tmp_path: Path) -> None:
-    """Each attempt dies in its second save; with what the earlier ones left, the run still ends as the reference."""
-    run = tmp_path / "run"
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
-    script = REPOSITORY / "tests" / "integration" / "dying_save.py"
-    for phase in PHASES:
-        command = [sys.executable, str(script), phase, *overrides(data, run, "checkpoint.every=1", "checkpoint.keep=2")]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == -signal.SIGKILL, (phase, result.stderr)
-        checkpoint, problems = find_good_checkpoint(run / "checkpoints")
-        assert not problems, phase
-        # The first save of this attempt is complete; the second is, once it was renamed.
-        assert learned(run)[: checkpoint.step] == learned(reference)[: checkpoint.step], phase
-    result = train(data, run, "checkpoint.every=1", "checkpoint.keep=2")
-    assert result.returncode == 0, result.stderr
-    assert "resumed from" in result.stdout
-    assert learned(run) == learned(reference)
-    left = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert left == ["latest", "step-00000011", "step-00000012"], "an interrupted save has left something behind"
 
 
 def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_path: Path) -> None:
@@ -244,6 +151,10 @@ def test_refused_before_anything_starts(data: Path, reference: Path, tmp_path: P
         (tmp_path / "a", ["model.vocab_size=9999"], "model.vocab_size=9999 does not fit the data"),
         (tmp_path / "a", ["global_batch_size=5"], "global_batch_size=5 is not a multiple of micro_batch_size=2"),
         (tmp_path / "a", ["engine.zero_stage=0"], "engine.zero_stage=0 is not supported"),
+        (tmp_path / "a", ["parallel.sub_layer_parallel_size=3"], "=3 does not divide model.num_sub_layers=4"),
+        (tmp_path / "a", ["parallel.sub_layer_parallel_size=2"], "=2 does not divide the 1 rank of this run"),
+        (tmp_path / "a", ["parallel.reduce_dtype=bf16"], "would round what precision=fp32 computes"),
+        (tmp_path / "a", ["parallel.reduce_dtype=fp8"], "parallel.reduce_dtype=fp8 is not known; use bf16 or fp32"),
         (tmp_path / "a", ["resume=must"], "there is no checkpoint"),
         (tmp_path / "a", ["optim=null"], "a group of settings must be given by name"),
         (tmp_path / "a", ["data_dir=/nowhere"], "/nowhere does not exist"),
@@ -254,7 +165,9 @@ def test_refused_before_anything_starts(data: Path, reference: Path, tmp_path: P
         (reference, ["optim.lr=0.5"], "with other settings (optim.lr: 0.001 -> 0.5)"),
         (reference, ["max_steps=8"], "holds a run that has done 12 steps, and max_steps=8"),
     ]:
-        error = user_error(train(data, run, *more))
+        # What is refused before the ranks join can be tried in this process, which is faster.
+        command = run_here if run == tmp_path / "a" and "resume=must" not in more else run_module
+        error = user_error(command("kraken_train.train", *overrides(data, run, *more)))
         assert words in error, error
         assert not (tmp_path / "a").exists()
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]

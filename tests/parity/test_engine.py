@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from helpers import launch_ranks
 
-from kraken_train.model import KrakenModel
-from kraken_train.optim import parameter_groups
-from parity import engine_ranks
+from parity import engine_modes
+from parity.common import plain_twin
 
 RELATIVE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("engine") / "report.json"
-    launch_ranks(request.param, str(engine_ranks.__file__), str(output))
-    report = json.loads(output.read_text())
-    assert report["world_size"] == request.param
-    return report
-
-
 @pytest.fixture(scope="module")
 def twin() -> list[tuple[float, float]]:
-    """(loss, gradient norm) per step of the same training in plain PyTorch, the global batch at once."""
-    model = KrakenModel(engine_ranks.MODEL)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    results = []
-    for step, samples in enumerate(engine_ranks.batches()):
-        loss = model.loss(samples[:, :-1], samples[:, 1:])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), engine_ranks.MAX_GRAD_NORM)
-        for group in optimizer.param_groups:
-            group["lr"] = engine_ranks.rate(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        results.append((loss.item(), norm.item()))
-    assert max(norm for _, norm in results) > engine_ranks.MAX_GRAD_NORM, "the clipping is not tested"
-    return results
+    return plain_twin(engine_modes.CONFIG, range(engine_modes.STEPS))
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), engine_ranks.MODES)
-def test_mode(report: dict[str, Any], twin: list[tuple[float, float]], precision: str, zero_stage: int) -> None:
-    mode = report[f"{precision} {zero_stage}"]
+@pytest.mark.parametrize(
+    ("ranks", "size", "precision", "zero_stage"),
+    [
+        *((1, 1, *mode) for mode in engine_modes.MODES),
+        *((2, 2, *mode) for mode in engine_modes.MODES_OVER_RANKS),
+        *((4, 2, *mode) for mode in engine_modes.MODES_OVER_RANKS),
+    ],
+)
+def test_mode(
+    launched: Callable[..., dict[str, Any]],
+    twin: list[tuple[float, float]],
+    ranks: int,
+    size: int,
+    precision: str,
+    zero_stage: int,
+) -> None:
+    mode = launched(ranks)["modes"][f"{size} {precision} {zero_stage}"]
     tolerance = RELATIVE_TOLERANCE[precision]
     for (loss, norm, applied), (expected_loss, expected_norm) in zip(mode["steps"], twin, strict=True):
         assert applied

@@ -1,0 +1,159 @@
+"""Two ranks that share one model, under the deepspeed launcher, meet every fault; the run ends as if it had not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import REPOSITORY
+
+from checkpoints.store import find_good_checkpoint
+from integration.faulty_train import SAVE_PHASES
+from integration.training import learned, overrides
+from kraken_train.runtime import free_port
+
+STEPS = 18
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def launch(data: Path) -> Launch:
+    """`launch(run, [fault, rank, when], ...)`: the command over two ranks, one of them with a fault."""
+
+    def start(run: Path, fault: list[str] | None, *more: str) -> subprocess.CompletedProcess[str]:
+        launcher = Path(sys.executable).parent / "deepspeed"
+        command = [str(launcher), "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port())]
+        command += ["--module", "integration.faulty_train", *fault] if fault else ["--module", "kraken_train.train"]
+        command += overrides(
+            data, run, "parallel.sub_layer_parallel_size=2", f"max_steps={STEPS}", "watchdog_seconds=8", *more
+        )
+        path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+        # The launcher's folder is on PATH, as in an environment that is activated.
+        environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment["PATH"] = os.pathsep.join([str(launcher.parent), os.environ["PATH"]])
+        log = run.with_suffix(".log")
+        with log.open("w") as output:  # a file, since orphans would keep a pipe open
+            code = subprocess.run(
+                command, env=environment, cwd=run.parent, stdout=output, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        require_no_process(str(run))
+        return subprocess.CompletedProcess(command, code, log.read_text())
+
+    return start
+
+
+def require_no_process(word: str) -> None:
+    """Fails unless all processes with `word` among their arguments have ended, or do within seconds."""
+    deadline = time.monotonic() + 20
+    while True:
+        left = [
+            process.info["cmdline"]
+            for process in psutil.process_iter(["cmdline", "status"])
+            if process.info["status"] != psutil.STATUS_ZOMBIE and word in " ".join(process.info["cmdline"] or [])
+        ]
+        if not left:
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = launch(run, None)
+    assert result.returncode == 0, result.stdout
+    return run
+
+
+def good_step(run: Path) -> int:
+    return find_good_checkpoint(run / "checkpoints")[0].step
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-????????"))
+
+
+def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    every = ["checkpoint.every=3"]
+
+    result = launch(run, ["dies", "1", "5"], *every)
+    assert result.returncode != 0 and "another rank has ended" in result.stdout
+    assert good_step(run) == 3
+
+    result = launch(run, ["cannot write", "1", "6"], *every)
+    assert result.returncode != 0
+    messages = [line for line in result.stdout.splitlines() if "error: " in line and "could not be written" in line]
+    assert len(messages) == 1 and "step 6 could not be written" in messages[0], result.stdout
+    assert "File too large" in messages[0] and good_step(run) == 3
+
+    started = time.monotonic()
+    result = launch(run, ["stops", "1", "8"], *every)
+    assert result.returncode != 0 and time.monotonic() - started < 90
+    assert "error: rank 1 (process" in result.stdout and "has not answered for 8 s" in result.stdout, result.stdout
+    assert good_step(run) == 6
+
+    # A byte flips in what is newest.
+    part = max(newest(run).glob("*.distcp"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 3] ^= 16
+    part.write_bytes(content)
+    result = launch(run, ["its launcher is told to end", "0", "8"], *every)
+    assert "passed over a damaged checkpoint" in result.stdout and "SHA-256" in result.stdout
+    assert "resumed from" in result.stdout and "step-00000003: step 3" in result.stdout
+    assert "stopped (its launcher has ended) after step" in result.stdout, result.stdout
+    stopped_at = good_step(run)
+    assert stopped_at == 8, "SIGTERM to the launcher has not saved"
+
+    result = launch(run, ["sees a NaN", "1", str(stopped_at + 2)], "checkpoint.every=1", "max_nonfinite_steps=1")
+    assert result.returncode != 0
+    assert f"was not finite in step {stopped_at + 2}" in result.stdout
+    assert good_step(run) == stopped_at + 1
+
+    # One rank's file of another step, and no pointer.
+    part = max(newest(run).glob("__1_*.distcp"))
+    shutil.copy(run / "checkpoints" / f"step-{stopped_at:08d}" / part.name, part)
+    (run / "checkpoints" / "latest").unlink()
+    result = launch(run, None, *every)
+    assert result.returncode == 0, result.stdout
+    assert f"passed over a damaged checkpoint: {part}" in result.stdout
+    assert f"step-{stopped_at:08d}: step {stopped_at}" in result.stdout
+
+    assert learned(run) == learned(undisturbed)
+    assert (run / "checkpoints" / "latest").read_text().strip() == newest(run).name
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        ["after the tensors", "before the rename", "before the pointer"],
+        pytest.param([*SAVE_PHASES], marks=pytest.mark.slow),
+    ],
+    ids=["three", "all"],
+)
+def test_killed_in_phases_of_a_save(launch: Launch, undisturbed: Path, tmp_path: Path, phases: list[str]) -> None:
+    """Each start dies in its second save; with what the earlier ones left, the run still ends as the reference."""
+    run = tmp_path / "run"
+    settings = ["checkpoint.every=1", "checkpoint.keep=2"]
+    for phase in phases:
+        rank = SAVE_PHASES[phase][1]
+        result = launch(run, [phase, str(rank), "2"], *settings)
+        assert result.returncode != 0, phase
+        checkpoint, problems = find_good_checkpoint(run / "checkpoints")
+        assert not problems, phase
+        # The first save of this start is complete; the second is, once it was renamed.
+        assert learned(run)[: checkpoint.step] == learned(undisturbed)[: checkpoint.step], phase
+    assert len(phases) <= good_step(run) < STEPS
+    result = launch(run, None, *settings)
+    assert result.returncode == 0, result.stdout
+    assert "resumed from" in result.stdout
+    assert learned(run) == learned(undisturbed)
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["latest", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"], "a save cut short has left something"

@@ -1,0 +1,39 @@
+"""Small training runs, as commands, and what they have learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+STEPS, EVERY = 12, 4
+
+
+def overrides(data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "model=kraken-tiny-4way",
+        "model.num_layers=2",
+        "model.hidden_size=16",
+        "model.context_length=32",
+        f"data_dir={data}",
+        f"run_dir={run}",
+        "precision=fp32",
+        "global_batch_size=4",
+        "micro_batch_size=2",
+        f"max_steps={STEPS}",
+        f"checkpoint.every={EVERY}",
+        "validation.every=6",
+        "validation.samples=5",
+        "schedule.warmup_steps=3",
+        *more,
+    ]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(run: Path) -> list[tuple[float, ...]]:
+    """What must not depend on interruptions, per step."""
+    keys = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")
+    return [tuple(record.get(key, -1.0) for key in keys) for record in records(run)]

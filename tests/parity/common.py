@@ -1,0 +1,176 @@
+"""What the checks on several ranks share: small models, their samples, and engines on any grid of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kraken_train.architectures import build_model
+from kraken_train.config import (
+    CheckpointConfig,
+    EngineConfig,
+    GPTConfig,
+    KrakenConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from kraken_train.distributed_exchange import DistributedExchange
+from kraken_train.engine import Engine
+from kraken_train.mesh import ParallelMesh
+from kraken_train.model import LanguageModel
+from kraken_train.optim import parameter_groups
+from kraken_train.runtime import Runtime
+
+COMMON = {"num_layers": 3, "vocab_size": 132, "context_length": 16}
+MODELS: dict[str, ModelConfig] = {
+    "kraken-4": KrakenConfig(num_sub_layers=4, hidden_size=32, heads_per_sub_layer=2, **COMMON),
+    "kraken-6": KrakenConfig(num_sub_layers=6, hidden_size=24, heads_per_sub_layer=2, **COMMON),
+    "standard": GPTConfig(hidden_size=48, num_heads=4, **COMMON),
+    "parallel": GPTConfig(hidden_size=48, num_heads=4, architecture="parallel", **COMMON),
+}
+GLOBAL_BATCH = 24
+ACCUMULATION_STEPS = 2  # whatever the grid
+MAX_GRAD_NORM = 0.5
+RATE = 2e-3
+
+Steps = list[list[float | bool]]  # [loss, gradient norm, applied] per step
+
+
+def batch(config: ModelConfig, step: int) -> torch.Tensor:
+    """The samples of a step, (GLOBAL_BATCH, context + 1) token ids: counting from somewhere in steps of 1 to 3."""
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(config.vocab_size, (GLOBAL_BATCH, 1), generator=generator)
+    stride = torch.randint(1, 4, (GLOBAL_BATCH, 1), generator=generator)
+    return (start + stride * torch.arange(config.context_length + 1)) % config.vocab_size
+
+
+def settings(
+    precision: str = "fp32",
+    zero_stage: int = 1,
+    sub_layer_parallel_size: int = 1,
+    data_parallel_size: int = 1,
+    vocab_parallel: bool = False,
+    reduce_dtype: str | None = None,
+    activation_checkpointing: bool = False,
+    compile_parts: bool = False,
+) -> TrainConfig:
+    return TrainConfig(
+        model={},
+        data_dir="",
+        run_dir="",
+        max_steps=100,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=GLOBAL_BATCH // (ACCUMULATION_STEPS * data_parallel_size),
+        seed=0,
+        precision=precision,
+        resume="auto",
+        max_nonfinite_steps=3,
+        log_every=1,
+        peak_tflops=None,
+        watchdog_seconds=0,
+        optim=OptimConfig(lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=MAX_GRAD_NORM),
+        schedule=ScheduleConfig(name="constant", warmup_steps=0, min_ratio=1.0, decay_steps=1),
+        parallel=ParallelConfig(sub_layer_parallel_size, vocab_parallel, reduce_dtype, verify_every=0),
+        engine=EngineConfig(zero_stage, activation_checkpointing, compile_parts),
+        checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),
+        validation=ValidationConfig(every=0, samples=1),
+        tracking=TrackingConfig(mode="off", project="", entity=None, name=None, group=None, tags=()),
+    )
+
+
+def make_mesh(runtime: Runtime, size: int) -> ParallelMesh:
+    """One mesh per degree and process: process groups are few and never given back."""
+    if size not in MESHES:
+        MESHES[size] = ParallelMesh(runtime.device.type, runtime.world_size // size, size)
+    return MESHES[size]
+
+
+MESHES: dict[int, ParallelMesh] = {}
+
+
+def make_model(
+    config: ModelConfig,
+    mesh: ParallelMesh,
+    vocab_parallel: bool = False,
+    dtype: torch.dtype | None = None,
+    all_reduce: Callable[..., Any] | None = None,
+) -> LanguageModel:
+    """This rank's part, connected by the distributed exchange even where a copy has one rank only."""
+    exchange = DistributedExchange(mesh.get_model_parallel_group(), dtype, all_reduce)
+    return build_model(config, 0, mesh.model_rank, exchange, vocab_parallel)
+
+
+def make_engine(config: ModelConfig, runtime: Runtime, size: int, **choices: Any) -> Engine:
+    """An engine with `size` ranks per model copy; `choices` are those of `settings`."""
+    train = settings(sub_layer_parallel_size=size, data_parallel_size=runtime.world_size // size, **choices)
+    mesh = make_mesh(runtime, size)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[train.parallel.reduce_dtype]
+    engine = Engine(make_model(config, mesh, train.parallel.vocab_parallel, dtype), train, mesh, runtime)
+    assert engine.accumulation_steps == ACCUMULATION_STEPS
+    return engine
+
+
+def run_steps(engine: Engine, config: ModelConfig, steps: range, poisoned: int | None = None) -> Steps:
+    """Train on the samples of `steps`. In step `poisoned` the last rank alone sees a NaN in a gradient."""
+    results: Steps = []
+    for step in steps:
+        samples = batch(config, step).to(engine.device)
+        shares = samples.chunk(ACCUMULATION_STEPS * engine.mesh.data_size)
+        for micro_step in range(ACCUMULATION_STEPS):
+            mine = shares[micro_step * engine.mesh.data_size + engine.mesh.data_rank]
+            hook = None
+            if step == poisoned and micro_step == 0 and engine.runtime.rank == engine.runtime.world_size - 1:
+                hook = engine.model.final_norm.weight.register_hook(lambda gradient: gradient * math.nan)
+            engine.accumulate(mine[:, :-1], mine[:, 1:])
+            if hook is not None:
+                hook.remove()
+        result = engine.step(RATE)
+        results.append([result.loss, result.grad_norm, result.applied])
+    return results
+
+
+def plain_twin(config: ModelConfig, steps: range) -> list[tuple[float, float]]:
+    """(loss, gradient norm) per step of the same training in plain PyTorch: one process, the global batch at once."""
+    model = build_model(config)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    results = []
+    for step in steps:
+        samples = batch(config, step)
+        loss = model.loss(samples[:, :-1], samples[:, 1:])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        results.append((loss.item(), norm.item()))
+    assert max(norm for _, norm in results) > MAX_GRAD_NORM, "the clipping is not tested"
+    return results
+
+
+def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """The state that the ranks share, put together on each of them."""
+    cuts = {name: part.axis for name, part in engine.partitions.items() if part is not None}
+    mine = engine.state()
+    local = {key: tensor.to_local() if hasattr(tensor, "to_local") else tensor for key, tensor in mine.items()}
+    shares: list[dict[str, torch.Tensor]] = [{}] * engine.runtime.world_size
+    dist.all_gather_object(shares, local)
+    whole = {}
+    for name, _ in engine.model.named_parameters():
+        for key in (f"model.{name}", f"optimizer.exp_avg.{name}", f"optimizer.exp_avg_sq.{name}"):
+            parts = [share[key] for share in shares if key in share]
+            assert len(parts) == (engine.mesh.model_rank.size if name in cuts else 1), key
+            whole[key] = torch.cat(parts, dim=cuts[name]) if name in cuts else parts[0]
+    assert len(whole) == sum(len(share) for share in shares) - sum(3 * (engine.mesh.model_rank.size - 1) for _ in cuts)
+    return whole
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

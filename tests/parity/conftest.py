@@ -1,0 +1,88 @@
+"""One launch per number of ranks serves all checks: starting ranks is what takes the time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from helpers import launch_ranks
+
+from parity import run_ranks
+
+Report = dict[str, Any]
+
+GRIDS = {  # checks by number of ranks; a number of a check is the ranks per model copy
+    1: ["modes:1", "trajectories:kraken-4/1/plain,kraken-4/1/compile", "save:1"],
+    2: [
+        "modes:2",
+        "trajectories:kraken-4/2/plain,kraken-4/2/compile,kraken-4/2/compile-recompute-bf16,standard/2/compile,"
+        "parallel/2/zero2-recompute-vocab",
+        "exchange:2",
+        "overlap:2",
+        "resume:1,2",
+    ],
+    4: [
+        "modes:2",
+        "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
+        "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
+        "standard/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab",
+        "exchange:2,4",
+        "save:2,4",
+        "resume:2,4",
+    ],
+    6: ["trajectories:kraken-6/2/plain,kraken-6/3/plain,kraken-6/6/plain,kraken-6/3/zero2-recompute-vocab"],
+}
+
+
+# Launches that are resumed from are named by a number; these come after them.
+LATER = {"resume at 1": (1, ["resume:1"])}
+SLOW = {  # the other half of the checkpoint matrix; and an attention that computes
+    "slow 1": (1, ["save-more:1"]),
+    "slow 4": (4, ["save-more:2,4", "resume:2,4"]),
+    "slow 2": (2, ["resume:1,2", "busy-overlap:2"]),
+    "slow resume at 1": (1, ["resume:1"]),
+}
+LAUNCHES = {**{ranks: (ranks, checks) for ranks, checks in GRIDS.items()}, **LATER, **SLOW}
+RESUMES_FROM: dict[int | str, tuple[int | str, ...]] = {
+    4: (1,),
+    2: (1, 4),
+    "resume at 1": (1, 4),
+    "slow 4": ("slow 1",),
+    "slow 2": ("slow 1", "slow 4"),
+    "slow resume at 1": ("slow 1", "slow 4"),
+}
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
+    """`launched(name)`: what the ranks of one of LAUNCHES found."""
+    folder = tmp_path_factory.mktemp("parity")
+    reports: dict[int | str, Report | Exception] = {}
+
+    def launch(what: int | str) -> Report:
+        """Once, whether it succeeds or fails."""
+        if what not in reports:
+            try:
+                reports[what] = start(what)
+            except Exception as error:
+                reports[what] = error
+        report = reports[what]
+        if isinstance(report, Exception):
+            raise report
+        return report
+
+    def start(what: int | str) -> Report:
+        for before in RESUMES_FROM.get(what, ()):
+            launch(before)
+        ranks, checks = LAUNCHES[what]
+        checkpoints = folder / ("slow checkpoints" if what in SLOW else "checkpoints")
+        checkpoints.mkdir(exist_ok=True)
+        output = folder / f"{what}.json"
+        launch_ranks(ranks, str(run_ranks.__file__), str(output), str(checkpoints), *checks)
+        report = json.loads(output.read_text())
+        assert report["world_size"] == ranks
+        return report
+
+    return launch

@@ -1,0 +1,70 @@
+"""On ranks: DeepSpeed's modes, each trained, resumed and given a NaN."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+
+from kraken_train.architectures import build_model
+from kraken_train.engine import Engine
+from kraken_train.runtime import Runtime
+from parity.common import MODELS, make_engine, run_steps, same, whole_state
+
+MODES = [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
+MODES_OVER_RANKS = [("fp32", 2), ("bf16", 1)]  # half of them, since each takes seconds
+STEPS = 6
+CONFIG = MODELS["kraken-4"]
+
+
+def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
+    return {
+        f"{size} {precision} {zero_stage}": run_mode(runtime, size, precision, zero_stage)
+        for size in sizes
+        for precision, zero_stage in (MODES if runtime.world_size == 1 else MODES_OVER_RANKS)
+    }
+
+
+def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int) -> dict[str, Any]:
+    def engine() -> Engine:
+        return make_engine(CONFIG, runtime, size, precision=precision, zero_stage=zero_stage)
+
+    whole = engine()
+    untouched = whole_state(whole)
+    initial = {f"model.{name}": weight.detach() for name, weight in build_model(CONFIG).named_parameters()}
+    if precision == "bf16":  # DeepSpeed makes the masters from the bf16 weights
+        initial = {name: weight.bfloat16().float() for name, weight in initial.items()}
+    uninterrupted = run_steps(whole, CONFIG, range(STEPS))
+
+    first = engine()
+    run_steps(first, CONFIG, range(3))
+    saved = whole_state(first)
+    resumed = engine()
+
+    def fill(tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            cut = resumed.partitions[re.sub(r"^(model|optimizer\.\w+)\.", "", key)]
+            if cut is None:
+                tensor.copy_(saved[key])
+            else:
+                tensor.to_local().copy_(cut.take(saved[key]))  # type: ignore[attr-defined]
+
+    resumed.load_state(fill, 3)
+    continued = run_steps(resumed, CONFIG, range(3, STEPS))
+
+    victim = engine()
+    before_and_nan = run_steps(victim, CONFIG, range(3), poisoned=2)
+    first_two = engine()
+    run_steps(first_two, CONFIG, range(2))
+    whole.verify_replicas()
+    return {
+        "initial_weights_kept": same(initial, {name: untouched[name] for name in initial}),
+        "steps": uninterrupted,
+        "resumed": continued,
+        "same_end": same(whole_state(whole), whole_state(resumed)),
+        "poisoned": [[x if math.isfinite(x) else None for x in row] for row in before_and_nan],
+        "unchanged_by_nan": same(whole_state(first_two), whole_state(victim)),
+        "recovers": run_steps(victim, CONFIG, range(3, 4))[0][2],
+    }

@@ -1,0 +1,254 @@
+"""On ranks: the distributed exchange itself, its order of events, what it hides, and what the checksums find."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from golden import Golden
+from torch import Tensor
+
+from kraken_train.architectures import build_model
+from kraken_train.config import KrakenConfig
+from kraken_train.errors import TrainingError
+from kraken_train.placement import partitions
+from kraken_train.runtime import Runtime
+from parity.common import MODELS, make_engine, make_mesh, make_model
+
+OVERLAP_LAYERS = 40
+DELAY = 0.010  # seconds that every all-reduce takes longer
+
+
+def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
+    return {
+        str(size): {
+            "golden": golden(runtime, size),
+            "architectures": {
+                f"{name} {'cut' if vocab_parallel else 'whole'} vocabulary": against_whole(
+                    runtime, name, size, vocab_parallel
+                )
+                for name in ("kraken-4", "standard", "parallel")
+                for vocab_parallel in (False, True)
+            },
+            "events": {f"recompute={r}": events(runtime, size, r) for r in (False, True)},
+            "collectives": collectives(runtime, size),
+            "replicas": replicas(runtime, size),
+            "dtypes": reduction_dtypes(runtime, size),
+        }
+        for size in sizes
+    }
+
+
+def golden(runtime: Runtime, size: int) -> dict[str, float]:
+    """Largest errors against the authors' float64 numbers, over all ranks."""
+    expected = Golden()
+    mesh = make_mesh(runtime, size)
+    model = make_model(expected.config, mesh).double()
+    cuts = partitions(model)
+
+    def part(name: str, whole: Tensor) -> Tensor:
+        cut = cuts[name]
+        return whole if cut is None else cut.take(whole)
+
+    model.load_state_dict({name: part(name, weight) for name, weight in expected.weights.items()})
+    logits = model(expected.input_ids).detach()
+    loss = model.loss(expected.input_ids, expected.targets)
+    loss.backward()
+    gradients = [
+        float((model.get_parameter(name).grad - part(name, gradient)).norm() / part(name, gradient).norm())
+        for name, gradient in expected.gradients.items()
+    ]
+    errors = {
+        "logits": float((logits - expected.logits).abs().max()),
+        "loss": abs(loss.item() - expected.loss),
+        "gradients": max(gradients),
+    }
+    return {name: max(rank[name] for rank in runtime.gather(errors)) for name in errors}
+
+
+def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool) -> dict[str, float]:
+    """Largest relative errors against the same model in one process, in float64, ignored targets included."""
+    config = MODELS[name]
+    mesh = make_mesh(runtime, size)
+    whole, model = build_model(config).double(), make_model(config, mesh, vocab_parallel).double()
+    cuts = partitions(model)
+    ids = torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(5))
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[0, 3:7] = -100
+    losses, expected_losses = model.token_losses(inputs, targets).detach(), whole.token_losses(inputs, targets).detach()
+    model.loss(inputs, targets).backward()
+    whole.loss(inputs, targets).backward()
+    gradient_errors = []
+    for parameter_name, parameter in model.named_parameters():
+        cut, expected = cuts[parameter_name], whole.get_parameter(parameter_name).grad
+        expected = expected if cut is None else cut.take(expected)
+        gradient_errors.append(float((parameter.grad - expected).norm() / expected.norm()))
+    errors = {
+        "logits": float((model(inputs) - whole(inputs)).detach().abs().max()),
+        "losses": float((losses - expected_losses).abs().max()),
+        "gradients": max(gradient_errors),
+    }
+    return {key: max(rank[key] for rank in runtime.gather(errors)) for key in errors}
+
+
+class RecordedWork:
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("wait")
+        self.work.wait()
+
+
+def events(runtime: Runtime, size: int, recompute: bool) -> list[str]:
+    """What happens in one forward and backward pass, as rank 0 sees it."""
+    log: list[str] = []
+
+    def all_reduce(buffer: Tensor, **options: Any) -> RecordedWork:
+        assert options["async_op"]
+        log.append("start")
+        return RecordedWork(dist.all_reduce(buffer, **options), log)
+
+    config = MODELS["kraken-4"]
+    model = make_model(config, make_mesh(runtime, size), all_reduce=all_reduce).to(runtime.device)
+    model.recompute = recompute
+    for layer in model.layers:
+        layer.attention.register_forward_pre_hook(lambda *_: log.append("attention"))
+        layer.attention.register_full_backward_pre_hook(lambda *_: log.append("attention backward"))
+        layer.attention.register_full_backward_hook(lambda *_: log.append("attention done"))
+        layer.ffn.register_forward_pre_hook(lambda *_: log.append("ffn"))
+        layer.ffn.register_full_backward_pre_hook(lambda *_: log.append("ffn backward"))
+    ids = torch.zeros(1, 8, dtype=torch.long, device=runtime.device)
+    loss = model.loss(ids, ids)
+    log.append("loss")
+    loss.backward()
+    return log
+
+
+def collectives(runtime: Runtime, size: int) -> dict[str, int]:
+    """All-reduces of one forward and backward pass by architecture, with and without recomputation."""
+    counted = {}
+    for name in ("kraken-4", "standard", "parallel"):
+        for recompute in (False, True):
+            count = 0
+
+            def all_reduce(buffer: Tensor, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                return dist.all_reduce(buffer, **options)
+
+            model = make_model(MODELS[name], make_mesh(runtime, size), all_reduce=all_reduce)
+            model.recompute = recompute
+            ids = torch.zeros(1, 8, dtype=torch.long)
+            loss = model.loss(ids, ids)
+            counted[f"{name} forward recompute={recompute}"] = count
+            loss.backward()
+            counted[f"{name} both recompute={recompute}"] = count
+    return counted
+
+
+def replicas(runtime: Runtime, size: int) -> dict[str, str]:
+    """What the checksums say of a flipped bit on the last rank, by the parameter that it is in."""
+    found = {}
+    engine = make_engine(MODELS["kraken-4"], runtime, size, precision="bf16")
+    for name in ("token_embedding.weight", "final_norm.weight", "layers.1.ffn.up.weight"):
+        bits = engine.model.get_parameter(name).data.view(torch.int16).view(-1)
+        for flip in (True, False):
+            if runtime.rank == runtime.world_size - 1:
+                bits[-1] ^= 1
+            try:
+                engine.verify_replicas()
+                message = ""
+            except TrainingError as error:
+                message = str(error)
+            messages = runtime.gather(message)
+            found[f"{name} {'flipped' if flip else 'restored'}"] = message if len(set(messages)) == 1 else str(messages)
+    return found
+
+
+def reduction_dtypes(runtime: Runtime, size: int) -> list[str]:
+    """The types of the buffers that are summed: model's type, setting."""
+    seen = []
+    for model_dtype, dtype in (
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ):
+        buffers = set()
+
+        def all_reduce(buffer: Tensor, buffers: set[torch.dtype] = buffers, **options: Any) -> Any:
+            buffers.add(buffer.dtype)
+            return dist.all_reduce(buffer, **options)
+
+        model = make_model(MODELS["kraken-4"], make_mesh(runtime, size), False, dtype, all_reduce).to(model_dtype)
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        model.loss(ids, ids).backward()
+        seen.append(f"{model_dtype} {dtype} -> {' '.join(map(str, buffers))}")
+    return seen
+
+
+class Late:
+    """A collective that completes `DELAY` after it began, without using the processor."""
+
+    def __init__(self, work: Any) -> None:
+        self.work, self.due = work, time.monotonic() + DELAY
+
+    def wait(self) -> None:
+        self.work.wait()
+        time.sleep(max(0.0, self.due - time.monotonic()))
+
+
+def run_overlap(runtime: Runtime, size: int, busy: bool) -> dict[str, float]:
+    """Seconds per forward and backward pass: without delays, with them, and with them while waiting at once.
+
+    The attention takes longer than the delay: `busy`, because it computes; otherwise because it sleeps, so that the
+    figures do not depend on what else the machine does.
+    """
+    count = 0
+
+    def late(wait_at_once: bool) -> Any:
+        def all_reduce(buffer: Tensor, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            work = Late(dist.all_reduce(buffer, **options))
+            if wait_at_once:
+                work.wait()
+            return work
+
+        return all_reduce
+
+    tokens = 512 if busy else 8
+    config = KrakenConfig(4, OVERLAP_LAYERS, 64, 4, 64, tokens, ffn_multiplier=1)
+    mesh = make_mesh(runtime, size)
+    ids = torch.zeros(2 if busy else 1, tokens, dtype=torch.long)
+    models = {
+        "undelayed": make_model(config, mesh),
+        "hidden": make_model(config, mesh, all_reduce=late(wait_at_once=False)),
+        "waiting": make_model(config, mesh, all_reduce=late(wait_at_once=True)),
+    }
+    attention: list[float] = []
+    if not busy:
+        for model in models.values():
+            for layer in model.layers:
+                layer.attention.register_forward_pre_hook(lambda *_: time.sleep(1.3 * DELAY))
+                layer.attention.register_full_backward_pre_hook(lambda *_: time.sleep(1.3 * DELAY))
+    else:
+        with torch.no_grad():
+            streams = torch.randn(4 // size, 2, tokens, 64)
+            for _ in range(20):
+                started = time.perf_counter()
+                models["undelayed"].layers[0].attention(streams)
+                attention.append(time.perf_counter() - started)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(6 if busy else 2):
+        for name, model in models.items():  # in turn, so that a slow moment of the machine meets all of them
+            count = 0
+            runtime.all_true(True)
+            started = time.perf_counter()
+            model.loss(ids, ids).backward()
+            seconds[name].append(time.perf_counter() - started)
+    best = {name: min(values) for name, values in seconds.items()}
+    return {**best, "delays": count * DELAY, "attention": sorted(attention)[10] if attention else 1.3 * DELAY}

@@ -1,0 +1,49 @@
+"""Started on several ranks: runs groups of checks and writes what they found as JSON; rank 0 writes.
+
+Usage: run_ranks.py OUTPUT FOLDER CHECK[:ARGUMENT,...] ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from kraken_train.engine import start_processes, stop_processes
+from kraken_train.runtime import read_runtime
+from parity import checkpoint_matrix, engine_modes, exchange_checks, trajectories
+
+
+def main() -> None:
+    output, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    runtime = read_runtime()
+    start_processes(runtime)
+    report: dict[str, object] = {"world_size": runtime.world_size}
+    for check in sys.argv[3:]:
+        name, _, argument = check.partition(":")
+        values = argument.split(",") if argument else []
+        sizes = [int(value) for value in values if value.isdigit()]
+        started = time.monotonic()
+        report[name] = {
+            "modes": lambda sizes=sizes: engine_modes.run(runtime, sizes),
+            "trajectories": lambda values=values: trajectories.run(runtime, values),
+            "exchange": lambda sizes=sizes: exchange_checks.run(runtime, sizes),
+            "events": lambda sizes=sizes: {str(size): exchange_checks.events(runtime, size, False) for size in sizes},
+            "overlap": lambda sizes=sizes: exchange_checks.run_overlap(runtime, sizes[0], busy=False),
+            "busy-overlap": lambda sizes=sizes: exchange_checks.run_overlap(runtime, sizes[0], busy=True),
+            "save": lambda sizes=sizes: checkpoint_matrix.save(runtime, sizes, folder, checkpoint_matrix.MODES),
+            "save-more": lambda sizes=sizes: checkpoint_matrix.save(
+                runtime, sizes, folder, checkpoint_matrix.MORE_MODES
+            ),
+            "resume": lambda sizes=sizes: checkpoint_matrix.resume(runtime, sizes, folder),
+        }[name]()
+        if runtime.is_first:
+            print(f"{check}: {time.monotonic() - started:.1f} s", flush=True)
+    if runtime.is_first:
+        output.write_text(json.dumps(report))
+    stop_processes(runtime)
+
+
+if __name__ == "__main__":
+    main()

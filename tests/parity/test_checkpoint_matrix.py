@@ -1,0 +1,54 @@
+"""A checkpoint of any grid of ranks and ZeRO stage goes on at any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from parity.checkpoint_matrix import MODES, MORE_MODES, MORE_STEPS
+
+SAVED = [(4, "4x1"), (4, "2x2"), (1, "1x1")]  # ranks of the launch, ranks of a copy x copies
+RESUMED = [("resume at 1", "1x1"), (2, "2x1"), (2, "1x2"), (4, "4x1"), (4, "2x2")]
+Launched = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), MODES)
+@pytest.mark.parametrize(("resume_launch", "resumed"), RESUMED, ids=str)
+@pytest.mark.parametrize(("save_launch", "saved"), SAVED, ids=str)
+def test_resumed(
+    launched: Launched,
+    save_launch: int,
+    saved: str,
+    resume_launch: int | str,
+    resumed: str,
+    precision: str,
+    zero_stage: int,
+) -> None:
+    name = f"{saved}-{precision}-zero{zero_stage}"
+    uninterrupted = launched(save_launch)["save"][name]
+    compare(launched(resume_launch)["resume"][f"{name} {resumed}"], uninterrupted, precision, exact=saved == resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "zero_stage"), MORE_MODES)
+def test_resumed_in_other_modes(launched: Launched, precision: str, zero_stage: int) -> None:
+    for save_launch, saved in SAVED:
+        name = f"{saved}-{precision}-zero{zero_stage}"
+        uninterrupted = launched(f"slow {save_launch}")["save-more"][name]
+        for resume_launch, resumed in RESUMED:
+            continued = launched(f"slow {resume_launch}")["resume"][f"{name} {resumed}"]
+            compare(continued, uninterrupted, precision, exact=saved == resumed)
+
+
+def compare(continued: list, uninterrupted: list, precision: str, exact: bool) -> None:
+    assert len(continued) == MORE_STEPS
+    if exact:
+        assert continued == uninterrupted
+        return
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    for (loss, norm, applied), (expected_loss, expected_norm, _) in zip(continued, uninterrupted, strict=True):
+        assert applied
+        assert loss == pytest.approx(expected_loss, rel=tolerance)
+        assert norm == pytest.approx(expected_norm, rel=tolerance if precision == "fp32" else 4 * tolerance)

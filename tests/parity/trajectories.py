@@ -1,0 +1,35 @@
+"""On ranks: the same training on different grids and with different settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kraken_train.runtime import Runtime
+from parity.common import MODELS, Steps, make_engine, run_steps
+
+STEPS = 20
+SHORT = 6
+
+# What else can be combined with a degree of parallelism: name -> settings.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "zero2-recompute-vocab": {"zero_stage": 2, "activation_checkpointing": True, "vocab_parallel": True},
+    "bf16-vocab": {"precision": "bf16", "vocab_parallel": True},
+    "bf16-zero2-recompute-fp32sums": {
+        "precision": "bf16", "zero_stage": 2, "activation_checkpointing": True, "reduce_dtype": "fp32",
+    },
+    "compile": {"compile_parts": True},
+    "compile-recompute-bf16": {"compile_parts": True, "activation_checkpointing": True, "precision": "bf16"},
+}  # fmt: skip
+
+
+def run(runtime: Runtime, cases: list[str]) -> dict[str, Steps]:
+    """Each case is MODEL/SIZE/VARIANT."""
+    report = {}
+    for case in cases:
+        model, size, variant = case.split("/")
+        config, steps = MODELS[model], STEPS if variant == "plain" else SHORT
+        engine = make_engine(config, runtime, int(size), **VARIANTS[variant])
+        report[case] = run_steps(engine, config, range(steps))
+        engine.verify_replicas()
+    return report
