@@ -3,7 +3,7 @@
 A run's `checkpoints/` folder holds one `step-NNNNNNNN/` per checkpoint and a pointer `latest`. A checkpoint is a
 `torch.distributed.checkpoint` directory plus `manifest.json`, which lists every file with size and SHA-256. It is
 written under a temporary name, synced, renamed, and only then pointed to, so that being killed at any moment leaves
-the previous checkpoint as it was. Where there are several ranks, each writes, hashes and verifies a share.
+the previous checkpoint as it was (`checkpoints.writer`). This file finds, verifies and reads them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ import os
 import pickle
 import re
 import shutil
-import sys
-import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -33,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from kraken_train.config import ModelConfig, parse_model
 from kraken_train.errors import CheckpointError
-from kraken_train.files import file_sha256, replace_synced, sync_folder, write_synced
+from kraken_train.files import file_sha256
 from kraken_train.runtime import Runtime
 
 FORMAT_VERSION = 1
@@ -42,7 +37,6 @@ MANIFEST = "manifest.json"
 POINTER = "latest"
 WEIGHT_PREFIX = "model."
 ALONE = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
-PATIENCE_AFTER_ERROR = 600.0  # seconds for a save under way when training has failed; a dead disk may never answer
 
 # A single process saves and loads without a process group. Set here and not around the calls: a thread saves, and
 # warnings.catch_warnings changes the filters of all threads.
@@ -67,223 +61,6 @@ class TrainedWeights:
     weights: dict[str, Tensor]
     metadata: dict[str, Any]
     passed_over: list[str]  # why newer checkpoints of the run were not taken
-
-
-@dataclass(frozen=True)
-class WrittenPart:
-    """What one rank has written of a checkpoint."""
-
-    files: dict[str, dict[str, Any]]  # as the manifest lists them
-    failure: str | None  # why it could not
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class CheckpointWriter:
-    """Saves a run's checkpoints, either while the caller waits or in the background. Creating one is a collective.
-
-    In the background a thread does what `save_checkpoint` does, and its ranks agree over a process group of their own,
-    so that their messages never mix with training's. At most one save is under way. All ranks must call `save` and
-    `finish` in the same order. As a context manager it finishes when the block ends:
-
-        with CheckpointWriter(folder, keep=3, runtime=runtime, asynchronous=True) as writer:
-            writer.save(step, tensors, metadata)
-
-    An error that ends the block is not replaced by that of a save, which is printed only. The thread never keeps the
-    interpreter from exiting.
-    """
-
-    def __init__(self, folder: Path, keep: int, runtime: Runtime, asynchronous: bool) -> None:
-        self.folder = folder
-        self.keep = keep
-        self.asynchronous = asynchronous
-        if asynchronous and runtime.world_size > 1:
-            runtime = replace(runtime, group=dist.new_group(backend="gloo"))
-        self.runtime = runtime
-        self.under_way: BackgroundSave | None = None
-
-    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Save as `save_checkpoint` does, or start to; a save that is still under way is finished before.
-
-        In the background nobody may change `tensors`, which are on the CPU, or `metadata` any more. Raises
-        CheckpointError on all ranks if this save failed, or in the background the one before it.
-        """
-        self.finish()
-        save = partial(save_checkpoint, self.folder, step, tensors, metadata, self.keep, self.runtime)
-        if self.asynchronous:
-            self.under_way = BackgroundSave(save)
-            self.under_way.start()
-        else:
-            save()
-
-    def finish(self) -> None:
-        """Wait for the save that is under way, if there is one. Raises CheckpointError on all ranks if it failed."""
-        failure = self.wait(None)
-        if failure is not None:
-            raise failure
-
-    def wait(self, seconds: float | None) -> BaseException | None:
-        """Wait for the save that is under way, and forget it; why it failed, if it did."""
-        if self.under_way is None:
-            return None
-        self.under_way.join(seconds)  # when that is interrupted, the save is still under way
-        finished, self.under_way = self.under_way, None
-        return finished.failure
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.finish()
-            return
-        # The threads of all ranks agree without the main ones, so the save can end well although training did not.
-        failure = self.wait(PATIENCE_AFTER_ERROR)
-        if failure is not None and self.runtime.is_first:
-            print(f"note: a save was under way, and failed as well: {failure}", file=sys.stderr, flush=True)
-
-
-class BackgroundSave(threading.Thread):
-    """A save and, once it has ended, why it failed. A daemon: Python exits without waiting for it."""
-
-    def __init__(self, save: Callable[[], None]) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self.save = save
-        self.failure: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.save()
-        except BaseException as error:  # told by the thread that waits; the library's errors are no Exception
-            self.failure = error
-        del self.save  # and with it the tensors
-
-
-def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any], keep: int, runtime: Runtime
-) -> None:
-    """Write `tensors` and `metadata` as the checkpoint of `step`, then drop all but the newest `keep`. A collective.
-
-    Each name is a plain tensor on exactly one rank, or a DTensor on the ranks of its mesh; ranks may hold different
-    names. Raises CheckpointError, with one message, on all ranks where one of them cannot write; the previous
-    checkpoints are untouched then.
-    """
-    temporary = folder / f".step-{step:08d}.tmp"
-    runtime.on_first(lambda: make_empty(temporary))
-    parts = runtime.gather(write_part(tensors, temporary, runtime))
-    runtime.on_first(lambda: publish(folder, temporary, step, metadata, parts))
-    runtime.on_first(lambda: drop_old(folder, keep))
-
-
-def write_part(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> WrittenPart:
-    """Write this rank's part and describe its files, so that the ranks hash in parallel."""
-    failure = write_tensors(tensors, folder, runtime)
-    if failure is not None:
-        return WrittenPart({}, failure)
-    try:
-        own = folder.glob(f"__{runtime.rank}_*.distcp")  # as the library names them
-        return WrittenPart({path.name: describe_file(path) for path in own}, None)
-    except OSError as error:
-        return WrittenPart({}, root_message(error))
-
-
-def write_tensors(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> str | None:
-    """This rank's part of the checkpoint; what went wrong, if anything did."""
-    try:
-        dcp.save(tensors, checkpoint_id=folder, process_group=runtime.group, no_dist=runtime.world_size == 1)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        return root_message(error)
-    return None
-
-
-def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], parts: list[WrittenPart]) -> None:
-    """Rank 0: make what all ranks have written the checkpoint of `step`. Raises CheckpointError."""
-    final = folder / f"step-{step:08d}"
-    try:
-        for part in parts:
-            if part.failure is not None:
-                raise CheckpointError(describe_failed_save(folder, step, part.failure))
-        written = {name: entry for part in parts for name, entry in part.files.items()}
-        require_all_parts(temporary, written)
-        files = {path.name: written.get(path.name) or describe_file(path) for path in sorted(temporary.iterdir())}
-        content = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
-        write_synced(
-            temporary / MANIFEST, json.dumps({"content": content, "sha256": content_sha256(content)}, indent=1)
-        )
-        sync_folder(temporary)
-        if final.exists():  # the same step, written again after falling back behind it
-            discard(final)
-        temporary.rename(final)
-        replace_synced(folder / POINTER, final.name + "\n")
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(describe_failed_save(folder, step, root_message(error))) from error
-    except CheckpointError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """What the manifest lists of a file. Raises OSError."""
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def require_all_parts(temporary: Path, written: dict[str, dict[str, Any]]) -> None:
-    """Raises CheckpointError unless the files of all ranks are here, as they are on a shared file system."""
-    indexed = {info.relative_path for info in read_index(temporary).storage_data.values()}
-    for part in sorted(indexed | written.keys()):
-        path = temporary / part
-        seen = path.stat().st_size if path.is_file() else None
-        if seen is None or seen != written.get(part, {}).get("bytes", seen):
-            raise CheckpointError(
-                f"{part} of the checkpoint was written by another node and cannot be seen in {temporary}"
-                f"{'' if seen is None else ' as it was written'}; run_dir must be on a file system that all nodes share"
-            )
-
-
-def drop_old(folder: Path, keep: int) -> None:
-    try:
-        for path in step_folders(folder)[:-keep]:
-            discard(path)
-    except OSError as error:
-        raise CheckpointError(f"old checkpoints in {folder} cannot be removed: {error}") from error
-    for leftover in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def discard(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a deletion cut short leaves no half of one under a good name."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def make_empty(folder: Path) -> None:
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot create {folder}: {error.strerror}") from error
-
-
-def describe_failed_save(folder: Path, step: int, reason: str) -> str:
-    free = shutil.disk_usage(folder).free / 2**20
-    kept = step_folders(folder)
-    previous = f"the newest good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-    return (
-        f"the checkpoint of step {step} could not be written to {folder}: {reason} ({free:.0f} MiB free on its disk); "
-        f"{previous}. Free some space, or set run_dir to another disk, and start the same command again"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Finding and verifying
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -377,11 +154,6 @@ def find_problem(file: Path, expected: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{file} cannot be read: {error.strerror}"
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def load_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> dict[str, Tensor]:

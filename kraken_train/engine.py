@@ -7,7 +7,7 @@ This is the only file that imports deepspeed. Which of its modes are used, and w
 - `overlap_comm: false`: races with it are open (deepspeedai/DeepSpeed#5545, #8061).
 - A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute.
 - Sub-layer parameters are marked `model_parallel`, without which it counts their norm too low.
-- Its checkpoints are not used; `checkpoints.store` writes the state that `Engine.state` returns.
+- Its checkpoints are not used; `checkpoints.writer` writes the state that `Engine.state` returns.
 """
 
 from __future__ import annotations

@@ -12,14 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from checkpoints.store import (
-    Checkpoint,
-    CheckpointWriter,
-    fill_tensors,
-    find_good_checkpoint,
-    has_checkpoints,
-    set_aside_after,
-)
+from checkpoints.store import Checkpoint, fill_tensors, find_good_checkpoint, has_checkpoints, set_aside_after
+from checkpoints.writer import CheckpointWriter
 from data_prep.manifest import Manifest, verify_quick
 from kraken_train.architectures import build_model
 from kraken_train.cli import run_entry

@@ -23,13 +23,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpoints import store
-from checkpoints.store import CheckpointWriter, fill_tensors, find_good_checkpoint, step_folders
+from checkpoints import store, writer
+from checkpoints.store import fill_tensors, find_good_checkpoint, step_folders
+from checkpoints.writer import CheckpointWriter
 from kraken_train.errors import CheckpointError
+from kraken_train.files import file_sha256
 from kraken_train.runtime import Runtime, read_runtime
 
 AXES = {"model.a": 0, "model.b": 1, "optimizer.exp_avg.a": 0, "optimizer.exp_avg.b": 1}  # the sharded ones
-WRITE_TENSORS = store.write_tensors
+WRITE_TENSORS = writer.write_tensors
 PLAIN = ("model.norm", "optimizer.exp_avg.norm")
 
 
@@ -74,13 +76,12 @@ def slow_write(*arguments: Any) -> str | None:
 def recorded_hashes() -> Iterator[list[str]]:
     """The names of the files that this rank hashes meanwhile."""
     names: list[str] = []
-    real = store.file_sha256
 
     def recorded(path: Path) -> str:
         names.append(path.name)
-        return real(path)
+        return file_sha256(path)
 
-    with mock.patch.object(store, "file_sha256", recorded):
+    with mock.patch.object(store, "file_sha256", recorded), mock.patch.object(writer, "file_sha256", recorded):
         yield names
 
 
@@ -100,19 +101,19 @@ def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
     with recorded_hashes() as hashed:
         CheckpointWriter(folder, 9, runtime, asynchronous=False).save(1, share(1, runtime, mesh), {"tokens": 1})
     with (
-        CheckpointWriter(folder, 9, runtime, asynchronous=True) as writer,
-        mock.patch.object(store, "write_tensors", slow_write),
+        CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves,
+        mock.patch.object(writer, "write_tensors", slow_write),
     ):
-        writer.save(2, share(2, runtime, mesh), {"tokens": 2})
+        saves.save(2, share(2, runtime, mesh), {"tokens": 2})
         at_once = [path.name for path in step_folders(folder)]
         sums = [runtime.sum([float(index)])[0] for index in range(100)]
-        under_way = writer.under_way is not None and writer.under_way.is_alive()
-        writer.finish()
-        writer.finish()
+        under_way = saves.under_way is not None and saves.under_way.is_alive()
+        saves.finish()
+        saves.finish()
         after_finish = [path.name for path in step_folders(folder)]
     try:
-        with CheckpointWriter(folder, 9, runtime, asynchronous=True) as writer:
-            writer.save(3, share(3, runtime, mesh), {"tokens": 3})
+        with CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves:
+            saves.save(3, share(3, runtime, mesh), {"tokens": 3})
             raise ArithmeticError("training has failed")
     except ArithmeticError:
         after_error = [path.name for path in step_folders(folder)]
@@ -132,20 +133,20 @@ def fail_to_save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, 
     last = runtime.rank == runtime.world_size - 1
     found: dict[str, Any] = {}
     for asynchronous in (False, True):
-        writer = CheckpointWriter(folder, 9, runtime, asynchronous)
+        saves = CheckpointWriter(folder, 9, runtime, asynchronous)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if last:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
-        started = message(writer.save, 4, share(4, runtime, mesh), {})
-        told = message(writer.finish) or started
+        started = message(saves.save, 4, share(4, runtime, mesh), {})
+        told = message(saves.finish) or started
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         found[f"write, asynchronous={asynchronous}"] = told
         if asynchronous:
-            found["started"], found["told twice"] = started, message(writer.finish)
-    unreadable = mock.patch.object(store, "file_sha256", side_effect=OSError(errno.EIO, "Input/output error"))
+            found["started"], found["told twice"] = started, message(saves.finish)
+    unreadable = mock.patch.object(writer, "file_sha256", side_effect=OSError(errno.EIO, "Input/output error"))
     if last:
         unreadable.start()
-    found["hash"] = message(writer.save, 4, share(4, runtime, mesh), {}) or message(writer.finish)
+    found["hash"] = message(saves.save, 4, share(4, runtime, mesh), {}) or message(saves.finish)
     if last:
         unreadable.stop()
     found["left"] = sorted(path.name for path in folder.iterdir())
@@ -176,7 +177,7 @@ def verify(folder: Path, runtime: Runtime) -> dict[str, Any]:
         dist.barrier()
 
     refuse = PermissionError(errno.EACCES, "Permission denied")
-    with mock.patch.object(store, "file_sha256", side_effect=refuse if runtime.rank == 1 else store.file_sha256):
+    with mock.patch.object(store, "file_sha256", side_effect=refuse if runtime.rank == 1 else file_sha256):
         found["unreadable on rank 1"] = message(find)
     found["none"] = message(find_good_checkpoint, folder / "nowhere", runtime)
     return found

@@ -10,7 +10,7 @@ import torch
 from helpers import rough_model, run_here, small_configs, user_error
 
 from checkpoints.export_folder import read_export
-from checkpoints.store import save_checkpoint
+from checkpoints.writer import save_checkpoint
 from kraken_train.parsing import to_dict
 from kraken_train.runtime import Runtime
 

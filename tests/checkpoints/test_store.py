@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import store_ranks
 import torch
-from helpers import REPOSITORY, launch_ranks
+from helpers import launch_ranks
 
 from checkpoints import store
 from checkpoints.store import (
     ALONE,
-    CheckpointWriter,
     fill_tensors,
     find_good_checkpoint,
     load_tensors,
-    save_checkpoint,
     verify_checkpoint,
 )
+from checkpoints.writer import save_checkpoint
 from kraken_train.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest drops the module's filter
@@ -123,22 +119,6 @@ def test_newer_format(tmp_path: Path) -> None:
         find_good_checkpoint(tmp_path)
 
 
-def test_failed_write_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1)
-    before = {path: path.read_bytes() for path in files(tmp_path)}
-
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    for broken in ("write_synced", "file_sha256"):
-        with monkeypatch.context() as patch:
-            patch.setattr(store, broken, full)
-            with pytest.raises(CheckpointError, match=r"step 2 could not be written.*No space left.*step-00000001"):
-                save(tmp_path, 2)
-        assert {path: path.read_bytes() for path in files(tmp_path)} == before
-    assert find_good_checkpoint(tmp_path)[0].step == 1
-
-
 def test_pointer_is_not_needed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "latest").unlink()
@@ -177,155 +157,6 @@ def test_unreadable_file_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monkey
     checkpoint, problems = find_good_checkpoint(tmp_path)
     assert checkpoint.step == 1
     assert len(problems) == 1 and problems[0].endswith(".distcp cannot be read: Permission denied")
-
-
-def test_parts_that_rank_0_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that is not shared, or not yet up to date."""
-    save(tmp_path, 1)
-
-    def hidden(*arguments: Any) -> store.WrittenPart:
-        part = write_part(*arguments)
-        next(arguments[1].glob("*.distcp")).unlink()
-        return part
-
-    def truncated(*arguments: Any) -> store.WrittenPart:
-        part = write_part(*arguments)
-        os.truncate(next(arguments[1].glob("*.distcp")), 10)
-        return part
-
-    write_part = store.write_part
-    for broken, words in ((hidden, "cannot be seen in"), (truncated, "as it was written; run_dir must be on")):
-        monkeypatch.setattr(store, "write_part", broken)
-        with pytest.raises(CheckpointError, match=f"written by another node.*{words}"):
-            save(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# In the background
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class SlowWrite:
-    """Stands for `store.write_tensors`; a write begins when called and goes on once it is allowed to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.allowed = threading.Event(), threading.Event()
-        self.real = store.write_tensors
-        monkeypatch.setattr(store, "write_tensors", self)
-
-    def __call__(self, *arguments: Any) -> str | None:
-        self.begun.set()
-        assert self.allowed.wait(60)
-        return self.real(*arguments)
-
-
-def test_background_save_equals_a_synchronous_one(tmp_path: Path) -> None:
-    for name, asynchronous in (("now", False), ("later", True)):
-        with CheckpointWriter(tmp_path / name, 2, ALONE, asynchronous) as writer:
-            for step in (1, 2, 3):
-                writer.save(step, tensors(step), {"updates": step})
-    now, later = ({path.name: path for path in files(tmp_path / name)} for name in ("now", "later"))
-    assert now.keys() == later.keys()
-    assert sorted(path.name for path in (tmp_path / "later").iterdir()) == ["latest", "step-00000002", "step-00000003"]
-    for step in (2, 3):
-        checkpoint = verify_checkpoint(tmp_path / "later" / f"step-{step:08d}")
-        assert (checkpoint.step, checkpoint.metadata) == (step, {"updates": step})
-        assert same(load_tensors(checkpoint), tensors(step))
-
-
-def test_background_save_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1)
-    slow = SlowWrite(monkeypatch)
-    writer = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
-    writer.save(2, tensors(2), {})
-    assert slow.begun.wait(60)
-    assert find_good_checkpoint(tmp_path)[0].step == 1, "step 2 is only being written"
-    slow.allowed.set()
-    writer.finish()
-    writer.finish()
-    assert find_good_checkpoint(tmp_path)[0].step == 2
-
-
-def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = SlowWrite(monkeypatch)
-    writer = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
-    writer.save(1, tensors(1), {})
-    threading.Timer(0.3, slow.allowed.set).start()
-    writer.save(2, tensors(2), {})
-    assert (tmp_path / "step-00000001").is_dir(), "the second save began before the first had ended"
-    writer.finish()
-    assert find_good_checkpoint(tmp_path)[0].step == 2
-
-
-def test_a_failed_background_save_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1)
-    writer = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
-    expected = r"step 2 could not be written.*No space left.*step-00000001"
-
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    for tell in (lambda: writer.save(3, tensors(3), {}), writer.finish):
-        with monkeypatch.context() as patch:
-            patch.setattr(store, "file_sha256", full)
-            writer.save(2, tensors(2), {})
-            assert writer.under_way is not None
-            writer.under_way.join()
-        with pytest.raises(CheckpointError, match=expected):
-            tell()
-        writer.finish()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
-    writer.save(3, tensors(3), {})
-    writer.finish()
-    assert find_good_checkpoint(tmp_path)[0].step == 3
-
-
-def test_an_error_of_training_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ArithmeticError), CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True) as writer:
-        writer.save(1, tensors(1), {})
-        raise ArithmeticError("training has failed")
-    assert find_good_checkpoint(tmp_path)[0].step == 1, "the save that was under way was not waited for"
-    assert not capsys.readouterr().err
-    monkeypatch.setattr(store, "write_tensors", lambda *arguments: "the disk is gone")
-    with pytest.raises(ArithmeticError), CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True) as writer:
-        writer.save(2, tensors(2), {})
-        raise ArithmeticError("training has failed")
-    assert "the checkpoint of step 2 could not be written" in capsys.readouterr().err
-
-
-LEAVING = """
-import sys, threading, time
-from pathlib import Path
-import torch
-from checkpoints import store
-folder = Path(sys.argv[1])
-writer = store.CheckpointWriter(folder, 3, store.ALONE, asynchronous=True)
-writer.save(1, {"model.a": torch.ones(3)}, {})
-writer.finish()
-written, real = threading.Event(), store.write_tensors
-def stuck(*arguments):
-    real(*arguments)
-    written.set()
-    time.sleep(1000)
-store.write_tensors = stuck
-writer.save(2, {"model.a": torch.ones(3)}, {})
-written.wait()
-raise SystemExit(7)
-"""
-
-
-def test_a_save_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", LEAVING, str(tmp_path)]
-    assert subprocess.run(command, env=environment, timeout=120, check=False).returncode == 7
-    checkpoint, problems = find_good_checkpoint(tmp_path)
-    assert (checkpoint.step, problems) == (1, [])
-    assert (tmp_path / "latest").read_text() == "step-00000001\n"
-    save(tmp_path, 3)
-    assert not list(tmp_path.glob(".step-*")), "what the interrupted save has left was not cleared away"
 
 
 # ---------------------------------------------------------------------------------------------------------------

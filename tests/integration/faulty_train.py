@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from checkpoints import store
+from checkpoints import writer
 from kraken_train.train import Trainer, main
 
 SAVE_PHASES = {  # phase: (function, the rank that calls it, calls per save, whether it strikes before it)
@@ -88,7 +88,7 @@ def dying(function: Callable[..., Any], before: bool, fatal_call: int) -> Callab
 def arrange(fault: str, when: int) -> None:
     if fault in SAVE_PHASES:
         name, _, calls, before = SAVE_PHASES[fault]
-        setattr(store, name, dying(getattr(store, name), before, when * calls))
+        setattr(writer, name, dying(getattr(writer, name), before, when * calls))
     elif fault == "sees a NaN":
         before_step(when, poison)
     elif fault == "cannot write":

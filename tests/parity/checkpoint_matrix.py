@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints.store import fill_tensors, find_good_checkpoint, save_checkpoint
+from checkpoints.store import fill_tensors, find_good_checkpoint
+from checkpoints.writer import save_checkpoint
 from kraken_train.runtime import Runtime
 from parity.common import MODELS, Steps, make_engine, run_steps
 

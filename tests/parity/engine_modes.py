@@ -14,7 +14,7 @@ from kraken_train.runtime import Runtime
 from parity.common import MODELS, make_engine, run_steps, same, whole_state
 
 MODES = [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
-MODES_OVER_RANKS = [("fp32", 2), ("bf16", 1)]  # half of them, since each takes seconds
+MODES_AT = {1: MODES, 2: [("fp32", 2)], 4: [("bf16", 1)]}  # by number of ranks; each takes seconds
 STEPS = 6
 CONFIG = MODELS["kraken-4"]
 
@@ -23,7 +23,7 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
     return {
         f"{size} {precision} {zero_stage}": run_mode(runtime, size, precision, zero_stage)
         for size in sizes
-        for precision, zero_stage in (MODES if runtime.world_size == 1 else MODES_OVER_RANKS)
+        for precision, zero_stage in MODES_AT[runtime.world_size]
     }
 
 

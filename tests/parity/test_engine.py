@@ -20,11 +20,7 @@ def twin() -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(
     ("ranks", "size", "precision", "zero_stage"),
-    [
-        *((1, 1, *mode) for mode in engine_modes.MODES),
-        *((2, 2, *mode) for mode in engine_modes.MODES_OVER_RANKS),
-        *((4, 2, *mode) for mode in engine_modes.MODES_OVER_RANKS),
-    ],
+    [(ranks, min(ranks, 2), *mode) for ranks, modes in engine_modes.MODES_AT.items() for mode in modes],
 )
 def test_mode(
     launched: Callable[..., dict[str, Any]],
