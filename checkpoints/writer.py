@@ -88,6 +88,11 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed, which `save` and `finish` will raise."""
+        return self.under_way is not None and self.under_way.failure is not None
+
     def wait(self, seconds: float | None) -> BaseException | None:
         """Wait for the save that is under way, and forget it; why it failed, if it did."""
         if self.under_way is None:
@@ -106,7 +111,8 @@ class CheckpointWriter:
         # The threads of all ranks agree without the main ones, so the save can end well although training did not.
         failure = self.wait(PATIENCE_AFTER_ERROR)
         if failure is not None and self.runtime.is_first:
-            print(f"note: a save was under way, and failed as well: {failure}", file=sys.stderr, flush=True)
+            reason = failure if isinstance(failure, CheckpointError) else "another rank has ended"
+            print(f"note: a save was under way, and failed as well: {reason}", file=sys.stderr, flush=True)
 
 
 class BackgroundSave(threading.Thread):

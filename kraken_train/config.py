@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from kraken_train.errors import ConfigError
 from kraken_train.parsing import from_dict
-from kraken_train.rules import require_at_least, require_choice, require_divides, require_positive
+from kraken_train.rules import divisors, require_at_least, require_choice, require_divides, require_positive
 
 # ---------------------------------------------------------------------------------------------------------------
 # Models
@@ -271,10 +271,6 @@ class ParallelConfig:
             )
 
 
-def divisors(number: int) -> list[str]:
-    return [str(d) for d in range(1, number + 1) if number % d == 0]
-
-
 @dataclass(frozen=True)
 class EngineConfig:
     """How a step is computed."""
@@ -344,7 +340,7 @@ class TrainConfig:
     max_nonfinite_steps: int  # this many skipped steps in a row stop the run
     log_every: int  # optimizer steps
     peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
-    watchdog_seconds: float  # a rank that does not answer for so long ends the job; 0: never
+    watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: never
     optim: OptimConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig

@@ -5,8 +5,8 @@ forward of `finish` waits for it; the backward of `finish` begins the all-reduce
 `start` waits for it. The model calls `start` before the attention and `finish` after it, and autograd runs backward in
 the reverse order, so both ways the sum is under way while the attention computes.
 
-A model of L layers takes 2 L all-reduces per micro-batch: forward L - 1 sums and the conjunction, backward L - 1 sums
-and the embedding's gradient.
+A Kraken of L layers takes 2 L all-reduces per micro-batch: forward L - 1 sums and the conjunction, backward L - 1 sums
+and the embedding's gradient. A vocabulary that is cut adds those of the embedding, the head and the loss.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from kraken_train.config import ParallelConfig
+from kraken_train.exchange import Exchange, LocalExchange
+from kraken_train.mesh import ParallelMesh
+
+REDUCE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
 
 @dataclass
@@ -78,6 +84,13 @@ class DistributedExchange:
 
     def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if self.dtype is None else torch.promote_types(tensor.dtype, self.dtype)
+
+
+def make_exchange(parallel: ParallelConfig, mesh: ParallelMesh) -> Exchange:
+    """What connects this rank with the others of its model copy."""
+    if mesh.model_rank.size == 1:
+        return LocalExchange()
+    return DistributedExchange(mesh.get_model_parallel_group(), REDUCE_DTYPES[parallel.reduce_dtype])
 
 
 class Start(torch.autograd.Function):

@@ -51,7 +51,8 @@ from deepspeed.utils import (  # noqa: E402
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest of what ranks wait for: a save to a slow disk
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def start_processes(runtime: Runtime) -> Rendezvous:
     runtime.configure_device()
     export_rendezvous(runtime)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
-    dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT)
+    dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     # On a CPU it would compile a kernel for half a minute that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False)
@@ -89,13 +90,16 @@ class Engine:
         self.runtime = runtime
         self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
         self.partitions = partitions(model)
+        self.kept = self.share_out()
         for name, parameter in model.named_parameters():
             parameter.model_parallel = self.partitions[name] is not None  # type: ignore[attr-defined]
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
+        groups = parameter_groups(model, config.optim.weight_decay)
+        self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.optim.weight_decay),
+            groups,
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.eps,
@@ -133,7 +137,7 @@ class Engine:
         """
         losses = torch.stack(self.micro_losses)
         self.micro_losses = []
-        gradients = list(self.reduced_gradients())
+        gradients = [gradient for group in self.reduced_gradients() for gradient in group]
         finite = bool(torch.stack([torch.isfinite(tensor).all() for tensor in (losses, *gradients)]).all())
         # One sum tells all ranks the mean loss and whether any of them has seen something that is not finite, so
         # that they skip together: DeepSpeed's own decision can differ between ranks, which then wait for ever.
@@ -142,6 +146,8 @@ class Engine:
         if unsound:
             for gradient in gradients:
                 gradient.fill_(math.nan)  # now each rank's optimizer skips by itself and clears its own buffers
+        else:
+            self.equalize_shared_gradients()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
@@ -150,36 +156,61 @@ class Engine:
         norm = float(self.deepspeed.get_global_grad_norm())
         return StepResult(loss_sum / self.runtime.world_size, norm, applied=True, stop=stopping > 0)
 
-    def reduced_gradients(self) -> Iterator[Tensor]:
-        """This rank's part of the gradients, after reduction and before clipping."""
+    def reduced_gradients(self) -> list[list[Tensor]]:
+        """This rank's part of the gradients by optimizer group, after reduction and before clipping."""
         optimizer = self.deepspeed.optimizer
         if hasattr(optimizer, "averaged_gradients"):  # DeepSpeedZeroOptimizer: fp32 at any stage, bf16 at stage 2
-            for group in optimizer.averaged_gradients.values():
-                yield from (gradient for gradient in group or () if gradient is not None)
-        else:  # BF16_Optimizer: bf16 at stage 1
-            yield from optimizer.fp32_groups_gradients_flat
+            groups = [optimizer.averaged_gradients.get(index) for index in range(len(optimizer.param_groups))]
+            return [[gradient for gradient in group or () if gradient is not None] for group in groups]
+        return [[flat] for flat in optimizer.fp32_groups_gradients_flat]  # BF16_Optimizer: bf16 at stage 1
+
+    def equalize_shared_gradients(self) -> None:
+        """Give the ranks of a copy the same gradients of shared parameters, bit for bit.
+
+        Each rank has summed them over the copies in a group of its own, and nothing promises that NCCL adds in the same
+        order in all of these groups. Ranks of a copy hold the same slices of these gradients.
+        """
+        if self.mesh.model_rank.size == 1:
+            return
+        gradients = self.reduced_gradients()
+        for index in self.shared_groups:
+            for gradient in gradients[index]:
+                dist.broadcast(gradient, group=self.mesh.get_model_parallel_group(), group_src=0)
 
     def state(self) -> dict[str, Tensor]:
         """This rank's share of the training state, on the CPU, in copies. A collective.
 
-        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). The model copies take turns
-        in keeping a parameter, and within a copy the ranks do for shared ones, so that memory and writing are shared.
-        What a copy's ranks hold parts of is a DTensor.
+        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). What the ranks of a copy
+        hold parts of is a DTensor.
         """
         state = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+        for name, parameter in self.model.named_parameters():
             tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
             for moment in MOMENTS:
                 tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
-            if self.keeps(name, index):
+            if name in self.kept:
                 partition = self.partitions[name]
                 state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
         return state
 
-    def keeps(self, name: str, index: int) -> bool:
-        turn, copy = divmod(index, self.mesh.data_size)
-        mine = self.partitions[name] is not None or turn % self.mesh.model_rank.size == self.mesh.model_rank.rank
-        return copy == self.mesh.data_rank and mine
+    def share_out(self) -> set[str]:
+        """The parameters that this rank keeps in `state`, so that memory and writing are shared evenly.
+
+        One model copy keeps a parameter: each of its ranks the own part, or one of them all of a shared one.
+        """
+        copies, size = self.mesh.data_size, self.mesh.model_rank.size
+        here = (self.mesh.data_rank, self.mesh.model_rank.rank)
+        loads = {(copy, rank): 0 for copy in range(copies) for rank in range(size)}
+        kept = set()
+        for name, parameter in self.model.named_parameters():
+            owners = [min(loads, key=lambda place: loads[place])]
+            if self.partitions[name] is not None:
+                owners = [(owners[0][0], rank) for rank in range(size)]
+            for owner in owners:
+                loads[owner] += parameter.numel()
+            if here in owners:
+                kept.add(name)
+        return kept
 
     def load_state(self, fill: Callable[[dict[str, Tensor]], None], optimizer_steps: int) -> None:
         """Take over the state after `optimizer_steps` updates.

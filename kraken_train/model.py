@@ -126,7 +126,8 @@ class KrakenModel(LanguageModel):
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         embedding = self.exchange.broadcast(embedding)
-        streams = embedding.expand(self.placement.count, -1, -1, -1)  # x_i, (n, B, T, D)
+        # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
+        streams = embedding.expand(self.placement.count, -1, -1, -1).contiguous()
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             # All streams start as the embedding, and it counts once, not N times: layer 1 has no sum to wait for.
             pending = self.exchange.start(streams) if index > 0 else None

@@ -9,6 +9,7 @@ from torch import nn
 
 from kraken_train.config import ScheduleConfig
 from kraken_train.layers import StackedLayerNorm, StackedLinear
+from kraken_train.placement import partitions
 from kraken_train.tensor_parallel import QKVLinear
 from kraken_train.vocabulary import Vocabulary
 
@@ -17,21 +18,24 @@ UNDECAYED_MODULES = (nn.LayerNorm, StackedLayerNorm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices and embeddings decay, norms do not.
+    """Optimizer groups by role: matrices and embeddings decay, norms do not; and by whether the ranks of a model copy
+    share the parameter ("shared") or each hold a part. Empty ones are left out.
 
     The role comes from the module that owns the weight, since a stacked norm has two axes like a matrix. Raises
     TypeError for a module whose role nobody has decided.
     """
-    decayed, undecayed = [], []
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if isinstance(module, DECAYED_MODULES):
-                decayed.append(parameter)
-            elif isinstance(module, UNDECAYED_MODULES):
-                undecayed.append(parameter)
-            else:
-                raise TypeError(f"{name} ({type(module).__name__}) has parameters but no role in weight decay")
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    cuts = partitions(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if not isinstance(module, DECAYED_MODULES + UNDECAYED_MODULES):
+                raise TypeError(f"{prefix} ({type(module).__name__}) has parameters but no role in weight decay")
+            decay = weight_decay if isinstance(module, DECAYED_MODULES) else 0.0
+            groups.setdefault((decay, cuts[name] is None), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "shared": shared}
+        for (decay, shared), parameters in groups.items()
+    ]
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, max_steps: int) -> float:

@@ -7,7 +7,7 @@ program shows here before it shows in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,19 +16,22 @@ from kraken_train.errors import TrainingError
 from kraken_train.runtime import Runtime
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
-MULTIPLIER = 0x9E3779B1  # odd, so that no power of two in a difference is lost
+MULTIPLIER = 0x9E3779B2  # even, so that the weights of a sum are odd and no difference of bits is lost to 2^64
 
 
 def require_equal_replicas(tensors: Iterable[tuple[str, Tensor, bool]], model_size: int, runtime: Runtime) -> None:
     """Compare (name, tensor, whether it is shared by the ranks of a model copy) over all ranks. A collective.
 
-    Raises TrainingError, on all ranks, with the first name and the ranks that differ.
+    Raises TrainingError, on all ranks, with the names and the ranks that differ. Computing with a wrong weight soon
+    makes others wrong: only a check in time has the one that was first.
     """
     named, sums = [], []
     for name, tensor, shared in tensors:
         named.append((name, shared))
         sums.append(checksum(tensor))
     tables = runtime.gather(torch.stack(sums).tolist())  # [rank][tensor][checksums]
+    names: list[str] = []
+    ranks: set[int] = set()
     for index, (name, shared) in enumerate(named):
         different = [
             rank
@@ -36,13 +39,20 @@ def require_equal_replicas(tensors: Iterable[tuple[str, Tensor, bool]], model_si
             if table[index] != tables[0 if shared else rank % model_size][index]
         ]
         if different:
-            ranks = ("ranks " if len(different) > 1 else "rank ") + ", ".join(map(str, different[:8]))
-            more = ", ..." if len(different) > 8 else ""
-            raise TrainingError(
-                f"{name} is not the same on all ranks that hold it: it differs on {ranks}{more} from rank "
-                f"{0 if shared else different[0] % model_size}. A device or its memory may be faulty; the same command "
-                "continues from the newest checkpoint"
-            )
+            names.append(name)
+            ranks.update(different)
+    if names:
+        raise TrainingError(
+            f"{listed(names)} {'is' if len(names) == 1 else 'are'} not the same on all ranks that hold it: rank "
+            f"{listed(sorted(ranks))} has other bits than the first. A device or its memory may be faulty; the same "
+            "command continues from the newest checkpoint"
+        )
+
+
+def listed(items: Sequence[object], most: int = 4) -> str:
+    """ "a, b, c, d and 3 more"."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -25,12 +25,15 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     if value % divisor:
-        divisors = [str(d) for d in range(1, value + 1) if value % d == 0]
-        nearest = sorted(divisors, key=lambda d: abs(int(d) - divisor))[:4]
+        nearest = sorted(divisors(value), key=lambda d: abs(int(d) - divisor))[:4]
         raise ConfigError(
             f"{divisor_name}={divisor} does not divide {name}={value}; "
             f"near it, {', '.join(sorted(nearest, key=int))} would"
         )
+
+
+def divisors(number: int) -> list[str]:
+    return [str(d) for d in range(1, number + 1) if number % d == 0]
 
 
 def suggestion(value: object, choices: tuple[str, ...]) -> str:

@@ -19,10 +19,9 @@ from kraken_train.architectures import build_model
 from kraken_train.cli import run_entry
 from kraken_train.config import ModelConfig, TrainConfig, parse_model
 from kraken_train.data import Samples, TokenStream, open_split, sequential
-from kraken_train.distributed_exchange import DistributedExchange
+from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
 from kraken_train.errors import CheckpointError, TrainingError
-from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.flops import device_peak_flops, training_flops_per_token
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.mesh import ParallelMesh
@@ -35,7 +34,6 @@ from kraken_train.runtime import Runtime, read_runtime
 from kraken_train.watchdog import Watchdog
 
 LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 # What gloo and NCCL say to the ranks that are left when one has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
@@ -107,9 +105,8 @@ class Trainer:
         self.watchdog = watchdog
         size = config.parallel.sub_layer_parallel_size
         self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
-        model = build_model(
-            model_config, config.seed, self.mesh.model_rank, self.make_exchange(), config.parallel.vocab_parallel
-        )
+        exchange = make_exchange(config.parallel, self.mesh)
+        model = build_model(model_config, config.seed, self.mesh.model_rank, exchange, config.parallel.vocab_parallel)
         self.engine = Engine(model, config, self.mesh, runtime)
         self.checkpoints = CheckpointWriter(
             run.checkpoints, config.checkpoint.keep, runtime, config.checkpoint.asynchronous
@@ -121,11 +118,6 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(model_config)
         self.peak_flops = config.peak_tflops * 1e12 if config.peak_tflops else None
         self.metrics: Metrics | None = None
-
-    def make_exchange(self) -> Exchange:
-        if self.mesh.model_rank.size == 1:
-            return LocalExchange()
-        return DistributedExchange(self.mesh.get_model_parallel_group(), DTYPES[self.config.parallel.reduce_dtype])
 
     def run_steps(self) -> None:
         self.engine.verify_replicas()
@@ -147,6 +139,8 @@ class Trainer:
         self.metrics = Metrics(self.config, self.run, self.step, self.summary())
 
     def train_step(self) -> None:
+        if self.config.parallel.verify_every and self.step % self.config.parallel.verify_every == 0:
+            self.engine.verify_replicas()
         started, waited = time.perf_counter(), 0.0
         lr = learning_rate(self.config.schedule, self.config.optim.lr, self.step, self.config.max_steps)
         for micro_step in range(self.engine.accumulation_steps):
@@ -154,7 +148,8 @@ class Trainer:
             batch = self.micro_batch(micro_step)
             waited += time.perf_counter() - asked
             self.engine.accumulate(*batch)
-        result = self.engine.step(lr, self.stop.requested)
+        # A save that has failed in the background is told where the next one begins: at once.
+        result = self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
         seconds = time.perf_counter() - started
         tokens = self.config.global_batch_size * self.model_config.context_length
 
@@ -188,9 +183,7 @@ class Trainer:
             raise TrainingError(self.describe_not_finite())
         if result.applied and (last or result.stop or self.step % self.config.checkpoint.every == 0):
             self.save()
-        elif self.config.parallel.verify_every and self.step % self.config.parallel.verify_every == 0:
-            self.engine.verify_replicas()
-        if result.stop and not last:
+        if result.stop and result.applied and not last:  # after a skipped step the next one comes first
             self.checkpoints.finish()
             reason = self.stop.reason or "asked to on another rank"
             self.say(f"stopped ({reason}) after step {self.step}; the same command continues")
@@ -236,6 +229,7 @@ class Trainer:
     def save(self) -> None:
         # No random number is drawn after initialisation (the order of the data is a function of seed and position),
         # so there is no generator's state to keep.
+        self.checkpoints.finish()  # before there is a second copy of the state
         self.engine.verify_replicas()
         if self.metrics is not None:
             self.metrics.sync()
@@ -313,6 +307,12 @@ class Trainer:
             self.say(
                 f"note: the run of max_steps={self.config.max_steps} ends within its warm-up of "
                 f"schedule.warmup_steps={self.config.schedule.warmup_steps}, before the peak learning rate"
+            )
+        size = self.mesh.model_rank.size
+        if self.runtime.local_world_size % size:
+            self.say(
+                f"note: parallel.sub_layer_parallel_size={size} does not divide the {self.runtime.local_world_size} "
+                "ranks of a machine, so some model copies exchange over the network"
             )
         if self.validation is None and self.config.validation.every:
             self.say("no validation: the data were prepared without a validation split")

@@ -28,7 +28,7 @@ BEAT_SECONDS = 2.0
 STARTING_SECONDS = 120.0  # more than the timeout, for a rank that has not beaten yet
 FAILED_SECONDS = 10.0  # for a job to end by itself once a rank has failed
 LEAVING_SECONDS = 10.0  # how long the rank that holds the store stays for the others at the end
-LAUNCHER_SECONDS = 60.0  # for a run to save and end once its launcher has
+LAUNCHER_SECONDS = 300.0  # for a run to finish its step, save and end once its launcher has
 FAILED_EXIT_CODE = 1
 
 RUNNING, DONE, FAILED = "running", "done", "failed"

@@ -11,19 +11,24 @@ from torch import nn
 from kraken_train.architectures import build_model
 from kraken_train.config import ScheduleConfig
 from kraken_train.optim import learning_rate, parameter_groups
+from kraken_train.placement import partitions
 
 
 @pytest.mark.parametrize("architecture", ["kraken", "standard", "parallel"])
 def test_decay_goes_by_role_and_covers_each_parameter_once(architecture: str) -> None:
     model = build_model(small_configs()[architecture])
-    decayed, undecayed = parameter_groups(model, weight_decay=0.1)
-    assert decayed["weight_decay"] == 0.1 and undecayed["weight_decay"] == 0.0
+    groups = parameter_groups(model, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    grouped = [id(p) for group in (decayed, undecayed) for p in group["params"]]
+    grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(names)
-    assert {names[id(p)] for p in undecayed["params"]} == {name for name in names.values() if "norm" in name}
+    undecayed = [p for group in groups for p in group["params"] if group["weight_decay"] == 0.0]
+    assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
+    assert {names[id(p)] for p in undecayed} == {name for name in names.values() if "norm" in name}
     if architecture == "kraken":
-        assert any(p.dim() == 2 for p in undecayed["params"])  # a stacked norm looks like a matrix
+        assert any(p.dim() == 2 for p in undecayed)  # a stacked norm looks like a matrix
+    shared = {names[id(p)] for group in groups if group["shared"] for p in group["params"]}
+    assert shared == {name for name, cut in partitions(model).items() if cut is None}
+    assert {"token_embedding.weight", "position_embedding.weight", "final_norm.weight"} <= shared
 
 
 def test_an_unknown_module_is_refused() -> None:

@@ -7,6 +7,7 @@ FAULT is one of those below. WHEN is the step before which it strikes; for a fau
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import torch
 
 from checkpoints import writer
 from kraken_train.train import Trainer, main
@@ -63,10 +65,32 @@ def poison(trainer: Trainer) -> None:
     trainer.engine.model.final_norm.weight.register_hook(lambda gradient: gradient * math.nan)
 
 
+def flip_bit(trainer: Trainer) -> None:
+    trainer.engine.model.final_norm.weight.data.view(torch.int32)[0] ^= 1
+
+
+def tell(trainer: Trainer) -> None:
+    """No fault: what the settings have become."""
+    model, writer = trainer.engine.model, trainer.checkpoints
+    told = {
+        "ranks of a copy": trainer.mesh.model_rank.size,
+        "rows of the vocabulary": model.token_embedding.rows.count,
+        "reduce dtype": str(getattr(model.exchange, "dtype", None)),
+        "recompute": model.recompute,
+        "compiled": model.layers[0].ffn._compiled_call_impl is not None,
+        "zero stage": trainer.engine.deepspeed.zero_optimization_stage(),
+        "asynchronous": writer.asynchronous,
+    }
+    print("told: " + json.dumps(told), flush=True)
+
+
 def full_disk(trainer: Trainer) -> None:
     """From now on no file may grow beyond a few bytes, as on a disk that is full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+
+
+TRAINER_FAULTS = {"sees a NaN": poison, "cannot write": full_disk, "has a bit flipped": flip_bit, "tells": tell}
 
 
 def dying(function: Callable[..., Any], before: bool, fatal_call: int) -> Callable[..., Any]:
@@ -89,10 +113,8 @@ def arrange(fault: str, when: int) -> None:
     if fault in SAVE_PHASES:
         name, _, calls, before = SAVE_PHASES[fault]
         setattr(writer, name, dying(getattr(writer, name), before, when * calls))
-    elif fault == "sees a NaN":
-        before_step(when, poison)
-    elif fault == "cannot write":
-        before_step(when, full_disk)
+    elif fault in TRAINER_FAULTS:
+        before_step(when, TRAINER_FAULTS[fault])
     else:
         before_step(when, lambda trainer: STEP_FAULTS[fault]())
 

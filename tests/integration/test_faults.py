@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -103,7 +104,8 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     assert result.returncode != 0 and "another rank has ended" in result.stdout
     assert good_step(run) == 3
 
-    result = launch(run, ["cannot write", "1", "6"], *every)
+    in_background = [*every, "checkpoint.asynchronous=true"]
+    result = launch(run, ["cannot write", "1", "6"], *in_background)
     assert result.returncode != 0
     messages = [line for line in result.stdout.splitlines() if "error: " in line and "could not be written" in line]
     assert len(messages) == 1 and "step 6 could not be written" in messages[0], result.stdout
@@ -120,7 +122,7 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     content = bytearray(part.read_bytes())
     content[len(content) // 3] ^= 16
     part.write_bytes(content)
-    result = launch(run, ["its launcher is told to end", "0", "8"], *every)
+    result = launch(run, ["its launcher is told to end", "0", "8"], *in_background)
     assert "passed over a damaged checkpoint" in result.stdout and "SHA-256" in result.stdout
     assert "resumed from" in result.stdout and "step-00000003: step 3" in result.stdout
     assert "stopped (its launcher has ended) after step" in result.stdout, result.stdout
@@ -131,6 +133,13 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     assert result.returncode != 0
     assert f"was not finite in step {stopped_at + 2}" in result.stdout
     assert good_step(run) == stopped_at + 1
+
+    # Found before anything is computed with it, and so by its name.
+    result = launch(
+        run, ["has a bit flipped", "1", str(stopped_at + 3)], "checkpoint.every=3", "parallel.verify_every=1"
+    )
+    assert result.returncode != 0
+    assert "error: final_norm.weight is not the same on all ranks that hold it: rank 1 has" in result.stdout
 
     # One rank's file of another step, and no pointer.
     part = max(newest(run).glob("__1_*.distcp"))
@@ -143,6 +152,26 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
 
     assert learned(run) == learned(undisturbed)
     assert (run / "checkpoints" / "latest").read_text().strip() == newest(run).name
+
+
+def test_every_setting(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
+    """They reach the engine, and together change nothing but roundings."""
+    run = tmp_path / "run"
+    settings = [
+        "parallel.vocab_parallel=true", "parallel.reduce_dtype=fp32", "parallel.verify_every=1", "engine.zero_stage=2",
+        "engine.activation_checkpointing=true", "engine.compile=true", "checkpoint.asynchronous=true",
+    ]  # fmt: skip
+    result = launch(run, ["tells", "0", "1"], *settings)
+    assert result.returncode == 0, result.stdout
+    told = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("told: "))[6:])
+    assert told == {
+        "ranks of a copy": 2, "rows of the vocabulary": 160, "reduce dtype": "torch.float32", "recompute": True,
+        "compiled": True, "zero stage": 2, "asynchronous": True,
+    }  # fmt: skip
+    for found, expected in zip(learned(run), learned(undisturbed), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    checkpoint, problems = find_good_checkpoint(run / "checkpoints")
+    assert (checkpoint.step, problems) == (STEPS, [])
 
 
 @pytest.mark.parametrize(

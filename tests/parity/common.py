@@ -23,7 +23,7 @@ from kraken_train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from kraken_train.distributed_exchange import DistributedExchange
+from kraken_train.distributed_exchange import DistributedExchange, make_exchange
 from kraken_train.engine import Engine
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
@@ -113,10 +113,17 @@ def make_engine(config: ModelConfig, runtime: Runtime, size: int, **choices: Any
     """An engine with `size` ranks per model copy; `choices` are those of `settings`."""
     train = settings(sub_layer_parallel_size=size, data_parallel_size=runtime.world_size // size, **choices)
     mesh = make_mesh(runtime, size)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[train.parallel.reduce_dtype]
-    engine = Engine(make_model(config, mesh, train.parallel.vocab_parallel, dtype), train, mesh, runtime)
+    exchange = make_exchange(train.parallel, mesh)
+    model = build_model(config, 0, mesh.model_rank, exchange, train.parallel.vocab_parallel)
+    engine = Engine(model, train, mesh, runtime)
     assert engine.accumulation_steps == ACCUMULATION_STEPS
+    assert model.recompute == train.engine.activation_checkpointing
+    assert is_compiled(model) == train.engine.compile
     return engine
+
+
+def is_compiled(model: LanguageModel) -> bool:
+    return all(part._compiled_call_impl is not None for layer in model.layers for part in (layer.attention, layer.ffn))
 
 
 def run_steps(engine: Engine, config: ModelConfig, steps: range, poisoned: int | None = None) -> Steps:

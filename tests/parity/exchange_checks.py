@@ -15,7 +15,7 @@ from kraken_train.config import KrakenConfig
 from kraken_train.errors import TrainingError
 from kraken_train.placement import partitions
 from kraken_train.runtime import Runtime
-from parity.common import MODELS, make_engine, make_mesh, make_model
+from parity.common import MODELS, make_engine, make_mesh, make_model, run_steps
 
 OVERLAP_LAYERS = 40
 DELAY = 0.010  # seconds that every all-reduce takes longer
@@ -36,6 +36,8 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
             "collectives": collectives(runtime, size),
             "replicas": replicas(runtime, size),
             "dtypes": reduction_dtypes(runtime, size),
+            "groups": groups(runtime, size),
+            "unequal sums": unequal_sums(runtime, size),
         }
         for size in sizes
     }
@@ -168,6 +170,19 @@ def replicas(runtime: Runtime, size: int) -> dict[str, str]:
     return found
 
 
+def unequal_sums(runtime: Runtime, size: int) -> str:
+    """What the checksums say after steps in which the last rank had other last bits in a shared gradient."""
+    engine = make_engine(MODELS["kraken-4"], runtime, size)
+    if runtime.rank == runtime.world_size - 1:
+        engine.model.final_norm.weight.register_hook(lambda gradient: gradient * (1 + 1e-6))
+    run_steps(engine, MODELS["kraken-4"], range(2))
+    try:
+        engine.verify_replicas()
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
 def reduction_dtypes(runtime: Runtime, size: int) -> list[str]:
     """The types of the buffers that are summed: model's type, setting."""
     seen = []
@@ -188,6 +203,13 @@ def reduction_dtypes(runtime: Runtime, size: int) -> list[str]:
         model.loss(ids, ids).backward()
         seen.append(f"{model_dtype} {dtype} -> {' '.join(map(str, buffers))}")
     return seen
+
+
+def groups(runtime: Runtime, size: int) -> list[list[list[int]]]:
+    """The global ranks of each rank's copy, and of those on its place in the other copies."""
+    mesh = make_mesh(runtime, size)
+    mine = [mesh.get_model_parallel_group(), mesh.get_data_parallel_group()]
+    return runtime.gather([dist.get_process_group_ranks(group) for group in mine])
 
 
 class Late:
@@ -223,7 +245,7 @@ def run_overlap(runtime: Runtime, size: int, busy: bool) -> dict[str, float]:
     tokens = 512 if busy else 8
     config = KrakenConfig(4, OVERLAP_LAYERS, 64, 4, 64, tokens, ffn_multiplier=1)
     mesh = make_mesh(runtime, size)
-    ids = torch.zeros(2 if busy else 1, tokens, dtype=torch.long)
+    ids = torch.zeros(5 if busy else 1, tokens, dtype=torch.long)
     models = {
         "undelayed": make_model(config, mesh),
         "hidden": make_model(config, mesh, all_reduce=late(wait_at_once=False)),
@@ -237,7 +259,7 @@ def run_overlap(runtime: Runtime, size: int, busy: bool) -> dict[str, float]:
                 layer.attention.register_full_backward_pre_hook(lambda *_: time.sleep(1.3 * DELAY))
     else:
         with torch.no_grad():
-            streams = torch.randn(4 // size, 2, tokens, 64)
+            streams = torch.randn(4 // size, 5, tokens, 64)
             for _ in range(20):
                 started = time.perf_counter()
                 models["undelayed"].layers[0].attention(streams)

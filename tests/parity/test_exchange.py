@@ -83,8 +83,21 @@ def test_checksums_name_the_parameter_and_the_rank(launched: Launched, ranks: in
         if "layers" in name and ranks == size:  # nobody else holds it
             assert found[f"{name} flipped"] == ""
         else:
-            assert found[f"{name} flipped"].startswith(f"{name} is not the same on all ranks that hold it")
-            assert f"differs on rank {ranks - 1} from rank" in found[f"{name} flipped"]
+            told = f"{name} is not the same on all ranks that hold it: rank {ranks - 1} has other bits than the first"
+            assert found[f"{name} flipped"].startswith(told)
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_sums_in_another_order_do_not_part_the_ranks(launched: Launched, ranks: int, size: int) -> None:
+    assert launched(ranks)["exchange"][str(size)]["unequal sums"] == ""
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_ranks_of_a_copy_are_adjacent(launched: Launched, ranks: int, size: int) -> None:
+    found = launched(ranks)["exchange"][str(size)]["groups"]
+    for rank, (copy, across) in enumerate(found):
+        assert copy == [rank - rank % size + i for i in range(size)]
+        assert across == list(range(rank % size, ranks, size))
 
 
 @pytest.mark.parametrize(
