@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import BadRecords, Document, check_text
+from data_prep.documents import START, WHOLE, Cursor, DocumentsOfBlocks, Part
+from data_prep.records import Values
 from kraken_train.errors import DataError
 
 # Tests, installed packages, generated tables and demos: not documentation, or not of the standard library.
@@ -23,13 +24,14 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idl
 Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class EmbeddedSource:
+class EmbeddedSource(DocumentsOfBlocks):
     """Raises DataError if this Python comes without its library's source files."""
 
     kind = "embedded"
     location = "embedded"
 
     def __init__(self) -> None:
+        self.fraction = 0.0
         self.folder = Path(sysconfig.get_paths()["stdlib"])
         files = (file.relative_to(self.folder) for file in self.folder.rglob("*.py"))
         self.files = sorted((f for f in files if not LEFT_OUT.intersection(f.parts)), key=lambda f: f.as_posix())
@@ -39,13 +41,17 @@ class EmbeddedSource:
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind, "location": self.location, "python": platform.python_version()}
 
-    def documents(self, bad_records: BadRecords) -> Iterator[Document]:
-        for file in self.files:
-            module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
-            text = "\n\n".join(_descriptions(_parse(self.folder / file), module))
+    def blocks(self, start: Cursor = START, part: Part = WHOLE) -> Iterator[tuple[Cursor, Values]]:
+        """A block for each module that has docstrings."""
+        begin, end = part.bounds(len(self.files))
+        for number in range(max(begin, start[0]), end):
+            file = self.folder / self.files[number]
+            module = ".".join(self.files[number].with_suffix("").parts).removesuffix(".__init__")
+            text = "\n\n".join(_descriptions(_parse(file), module))
+            self.fraction = (number + 1 - begin) / (end - begin)
             # A module without docstrings is nothing left out, so it is not reported as an empty record.
-            if text and (document := check_text(text + "\n", str(self.folder / file), bad_records)):
-                yield document
+            if text:
+                yield (number + 1, 0), Values([(str(file), text + "\n")], len(text))
 
 
 def _parse(file: Path) -> ast.Module:

@@ -20,6 +20,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from array import array
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,20 +85,31 @@ class WrittenShard:
 class ShardWriter:
     """Writes documents one by one under temporary names; `close` gives the two files their names.
 
-    As a context manager it closes on success and removes its temporary files on an exception. Memory grows by a
-    few bytes per document only.
+    As a context manager it closes on success and removes its temporary files on an exception. Memory grows by four
+    bytes per document only.
+
+    With `lengths` (tokens of each document) it goes on behind documents that an earlier writer has synced to the
+    temporary file; what follows them there is cut off.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype, lengths: Iterable[int] = ()) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        self.type_code = next(code for code, known in TOKEN_TYPES.items() if known == self.dtype)
-        self.tokens = 0
-        self._lengths: list[int] = []
+        self._lengths = array("i", lengths)
+        self.tokens = sum(self._lengths)
         self._checksum = hashlib.sha256()
         self._bin_temporary = _temporary(bin_path(self.prefix))
         self._idx_temporary = _temporary(idx_path(self.prefix))
-        self._bin = open(self._bin_temporary, "wb")  # noqa: SIM115 (closed by close or abort)
+        self._bin = open(self._bin_temporary, "r+b" if self._lengths else "wb")  # noqa: SIM115 (closed by close or abort)
+        if self._lengths:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._bin.truncate(self.tokens * self.dtype.itemsize)
+        while block := self._bin.read(1 << 20):
+            self._checksum.update(block)
+        if self._bin.tell() != self.tokens * self.dtype.itemsize:
+            raise DataError(f"{self._bin_temporary} is shorter than what was written to it; prepare the data again")
 
     @property
     def documents(self) -> int:
@@ -111,6 +124,17 @@ class ShardWriter:
             raise DataError(f"{self.prefix}: a document must be a 1-d sequence of integers, not {ids.dtype}{ids.shape}")
         if ids.size > LONGEST_SEQUENCE:
             raise DataError(f"{self.prefix}: a document of {ids.size} tokens exceeds the format's {LONGEST_SEQUENCE}")
+        self._write(ids)
+        self._lengths.append(ids.size)
+
+    def append_many(self, tokens: NDArray, lengths: NDArray[np.integer]) -> None:
+        """Append documents, whose (sum of lengths,) ids follow one another. Raises DataError as `append` does."""
+        if len(lengths) and int(lengths.max()) > LONGEST_SEQUENCE:
+            raise DataError(f"{self.prefix}: a document of {lengths.max()} tokens exceeds {LONGEST_SEQUENCE}")
+        self._write(tokens)
+        self._lengths.extend(lengths.tolist())
+
+    def _write(self, ids: NDArray) -> None:
         limits = np.iinfo(self.dtype)
         if ids.size and not limits.min <= int(ids.min()) <= int(ids.max()) <= limits.max:
             raise DataError(
@@ -120,15 +144,18 @@ class ShardWriter:
         raw = ids.astype(self.dtype).tobytes()
         self._bin.write(raw)
         self._checksum.update(raw)
-        self._lengths.append(ids.size)
         self.tokens += ids.size
+
+    def sync(self) -> None:
+        """Wait until the disk has all tokens so far."""
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
 
     def close(self) -> WrittenShard:
         """Write the index, sync both files and give them their final names, the index last."""
-        index = self._index()
+        index = index_bytes(self._lengths, self.dtype)
         try:
-            self._bin.flush()
-            os.fsync(self._bin.fileno())
+            self.sync()
             self._bin.close()
             with open(self._idx_temporary, "wb") as file:
                 file.write(index)
@@ -155,14 +182,6 @@ class ShardWriter:
         self._bin_temporary.unlink(missing_ok=True)
         self._idx_temporary.unlink(missing_ok=True)
 
-    def _index(self) -> bytes:
-        lengths = np.array(self._lengths, dtype="<i4")
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], out=offsets[1:], dtype="<i8")
-        boundaries = np.arange(len(lengths) + 1, dtype="<i8")
-        header = HEADER.pack(MAGIC, VERSION, self.type_code, len(lengths), len(boundaries))
-        return header + lengths.tobytes() + (offsets * self.dtype.itemsize).tobytes() + boundaries.tobytes()
-
     def __enter__(self) -> ShardWriter:
         return self
 
@@ -173,6 +192,17 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
+
+
+def index_bytes(lengths: ArrayLike, dtype: np.dtype) -> bytes:
+    """The index file of a shard with one sequence per document, of these lengths in tokens."""
+    lengths = np.asarray(lengths, dtype="<i4")
+    offsets = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], out=offsets[1:], dtype="<i8")
+    boundaries = np.arange(len(lengths) + 1, dtype="<i8")
+    code = next(code for code, known in TOKEN_TYPES.items() if known == dtype)
+    header = HEADER.pack(MAGIC, VERSION, code, len(lengths), len(boundaries))
+    return header + lengths.tobytes() + (offsets * dtype.itemsize).tobytes() + boundaries.tobytes()
 
 
 def _temporary(path: Path) -> Path:
@@ -231,6 +261,11 @@ class Shard:
         first, last = int(self.boundaries[index]), int(self.boundaries[index + 1])
         parts = [self.sequence(i) for i in range(first, last)]
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """(num_documents,) tokens of each document."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])  # of sequences, in tokens
+        return np.diff(ends[self.boundaries])
 
 
 def _read_index(path: Path) -> tuple[np.dtype, NDArray, NDArray, NDArray]:

@@ -67,6 +67,8 @@ class Manifest:
     source: dict[str, Any]  # kind, location and settings, for people
     request: dict[str, Any]  # what was asked for; a repeated command compares it
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> number of records left out
+    skipped_places: dict[str, list[str]] = field(default_factory=dict)  # reason -> file and line of the first few
+    round_trips: dict[str, Any] = field(default_factory=dict)  # documents that were decoded again, see encoding.py
 
     @property
     def vocab_size(self) -> int:
@@ -154,6 +156,8 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         source=record["source"],
         request=record["request"],
         skipped=record["skipped"],
+        skipped_places=record.get("skipped_places", {}),
+        round_trips=record.get("round_trips", {}),
     )
 
 

@@ -1,7 +1,8 @@
 """The output folder: it comes to exist complete, in one rename, or not at all.
 
-All work happens in a hidden sibling, `.NAME.partial`. An error removes it; what a killed attempt left is removed by
-the next one.
+All work happens in a hidden sibling, `.NAME.partial`. Its journal says how far the work has come; see
+data_prep/assembly.py. What an attempt that ended early has finished stays there, and the same command goes on from it.
+An attempt that has finished nothing leaves nothing.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, load_manifest, verify_quick
 from kraken_train.errors import DataError
-from kraken_train.files import sync_folder, try_lock
+from kraken_train.files import replace_synced, sync_folder, try_lock
 
-MARK = ".kraken-partial"  # says that a folder is ours to remove
+JOURNAL_NAME = ".journal.json"
+JOURNAL_VERSION = 1
+FORMER_MARK = ".kraken-partial"  # of folders that older versions have left
 
 
-def finished_result(folder: Path, request: dict[str, Any]) -> Manifest | None:
+def finished_result(
+    folder: Path, request: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> Manifest | None:
     """The manifest in `folder` if it holds the verified result of `request`, None if it is free to be written.
 
-    Raises DataError, and changes nothing, if it holds anything else.
+    `defaults` are the values of settings that older requests do not name. Raises DataError, and changes nothing, if
+    the folder holds anything else.
     """
     if not folder.exists():
         return None
@@ -45,77 +52,134 @@ def finished_result(folder: Path, request: dict[str, Any]) -> Manifest | None:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise DataError(f"output_dir={folder} already holds {shown}; name a folder that is empty or does not exist yet")
     existing = load_manifest(folder)
-    differences = _differences(existing.request, json.loads(json.dumps(request)))
-    if differences:
+    found = differences({**defaults, **existing.request}, request)
+    if found:
         raise DataError(
-            f"output_dir={folder} holds data prepared by another request ({'; '.join(differences[:4])}); "
+            f"output_dir={folder} holds data prepared by another request ({'; '.join(found[:4])}); "
             "name another folder or remove that one"
         )
-    return verify_quick(folder)
+    manifest = verify_quick(folder)
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)  # of an attempt that was killed as it ended
+    return manifest
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Which settings differ, as text."""
+def differences(there: Any, here: Any) -> list[str]:
+    """Which settings of two requests differ, as text."""
+    return _differences(there, json.loads(json.dumps(here)), "")
+
+
+def _differences(there: Any, here: Any, name: str) -> list[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         keys = list(dict.fromkeys([*there, *here]))
         return [text for k in keys for text in _differences(there.get(k), here.get(k), f"{name}.{k}" if name else k)]
     return [] if there == here else [f"{name} is {there} there and {here} here"]
 
 
-@contextmanager
-def partial_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder to work in, which becomes `folder` at the end of the block.
+class Attempt:
+    """The folder of an attempt, and its journal: what is finished, `None` before anything is."""
 
-    If the block raises, it is removed; a failure to write (a full disk, no permission) becomes a DataError.
+    def __init__(self, folder: Path, request: dict[str, Any], journal: dict[str, Any] | None) -> None:
+        self.folder = folder
+        self.request = request
+        self.journal = journal
+
+    def record(self, state: dict[str, Any]) -> None:
+        """Replace the journal, when the disk has what `state` describes."""
+        self.journal = {"version": JOURNAL_VERSION, "request": self.request} | state
+        replace_synced(self.folder / JOURNAL_NAME, json.dumps(self.journal))
+
+
+@contextmanager
+def attempt(folder: Path, request: dict[str, Any], resume: bool) -> Iterator[Attempt]:
+    """A folder to work in, which becomes `folder` at the end of the block, with the journal of an earlier attempt.
+
+    An earlier attempt with another request is refused, or removed without `resume`; if it has finished nothing it is
+    removed in any case. A failure to write (a full disk, no permission) becomes a DataError.
     """
     partial = folder.with_name(f".{folder.name}.partial")
+    current = Attempt(partial, request, None)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftover(partial)
+        _refuse_strangers(partial)
         partial.mkdir(exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
-        raise _write_error(folder, error) from error
+        raise _write_error(current, folder, error) from error
     try:
-        _lock(lock, folder)
+        if not try_lock(lock):
+            raise DataError(f"another process is preparing {folder} right now; wait for it or end it")
+        current.journal = _journal(partial, request) if resume else None
         try:
-            (partial / MARK).touch()
-            yield partial
-            (partial / MARK).unlink()
+            if current.journal is None:
+                current.record({})  # marks the folder as ours, and what is in it as nothing
+                current.journal = None
+                _remove_all_but_journal(partial)
+            yield current
             sync_folder(partial)
             os.rename(partial, folder)  # replaces an empty folder, refuses a full one
+            (folder / JOURNAL_NAME).unlink()
             sync_folder(folder.parent)
         except OSError as error:
-            raise _write_error(folder, error) from error
+            raise _write_error(current, folder, error) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if current.journal is None and partial.exists():
+                _remove_all_but_journal(partial)
+                shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(lock)
 
 
-def _remove_leftover(partial: Path) -> None:
-    if not partial.exists():
-        return
-    names = os.listdir(partial)
-    if names and MARK not in names and MANIFEST_NAME not in names:
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder to work in, which becomes `folder` at the end of the block, for work that is done in one go.
+
+    If the block raises, it is removed; a failure to write (a full disk, no permission) becomes a DataError.
+    """
+    with attempt(folder, {}, resume=True) as current:
+        yield current.folder
+
+
+def _refuse_strangers(partial: Path) -> None:
+    names = os.listdir(partial) if partial.exists() else []
+    if names and not {JOURNAL_NAME, MANIFEST_NAME, FORMER_MARK, f".{JOURNAL_NAME}.tmp"}.intersection(names):
         raise DataError(f"{partial} is in the way and was not made by this command; move it or name another output_dir")
-    descriptor = os.open(partial, os.O_RDONLY)
+
+
+def _journal(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier attempt has finished, if anything. Raises DataError if its request was another."""
     try:
-        _lock(descriptor, partial)
-        shutil.rmtree(partial)
-    finally:
-        os.close(descriptor)
+        journal = json.loads((partial / JOURNAL_NAME).read_bytes())
+        version, theirs, finished = journal["version"], journal["request"], "cursor" in journal
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        return None
+    if not finished:
+        return None
+    found = differences(theirs, request) if version == JOURNAL_VERSION else ["it is of another version of this program"]
+    if found:
+        raise DataError(
+            f"an earlier attempt at this output_dir was interrupted and had another request ({'; '.join(found[:4])}); "
+            "repeat that one to go on, or drop what it has finished with resume=false"
+        )
+    return journal
 
 
-def _lock(descriptor: int, folder: Path) -> None:
-    if not try_lock(descriptor):
-        raise DataError(f"another process is preparing {folder} right now; wait for it or end it")
+def _remove_all_but_journal(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != JOURNAL_NAME:
+            path.unlink(missing_ok=True)
 
 
-def _write_error(folder: Path, error: OSError) -> DataError:
+def _write_error(current: Attempt, folder: Path, error: OSError) -> DataError:
+    left = (
+        f"what is finished is kept in {current.folder}, and the same command goes on from there"
+        if current.journal
+        else "nothing was left there"
+    )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(
-            f"the disk of output_dir={folder} is full ({error.strerror}); nothing was left there; "
+            f"the disk of output_dir={folder} is full ({error.strerror}); {left}; "
             "free some space or name a folder on another disk"
         )
-    return DataError(f"output_dir={folder} cannot be written: {error}; nothing was left there; name another folder")
+    return DataError(f"output_dir={folder} cannot be written: {error}; {left}; name another folder")

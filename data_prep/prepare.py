@@ -1,41 +1,51 @@
 """Prepare data: text from a source -> tokens -> shards with a manifest.
 
     python -m data_prep.prepare source=FILE_FOLDER_OR_NAME tokenizer=sentencepiece output_dir=DATA
+    python -m data_prep.prepare data=openwebtext tokenizer=gpt2 output_dir=DATA
 
-Settings are in conf/prepare.yaml and conf/tokenizer/. The result is a folder
+Settings are in conf/prepare.yaml, conf/data/ and conf/tokenizer/. The result is a folder
 
     manifest.json               what the folder holds, with checksums
     train_00000.bin/.idx, ...   token shards (data_prep/indexed.py)
     validation_00000.bin/.idx, ...
     tokenizer/                  the tokenizer's files
+
+The source is read as blocks of about a megabyte (documents.py), which worker processes turn into tokens (workers.py,
+encoding.py), and which are written in the source's order (assembly.py). So the result depends neither on the number
+of workers nor on whether the work was interrupted: the same command goes on from the last finished piece.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import BadRecords, Source
+from data_prep.assembly import Assembly, AssemblyRules, assemble
+from data_prep.documents import WHOLE, BadRecords, Part, Source, TextRules
+from data_prep.encoding import BlockEncoder
 from data_prep.hub import HubSource
 from data_prep.indexed import token_dtype
 from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry
-from data_prep.output import finished_result, partial_folder
+from data_prep.output import Attempt, attempt, finished_result
 from data_prep.progress import Progress
 from data_prep.sources import SourceSettings, open_source
-from data_prep.splits import write_splits
-from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
+from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer, load_tokenizer
+from data_prep.workers import EncoderSettings, encode_blocks
 from kraken_train.cli import run_entry
-from kraken_train.errors import ConfigError
+from kraken_train.errors import ConfigError, DataError
 from kraken_train.files import file_sha256
-from kraken_train.rules import require_choice, require_positive
+from kraken_train.rules import require_at_least, require_positive
 
 PATH_KEYS = ("source", "output_dir", "tokenizer.path")
-TEXT_KEYS = ("text_field", "dataset_config", "dataset_split", "tokenizer.end_of_document")
+TEXT_KEYS = (
+    "text_field", "dataset_config", "dataset_split", "dataset_revision", "slice", "tokenizer.end_of_document",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,14 @@ class PrepareConfig(SourceSettings):
     max_documents: int | None = None
     shard_tokens: int = 500_000_000
     on_bad_record: str = "fail"
+    on_short_document: str = "skip"
+    normalization: str = "none"
+    min_length: int = 1
+    drop_duplicates: bool = False
+    append_end_of_document: bool = True
+    slice: str | None = None
+    num_workers: int | None = None
+    resume: bool = True
 
     def __post_init__(self) -> None:
         self.validate()
@@ -61,7 +79,29 @@ class PrepareConfig(SourceSettings):
         if self.max_documents is not None:
             require_positive("max_documents", self.max_documents)
         require_positive("shard_tokens", self.shard_tokens)
-        require_choice("on_bad_record", self.on_bad_record, ("fail", "skip"))
+        if self.num_workers is not None:
+            require_at_least("num_workers", self.num_workers, 0)
+        self.text_rules.validate()
+        if self.part == WHOLE:
+            return
+        for name in ("max_documents", "drop_duplicates"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name}={str(getattr(self, name)).lower()} needs all of the source, so it cannot be combined with "
+                    f"slice={self.slice}; leave out one of them"
+                )
+
+    @property
+    def text_rules(self) -> TextRules:
+        return TextRules(**{field.name: getattr(self, field.name) for field in fields(TextRules)})
+
+    @property
+    def part(self) -> Part:
+        return Part.parse(self.slice) if self.slice else WHOLE
+
+    @property
+    def assembly_rules(self) -> AssemblyRules:
+        return AssemblyRules(**{field.name: getattr(self, field.name) for field in fields(AssemblyRules)})
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -70,7 +110,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     source = open_source(config)
     output = Path(config.output_dir).expanduser().resolve()
     request = describe_request(config, source)
-    finished = finished_result(output, request)
+    finished = finished_result(output, request, default_settings())
     if finished:
         print(f"{output} already holds the result of this very request (fingerprint {finished.fingerprint})")
         return finished
@@ -81,22 +121,29 @@ def prepare(config: PrepareConfig) -> Manifest:
             f"{source.location} is no file or folder here; asking the Hugging Face Hub for a dataset of that name",
             flush=True,
         )
-
-    bad_records = BadRecords(config.on_bad_record)
-    with partial_folder(output) as folder:
-        tokenizer = make_tokenizer(config, source, folder / TOKENIZER_FOLDER)
-        documents = islice(source.documents(bad_records), config.max_documents)
-        splits = write_splits(folder, documents, tokenizer, config.validation_fraction, config.shard_tokens)
+    with attempt(output, request, config.resume) as current:
+        tokenizer = make_tokenizer(config, source, current)
+        dtype = token_dtype(tokenizer.vocab_size)
+        with Assembly(current, dtype, config.assembly_rules, config.text_rules, started) as assembly:
+            if current.journal:
+                print(f"going on behind the {assembly.documents:,} documents of an earlier attempt", flush=True)
+            tokenize(config, source, tokenizer, assembly)
+            splits = assembly.finish(needs_both_splits=config.part == WHOLE)
+        if "train" not in splits:
+            raise DataError(f"slice={config.slice} gets no document for training; divide the source into fewer parts")
         manifest = Manifest(
-            tokenizer=describe_tokenizer(tokenizer, folder / TOKENIZER_FOLDER),
-            dtype=token_dtype(tokenizer.vocab_size).name,
+            tokenizer=describe_tokenizer(tokenizer, current.folder / TOKENIZER_FOLDER),
+            dtype=dtype.name,
             splits=splits,
             source=source.identity(),
             request=request,
-            skipped=dict(bad_records.counts),
+            skipped=dict(assembly.bad_records.counts),
+            skipped_places=dict(assembly.bad_records.places),
+            round_trips=dataclasses.asdict(assembly.round_trips),
         )
-        manifest.save(folder)
-    print_summary(manifest, bad_records, output, time.monotonic() - started)
+        manifest.save(current.folder)
+        assembly.remove_leftovers()
+    print_summary(manifest, assembly, output, time.monotonic() - started)
     return manifest
 
 
@@ -106,23 +153,27 @@ def describe_request(config: PrepareConfig, source: Source) -> dict[str, Any]:
     if config.tokenizer.path and (path := Path(config.tokenizer.path).expanduser()).exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         tokenizer["files"] = {file.name: file_sha256(file) for file in files if file.is_file()}
-    return {
-        "source": source.identity(),
-        "tokenizer": tokenizer,
-        "validation_fraction": config.validation_fraction,
-        "max_documents": config.max_documents,
-        "shard_tokens": config.shard_tokens,
-        "on_bad_record": config.on_bad_record,
-    }
+    settings = {name: getattr(config, name) for name in default_settings()}
+    return {"source": source.identity(), "tokenizer": tokenizer} | settings
 
 
-def make_tokenizer(config: PrepareConfig, source: Source, folder: Path) -> Tokenizer:
-    """The tokenizer, trained on the source if it is of that kind, and saved to `folder`."""
+def default_settings() -> dict[str, Any]:
+    """The settings that say what is made of the source's text, with their defaults."""
+    elsewhere = {field.name for field in fields(SourceSettings)} | {"output_dir", "tokenizer", "num_workers", "resume"}
+    ours = {field.name: field.default for field in fields(PrepareConfig) if field.name not in elsewhere}
+    return ours | {"max_document_bytes": PrepareConfig.max_document_bytes}
+
+
+def make_tokenizer(config: PrepareConfig, source: Source, current: Attempt) -> Tokenizer:
+    """The tokenizer, trained on the source if it is of that kind, and saved in the attempt's folder."""
+    folder = current.folder / TOKENIZER_FOLDER
+    if current.journal:
+        return load_tokenizer(folder)
 
     def texts() -> Iterator[str]:
         with Progress("reading text to train the tokenizer") as progress:
             # Records left out are counted later, when all of the source is read.
-            documents = source.documents(BadRecords(config.on_bad_record))
+            documents = source.documents(BadRecords(config.text_rules))
             for document in islice(documents, config.max_documents):
                 progress.add(1, len(document.text.encode()))
                 yield document.text
@@ -133,13 +184,31 @@ def make_tokenizer(config: PrepareConfig, source: Source, folder: Path) -> Token
     return tokenizer
 
 
+def tokenize(config: PrepareConfig, source: Source, tokenizer: Tokenizer, assembly: Assembly) -> None:
+    """Add to `assembly` what it does not have yet."""
+    if assembly.complete:
+        return
+    settings = EncoderSettings(
+        assembly.attempt.folder / TOKENIZER_FOLDER, config.text_rules, config.append_end_of_document
+    )
+    num_workers = len(os.sched_getaffinity(0)) if config.num_workers is None else config.num_workers
+
+    def fraction() -> float:
+        return max(source.fraction, assembly.documents / (config.max_documents or float("inf")))
+
+    blocks = source.blocks(assembly.cursor, config.part)
+    encoder = BlockEncoder(tokenizer, config.text_rules, config.append_end_of_document)
+    with Progress("tokenizing", fraction) as progress:
+        assemble(assembly, encode_blocks(blocks, settings, num_workers), encoder, progress)
+
+
 def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerEntry:
     files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
     return TokenizerEntry(tokenizer.kind, tokenizer.vocab_size, tokenizer.end_of_document, files)
 
 
-def print_summary(manifest: Manifest, bad_records: BadRecords, output: Path, seconds: float) -> None:
-    for line in bad_records.summary():
+def print_summary(manifest: Manifest, assembly: Assembly, output: Path, seconds: float) -> None:
+    for line in assembly.bad_records.summary():
         print(line)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens in {len(split.shards)} shard(s)")
@@ -147,6 +216,12 @@ def print_summary(manifest: Manifest, bad_records: BadRecords, output: Path, sec
         f"{manifest.text_bytes / manifest.tokens:.3f} bytes per token, vocabulary {manifest.vocab_size} "
         f"({manifest.tokenizer.kind}), {manifest.dtype}"
     )
+    trips = assembly.round_trips
+    failed = f"{trips.failed:,} did not come back as they were: {trips.example}" if trips.failed else "all came back"
+    print(f"of {trips.checked:,} documents decoded again, {failed}")
+    if assembly.encoder_seconds:
+        share = 100 * assembly.tokenizer_seconds / assembly.encoder_seconds
+        print(f"{assembly.encoder_seconds:.1f} s of processor time from text to tokens, {share:.0f}% in the tokenizer")
     print(f"fingerprint {manifest.fingerprint}")
     print(f"prepared {output} in {seconds:.0f} s")
 

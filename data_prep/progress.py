@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -13,10 +14,15 @@ TERMINAL_INTERVAL = 0.2
 
 
 class Progress:
-    """Counts documents, text bytes and tokens of one phase of the work. A context manager."""
+    """Counts documents, text bytes and tokens of one phase of the work. A context manager.
 
-    def __init__(self, phase: str) -> None:
+    `fraction()` says how much of the phase is done, from 0 to 1, for the time that is left.
+    """
+
+    def __init__(self, phase: str, fraction: Callable[[], float] | None = None) -> None:
         self.phase = phase
+        self._fraction = fraction
+        self._first_fraction: float | None = None  # an attempt that goes on does not begin at 0
         self.documents = self.text_bytes = self.tokens = 0
         self._console = Console(stderr=True)
         self._status = self._console.status(phase) if self._console.is_terminal else None
@@ -24,19 +30,35 @@ class Progress:
         self._started = self._shown = time.monotonic()
 
     def add(self, documents: int, text_bytes: int, tokens: int = 0) -> None:
+        if self._fraction and self._first_fraction is None:
+            self._first_fraction = self._fraction()
         self.documents += documents
         self.text_bytes += text_bytes
         self.tokens += tokens
         now = time.monotonic()
         if now - self._shown >= self._interval:
             self._shown = now
-            self._show(self.line(now - self._started))
+            seconds = now - self._started
+            self._show(self.line(seconds) + self.time_left(seconds))
 
     def line(self, seconds: float) -> str:
-        line = f"{self.phase}: {self.documents:,} documents, {self.text_bytes / 1e6:,.1f} MB"
+        per_second = 1 / max(seconds, 1e-9)
+        line = (
+            f"{self.phase}: {self.documents:,} documents, {self.text_bytes / 1e6:,.1f} MB, "
+            f"{self.documents * per_second:,.0f} documents/s"
+        )
         if self.tokens:
-            line += f", {self.tokens:,} tokens, {self.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+            line += f", {self.tokens:,} tokens, {self.tokens * per_second:,.0f} tokens/s"
         return line
+
+    def time_left(self, seconds: float) -> str:
+        if self._fraction is None or self._first_fraction is None:
+            return ""
+        fraction = self._fraction()
+        progress = fraction - self._first_fraction
+        if progress <= 0:
+            return ""
+        return f", {100 * fraction:.1f}%, {_duration(seconds * (1 - fraction) / progress)} left"
 
     def _show(self, line: str) -> None:
         if self._status:
@@ -56,3 +78,10 @@ class Progress:
             self._status.stop()
         if kind is None:
             print(self.line(time.monotonic() - self._started), file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """`3:07:00` or `7:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.documents import Source
+from data_prep.documents import DEFAULT_MAX_DOCUMENT_BYTES, Source
 from data_prep.embedded import EmbeddedSource
 from data_prep.files import SUFFIXES, FilesSource
 from data_prep.hub import HubSource
@@ -32,6 +32,9 @@ class SourceSettings:
     text_field: str = "text"
     dataset_config: str | None = None
     dataset_split: str = "train"
+    dataset_revision: str | None = None
+    dataset_streaming: bool = True
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES  # of UTF-8
 
 
 def open_source(settings: SourceSettings) -> Source:
@@ -41,7 +44,14 @@ def open_source(settings: SourceSettings) -> Source:
         return EmbeddedSource()
     path = Path(name).expanduser()
     if name and path.exists():
-        return FilesSource(path, settings.text_field)
+        return FilesSource(path, settings.text_field, settings.max_document_bytes)
     if not name or name.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise DataError(f"source={name}: {name or 'the empty name'} does not exist; {WHAT_SOURCES_ARE}")
-    return HubSource(name, settings.text_field, settings.dataset_config, settings.dataset_split)
+    return HubSource(
+        name,
+        settings.text_field,
+        settings.dataset_config,
+        settings.dataset_split,
+        settings.dataset_streaming,
+        settings.dataset_revision,
+    )

@@ -9,6 +9,7 @@ What is saved is self-contained: it travels with the shards.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 from data_prep.gpt2_ranks import find_ranks, read_ranks, write_ranks
 from data_prep.tokenizer_settings import KINDS, TokenizerSettings
 from data_prep.train_tokenizer import train_sentencepiece
+from data_prep.words import GPT2_WORDS, SENTENCEPIECE_WORDS, exact_pattern
 from kraken_train.errors import ConfigError, DataError
 
 DESCRIPTION_NAME = "kraken_tokenizer.json"
@@ -31,12 +33,17 @@ class Tokenizer(Protocol):
     kind: str
     vocab_size: int  # largest id + 1
     end_of_document: int  # the id that ends each document; `encode_batch` never gives it for text
+    words: re.Pattern[str] | None  # finds the parts of a text that are encoded independently, if that is known
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
         """Token ids of each text, without begin, end or other added tokens; what looks like one is text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def normalized(self, text: str) -> str:
+        """What decoding the ids of `text` should give: `text` as the tokenizer itself sees it."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Write all that `load_tokenizer` needs into `folder`, which exists."""
@@ -116,6 +123,16 @@ class SentencePieceTokenizer:
         ids = [self.processor.piece_to_id(piece) for piece in mark]
         has_bytes = all(self.processor.is_byte(i) for i in ids)
         self._space_mark_ids = ids if kind == "sentencepiece" and has_bytes else None
+        self.words = self._find_words() if kind == "sentencepiece" else None
+
+    def _find_words(self) -> re.Pattern[str] | None:
+        """Only of BPE: unigram's sums of scores are rounded differently in a part than in the whole."""
+        processor = self.processor
+        ids = [i for i in range(self.vocab_size) if not (processor.is_byte(i) or processor.is_control(i))]
+        ids.remove(processor.unk_id())
+        if [processor.get_score(i) for i in ids] != [-float(rank) for rank in range(len(ids))]:
+            return None  # a BPE's scores are the order of its merges
+        return exact_pattern(SENTENCEPIECE_WORDS, (processor.id_to_piece(i).replace(self.SPACE_MARK, " ") for i in ids))
 
     def _find_end(self, origin: str) -> int:
         if self.end_piece is None:
@@ -132,7 +149,7 @@ class SentencePieceTokenizer:
         return identifier
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.processor.encode(texts, out_type=int)
+        ids: list[list[int]] = self.processor.encode(texts, out_type=int, num_threads=1)
         if self._space_mark_ids:
             for i, text in enumerate(texts):
                 if self.SPACE_MARK in text:
@@ -147,6 +164,13 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.processor.decode([int(i) for i in ids]))
 
+    def normalized(self, text: str) -> str:
+        if self.kind == "sentencepiece":
+            return text
+        plain = str(self.processor.normalize(text)).replace(self.SPACE_MARK, " ")
+        adds_prefix = str(self.processor.normalize("a")).startswith(self.SPACE_MARK)
+        return plain.removeprefix(" ") if adds_prefix else plain
+
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_bytes(self.model)
         _save_description(folder, self.kind, end_of_document=self.end_piece)
@@ -159,6 +183,7 @@ class GPT2Tokenizer:
     kind = "gpt2"
     vocab_size = 50257
     end_of_document = 50256
+    words: re.Pattern[str] | None = GPT2_WORDS
     # Public in tiktoken's sources; as a possessive pattern it matches the same as the one that OpenAI published.
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -182,10 +207,13 @@ class GPT2Tokenizer:
         return cls(read_ranks(folder / cls.FILE))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.encoding.encode_ordinary_batch(texts)
+        return [self.encoding.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
+
+    def normalized(self, text: str) -> str:
+        return text
 
     def save(self, folder: Path) -> None:
         write_ranks(self.ranks, folder / self.FILE)
@@ -213,6 +241,7 @@ class HuggingFaceTokenizer:
         if end is None:
             raise ConfigError(f"tokenizer.end_of_document={end_token} is no token of {origin}; name another")
         self.end_of_document: int = end
+        self.words = GPT2_WORDS if _is_like_gpt2(json.loads(self.backend.to_str())) else None
 
     @classmethod
     def from_path(cls, path: Path, end_token: str | None) -> HuggingFaceTokenizer:
@@ -237,9 +266,26 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
+    def normalized(self, text: str) -> str:
+        return str(self.backend.normalizer.normalize_str(text)) if self.backend.normalizer else text
+
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_text(self.backend.to_str())
         _save_description(folder, self.kind, end_of_document=self.end_token)
+
+
+def _is_like_gpt2(description: dict[str, Any]) -> bool:
+    """Whether text is cut by GPT-2's pattern before anything else happens to it."""
+    before, model = description["pre_tokenizer"] or {}, description["model"]
+    return (
+        description["normalizer"] is None
+        and before.get("type") == "ByteLevel"
+        and before.get("use_regex") is True
+        and before.get("add_prefix_space") is False
+        and model["type"] == "BPE"
+        and not model.get("dropout")
+        and all(token["special"] for token in description["added_tokens"])
+    )
 
 
 def _configured_end(folder: Path) -> str | None:

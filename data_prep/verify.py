@@ -1,65 +1,151 @@
 """Read all of a prepared folder and compare it with its manifest: python -m data_prep.verify DATA
 
-Training only probes the tokens when it starts. This reads every byte, for example after copying a data set.
+Training only probes the tokens when it starts. This reads every byte, for example after copying a data set. What it
+prints as a split's content depends on the documents alone: splits with equal contents read the same, however their
+documents are divided among shards.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_prep.indexed import Shard, bin_path
-from data_prep.manifest import TOKENIZER_FOLDER, Manifest, ShardEntry, require_same_content, verify_quick
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    require_same_content,
+    verify_quick,
+)
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.cli import exit_with_message
 from kraken_train.errors import DataError, KrakenError
-from kraken_train.files import file_sha256
 
-TOKENS_AT_ONCE = 1 << 24
+BLOCK_BYTES = 1 << 24  # read at once; a multiple of every token's size
 SAMPLE_CHARACTERS = 200
+AGAIN = "prepare the data again"
 
 
 def verify(data_dir: Path) -> Manifest:
-    """Print a line per shard and the start of one document. Raises DataError for the first problem."""
+    """Print a line per shard and per split, and how a few documents begin. Raises DataError for the first problem."""
     manifest = verify_quick(data_dir)  # sizes, indices and the tokenizer's files
+    verify_totals(data_dir, manifest)
     tokenizer = load_tokenizer(data_dir / TOKENIZER_FOLDER)
     for name in ("vocab_size", "end_of_document"):
         listed, found = getattr(manifest.tokenizer, name), getattr(tokenizer, name)
         if listed != found:
-            raise DataError(f"{data_dir}: the manifest has {name}={listed}, but the tokenizer {found}; prepare again")
-    for split in manifest.splits.values():
+            raise DataError(f"{data_dir}: the manifest has {name}={listed}, but the tokenizer {found}; {AGAIN}")
+    for name, split in manifest.splits.items():
+        content = Content(manifest.dtype)
         for entry in split.shards:
-            verify_shard(data_dir, entry, manifest)
+            verify_shard(data_dir, entry, manifest, content)
             print(f"{entry.name}: {entry.documents:,} documents, {entry.tokens:,} tokens, good", flush=True)
-    first = manifest.splits["train"].shards[0]
-    print(f"{first.name} begins: {sample_text(Shard(data_dir / first.name), tokenizer)!r}")
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, content {content.hexdigest()}")
+    for name, split in manifest.splits.items():
+        for number, document in sample_documents(data_dir, split):
+            print(f"{name} document {number:,} begins: {beginning(document, tokenizer)!r}")
     return manifest
 
 
-def verify_shard(data_dir: Path, entry: ShardEntry, manifest: Manifest) -> None:
-    """Raises DataError unless the shard's tokens are those that were written, and ids of the vocabulary."""
+def verify_totals(data_dir: Path, manifest: Manifest) -> None:
+    """Raises DataError unless the totals that the manifest states are the sums of its shards."""
+    path = data_dir / MANIFEST_NAME
+    for name, stated in json.loads(path.read_bytes()).get("totals", {}).items():
+        if stated != getattr(manifest, name, stated):
+            raise DataError(
+                f"{path} states {stated} {name} in total, but its splits have {getattr(manifest, name)}; "
+                "copy it again or prepare the data again"
+            )
+
+
+class Content:
+    """Digest of a stream of documents that does not depend on how it is divided among shards."""
+
+    def __init__(self, dtype: str) -> None:
+        self._tokens = hashlib.sha256(dtype.encode())
+        self._lengths = hashlib.sha256()
+
+    def add_tokens(self, raw: bytes) -> None:
+        self._tokens.update(raw)
+
+    def add_lengths(self, lengths: NDArray) -> None:
+        self._lengths.update(lengths.astype("<i8").tobytes())
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(self._tokens.digest() + self._lengths.digest()).hexdigest()[:32]
+
+
+def verify_shard(data_dir: Path, entry: ShardEntry, manifest: Manifest, content: Content) -> None:
+    """Read all of a shard, and add it to `content`.
+
+    Raises DataError unless its tokens are those that were written, ids of the vocabulary, and in documents that each
+    end with the end-of-document token, if that was appended.
+    """
     prefix = data_dir / entry.name
-    require_same_content(bin_path(prefix), file_sha256(bin_path(prefix)), entry.bin_sha256)
-    shard = Shard(prefix)
+    path = bin_path(prefix)
+    shard = Shard(prefix)  # checks the index: lengths, offsets and boundaries agree with each other and with the .bin
     found = (shard.num_documents, shard.num_tokens, shard.dtype.name)
     if found != (entry.documents, entry.tokens, manifest.dtype):
         raise DataError(
             f"{prefix} has {found[0]} documents and {found[1]} tokens of {found[2]}, but the manifest lists "
-            f"{entry.documents} and {entry.tokens} of {manifest.dtype}; prepare the data again"
+            f"{entry.documents} and {entry.tokens} of {manifest.dtype}; {AGAIN}"
         )
-    for start in range(0, shard.num_tokens, TOKENS_AT_ONCE):
-        tokens = shard.tokens[start : start + TOKENS_AT_ONCE]
-        for token in (int(tokens.min()), int(tokens.max())):
-            if not 0 <= token < manifest.vocab_size:
-                raise DataError(
-                    f"{bin_path(prefix)} holds the token {token}, but the tokenizer has only those from 0 to "
-                    f"{manifest.vocab_size - 1}; prepare the data again"
-                )
+    checksum = hashlib.sha256()
+    lowest = highest = 0
+    with path.open("rb") as file:
+        while raw := file.read(BLOCK_BYTES):
+            checksum.update(raw)
+            content.add_tokens(raw)
+            tokens = np.frombuffer(raw, shard.dtype)
+            lowest, highest = min(lowest, int(tokens.min())), max(highest, int(tokens.max()))
+    require_same_content(path, checksum.hexdigest(), entry.bin_sha256)
+    for token in (lowest, highest):
+        if not 0 <= token < manifest.vocab_size:
+            raise DataError(
+                f"{path} holds the token {token}, but the tokenizer has only those from 0 to "
+                f"{manifest.vocab_size - 1}; {AGAIN}"
+            )
+    lengths = shard.document_lengths()
+    content.add_lengths(lengths)
+    if manifest.request.get("append_end_of_document", True):
+        verify_ends(path, shard, lengths, manifest.tokenizer.end_of_document)
 
 
-def sample_text(shard: Shard, tokenizer: Tokenizer) -> str:
-    ids = [int(i) for i in shard.document(0)[: 4 * SAMPLE_CHARACTERS]]
+def verify_ends(path: Path, shard: Shard, lengths: NDArray, end_of_document: int) -> None:
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        raise DataError(f"{path}: document {empty[0]} is empty, without the token that ends it; {AGAIN}")
+    unfinished = np.flatnonzero(shard.tokens[np.cumsum(lengths) - 1] != end_of_document)
+    if len(unfinished):
+        document = int(unfinished[0])
+        raise DataError(
+            f"{path}: document {document} ends with the token {shard.document(document)[-1]} and not with "
+            f"{end_of_document}, which ends documents; its index belongs to other data; {AGAIN}"
+        )
+
+
+def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, NDArray]]:
+    """(number, tokens) of the split's first document, the one in the middle and the last."""
+    for number in sorted({0, split.documents // 2, split.documents - 1}):
+        first = 0
+        for entry in split.shards:
+            if number < first + entry.documents:
+                yield number, Shard(data_dir / entry.name).document(number - first)
+                break
+            first += entry.documents
+
+
+def beginning(document: NDArray, tokenizer: Tokenizer) -> str:
+    ids = [int(i) for i in document[: 4 * SAMPLE_CHARACTERS]]
     return tokenizer.decode([i for i in ids if i != tokenizer.end_of_document])[:SAMPLE_CHARACTERS]
 
 

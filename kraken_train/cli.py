@@ -36,14 +36,17 @@ def run_entry(
     """Compose `conf/<config_name>.yaml` with the command line's overrides and call `main` with a `schema` object.
 
     The values of `path_keys` and `text_keys` reach the program as typed, although Hydra's grammar would read a comma
-    as a sweep and a parenthesis as a function; of a path, `~` is expanded.
+    as a sweep and a parenthesis as a function; of a path, `~` is expanded. Where a path may be `{FOLDER: WEIGHT, ...}`,
+    that is left to Hydra.
     """
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
-    arguments = [expand_home(argument, frozenset(path_keys)) for argument in sys.argv[1:]]
-    literal = frozenset([*path_keys, *text_keys])
-    sys.argv[1:] = [quote_literal(argument, literal) for argument in arguments]
+    paths, literal = frozenset(path_keys), frozenset([*path_keys, *text_keys])
+    sys.argv[1:] = [
+        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal)
+        for argument in sys.argv[1:]
+    ]
     # Hydra would otherwise print a shortened traceback and exit by itself; the message is ours to write.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -75,6 +78,12 @@ def expand_home(argument: str, path_keys: frozenset[str]) -> str:
     if key.lstrip("+") not in path_keys or not value.startswith("~"):
         return argument
     return key + separator + os.path.expanduser(value)
+
+
+def is_mapping(argument: str, path_keys: frozenset[str]) -> bool:
+    """Whether it is `data_dir={data/web: 0.7, data/books: 0.3}`."""
+    key, _, value = argument.partition("=")
+    return key.lstrip("+") in path_keys and re.fullmatch(r"\{.*:.*\}", value) is not None
 
 
 def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:

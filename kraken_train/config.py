@@ -7,7 +7,10 @@ Below the entry points there is no `DictConfig`. A class here says what its sett
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from kraken_train.errors import ConfigError
@@ -188,6 +191,9 @@ def require_fitting_vocabulary(model_vocab_size: object, data_vocab_size: int) -
 # ---------------------------------------------------------------------------------------------------------------
 
 
+LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with decoupled weight decay on matrices and embeddings."""
@@ -329,7 +335,7 @@ class TrainConfig:
     """A training run; see conf/train.yaml for the defaults."""
 
     model: dict[str, Any]  # parsed with the data's vocabulary by `parse_model`
-    data_dir: str
+    data_dir: str | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
     run_dir: str
     max_steps: int  # optimizer steps
     global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks and micro-batches
@@ -356,6 +362,7 @@ class TrainConfig:
         for name in ("data_dir", "run_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
+        self.data_shares  # noqa: B018 (checks the weights)
         require_choice("precision", self.precision, ("bf16", "fp32"))
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:
@@ -375,6 +382,12 @@ class TrainConfig:
                 f"{self.schedule.decay_steps} together are more than max_steps={self.max_steps}; lower them"
             )
 
+    @property
+    def data_shares(self) -> dict[Path, int]:
+        """The prepared folders and how many samples each gives of `sum(shares)`: the weights as whole numbers."""
+        weights = {self.data_dir: 1} if isinstance(self.data_dir, str) else self.data_dir
+        return whole_shares(weights)
+
     def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per rank and optimizer step. Raises ConfigError where the batch does not divide."""
         samples = self.micro_batch_size * data_parallel_size
@@ -387,6 +400,33 @@ class TrainConfig:
                 f"use global_batch_size={would}, or another micro_batch_size"
             )
         return self.global_batch_size // samples
+
+
+def whole_shares(weights: dict[str, Any]) -> dict[Path, int]:
+    """Decimal weights as the smallest whole numbers in the same ratio: 0.75 and 0.25 are 3 and 1.
+
+    Raises ConfigError for what is no weight, and where the numbers sum up to more than LARGEST_PERIOD.
+    """
+    for folder, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ConfigError(
+                f"data_dir: the weight {weight} of {folder} must be a number greater than 0, as in "
+                "'data_dir={data/web: 0.7, data/books: 0.3}'"
+            )
+    fractions = [Fraction(str(weight)) for weight in weights.values()]  # what was typed, not its binary neighbour
+    denominator = math.lcm(*(fraction.denominator for fraction in fractions))
+    shares = [int(fraction * denominator) for fraction in fractions]
+    shares = [share // math.gcd(*shares) for share in shares]
+    if sum(shares) > LARGEST_PERIOD:
+        raise ConfigError(
+            f"data_dir: the weights {', '.join(map(str, weights.values()))} are in the ratio "
+            f"{':'.join(map(str, shares))}, but the numbers may sum up to {LARGEST_PERIOD} at most so that they can "
+            "be kept exactly; round the weights, or give whole numbers such as 2 and 1"
+        )
+    folders = {Path(folder).expanduser(): share for folder, share in zip(weights, shares, strict=True)}
+    if len(folders) < len(weights):
+        raise ConfigError(f"data_dir names a folder twice ({', '.join(weights)}); give it once, with one weight")
+    return folders
 
 
 def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class RunFolder:
 
 
 def open_run_folder(
-    config: TrainConfig, model: ModelConfig, data_dir: Path, fingerprint: str, held: ExitStack
+    config: TrainConfig, model: ModelConfig, tokenizer_dir: Path, fingerprint: str, held: ExitStack
 ) -> RunFolder:
     """Create the run's folder, or open it to continue, as `config.resume` says.
 
@@ -85,7 +85,7 @@ def open_run_folder(
         held.enter_context(locked(path))
         if not (path / IDENTITY_FILE).exists():
             replace_synced(path / IDENTITY_FILE, json.dumps({"id": run_id, **identity}, indent=1))
-        copy_once(data_dir / TOKENIZER_FOLDER, path / TOKENIZER_FOLDER)
+        copy_once(tokenizer_dir, path / TOKENIZER_FOLDER)
     except OSError as error:  # shutil.Error, which is one, has no strerror
         raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror or error}") from error
     return RunFolder(path, run_id, resuming=has_checkpoints(checkpoints))
@@ -129,7 +129,8 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
     if existing["data_fingerprint"] != identity["data_fingerprint"]:
         raise CheckpointError(
             f"run_dir={path} holds a run on other data (fingerprint {existing['data_fingerprint']} there, "
-            f"{identity['data_fingerprint']} here); use the same data_dir, or another run_dir"
+            f"{identity['data_fingerprint']} here); use the same data_dir, with the same weights if it has several, or "
+            "another run_dir"
         )
     if existing["seed"] != identity["seed"]:
         raise CheckpointError(

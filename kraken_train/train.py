@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from checkpoints.store import Checkpoint, fill_tensors, find_good_checkpoint, has_checkpoints, set_aside_after
 from checkpoints.writer import CheckpointWriter
-from data_prep.manifest import Manifest, verify_quick
 from kraken_train.architectures import build_model
 from kraken_train.cli import run_entry
 from kraken_train.config import ModelConfig, TrainConfig, parse_model
-from kraken_train.data import Samples, TokenStream, open_split, sequential
+from kraken_train.data import Samples, TrainingData
 from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
 from kraken_train.errors import CheckpointError, TrainingError
 from kraken_train.flops import device_peak_flops, training_flops_per_token
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
+from kraken_train.loader import BatchLoader, ranges_of_rank
 from kraken_train.mesh import ParallelMesh
 from kraken_train.metrics import Metrics, Record
 from kraken_train.optim import learning_rate
@@ -47,13 +46,12 @@ def train(config: TrainConfig) -> None:
 
     Exits with INTERRUPTED_EXIT_CODE, after saving, if SIGTERM or the end of its launcher asked it to stop before.
     """
-    data_dir = Path(config.data_dir)
     runtime = read_runtime()
-    manifest = verify_quick(data_dir)
-    model_config = parse_model(config.model, manifest.vocab_size)
+    data = TrainingData(config.data_shares)
+    model_config = parse_model(config.model, data.vocab_size)
     config.parallel.require_fits(model_config)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
-    samples = Samples(open_split(data_dir, "train", manifest), model_config.context_length, config.seed)
+    samples = data.samples(model_config.context_length, config.seed)
 
     stop = StopRequest()
     try:
@@ -62,8 +60,10 @@ def train(config: TrainConfig) -> None:
             watchdog = held.enter_context(
                 Watchdog(runtime, rendezvous.store, config.watchdog_seconds, stop, rendezvous.store_rank)
             )
-            run = runtime.on_first(lambda: open_run_folder(config, model_config, data_dir, manifest.fingerprint, held))
-            trainer = Trainer(config, model_config, samples, manifest, run, runtime, stop, watchdog)
+            run = runtime.on_first(
+                lambda: open_run_folder(config, model_config, data.tokenizer_dir, data.fingerprint, held)
+            )
+            trainer = Trainer(config, model_config, data, samples, run, runtime, stop, watchdog)
             trainer.restore()
             with stop.on_sigterm():  # before there is a step, there is nothing to save
                 trainer.run_steps()
@@ -86,8 +86,8 @@ class Trainer:
         self,
         config: TrainConfig,
         model_config: ModelConfig,
+        data: TrainingData,
         samples: Samples,
-        manifest: Manifest,
         run: RunFolder,
         runtime: Runtime,
         stop: StopRequest,
@@ -95,10 +95,9 @@ class Trainer:
     ) -> None:
         self.config = config
         self.model_config = model_config
+        self.data = data
         self.samples = samples
-        self.manifest = manifest
-        has_validation = config.validation.every > 0 and "validation" in manifest.splits
-        self.validation = open_split(Path(config.data_dir), "validation", manifest) if has_validation else None
+        self.batches: Iterator[tuple[Tensor, Tensor]] = iter(())  # from the first step on
         self.run = run
         self.runtime = runtime
         self.stop = stop
@@ -127,7 +126,7 @@ class Trainer:
             self.peak_flops = device_peak_flops(self.runtime.device, self.config.precision)
         finished = False
         try:
-            with self.checkpoints:
+            with self.checkpoints, self.load_batches() as self.batches:
                 while self.step < self.config.max_steps:
                     self.train_step()
             finished = True
@@ -143,9 +142,9 @@ class Trainer:
             self.engine.verify_replicas()
         started, waited = time.perf_counter(), 0.0
         lr = learning_rate(self.config.schedule, self.config.optim.lr, self.step, self.config.max_steps)
-        for micro_step in range(self.engine.accumulation_steps):
+        for _ in range(self.engine.accumulation_steps):
             asked = time.perf_counter()
-            batch = self.micro_batch(micro_step)
+            batch = next(self.batches)
             waited += time.perf_counter() - asked
             self.engine.accumulate(*batch)
         # A save that has failed in the background is told where the next one begins: at once.
@@ -171,8 +170,9 @@ class Trainer:
             device_peak = self.peak_flops * self.runtime.world_size
             record["mfu"] = self.flops_per_token * tokens / seconds / device_peak
         last = self.step == self.config.max_steps
-        if self.validation and (last or self.step % self.config.validation.every == 0):
-            record["validation_loss"] = loss = self.validate(self.validation)
+        every = self.config.validation.every
+        if self.data.has_validation and every and (last or self.step % every == 0):
+            record["validation_loss"] = loss = self.validate()
             record["validation_perplexity"] = perplexity(loss)
         if self.metrics is not None and (
             last or self.step % self.config.log_every == 0 or "validation_loss" in record or not result.applied
@@ -189,11 +189,12 @@ class Trainer:
             self.say(f"stopped ({reason}) after step {self.step}; the same command continues")
             raise Interrupted(reason)
 
-    def micro_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (micro_batch_size, context_length) of this rank's copy of the model."""
-        size = self.config.micro_batch_size
-        first = self.consumed_samples + (micro_step * self.mesh.data_size + self.mesh.data_rank) * size
-        return to_device(self.samples.batch(range(first, first + size)), self.runtime.device)
+    def load_batches(self) -> BatchLoader:
+        """The micro-batches of this rank's copy of the model from here to the last step."""
+        last = self.consumed_samples + (self.config.max_steps - self.step) * self.config.global_batch_size
+        size, mesh = self.config.micro_batch_size, self.mesh
+        ranges = ranges_of_rank(self.consumed_samples, last, size, mesh.data_rank, mesh.data_size)
+        return BatchLoader(self.samples, ranges, self.runtime.device)
 
     def describe_not_finite(self) -> str:
         first = self.step - self.skipped_in_a_row + 1
@@ -206,16 +207,17 @@ class Trainer:
             "Try a lower optim.lr or a longer schedule.warmup_steps in a new run_dir"
         )
 
-    def validate(self, stream: TokenStream) -> float:
-        """Mean loss in nats per token over the first `validation.samples` windows of the validation split."""
-        size = self.config.micro_batch_size
+    def validate(self) -> float:
+        """Mean loss in nats per token over the first `validation.samples` windows of the validation data."""
+        config = self.config
         nats, tokens = 0.0, 0
-        for index, windows in enumerate(sequential(stream, self.model_config.context_length, size)):
-            remaining = self.config.validation.samples - index * size
-            if remaining <= 0:
-                break
+        for index, windows in enumerate(
+            self.data.validation_windows(
+                self.model_config.context_length, config.micro_batch_size, config.validation.samples
+            )
+        ):
             if index % self.mesh.data_size == self.mesh.data_rank:
-                batch_nats, batch_tokens = token_losses(self.engine.model, windows[:remaining])
+                batch_nats, batch_tokens = token_losses(self.engine.model, windows)
                 nats += batch_nats
                 tokens += batch_tokens
         # Each rank of a copy counts the copy's windows, which leaves the mean as it is.
@@ -236,7 +238,7 @@ class Trainer:
         metadata = {
             "model": to_dict(self.model_config),
             "config": to_dict(self.config),
-            "data_fingerprint": self.manifest.fingerprint,
+            "data_fingerprint": self.data.fingerprint,
             "run_id": self.run.run_id,
             "updates": self.updates,
             "consumed_samples": self.consumed_samples,
@@ -257,7 +259,7 @@ class Trainer:
         metadata = checkpoint.metadata
         for what, differs in (
             ("another model", metadata["model"] != to_dict(self.model_config)),
-            ("a run on other data", metadata["data_fingerprint"] != self.manifest.fingerprint),
+            ("a run on other data", metadata["data_fingerprint"] != self.data.fingerprint),
             ("another run", metadata["run_id"] != self.run.run_id),
         ):
             if differs:
@@ -293,13 +295,12 @@ class Trainer:
             print(text, flush=True)
 
     def introduce(self) -> None:
-        train_tokens = self.manifest.splits["train"].tokens
         steps = self.config.max_steps - self.step
         self.say(
             f"{self.model_config.architecture}, {self.model_config.num_parameters:,} parameters, "
             f"{self.mesh.data_size} x {self.mesh.model_rank.size} {self.runtime.device.type} ranks (model copies x "
             f"ranks of a copy), {self.config.precision}, "
-            f"ZeRO-{self.config.engine.zero_stage}; {train_tokens:,} training tokens; {steps} steps to go of "
+            f"ZeRO-{self.config.engine.zero_stage}; {self.data.describe()}; {steps} steps to go of "
             f"{self.config.global_batch_size} x {self.model_config.context_length} tokens "
             f"({self.engine.accumulation_steps} micro-batches of {self.config.micro_batch_size} per copy)"
         )
@@ -314,7 +315,7 @@ class Trainer:
                 f"note: parallel.sub_layer_parallel_size={size} does not divide the {self.runtime.local_world_size} "
                 "ranks of a machine, so some model copies exchange over the network"
             )
-        if self.validation is None and self.config.validation.every:
+        if self.config.validation.every and not self.data.has_validation:
             self.say("no validation: the data were prepared without a validation split")
 
     def summary(self) -> dict[str, object]:
@@ -322,7 +323,7 @@ class Trainer:
         return {
             "model": to_dict(self.model_config),
             "num_parameters": self.model_config.num_parameters,
-            "data_fingerprint": self.manifest.fingerprint,
+            "data_fingerprint": self.data.fingerprint,
             "world_size": self.runtime.world_size,
             "data_parallel_size": self.mesh.data_size,
             "torch": torch.__version__,
@@ -337,14 +338,6 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         pairs = {f"{group}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {group: (old, new)}
         found += [f"{name}: {before} -> {now}" for name, (before, now) in pairs.items() if before != now]
     return found
-
-
-def to_device(windows: NDArray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Windows (B, T + 1) -> inputs and targets, (B, T) each."""
-    tokens = torch.from_numpy(windows)
-    if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    return tokens[:, :-1], tokens[:, 1:]
 
 
 if __name__ == "__main__":

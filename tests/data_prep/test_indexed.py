@@ -54,6 +54,37 @@ def test_reads_several_sequences_per_document(tmp_path: Path) -> None:
     assert shard.sequence(1).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("code", "letter", "low"), [(1, "B", 0), (2, "b", -128), (3, "h", -9), (4, "i", -9), (5, "q", -9), (8, "H", 0)]
+)
+def test_reads_every_type_code(tmp_path: Path, code: int, letter: str, low: int) -> None:
+    (tmp_path / "c.bin").write_bytes(struct.pack(f"<3{letter}", low, 1, 127))
+    size = struct.calcsize(letter)
+    (tmp_path / "c.idx").write_bytes(pack_index(code, [1, 2], [0, size], [0, 1, 2]))
+    shard = Shard(tmp_path / "c")
+    assert [shard.document(i).tolist() for i in range(2)] == [[low], [1, 127]]
+    assert shard.dtype.itemsize == size
+
+
+def test_offsets_beyond_four_gigabytes(tmp_path: Path) -> None:
+    longest = 2**31 - 1
+    with open(tmp_path / "l.bin", "wb") as file:
+        file.seek(2 * longest)  # a hole
+        file.write(struct.pack("<3H", 7, 8, 9))
+    (tmp_path / "l.idx").write_bytes(pack_index(8, [longest, 2, 1], [0, 2 * longest, 2 * longest + 4], [0, 1, 2, 3]))
+    shard = Shard(tmp_path / "l")
+    assert shard.num_tokens == 2**31 + 2
+    assert [shard.document(i).tolist() for i in (1, 2)] == [[7, 8], [9]]
+    assert shard.document_lengths().tolist() == [longest, 2, 1]
+
+
+def test_lengths_of_documents(tmp_path: Path) -> None:
+    """Of several sequences, of none, and of sequences without tokens."""
+    (tmp_path / "d.bin").write_bytes(bytes(6))
+    (tmp_path / "d.idx").write_bytes(pack_index(1, [1, 2, 0, 3], [0, 1, 3, 3], [0, 2, 2, 3, 4]))
+    assert Shard(tmp_path / "d").document_lengths().tolist() == [3, 0, 0, 3]
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1, max_size=8).filter(any),
@@ -97,6 +128,7 @@ BAD_INDICES = {
     "version 2 of the index": GOOD[:9] + struct.pack("<Q", 2) + GOOD[17:],
     "type code 9; known are 1, 2": GOOD[:17] + b"\x09" + GOOD[18:],
     "holds float32 numbers": GOOD[:17] + b"\x07" + GOOD[18:],
+    "holds float64 numbers": GOOD[:17] + b"\x06" + GOOD[18:],
     "header says 82 .* it is truncated": GOOD[:-1],
     "header says 82 .* belongs to other data": GOOD + b"\0",
     "sequence 1 has length -1": pack_index(8, [2, -1], [0, 4], [0, 1, 2]),

@@ -131,7 +131,7 @@ def test_parquet_nulls_are_broken_records(tmp_path: Path) -> None:
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"no column text; its columns are id, body; .*text_field="):
+    with pytest.raises(DataError, match=r"no column text .its columns are id, body; .*text_field="):
         read(tmp_path / "a.parquet")
 
 

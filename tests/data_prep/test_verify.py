@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_helpers import make_texts, write_jsonl
 from helpers import run_here, user_error
 
+from data_prep.indexed import Shard
 from data_prep.manifest import Manifest, load_manifest, probe_sha256, verify_quick
 from data_prep.prepare import PrepareConfig, prepare
-from data_prep.verify import verify
+from data_prep.verify import Content, verify
 from kraken_train.errors import DataError
 
 
@@ -41,14 +44,39 @@ def test_good_data(data: Path, texts: list[str]) -> None:
     result = run_here("data_prep.verify", str(data))
     assert result.returncode == 0, result.stderr
     manifest: Manifest = load_manifest(data)
-    entries = [entry for split in manifest.splits.values() for entry in split.shards]
-    lines = result.stdout.splitlines()
-    assert len(entries) > 2 and len(lines) == len(entries) + 2
-    for line, entry in zip(lines, entries, strict=False):
-        assert line == f"{entry.name}: {entry.documents:,} documents, {entry.tokens:,} tokens, good"
-    sample = lines[-2].removeprefix("train_00000 begins: ")
-    assert any(repr(text[:200]) == sample for text in texts)
-    assert manifest.fingerprint in lines[-1]
+    lines = iter(result.stdout.splitlines())
+    assert len(manifest.splits["train"].shards) > 2
+    for name, split in manifest.splits.items():
+        for entry in split.shards:
+            assert next(lines) == f"{entry.name}: {entry.documents:,} documents, {entry.tokens:,} tokens, good"
+        assert next(lines).startswith(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, content ")
+    for name, split in manifest.splits.items():
+        for number in (0, split.documents // 2, split.documents - 1):
+            sample = next(lines).removeprefix(f"{name} document {number} begins: ")
+            assert any(repr(text[:200]) == sample for text in texts)
+    assert manifest.fingerprint in next(lines)
+    assert next(lines, None) is None
+
+
+def test_content_does_not_depend_on_the_shards(data: Path, config: Callable[..., PrepareConfig]) -> None:
+    def contents(folder: Path) -> list[str]:
+        return [line for line in run_here("data_prep.verify", str(folder)).stdout.splitlines() if ", content " in line]
+
+    other = config(shard_tokens=1000, output_dir=str(data.parent / "other"))
+    assert prepare(other).fingerprint != load_manifest(data).fingerprint
+    assert contents(data.parent / "other") == contents(data)
+    content = Content("uint16")
+    content.add_tokens(b"abcdef")
+    content.add_lengths(np.array([1, 2]))
+    for tokens, lengths, dtype in (
+        (b"abcdef", [2, 1], "uint16"),
+        (b"abcdeg", [1, 2], "uint16"),
+        (b"abcdef", [1, 2], "int32"),
+    ):
+        different = Content(dtype)
+        different.add_tokens(tokens)
+        different.add_lengths(np.array(lengths))
+        assert different.hexdigest() != content.hexdigest()
 
 
 def test_one_byte_anywhere(config: Callable[..., PrepareConfig], tmp_path: Path) -> None:
@@ -96,6 +124,30 @@ def test_manifest_of_another_tokenizer(data: Path) -> None:
     manifest = load_manifest(data)
     dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, vocab_size=400)).save(data)
     with pytest.raises(DataError, match="the manifest has vocab_size=400, but the tokenizer 330"):
+        verify(data)
+
+
+def test_manifest_with_other_totals(data: Path) -> None:
+    path = data / "manifest.json"
+    record = json.loads(path.read_text())
+    record["totals"]["documents"] += 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"states 201 documents in total, but its splits have 200"):
+        verify(data)
+
+
+def test_index_of_other_documents(data: Path) -> None:
+    """It fits the tokens in number and is listed with its checksum, but its documents end elsewhere."""
+    manifest, path = load_manifest(data), data / "train_00000.idx"
+    shard = Shard(data / "train_00000")
+    lengths = shard.lengths.copy()
+    lengths[3:5] += [1, -1]
+    offsets = 2 * np.concatenate([[0], np.cumsum(lengths[:-1], dtype="<i8")])
+    index = path.read_bytes()[:34] + lengths.tobytes() + offsets.astype("<i8").tobytes() + shard.boundaries.tobytes()
+    path.write_bytes(index)
+    save_with(data, idx_sha256=hashlib.sha256(index).hexdigest())
+    end = manifest.tokenizer.end_of_document
+    with pytest.raises(DataError, match=rf"train_00000.bin: document 3 ends with the token \d+ and not with {end}"):
         verify(data)
 
 

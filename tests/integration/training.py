@@ -9,7 +9,7 @@ from typing import Any
 STEPS, EVERY = 12, 4
 
 
-def overrides(data: Path, run: Path, *more: str) -> list[str]:
+def overrides(data: Path | str, run: Path, *more: str) -> list[str]:
     return [
         "model=kraken-tiny-4way",
         "model.num_layers=2",

@@ -1,0 +1,148 @@
+"""From a block of records to tokens: what a worker does, and the result depends on the block and the settings alone."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.documents import BadRecords, Block, Document, TextRules, find_documents
+from data_prep.tokenizers import Tokenizer
+from data_prep.words import WordEncoder
+from kraken_train.errors import DataError
+
+BATCH_DOCUMENTS = 1024
+BATCH_BYTES = 1 << 20
+CHECKED_ONE_IN = 200  # documents, chosen by their hash
+LONGEST_CHECKED = 100_000  # characters
+DIFFERENCE_SHOWN = 20  # characters
+
+
+@dataclass
+class RoundTrips:
+    """How many documents were decoded again, and how many of them did not come back."""
+
+    checked: int = 0
+    failed: int = 0
+    example: str | None = None  # the first that did not: its place and where it differs
+
+    def add(self, other: RoundTrips) -> None:
+        self.checked += other.checked
+        self.failed += other.failed
+        self.example = self.example or other.example
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """The documents of a block. What was wrong with its other records is counted, or ends it in `failure`."""
+
+    tokens: NDArray  # (sum of lengths,) of all documents
+    lengths: NDArray[np.int64]  # (documents,) tokens of each, its end included
+    text_bytes: NDArray[np.int64]  # (documents,) UTF-8 bytes of each
+    hashes: NDArray[np.uint64]  # (documents,) `text_hash` of each
+    skipped: dict[str, int]  # reason -> records
+    skipped_places: dict[str, list[str]]
+    failure: str | None  # what is wrong with the record after the last document, if that is fatal
+    round_trips: RoundTrips
+    seconds: float = field(compare=False)  # of the processor, for all of it
+    tokenizer_seconds: float = field(compare=False)
+
+
+def text_hash(text: bytes) -> int:
+    """64 bits that decide a document's split and recognise duplicates."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"split").digest(), "big")
+
+
+class BlockEncoder:
+    """Turns blocks into tokens; one for each process."""
+
+    def __init__(self, tokenizer: Tokenizer, rules: TextRules, append_end_of_document: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.rules = rules
+        self.append_end_of_document = append_end_of_document
+        self._words = WordEncoder(tokenizer)
+
+    def encode(self, block: Block, limit: int | None = None, check_all: bool = False) -> EncodedBlock:
+        """The documents of `block`; with a `limit`, of the records up to the document of that number.
+
+        With `check_all` each document is decoded again, not only a sample.
+        """
+        started = time.process_time()
+        bad_records = BadRecords(self.rules)
+        round_trips = RoundTrips()
+        parts: list[NDArray] = []
+        sizes: list[int] = []
+        hashes: list[int] = []
+        failure = None
+        tokenizer_seconds = 0.0
+        documents = islice(find_documents(block, bad_records), limit)
+        finished = False
+        while not finished:
+            batch: list[tuple[Document, bytes]] = []
+            try:
+                for document in _batch(documents):
+                    batch.append((document, document.text.encode()))
+                finished = not batch
+            except DataError as error:
+                failure, finished = str(error), True
+            before = time.process_time()
+            encoded = self._words.encode_batch([document.text for document, _ in batch])
+            tokenizer_seconds += time.process_time() - before
+            for (document, raw), ids in zip(batch, encoded, strict=True):
+                key = text_hash(raw)
+                if check_all or key % CHECKED_ONE_IN == 0:
+                    self._check(document, ids, round_trips)
+                hashes.append(key)
+                sizes.append(len(raw))
+                parts.append(self._ended(ids))
+        return EncodedBlock(
+            tokens=np.concatenate(parts) if parts else np.empty(0, self._words.dtype),
+            lengths=np.array([len(part) for part in parts], dtype=np.int64),
+            text_bytes=np.array(sizes, dtype=np.int64),
+            hashes=np.array(hashes, dtype=np.uint64),
+            skipped=dict(bad_records.counts),
+            skipped_places=dict(bad_records.places),
+            failure=failure,
+            round_trips=round_trips,
+            seconds=time.process_time() - started,
+            tokenizer_seconds=tokenizer_seconds,
+        )
+
+    def _ended(self, ids: NDArray) -> NDArray:
+        return np.append(ids, ids.dtype.type(self.tokenizer.end_of_document)) if self.append_end_of_document else ids
+
+    def _check(self, document: Document, ids: NDArray, round_trips: RoundTrips) -> None:
+        if len(document.text) > LONGEST_CHECKED:
+            return
+        round_trips.checked += 1
+        decoded = self.tokenizer.decode(ids.tolist())
+        if decoded == document.text:
+            return
+        expected = self.tokenizer.normalized(document.text)
+        if decoded != expected:
+            round_trips.failed += 1
+            round_trips.example = round_trips.example or f"{document.place}: {difference(expected, decoded)}"
+
+
+def _batch(documents: Iterator[Document]) -> Iterator[Document]:
+    """The next of `documents`, as many as are worth one call of a tokenizer."""
+    size = 0
+    for document in islice(documents, BATCH_DOCUMENTS):
+        yield document
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            return
+
+
+def difference(expected: str, found: str) -> str:
+    """Where two texts begin to differ, as `'...abc' became '...xyz'`."""
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(map(len, (expected, found)))
+    )
+    shown = slice(max(0, at - DIFFERENCE_SHOWN // 2), at + DIFFERENCE_SHOWN)
+    return f"{expected[shown]!r} became {found[shown]!r} at character {at}"
