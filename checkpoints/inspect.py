@@ -21,8 +21,8 @@ from checkpoints.store import (
     stored_tensors,
     verify_checkpoint,
 )
-from kraken_train.cli import exit_with_message
-from kraken_train.errors import CheckpointError, KrakenError
+from kraken_train.cli import user_errors
+from kraken_train.errors import CheckpointError
 
 INDEX = ".metadata"  # the file that every torch.distributed.checkpoint folder has
 OPTIMIZER_PREFIX = "optimizer."
@@ -176,12 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, a checkpoints folder or a run folder")
     folder = parser.parse_args(arguments).folder
-    try:
+    with user_errors(folder):
         inspect(folder)
-    except KrakenError as error:
-        exit_with_message(str(error))
-    except OSError as error:
-        exit_with_message(f"{error.filename or folder} cannot be read: {error.strerror}")
 
 
 if __name__ == "__main__":

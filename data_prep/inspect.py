@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from data_prep.indexed import Shard
 from data_prep.manifest import Manifest, SplitEntry, verify_quick
-from kraken_train.cli import exit_with_message
-from kraken_train.errors import DataError, KrakenError
+from kraken_train.cli import user_errors
+from kraken_train.errors import DataError
 
 PICTURE = "document_lengths.png"
 LABEL_WIDTH = 11
@@ -184,12 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder that data_prep.prepare has written")
     parser.add_argument("--output", type=Path, help=f"PNG to write; by default DATA/{PICTURE}")
     options = parser.parse_args(arguments)
-    try:
+    with user_errors(options.data_dir):
         inspect(options.data_dir, options.output or options.data_dir / PICTURE)
-    except KrakenError as error:
-        exit_with_message(str(error))
-    except OSError as error:
-        exit_with_message(f"{error.filename or options.data_dir} cannot be read: {error.strerror}")
 
 
 if __name__ == "__main__":

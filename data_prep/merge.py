@@ -39,8 +39,8 @@ from data_prep.manifest import (
     verify_quick,
 )
 from data_prep.output import attempt, finished_result
-from kraken_train.cli import exit_with_message
-from kraken_train.errors import DataError, KrakenError
+from kraken_train.cli import user_errors
+from kraken_train.errors import DataError
 from kraken_train.files import BLOCK_BYTES
 
 # In these parts may differ: shards may end anywhere, and the tokenizer is compared by its files.
@@ -266,12 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="+", type=Path, metavar="PART", help="folder that data_prep.prepare has written")
     parser.add_argument("--output", type=Path, required=True, metavar="DATA", help="folder to create")
     options = parser.parse_args(arguments)
-    try:
+    with user_errors(options.output):
         merge(options.parts, options.output)
-    except KrakenError as error:
-        exit_with_message(str(error))
-    except OSError as error:
-        exit_with_message(f"{error.filename or options.output} cannot be read: {error.strerror}")
 
 
 if __name__ == "__main__":

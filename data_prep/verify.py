@@ -27,8 +27,8 @@ from data_prep.manifest import (
     verify_quick,
 )
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from kraken_train.cli import exit_with_message
-from kraken_train.errors import DataError, KrakenError
+from kraken_train.cli import user_errors
+from kraken_train.errors import DataError
 
 BLOCK_BYTES = 1 << 24  # read at once; a multiple of every token's size
 SAMPLE_CHARACTERS = 200
@@ -153,13 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check every byte of a data set.")
     parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder that data_prep.prepare has written")
     data_dir = parser.parse_args(arguments).data_dir
-    try:
+    with user_errors(data_dir):
         manifest = verify(data_dir)
-    except KrakenError as error:
-        exit_with_message(str(error))
-    except OSError as error:
-        exit_with_message(f"{error.filename or data_dir} cannot be read: {error.strerror}")
-    else:
         print(f"{data_dir}: all {manifest.tokens:,} tokens are good, fingerprint {manifest.fingerprint}")
 
 

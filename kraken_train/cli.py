@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,12 +65,34 @@ def run_entry(
         if "Config group override" not in str(error):
             raise
         exit_with_message(f"a group of settings must be given by name: {error}")
-    except BrokenPipeError:  # whoever read our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        leave_unread()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def user_errors(place: Path) -> Iterator[None]:
+    """What goes wrong in this context because of what the user gave us ends the program with one message.
+
+    For commands without Hydra. `place` is what an error of the system is about where it does not say so itself.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except KrakenError as error:
+        exit_with_message(str(error))
+    except BrokenPipeError:
+        leave_unread()
+    except OSError as error:
+        exit_with_message(f"{error.filename or place} cannot be read or written: {error.strerror}")
+
+
+def leave_unread() -> None:
+    """Exit in silence: whoever read our output has left, as `| head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 def expand_home(argument: str, path_keys: frozenset[str]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kraken_train.cli import exit_with_message
-from kraken_train.errors import DataError, KrakenError
+from kraken_train.cli import user_errors
+from kraken_train.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
@@ -135,11 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     only_one = len(options.run_dirs) == 1
     output = options.output or (options.run_dirs[0] / CURVES_FILE if only_one else Path(CURVES_FILE))
-    try:
+    with user_errors(output):
         draw_curves([read_run(run_dir) for run_dir in options.run_dirs], output)
-    except KrakenError as error:
-        exit_with_message(str(error))
-    print(f"wrote {output}")
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":
