@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kraken_train.config import TrainConfig
+from kraken_train.errors import ConfigError
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
 from kraken_train.optim import parameter_groups
@@ -64,10 +65,18 @@ class StepResult:
 
 
 def start_processes(runtime: Runtime) -> Rendezvous:
-    """Join the ranks of the run and claim this rank's device."""
+    """Join the ranks of the run and claim this rank's device. Raises ConfigError where the ranks cannot meet."""
     runtime.configure_device()
     export_rendezvous(runtime)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the ranks could not meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT="
+            f"{os.environ['MASTER_PORT']}: {reason}; name the first host and a free port on it (the launchers have "
+            "--master_addr and --master_port)"
+        ) from error
     dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     # On a CPU it would compile a kernel for half a minute that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

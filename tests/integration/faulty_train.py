@@ -85,9 +85,16 @@ def tell(trainer: Trainer) -> None:
 
 
 def full_disk(trainer: Trainer) -> None:
-    """From now on no file may grow beyond a few bytes, as on a disk that is full."""
+    """From now on no file may grow beyond a few bytes, as on a disk that is full; and steps take long."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    step = trainer.engine.step
+
+    def slow_step(*arguments: Any, **keywords: Any) -> Any:
+        time.sleep(1)
+        return step(*arguments, **keywords)
+
+    trainer.engine.step = slow_step  # type: ignore[method-assign]
 
 
 TRAINER_FAULTS = {"sees a NaN": poison, "cannot write": full_disk, "has a bit flipped": flip_bit, "tells": tell}

@@ -110,6 +110,7 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     messages = [line for line in result.stdout.splitlines() if "error: " in line and "could not be written" in line]
     assert len(messages) == 1 and "step 6 could not be written" in messages[0], result.stdout
     assert "File too large" in messages[0] and good_step(run) == 3
+    assert records(run)[-1]["step"] < 9, "the save in the background has failed, and nobody said so until the next"
 
     started = time.monotonic()
     result = launch(run, ["stops", "1", "8"], *every)

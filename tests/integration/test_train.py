@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import REPOSITORY, launch_ranks, run_here, run_module, user_error
@@ -167,6 +169,16 @@ def test_refused_before_anything_starts(data: Path, reference: Path, tmp_path: P
         assert not (tmp_path / "a").exists()
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
     assert learned(reference) == before
+
+
+def test_ranks_that_cannot_meet(data: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with mock.patch.dict(os.environ, launched):
+            error = user_error(train(data, tmp_path / "run"))
+    assert f"could not meet at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}" in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
