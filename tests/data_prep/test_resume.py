@@ -172,16 +172,21 @@ def test_a_killed_worker_is_named_and_loses_nothing(
     config = configure(source, num_workers=2, shard_tokens=50_000)
     partial = tmp_path / ".data.partial"
 
-    def kill_one() -> None:
-        while not (partial / "train_00001.bin").exists():
-            time.sleep(0.002)
-        next(p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())).kill()
+    record, left = Attempt.record, 20
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    with pytest.raises(DataError, match=r"a worker process died \(signal 9, Killed\).*the same command goes on"):
-        prepare(config)
-    killer.join()
+    def killing(self: Attempt, state: dict[str, Any]) -> None:
+        """The 20th of many records: the main process is busy with it, and most of the work lies ahead."""
+        nonlocal left
+        left -= 1
+        if left == 0:
+            worker = next(p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline()))
+            worker.kill()
+        record(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "record", killing)
+        with pytest.raises(DataError, match=r"a worker process died \(signal 9, Killed\).*the same command goes on"):
+            prepare(config)
     assert partial.is_dir() and not (tmp_path / "data").exists()
     prepare(configure(source, num_workers=0, shard_tokens=50_000))
     monkeypatch.setattr(assembly, "PIECE_SECONDS", 10.0)
