@@ -26,13 +26,13 @@ from torch import Tensor
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.architectures import build_model
-from kraken_train.config import KrakenConfig, ModelConfig, parse_model
+from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.files import sync_folder
 from kraken_train.model import LanguageModel
 from kraken_train.parsing import to_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 stored the baselines' attention.qkv.weight as (3, D, D)
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -172,6 +172,11 @@ def read_export(export_dir: Path) -> Export:
         config = parse_model(settings)
     except ConfigError as error:
         raise CheckpointError(f"{export_dir / CONFIG_FILE} does not describe a model: {error}") from error
+    if description["format_version"] == 1 and isinstance(config, GPTConfig):
+        raise CheckpointError(
+            f"{export_dir / CONFIG_FILE} has format_version=1, and this program reads {config.architecture} "
+            f"Transformers from {FORMAT_VERSION} on; export the training checkpoint again"
+        )
     weights = export_dir / WEIGHTS_FILE
     require_matching_shapes(read_shapes(weights), config, str(weights))
     dtype = DTYPES.get(description.get("dtype", ""))

@@ -6,23 +6,32 @@ from kraken_train.baselines import GPTModel
 from kraken_train.config import KrakenConfig, ModelConfig
 from kraken_train.exchange import Exchange
 from kraken_train.model import KrakenModel, LanguageModel
-from kraken_train.placement import ModelRank
+from kraken_train.placement import ModelRank, Placement
 
 
 def build_model(
     config: ModelConfig,
     seed: int = 0,
-    model_rank: ModelRank | None = None,
+    units: Placement | None = None,
     exchange: Exchange | None = None,
-    vocab_parallel: bool = False,
+    vocabulary: Placement | None = None,
 ) -> LanguageModel:
-    """This rank's part of the model, by default the whole of it, with initial weights drawn from `seed`.
+    """The part of the model that has these `units`, by default all, with initial weights drawn from `seed`.
 
-    Over several ranks `exchange` connects them; with `vocab_parallel` the embedding and the head are cut as well.
+    Units are what `config.parallel_units` counts; `vocabulary` are rows of the embedding and the head. Where several
+    ranks have parts, `exchange` connects them.
+    """
+    if isinstance(config, KrakenConfig):
+        return KrakenModel(config, units, exchange, seed, vocabulary)
+    return GPTModel(config, units, exchange, seed, vocabulary)
+
+
+def even_share(
+    config: ModelConfig, model_rank: ModelRank, vocab_parallel: bool = False
+) -> tuple[Placement, Placement | None]:
+    """What one of equal ranks holds: `units` and `vocabulary` of `build_model`.
+
     Raises ValueError where the ranks do not divide the model (`ParallelConfig.require_fits` says so to the user).
     """
-    model_rank = model_rank or ModelRank()
-    vocabulary = model_rank.place(config.vocab_size) if vocab_parallel else None
-    if isinstance(config, KrakenConfig):
-        return KrakenModel(config, model_rank.place(config.num_sub_layers), exchange, seed, vocabulary)
-    return GPTModel(config, model_rank.place(config.num_heads), exchange, seed, vocabulary)
+    _, total = config.parallel_units
+    return model_rank.place(total), model_rank.place(config.vocab_size) if vocab_parallel else None

@@ -6,7 +6,7 @@
 Over several ranks both are cut as in Megatron-LM (arXiv 1909.08053, section 3): attention by heads, the FFN by its
 inner width. The standard form waits for two all-reduces per layer, the parallel form for one, and as many backward.
 
-Shapes: B batch, T tokens, D hidden size, w <= D width of the heads here.
+Shapes: B batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -28,90 +28,108 @@ from kraken_train.tensor_parallel import ColumnParallelLinear, QKVLinear, RowPar
 class GPTModel(LanguageModel):
     """Either form, by `config.architecture`.
 
-    `heads` says which attention heads are here (default: all), and with them which part of the FFN; `vocabulary`,
-    `exchange` and `seed` as in `KrakenModel`.
+    `groups` says which key-value heads are here (default: all), and with them which heads and which part of the FFN;
+    `vocabulary`, `exchange` and `seed` as in `KrakenModel`.
     """
 
     def __init__(
         self,
         config: GPTConfig,
-        heads: Placement | None = None,
+        groups: Placement | None = None,
         exchange: Exchange | None = None,
         seed: int = 0,
         vocabulary: Placement | None = None,
     ) -> None:
         super().__init__(config, exchange or LocalExchange(), vocabulary)
         self.config = config
-        self.heads = heads or place_all(config.num_heads)
+        self.groups = groups or place_all(config.kv_heads)
         layer = StandardLayer if config.architecture == "standard" else ParallelLayer
         self.layers = nn.ModuleList(  # type: ignore[assignment]
-            layer(config, self.heads) for _ in range(config.num_layers)
+            layer(config, self.groups) for _ in range(config.num_layers)
         )
         initialize(self, seed, residual_depth=config.num_layers)
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        return 1, self.groups.count, self.config.head_dim
 
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         layer_form = self.standard_layer if self.config.architecture == "standard" else self.parallel_layer
-        x = embedding
+        x, added = embedding, embedding.new_zeros(())
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer_form(layer, x, cache)
-        return x
+            x, added = layer_form(layer, x, added, cache)
+        return x + added
 
-    def standard_layer(self, layer: StandardLayer, x: Tensor, cache: KeyValueStore | None) -> Tensor:
-        normed = self.exchange.broadcast(layer.attention_norm(x))
-        x = x + self.exchange.reduce(self.run_part(layer.attention, normed, cache))
-        normed = self.exchange.broadcast(layer.ffn_norm(x))
-        return x + self.exchange.reduce(self.run_part(layer.ffn, normed))
+    # `added` is what the part before adds to x: the next norm makes the sum, so that compilation can fuse the two.
 
-    def parallel_layer(self, layer: ParallelLayer, x: Tensor, cache: KeyValueStore | None) -> Tensor:
-        normed = self.exchange.broadcast(layer.norm(x))
+    def standard_layer(
+        self, layer: StandardLayer, x: Tensor, added: Tensor, cache: KeyValueStore | None
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = layer.attention_norm(x, added)
+        added = self.exchange.reduce(self.run_part(layer.attention, self.exchange.broadcast(normed), cache))
+        x, normed = layer.ffn_norm(x, added)
+        return x, self.exchange.reduce(self.run_part(layer.ffn, self.exchange.broadcast(normed)))
+
+    def parallel_layer(
+        self, layer: ParallelLayer, x: Tensor, added: Tensor, cache: KeyValueStore | None
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = layer.norm(x, added)
+        normed = self.exchange.broadcast(normed)
         attended = self.run_part(layer.attention, normed, cache)
-        return x + self.exchange.reduce(attended + self.run_part(layer.ffn, normed))
+        return x, self.exchange.reduce(attended + self.run_part(layer.ffn, normed))
 
 
 class StandardLayer(nn.Module):
-    def __init__(self, config: GPTConfig, heads: Placement) -> None:
+    def __init__(self, config: GPTConfig, groups: Placement) -> None:
         super().__init__()
-        self.attention_norm = layer_norm(config)
-        self.attention = Attention(config, heads)
-        self.ffn_norm = layer_norm(config)
-        self.ffn = FFN(config, heads)
+        self.attention_norm = AddNorm(config)
+        self.attention = Attention(config, groups)
+        self.ffn_norm = AddNorm(config)
+        self.ffn = FFN(config, groups)
 
 
 class ParallelLayer(nn.Module):
-    def __init__(self, config: GPTConfig, heads: Placement) -> None:
+    def __init__(self, config: GPTConfig, groups: Placement) -> None:
         super().__init__()
-        self.norm = layer_norm(config)
-        self.attention = Attention(config, heads)
-        self.ffn = FFN(config, heads)
+        self.norm = AddNorm(config)
+        self.attention = Attention(config, groups)
+        self.ffn = FFN(config, groups)
+
+
+class AddNorm(nn.LayerNorm):
+    """x and what is added to it, (B, T, D) each -> (x + added, LN(x + added))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.hidden_size, config.norm_epsilon, bias=False)
+
+    def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total = x + added
+        return total, super().forward(total)
 
 
 class Attention(nn.Module):
     """The heads here, (B, T, D) -> their part of (B, T, D)."""
 
-    def __init__(self, config: GPTConfig, heads: Placement) -> None:
+    def __init__(self, config: GPTConfig, groups: Placement) -> None:
         super().__init__()
-        self.num_heads = heads.count
-        columns = heads.in_units_of(config.head_dim)  # w of them here
-        self.qkv = QKVLinear(config.hidden_size, columns)
-        self.out = RowParallelLinear(columns, config.hidden_size)
+        heads_per_group = config.num_heads // config.kv_heads
+        self.qkv = QKVLinear(config.hidden_size, groups, heads_per_group, config.head_dim)
+        self.out = RowParallelLinear(groups.in_units_of(heads_per_group * config.head_dim), config.hidden_size)
 
     def forward(self, x: Tensor, cache: KeyValueStore | None = None) -> Tensor:
-        return self.out(causal_attention(self.qkv(x), self.num_heads, cache))
+        query, key, value = self.qkv(x)
+        return self.out(causal_attention(query, key, value, cache))
 
 
 class FFN(nn.Module):
     """The inner columns that go with the heads here, (B, T, D) -> their part of (B, T, D)."""
 
-    def __init__(self, config: GPTConfig, heads: Placement) -> None:
+    def __init__(self, config: GPTConfig, groups: Placement) -> None:
         super().__init__()
-        inner = heads.in_units_of(config.ffn_size // config.num_heads)
+        inner = groups.in_units_of(config.ffn_size // config.kv_heads)
         self.up = ColumnParallelLinear(config.hidden_size, inner)
         self.down = RowParallelLinear(inner, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
-
-
-def layer_norm(config: GPTConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)

@@ -37,6 +37,7 @@ class KrakenConfig:
     context_length: int  # tokens
     ffn_multiplier: int = 2  # width of a sub-layer's FFN in units of hidden_size
     norm_epsilon: float = 1e-5
+    kv_heads_per_sub_layer: int | None = None  # fewer than heads: grouped-query attention; 1: multi-query
     architecture: str = "kraken"
 
     def __post_init__(self) -> None:
@@ -52,10 +53,24 @@ class KrakenConfig:
         for name in positive_fields:
             require_positive(f"model.{name}", getattr(self, name))
         require_divides("model.heads_per_sub_layer", self.heads_per_sub_layer, "model.hidden_size", self.hidden_size)
+        if self.kv_heads_per_sub_layer is not None:
+            require_kv_heads(
+                "kv_heads_per_sub_layer", self.kv_heads_per_sub_layer, "heads_per_sub_layer", self.heads_per_sub_layer
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads of a sub-layer."""
+        return self.kv_heads_per_sub_layer or self.heads_per_sub_layer
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.heads_per_sub_layer
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys of a sub-layer, and of its values."""
+        return self.kv_heads * self.head_dim
 
     @property
     def ffn_size(self) -> int:
@@ -63,21 +78,29 @@ class KrakenConfig:
 
     @property
     def num_parameters(self) -> int:
-        """L N ((4 + 2m) d^2 + 2d) + V d + T d + N d^2 + d: sub-layers, embeddings, conjunction, final norm."""
-        d, n = self.hidden_size, self.num_sub_layers
-        sub_layer = (4 + 2 * self.ffn_multiplier) * d * d + 2 * d
-        return self.num_layers * n * sub_layer + (self.vocab_size + self.context_length) * d + n * d * d + d
+        """L N ((2 + 2m) d^2 + 2dk + 2d) + V d + T d + N d^2 + d: sub-layers, embeddings, conjunction, final norm.
+
+        k is the width of the keys; with as many key-value heads as heads it is d.
+        """
+        norms = self.num_layers * self.num_sub_layers * 2 * self.hidden_size + self.hidden_size
+        return self.matrix_parameters + self.context_length * self.hidden_size + norms
 
     @property
     def matrix_parameters(self) -> int:
         """Parameters that each token is multiplied with: all but position embedding and norms."""
         d, n = self.hidden_size, self.num_sub_layers
-        return self.num_layers * n * (4 + 2 * self.ffn_multiplier) * d * d + n * d * d + self.vocab_size * d
+        sub_layer = (2 + 2 * self.ffn_multiplier) * d * d + 2 * d * self.kv_size
+        return self.num_layers * n * sub_layer + n * d * d + self.vocab_size * d
 
     @property
     def attention_width(self) -> int:
-        """Width of all heads of a layer together: what attention's cost and key-value cache are proportional to."""
+        """Width of all heads of a layer together: what attention's cost is proportional to."""
         return self.num_sub_layers * self.hidden_size
+
+    @property
+    def cache_width(self) -> int:
+        """Values that the key-value cache holds per layer and token."""
+        return 2 * self.num_sub_layers * self.kv_size
 
     @property
     def parallel_units(self) -> tuple[str, int]:
@@ -100,6 +123,7 @@ class GPTConfig:
     context_length: int  # tokens
     ffn_multiplier: int = 4
     norm_epsilon: float = 1e-5
+    num_kv_heads: int | None = None  # fewer than heads: grouped-query attention; 1: multi-query
     architecture: str = "standard"
 
     def __post_init__(self) -> None:
@@ -114,10 +138,21 @@ class GPTConfig:
         for name in positive_fields:
             require_positive(f"model.{name}", getattr(self, name))
         require_divides("model.num_heads", self.num_heads, "model.hidden_size", self.hidden_size)
+        if self.num_kv_heads is not None:
+            require_kv_heads("num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.kv_heads * self.head_dim
 
     @property
     def ffn_size(self) -> int:
@@ -125,26 +160,40 @@ class GPTConfig:
 
     @property
     def num_parameters(self) -> int:
-        """L ((4 + 2m) D^2 + k D) + V D + T D + D with k = 2 norms a layer, or 1 in the parallel form."""
-        width = self.hidden_size
-        norms = 2 if self.architecture == "standard" else 1
-        layer = (4 + 2 * self.ffn_multiplier) * width * width + norms * width
-        return self.num_layers * layer + (self.vocab_size + self.context_length) * width + width
+        """L ((2 + 2m) D^2 + 2 D k + w D) + V D + T D + D with w = 2 norms a layer, or 1 in the parallel form.
+
+        k is the width of the keys; with as many key-value heads as heads it is D.
+        """
+        norms_per_layer = 2 if self.architecture == "standard" else 1
+        norms = (self.num_layers * norms_per_layer + 1) * self.hidden_size
+        return self.matrix_parameters + self.context_length * self.hidden_size + norms
 
     @property
     def matrix_parameters(self) -> int:
         """Parameters that each token is multiplied with: all but position embedding and norms."""
         width = self.hidden_size
-        return self.num_layers * (4 + 2 * self.ffn_multiplier) * width * width + self.vocab_size * width
+        layer = (2 + 2 * self.ffn_multiplier) * width * width + 2 * width * self.kv_size
+        return self.num_layers * layer + self.vocab_size * width
 
     @property
     def attention_width(self) -> int:
         return self.hidden_size
 
     @property
+    def cache_width(self) -> int:
+        """Values that the key-value cache holds per layer and token."""
+        return 2 * self.kv_size
+
+    @property
     def parallel_units(self) -> tuple[str, int]:
-        """What the ranks of a model copy share, by setting: the attention heads, and with them the FFN."""
-        return "model.num_heads", self.num_heads
+        """What the ranks of a model copy share, by setting: key-value heads with their heads and a part of the FFN."""
+        return ("model.num_heads" if self.num_kv_heads is None else "model.num_kv_heads"), self.kv_heads
+
+
+def require_kv_heads(name: str, kv_heads: int, heads_name: str, heads: int) -> None:
+    """Each key-value head serves the same number of heads. Raises ConfigError."""
+    require_positive(f"model.{name}", kv_heads)
+    require_divides(f"model.{name}", kv_heads, f"model.{heads_name}", heads)
 
 
 ModelConfig = KrakenConfig | GPTConfig

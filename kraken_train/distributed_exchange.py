@@ -68,6 +68,12 @@ class DistributedExchange:
         self.begin(largest, dist.ReduceOp.MAX).wait()
         return largest
 
+    def gather(self, part: Tensor) -> Tensor:
+        part = part.detach().contiguous()
+        parts = part.new_empty(self.group.size(), *part.shape)
+        dist.all_gather_into_tensor(parts, part, group=self.group)
+        return parts.movedim(0, -2).flatten(-2)
+
     def begin(self, buffer: Tensor, op: Any = dist.ReduceOp.SUM) -> Any:
         """Begin to replace `buffer` by its sum over the ranks; it is there after `wait()` of what this returns."""
         return self.all_reduce(buffer, op=op, group=self.group, async_op=True)

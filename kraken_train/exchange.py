@@ -11,6 +11,7 @@ and the model does not change:
 | `start`     | begins the sum over all sub-layers        | waits for the gradient that `finish` began   |
 | `finish`    | waits for the sum                         | begins the sum of the gradient               |
 | `maximum`   | the largest of the ranks' values          | (has no gradient)                            |
+| `gather`    | joins the ranks' parts                    | (has no gradient)                            |
 
 `broadcast` and `reduce` are the f and g of Megatron-LM (arXiv 1909.08053, section 3); `start` and `finish` are
 Kraken's AllReduce, cut in two so that the attention fits in between.
@@ -46,6 +47,10 @@ class Exchange(Protocol):
         """Element-wise over all ranks, without a gradient."""
         ...
 
+    def gather(self, part: Tensor) -> Tensor:
+        """(..., v) of each rank -> (..., P v) of all P ranks, in their order, without a gradient."""
+        ...
+
 
 class LocalExchange:
     """All of the model is in this process: the exchange is a sum over the leading axis."""
@@ -64,3 +69,6 @@ class LocalExchange:
 
     def maximum(self, values: Tensor) -> Tensor:
         return values.detach()
+
+    def gather(self, part: Tensor) -> Tensor:
+        return part.detach()

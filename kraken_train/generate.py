@@ -76,7 +76,8 @@ def generate(
     finished = torch.zeros(batch_size, dtype=torch.bool)
     seen = 0  # tokens in the caches
     for _ in range(max_new_tokens):
-        logits = model(ids[:, seen:].to(device), caches, first_position=seen)
+        positions = torch.arange(seen, ids.shape[1], device=device)
+        logits = model(ids[:, seen:].to(device), caches, positions)
         if not logits[:, -1].isfinite().all():
             raise CheckpointError("the model's predictions are not finite: its weights are damaged or have diverged")
         next_ids = draw(logits[:, -1, :vocab_size], sampling, generator)

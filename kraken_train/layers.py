@@ -1,7 +1,7 @@
 """Primitives whose weights are stacked over sub-layers, so that a device runs all of its sub-layers as one product.
 
 Shapes: n sub-layers here, B batch, T tokens, S tokens seen so far (cache included), D hidden size, F FFN size,
-H heads of a sub-layer, K head dimension. D = H K.
+H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dimension. D = H K.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from kraken_train.placement import Partition, Placement
 class KeyValueStore(Protocol):
     """One layer's cache of keys and values during generation."""
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (rows, H, T, K) and returns all of (rows, H, S, K), the new tokens last."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Adds the keys and values of T new tokens, (rows, G, T, K) each, and attends to all tokens so far.
+
+        The queries (rows, H, T, K) are those of the new tokens, each of which sees itself and what came before it;
+        the result is (rows, H, T, K).
+        """
         ...
 
 
@@ -53,23 +57,29 @@ class StackedLayerNorm(nn.Module):
 class StackedAttention(nn.Module):
     """MHA_i(LN1_i(x_i)) of all sub-layers here, (n, B, T, D) -> (n, B, T, D)."""
 
-    def __init__(self, placement: Placement, hidden_size: int, num_heads: int, norm_epsilon: float) -> None:
+    def __init__(
+        self, placement: Placement, hidden_size: int, num_heads: int, kv_heads: int, norm_epsilon: float
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_counts = (num_heads, kv_heads, kv_heads)  # of queries, keys, values
+        self.head_dim = hidden_size // num_heads
         self.norm = StackedLayerNorm(placement, hidden_size, norm_epsilon)
-        self.qkv = StackedLinear(placement, hidden_size, 3 * hidden_size)
+        self.qkv = StackedLinear(placement, hidden_size, sum(self.head_counts) * self.head_dim)
         self.out = StackedLinear(placement, hidden_size, hidden_size)
 
     def forward(self, x: Tensor, cache: KeyValueStore | None = None) -> Tensor:
         n, batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(n * batch, tokens, -1)
         # To attention, sub-layers are more rows of the batch.
-        heads = causal_attention(qkv, self.num_heads, cache)
-        return self.out(heads.view(n, batch, tokens, width))
+        qkv = self.qkv(self.norm(x)).view(n * batch, tokens, -1, self.head_dim)
+        query, key, value = qkv.transpose(1, 2).split(self.head_counts, dim=1)
+        return self.out(causal_attention(query, key, value, cache).view(n, batch, tokens, width))
 
 
 class StackedFFN(nn.Module):
-    """FFN_i(LN2_i(u_i)) of all sub-layers here, (n, B, T, D) -> (n, B, T, D)."""
+    """x_i + a_i + FFN_i(LN2_i(a_i + s)) of all sub-layers here, each (n, B, T, D), but s (B, T, D).
+
+    The sums belong to it so that compilation can fuse them with the norm and with each other.
+    """
 
     def __init__(self, placement: Placement, hidden_size: int, ffn_size: int, norm_epsilon: float) -> None:
         super().__init__()
@@ -77,26 +87,20 @@ class StackedFFN(nn.Module):
         self.up = StackedLinear(placement, hidden_size, ffn_size)
         self.down = StackedLinear(placement, ffn_size, hidden_size)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(u)), approximate="tanh"))
+    def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
+        inner = F.gelu(self.up(self.norm(attended + total)), approximate="tanh")
+        return streams + attended + self.down(inner)
 
 
-def causal_attention(qkv: Tensor, num_heads: int, cache: KeyValueStore | None = None) -> Tensor:
-    """Causal multi-head attention of fused projections.
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, cache: KeyValueStore | None = None) -> Tensor:
+    """Causal attention of queries (rows, H, T, K) to keys and values (rows, G, T, K) -> (rows, T, H K).
 
-    `qkv` is (rows, T, 3 H K), queries first, then keys, then values. The result is (rows, T, H K). With a cache the
-    T new tokens come after those that it holds and attend to them too.
+    Head h attends to key-value head h // (H / G). With a cache the T new tokens come after those that it holds and
+    attend to them too.
     """
-    rows, tokens, width = qkv.shape
-    qkv = qkv.view(rows, tokens, 3, num_heads, width // (3 * num_heads))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (rows, H, T, K)
     if cache is not None:
-        key, value = cache.append(key, value)
-    seen = key.shape[2]
-    if seen == tokens:
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = cache.attend(query, key, value)
     else:
-        # Query t stands at position seen - tokens + t and sees all up to and including it.
-        mask = torch.ones(tokens, seen, dtype=torch.bool, device=qkv.device).tril(diagonal=seen - tokens)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return mixed.transpose(1, 2).reshape(rows, tokens, width // 3)
+        grouped = key.shape[1] != query.shape[1]
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return mixed.transpose(1, 2).flatten(2)

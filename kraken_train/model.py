@@ -32,8 +32,8 @@ from kraken_train.vocabulary import IGNORED, Vocabulary
 class LanguageModel(nn.Module):
     """What Kraken and the baselines share: embeddings in, the tied head and the loss out.
 
-    A subclass turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer; each of its
-    `layers` has the two parts `attention` and `ffn`, which communicate nothing.
+    A subclass turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer; the parts that
+    its `layers` consist of communicate nothing.
     """
 
     layers: Sequence[Any]
@@ -51,27 +51,34 @@ class LanguageModel(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define hidden()")
 
     @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Of a layer's keys here: rows for each sequence, key-value heads G, head dimension K."""
+        raise TypeError(f"{type(self).__name__} does not define cache_shape")
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     def forward(
-        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, first_position: int = 0
+        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V).
 
-        With `caches` (one per layer) the tokens continue those that the caches hold, `first_position` of them.
-        Raises ValueError where the tokens go beyond `context_length`.
+        With `caches` (one per layer) the tokens continue those that the caches hold; `positions`, (T,) or (B, T) and
+        below `context_length`, then says where they stand, and by default they are the first ones. Raises ValueError
+        where these are more than `context_length`.
         """
-        return self.token_embedding.logits(self.last_hidden(input_ids, caches, first_position))
+        return self.token_embedding.logits(self.last_hidden(input_ids, caches, positions))
 
     def last_hidden(
-        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, first_position: int = 0
+        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Token ids (B, T) -> what the head sees, (B, T, D)."""
-        tokens = input_ids.shape[1]
-        if first_position + tokens > self.context_length:
-            raise ValueError(f"{first_position + tokens} tokens are more than context_length={self.context_length}")
-        positions = torch.arange(first_position, first_position + tokens, device=input_ids.device)
+        if positions is None:
+            tokens = input_ids.shape[1]
+            if tokens > self.context_length:
+                raise ValueError(f"{tokens} tokens are more than context_length={self.context_length}")
+            positions = torch.arange(tokens, device=input_ids.device)
         embedding = self.token_embedding(input_ids) + self.position_embedding(positions)
         return self.final_norm(self.hidden(embedding, caches if caches is not None else [None] * self.num_layers))
 
@@ -95,8 +102,8 @@ class LanguageModel(nn.Module):
     def compile_parts(self) -> None:
         """Compile the parts of the layers; all layers share one compilation of each."""
         for layer in self.layers:
-            layer.attention.compile()
-            layer.ffn.compile()
+            for part in layer.children():
+                part.compile()
 
 
 class KrakenModel(LanguageModel):
@@ -123,6 +130,10 @@ class KrakenModel(LanguageModel):
         self.conjunction = StackedLinear(self.placement, config.hidden_size, config.hidden_size)
         initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers)
 
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        return self.placement.count, self.config.kv_heads, self.config.head_dim
+
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         embedding = self.exchange.broadcast(embedding)
@@ -133,7 +144,7 @@ class KrakenModel(LanguageModel):
             pending = self.exchange.start(streams) if index > 0 else None
             attended = self.run_part(layer.attention, streams, cache)
             total = self.exchange.finish(pending) if index > 0 else embedding  # s, (B, T, D)
-            streams = streams + attended + self.run_part(layer.ffn, attended + total)
+            streams = self.run_part(layer.ffn, streams, attended, total)
         return self.exchange.reduce(self.conjunction(streams).sum(dim=0))
 
 
@@ -143,6 +154,6 @@ class KrakenLayer(nn.Module):
     def __init__(self, config: KrakenConfig, placement: Placement) -> None:
         super().__init__()
         self.attention = StackedAttention(
-            placement, config.hidden_size, config.heads_per_sub_layer, config.norm_epsilon
+            placement, config.hidden_size, config.heads_per_sub_layer, config.kv_heads, config.norm_epsilon
         )
         self.ffn = StackedFFN(placement, config.hidden_size, config.ffn_size, config.norm_epsilon)

@@ -31,15 +31,21 @@ class RowParallelLinear(nn.Linear):
 
 
 class QKVLinear(nn.Module):
-    """(..., in) -> (..., 3 x the outputs here): queries, keys and values, without bias.
+    """(B, T, in) -> queries (B, H, T, K), keys and values (B, G, T, K) of the groups here, without bias.
 
-    The three are an axis of their own, so that a rank's share of each is one range.
+    A group is a key-value head with the heads that it serves. The weight is (G, rows, in); the rows of a group are its
+    queries, key and value one after the other, as in Megatron-LM, so that a rank's share is one range.
     """
 
-    def __init__(self, in_features: int, outputs: Placement) -> None:
+    def __init__(self, in_features: int, groups: Placement, heads_per_group: int, head_dim: int) -> None:
         super().__init__()
-        self.partition = Partition(outputs, axis=1)
-        self.weight = nn.Parameter(torch.empty(3, outputs.count, in_features))
+        self.partition = Partition(groups, axis=0)
+        self.heads_per_group = heads_per_group
+        self.head_dim = head_dim
+        self.weight = nn.Parameter(torch.empty(groups.count, (heads_per_group + 2) * head_dim, in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(0, 1))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grouped = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (len(self.weight), -1, self.head_dim))
+        by_head = grouped.permute(0, 2, 3, 1, 4)  # (B, G, H / G + 2, T, K)
+        query, key, value = by_head.split((self.heads_per_group, 1, 1), dim=2)
+        return query.flatten(1, 2), key.squeeze(2), value.squeeze(2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.store import Checkpoint, fill_tensors, find_good_checkpoint, has_checkpoints, set_aside_after
 from checkpoints.writer import CheckpointWriter
-from kraken_train.architectures import build_model
+from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
 from kraken_train.config import ModelConfig, TrainConfig, parse_model
 from kraken_train.data import Samples, TrainingData
@@ -105,7 +105,8 @@ class Trainer:
         size = config.parallel.sub_layer_parallel_size
         self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
         exchange = make_exchange(config.parallel, self.mesh)
-        model = build_model(model_config, config.seed, self.mesh.model_rank, exchange, config.parallel.vocab_parallel)
+        units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
+        model = build_model(model_config, config.seed, units, exchange, vocabulary)
         self.engine = Engine(model, config, self.mesh, runtime)
         self.checkpoints = CheckpointWriter(
             run.checkpoints, config.checkpoint.keep, runtime, config.checkpoint.asynchronous

@@ -30,12 +30,16 @@ TEXTS = [
 
 
 def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, ModelConfig]:
-    """One model of each architecture."""
+    """One model of each architecture and some with grouped-query and multi-query attention."""
     common = {"vocab_size": vocab_size, "context_length": context_length, "num_layers": 3}
     return {
         "kraken": KrakenConfig(num_sub_layers=3, hidden_size=16, heads_per_sub_layer=2, **common),
         "standard": GPTConfig(hidden_size=24, num_heads=3, **common),
         "parallel": GPTConfig(hidden_size=24, num_heads=3, architecture="parallel", **common),
+        "kraken-gqa": KrakenConfig(3, hidden_size=32, heads_per_sub_layer=4, kv_heads_per_sub_layer=2, **common),
+        "kraken-mqa": KrakenConfig(3, hidden_size=16, heads_per_sub_layer=2, kv_heads_per_sub_layer=1, **common),
+        "standard-gqa": GPTConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **common),
+        "parallel-mqa": GPTConfig(hidden_size=24, num_heads=3, num_kv_heads=1, architecture="parallel", **common),
     }
 
 
@@ -48,6 +52,12 @@ def rough_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: i
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
     return model.eval()
+
+
+def split_qkv(weight: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
+    """A baseline's fused weight (G, rows, D) -> those of its queries, keys and values, (outputs, D) each."""
+    grouped = weight.unflatten(1, (-1, head_dim))
+    return [grouped[:, :-2].flatten(0, 2), grouped[:, -2].flatten(0, 1), grouped[:, -1].flatten(0, 1)]
 
 
 def random_ids(config: ModelConfig, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

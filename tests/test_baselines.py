@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
-from helpers import random_ids, rough_model, small_configs
+from helpers import random_ids, rough_model, small_configs, split_qkv
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kraken_train.config import GPTConfig
+from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 
 
 def test_standard_form_is_gpt2() -> None:
@@ -40,7 +43,8 @@ def test_standard_form_is_gpt2() -> None:
         renamed[f"{their}.ln_1.weight"] = ours[f"{mine}.attention_norm.weight"]
         renamed[f"{their}.ln_2.weight"] = ours[f"{mine}.ffn_norm.weight"]
         # Their Conv1D holds (in, out).
-        renamed[f"{their}.attn.c_attn.weight"] = ours[f"{mine}.attention.qkv.weight"].flatten(0, 1).T
+        qkv = split_qkv(ours[f"{mine}.attention.qkv.weight"], config.head_dim)
+        renamed[f"{their}.attn.c_attn.weight"] = torch.cat(qkv).T
         renamed[f"{their}.attn.c_proj.weight"] = ours[f"{mine}.attention.out.weight"].T
         renamed[f"{their}.mlp.c_fc.weight"] = ours[f"{mine}.ffn.up.weight"].T
         renamed[f"{their}.mlp.c_proj.weight"] = ours[f"{mine}.ffn.down.weight"].T
@@ -77,7 +81,7 @@ def test_parallel_form_by_hand() -> None:
         h = F.layer_norm(x, (d,), weights[f"{prefix}.norm.weight"])
 
         def heads(i: int, h: Tensor = h, prefix: str = prefix) -> Tensor:
-            part = h @ weights[f"{prefix}.attention.qkv.weight"][i].T
+            part = h @ split_qkv(weights[f"{prefix}.attention.qkv.weight"], config.head_dim)[i].T
             return part.view(2, 10, config.num_heads, -1).transpose(1, 2)
 
         scores = heads(0) @ heads(1).transpose(-1, -2) / config.head_dim**0.5 + mask
@@ -87,3 +91,29 @@ def test_parallel_form_by_hand() -> None:
         x = x + attended + up @ weights[f"{prefix}.ffn.down.weight"].T
     expected = F.layer_norm(x, (d,), weights["final_norm.weight"]) @ weights["token_embedding.weight"].T
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["kraken-gqa", "kraken-mqa", "standard-gqa", "parallel-mqa"])
+def test_shared_key_value_heads_are_repeated_ones(name: str) -> None:
+    """Grouped-query attention is ordinary attention whose keys and values are the same for the heads of a group."""
+    config = small_configs()[name]
+    model, ids = rough_model(config), random_ids(config, 2, 12)
+    whole = {"kv_heads_per_sub_layer": None} if isinstance(config, KrakenConfig) else {"num_kv_heads": None}
+    twin = rough_model(dataclasses.replace(config, **whole))
+    twin.load_state_dict({key: repeat_kv_heads(config, key, weight) for key, weight in model.state_dict().items()})
+    torch.testing.assert_close(model(ids), twin(ids), rtol=0, atol=1e-11)
+
+
+def repeat_kv_heads(config: ModelConfig, name: str, weight: Tensor) -> Tensor:
+    if not name.endswith("qkv.weight"):
+        return weight
+    if isinstance(config, KrakenConfig):
+        repeats = config.heads_per_sub_layer // config.kv_heads
+        parts = weight.split((config.hidden_size, config.kv_size, config.kv_size), dim=1)
+        query, key, value = (part.unflatten(1, (-1, config.head_dim)) for part in parts)
+        repeated = (query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1))
+        return torch.cat(repeated, dim=1).flatten(1, 2)
+    repeats = config.num_heads // config.kv_heads
+    query, key, value = (part.unflatten(0, (-1, config.head_dim)) for part in split_qkv(weight, config.head_dim))
+    by_head = (query, key.repeat_interleave(repeats, dim=0), value.repeat_interleave(repeats, dim=0))
+    return torch.cat(by_head, dim=1)

@@ -15,7 +15,7 @@ from kraken_train.flops import device_peak_flops, training_flops_per_token
 BATCH = 2
 
 
-@pytest.mark.parametrize("architecture", ["kraken", "standard", "parallel"])
+@pytest.mark.parametrize("architecture", small_configs())
 def test_matrix_products(architecture: str) -> None:
     config = small_configs()[architecture]
     model = build_model(config)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kraken_train.architectures import build_model
+from kraken_train.architectures import build_model, even_share
 from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model import KrakenModel
 from kraken_train.placement import ModelRank, partitions
@@ -17,6 +17,7 @@ CONFIGS = [
     CONFIG,
     GPTConfig(3, 64, 4, vocab_size=512, context_length=32),
     GPTConfig(3, 64, 4, vocab_size=512, context_length=32, architecture="parallel"),
+    GPTConfig(3, 64, 8, vocab_size=512, context_length=32, num_kv_heads=4),
 ]
 
 
@@ -24,10 +25,10 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.architecture)
 def test_ranks_draw_slices_of_the_same_model(config: ModelConfig, num_ranks: int) -> None:
     whole = build_model(config, seed=5).state_dict()
-    parts = [
-        build_model(config, seed=5, model_rank=ModelRank(rank, num_ranks), vocab_parallel=True)
-        for rank in range(num_ranks)
-    ]
+    parts = []
+    for rank in range(num_ranks):
+        units, vocabulary = even_share(config, ModelRank(rank, num_ranks), vocab_parallel=True)
+        parts.append(build_model(config, seed=5, units=units, vocabulary=vocabulary))
     cut = partitions(parts[0])
     for name, expected in whole.items():
         held = [part.state_dict()[name] for part in parts]

@@ -68,7 +68,7 @@ def test_logits_and_gradients(num_sub_layers: int) -> None:
         torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("architecture", ["kraken", "standard", "parallel"])
+@pytest.mark.parametrize("architecture", small_configs())
 def test_a_token_sees_only_those_before_it(architecture: str) -> None:
     config = small_configs()[architecture]
     model, ids = rough_model(config), random_ids(config, 1, 10)

@@ -14,7 +14,7 @@ from kraken_train.optim import learning_rate, parameter_groups
 from kraken_train.placement import partitions
 
 
-@pytest.mark.parametrize("architecture", ["kraken", "standard", "parallel"])
+@pytest.mark.parametrize("architecture", small_configs())
 def test_decay_goes_by_role_and_covers_each_parameter_once(architecture: str) -> None:
     model = build_model(small_configs()[architecture])
     groups = parameter_groups(model, weight_decay=0.1)

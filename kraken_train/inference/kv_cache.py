@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kraken_train.baselines import GPTModel
-from kraken_train.model import KrakenModel, LanguageModel
+from kraken_train.model import LanguageModel
 
 
 class KVCache:
@@ -26,6 +26,15 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tokens = query.shape[2]
+        key, value = self.append(key, value)
+        # Query t stands at position seen - tokens + t and sees all up to and including it.
+        seen = key.shape[2]
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=query.device).tril(diagonal=seen - tokens)
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (rows, H, T, K) and returns views of all of (rows, H, length, K). Raises ValueError if it is full."""
         end = self.length + keys.shape[2]
@@ -39,12 +48,7 @@ class KVCache:
 
 def make_caches(model: LanguageModel, batch_size: int, capacity: int) -> list[KVCache]:
     """An empty cache for each layer of the sub-layers that live here."""
-    if isinstance(model, KrakenModel):
-        rows, heads, head_dim = model.placement.count, model.config.heads_per_sub_layer, model.config.head_dim
-    elif isinstance(model, GPTModel):
-        rows, heads, head_dim = 1, model.heads.count, model.config.head_dim
-    else:
-        raise TypeError(f"no cache is known for {type(model).__name__}")
+    rows, heads, head_dim = model.cache_shape
     weight = model.token_embedding.weight
     return [
         KVCache(rows * batch_size, heads, capacity, head_dim, dtype=weight.dtype, device=weight.device)

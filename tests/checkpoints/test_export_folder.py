@@ -39,7 +39,7 @@ def edit_config(export_dir: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("architecture", ["kraken", "standard", "parallel"])
+@pytest.mark.parametrize("architecture", small_configs())
 def test_round_trip(architecture: str, tmp_path: Path, tokenizer_dir: Path) -> None:
     config = CONFIGS[architecture]
     model = rough_model(config, torch.float32)
@@ -64,7 +64,7 @@ def test_round_trip(architecture: str, tmp_path: Path, tokenizer_dir: Path) -> N
 
 def test_format(export_dir: Path) -> None:
     description = json.loads((export_dir / "config.json").read_text())
-    assert description["model_type"] == "kraken" and description["format_version"] == 1
+    assert description["model_type"] == "kraken" and description["format_version"] == 2
     assert description["architectures"] == ["KrakenForCausalLM"] and description["dtype"] == "float32"
     assert description["num_sub_layers"] == 3 and description["training"] == METADATA
     weights = load_file(export_dir / "model.safetensors")
@@ -187,7 +187,7 @@ def test_reading_something_else(tmp_path: Path, export_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version=2, and this program knows up to 1"),
+        ({"format_version": 3}, "format_version=3, and this program knows up to 2"),
         ({"format_version": "new"}, "format_version=new"),
         ({"model_type": "gpt2"}, "model_type is not kraken"),
         ({"heads_per_sub_layer": 3}, "does not divide"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kraken_train.architectures import build_model
+from kraken_train.architectures import build_model, even_share
 from kraken_train.config import (
     CheckpointConfig,
     EngineConfig,
@@ -33,9 +33,9 @@ from kraken_train.runtime import Runtime
 COMMON = {"num_layers": 3, "vocab_size": 132, "context_length": 16}
 MODELS: dict[str, ModelConfig] = {
     "kraken-4": KrakenConfig(num_sub_layers=4, hidden_size=32, heads_per_sub_layer=2, **COMMON),
-    "kraken-6": KrakenConfig(num_sub_layers=6, hidden_size=24, heads_per_sub_layer=2, **COMMON),
+    "kraken-6": KrakenConfig(6, hidden_size=24, heads_per_sub_layer=2, kv_heads_per_sub_layer=1, **COMMON),
     "standard": GPTConfig(hidden_size=48, num_heads=4, **COMMON),
-    "parallel": GPTConfig(hidden_size=48, num_heads=4, architecture="parallel", **COMMON),
+    "parallel": GPTConfig(hidden_size=48, num_heads=8, num_kv_heads=4, architecture="parallel", **COMMON),
 }
 GLOBAL_BATCH = 24
 ACCUMULATION_STEPS = 2  # whatever the grid
@@ -106,7 +106,8 @@ def make_model(
 ) -> LanguageModel:
     """This rank's part, connected by the distributed exchange even where a copy has one rank only."""
     exchange = DistributedExchange(mesh.get_model_parallel_group(), dtype, all_reduce)
-    return build_model(config, 0, mesh.model_rank, exchange, vocab_parallel)
+    units, vocabulary = even_share(config, mesh.model_rank, vocab_parallel)
+    return build_model(config, 0, units, exchange, vocabulary)
 
 
 def make_engine(config: ModelConfig, runtime: Runtime, size: int, **choices: Any) -> Engine:
@@ -114,7 +115,8 @@ def make_engine(config: ModelConfig, runtime: Runtime, size: int, **choices: Any
     train = settings(sub_layer_parallel_size=size, data_parallel_size=runtime.world_size // size, **choices)
     mesh = make_mesh(runtime, size)
     exchange = make_exchange(train.parallel, mesh)
-    model = build_model(config, 0, mesh.model_rank, exchange, train.parallel.vocab_parallel)
+    units, vocabulary = even_share(config, mesh.model_rank, train.parallel.vocab_parallel)
+    model = build_model(config, 0, units, exchange, vocabulary)
     engine = Engine(model, train, mesh, runtime)
     assert engine.accumulation_steps == ACCUMULATION_STEPS
     assert model.recompute == train.engine.activation_checkpointing
@@ -123,7 +125,7 @@ def make_engine(config: ModelConfig, runtime: Runtime, size: int, **choices: Any
 
 
 def is_compiled(model: LanguageModel) -> bool:
-    return all(part._compiled_call_impl is not None for layer in model.layers for part in (layer.attention, layer.ffn))
+    return all(part._compiled_call_impl is not None for layer in model.layers for part in layer.children())
 
 
 def run_steps(engine: Engine, config: ModelConfig, steps: range, poisoned: int | None = None) -> Steps:
