@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from parity.common import MODELS, plain_twin
-from parity.conftest import GRIDS
+from parity.conftest import GRIDS, SLOW_RANKS
 from parity.trajectories import STEPS
 
 CASES = [
-    (ranks, case)
+    pytest.param(ranks, case, marks=[pytest.mark.slow] * (ranks == SLOW_RANKS))
     for ranks, checks in GRIDS.items()
     for check in checks
     if check.startswith("trajectories:")
