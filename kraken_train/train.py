@@ -259,7 +259,7 @@ class Trainer:
             self.say(f"passed over a damaged checkpoint: {problem}")
         metadata = checkpoint.metadata
         for what, differs in (
-            ("another model", metadata["model"] != to_dict(self.model_config)),
+            ("another model", parse_model(metadata["model"]) != self.model_config),
             ("a run on other data", metadata["data_fingerprint"] != self.data.fingerprint),
             ("another run", metadata["run_id"] != self.run.run_id),
         ):
