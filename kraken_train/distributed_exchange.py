@@ -11,6 +11,7 @@ and the embedding's gradient. A vocabulary that is cut adds those of the embeddi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,10 @@ from torch import Tensor
 from kraken_train.config import ParallelConfig
 from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.mesh import ParallelMesh
+from kraken_train.placement import ModelRank
+
+# Newer PyTorch has another name for it, which older ones lack.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 REDUCE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
@@ -48,11 +53,20 @@ class DistributedExchange:
         self.dtype = dtype
         self.all_reduce = all_reduce or dist.all_reduce
 
+    @property
+    def model_rank(self) -> ModelRank:
+        return ModelRank(self.group.rank(), self.group.size())
+
     def broadcast(self, shared: Tensor) -> Tensor:
         return Broadcast.apply(shared, self)
 
     def reduce(self, partial: Tensor) -> Tensor:
-        return Reduce.apply(partial, self)
+        if torch.is_grad_enabled():
+            return Reduce.apply(partial, self)
+        if not partial.is_contiguous() or partial.dtype != self.reduction_dtype(partial):
+            return self.sum(partial)
+        self.begin(partial).wait()
+        return partial
 
     def start(self, streams: Tensor) -> Pending:
         pending = Pending(streams.dtype)
@@ -70,9 +84,9 @@ class DistributedExchange:
 
     def gather(self, part: Tensor) -> Tensor:
         part = part.detach().contiguous()
-        parts = part.new_empty(self.group.size(), *part.shape)
+        parts = part.new_empty(self.group.size() * part.shape[0], *part.shape[1:])
         dist.all_gather_into_tensor(parts, part, group=self.group)
-        return parts.movedim(0, -2).flatten(-2)
+        return parts.unflatten(0, (self.group.size(), -1)).movedim(0, -2).flatten(-2)
 
     def begin(self, buffer: Tensor, op: Any = dist.ReduceOp.SUM) -> Any:
         """Begin to replace `buffer` by its sum over the ranks; it is there after `wait()` of what this returns."""

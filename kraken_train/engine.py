@@ -20,7 +20,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,13 +27,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kraken_train.config import TrainConfig
-from kraken_train.errors import ConfigError
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
 from kraken_train.optim import parameter_groups
 from kraken_train.placement import partitions
 from kraken_train.replicas import require_equal_replicas
-from kraken_train.runtime import Rendezvous, Runtime, export_rendezvous, launcher_holds_store
+from kraken_train.runtime import Rendezvous, Runtime, connect_ranks, launcher_holds_store
 
 # DeepSpeed looks for its accelerator, and logs, while it is imported.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -52,8 +50,6 @@ from deepspeed.utils import (  # noqa: E402
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest of what ranks wait for: a save to a slow disk
 
 
 @dataclass(frozen=True)
@@ -67,17 +63,7 @@ class StepResult:
 def start_processes(runtime: Runtime) -> Rendezvous:
     """Join the ranks of the run and claim this rank's device. Raises ConfigError where the ranks cannot meet."""
     runtime.configure_device()
-    export_rendezvous(runtime)
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"the ranks could not meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT="
-            f"{os.environ['MASTER_PORT']}: {reason}; name the first host and a free port on it (the launchers have "
-            "--master_addr and --master_port)"
-        ) from error
-    dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    store = connect_ranks(runtime)
     # On a CPU it would compile a kernel for half a minute that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False)

@@ -23,16 +23,23 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from kraken_train.placement import ModelRank
+
 
 class Exchange(Protocol):
     """See the table above. Shapes: n sub-layers here, B batch, T tokens, D hidden size."""
+
+    @property
+    def model_rank(self) -> ModelRank:
+        """This rank among those of the model copy."""
+        ...
 
     def broadcast(self, shared: Tensor) -> Tensor:
         """The same value on every rank of a model copy, on to computations that differ between ranks."""
         ...
 
     def reduce(self, partial: Tensor) -> Tensor:
-        """This rank's part of a sum -> the sum over all ranks."""
+        """This rank's part of a sum -> the sum over all ranks; without gradients `partial` may be overwritten."""
         ...
 
     def start(self, streams: Tensor) -> Any:
@@ -54,6 +61,8 @@ class Exchange(Protocol):
 
 class LocalExchange:
     """All of the model is in this process: the exchange is a sum over the leading axis."""
+
+    model_rank = ModelRank()
 
     def broadcast(self, shared: Tensor) -> Tensor:
         return shared

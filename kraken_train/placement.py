@@ -6,7 +6,10 @@ holds a contiguous range of them. Names, seeds and checkpoints use the global nu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +65,23 @@ class ModelRank:
             raise ValueError(f"{total} units cannot be shared evenly by {self.size} ranks")
         count = total // self.size
         return Placement(total, first=self.rank * count, count=count)
+
+
+def share_units(total: int, speeds: Sequence[float]) -> list[Placement]:
+    """Contiguous shares of `total` units for devices of these relative speeds, at least one unit each.
+
+    The device that would finish last finishes as early as possible: largest count / speed is the least there is. Each
+    further unit goes where it would be done first, to the first of equals: 6 units on 4 equal devices are 2, 2, 1, 1.
+    Raises ValueError where there are more devices than units, or a speed is not positive and finite.
+    """
+    if not 1 <= len(speeds) <= total or not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError(f"{total} units cannot be shared by devices of the speeds {list(speeds)}")
+    counts = [1] * len(speeds)
+    for _ in range(total - len(speeds)):
+        fastest = min(range(len(speeds)), key=lambda device: (counts[device] + 1) / speeds[device])
+        counts[fastest] += 1
+    firsts = accumulate(counts, initial=0)
+    return [Placement(total, first, count) for first, count in zip(firsts, counts, strict=False)]
 
 
 def place_all(total: int) -> Placement:

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,10 @@ import torch.distributed as dist
 from kraken_train.errors import ConfigError, KrakenError
 
 Result = TypeVar("Result")
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest of what ranks wait for: a save or a read on a slow disk
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 # (rank, local rank, number of ranks, number of ranks on this machine), in order of preference.
 LAUNCHER_VARIABLES = (
@@ -41,6 +46,7 @@ class Runtime:
     world_size: int
     local_world_size: int
     group: dist.ProcessGroup | None = None  # of all ranks, in their order; None: the default group
+    use_gpu: bool = True  # where there is one
 
     @property
     def is_first(self) -> bool:
@@ -49,7 +55,7 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """This rank's GPU; the CPU where there is none or DS_ACCELERATOR=cpu asks for it. Raises ConfigError."""
-        if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        if not self.use_gpu or not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
             return torch.device("cpu")
         visible = torch.cuda.device_count()
         if visible > 1 and self.local_rank >= visible:
@@ -158,6 +164,27 @@ def export_rendezvous(runtime: Runtime) -> None:
             f"{runtime.world_size} ranks need MASTER_ADDR and MASTER_PORT (the first host and a free port on it); "
             "the deepspeed launcher and torchrun set them, under srun export them in the batch script"
         )
+
+
+def connect_ranks(runtime: Runtime) -> dist.Store:
+    """The process group of all ranks, through the store that is returned. Raises ConfigError where they cannot meet."""
+    export_rendezvous(runtime)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the ranks could not meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT="
+            f"{os.environ['MASTER_PORT']}: {reason}; name the first host and a free port on it (the launchers have "
+            "--master_addr and --master_port)"
+        ) from error
+    dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    return store
+
+
+def another_rank_ended(error: Exception) -> bool:
+    """Whether a collective failed because a rank is gone, whose own message says why."""
+    return any(words in str(error) for words in PEER_LOST)
 
 
 def launcher_holds_store() -> bool:

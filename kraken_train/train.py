@@ -29,12 +29,11 @@ from kraken_train.optim import learning_rate
 from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.run_folder import RunFolder, open_run_folder
-from kraken_train.runtime import Runtime, read_runtime
+from kraken_train.runtime import Runtime, another_rank_ended, read_runtime
 from kraken_train.watchdog import Watchdog
 
 LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
 # What gloo and NCCL say to the ranks that are left when one has died.
-PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 
 def main() -> None:
@@ -71,7 +70,7 @@ def train(config: TrainConfig) -> None:
         stop_processes(runtime)
         sys.exit(INTERRUPTED_EXIT_CODE)
     except RuntimeError as error:
-        if any(words in str(error) for words in PEER_LOST):
+        if another_rank_ended(error):
             raise TrainingError(
                 "another rank has ended, see its message; the same command continues from the newest checkpoint"
             ) from error

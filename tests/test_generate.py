@@ -1,68 +1,62 @@
-"""Generation: with and without the cache the same numbers, and settings that mean what they say."""
+"""Generation: the tokens of the whole forward pass, whatever the batch, and settings that mean what they say."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import random_ids, rough_model, run_here, small_configs, user_error, write_small_export
-from torch import Tensor
 
 from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.generate import generate
-from kraken_train.inference.kv_cache import make_caches
+from kraken_train.inference import serving
+from kraken_train.inference.engine import InferenceEngine
+from kraken_train.inference.generation import continue_prompts, require_servable
 from kraken_train.inference.sampling import Sampling, draw
-from kraken_train.model import KrakenModel
+from kraken_train.model import LanguageModel
 
 ARCHITECTURES = list(small_configs())
 GREEDY = Sampling(temperature=0.0)
+LENGTHS = [5, 1, 8, 3]
+
+
+def random_prompts(config_name: str) -> list[list[int]]:
+    ids = random_ids(small_configs()[config_name], len(LENGTHS), max(LENGTHS))
+    return [row[:length] for row, length in zip(ids.tolist(), LENGTHS, strict=True)]
+
+
+def generate(
+    model: LanguageModel, prompts: list[list[int]], new: int, sampling: Sampling = GREEDY, **settings: int
+) -> list[list[int]]:  # fmt: skip
+    engine = InferenceEngine(model, len(prompts), max(map(len, prompts)) + new)
+    return continue_prompts(engine, prompts, new, sampling, **settings)
+
+
+def continue_slowly(model: LanguageModel, prompt: list[int], new: int, sampling: Sampling, row: int) -> list[int]:
+    """One row by itself, with the whole forward pass for each token."""
+    ids, generator = torch.tensor([prompt]), sampling.generator(row)
+    for _ in range(new):
+        ids = torch.cat([ids, draw(model(ids)[:, -1], sampling, [generator])[:, None]], dim=1)
+    return ids[0].tolist()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("chunks", [[12], [1] * 12, [7, 1, 1, 3]])
-def test_cached_logits(architecture: str, dtype: torch.dtype, tolerance: float, chunks: list[int]) -> None:
-    config = small_configs()[architecture]
-    model, ids = rough_model(config, dtype), random_ids(config, 2, 12)
-    caches, seen, pieces = make_caches(model, batch_size=2, capacity=12), 0, []
-    for piece in ids.split(chunks, dim=1):
-        pieces.append(model(piece, caches, torch.arange(seen, seen + piece.shape[1])))
-        seen += piece.shape[1]
-    expected = model(ids)
-    assert (torch.cat(pieces, dim=1) - expected).abs().max() < tolerance * expected.abs().max()
-
-
-def test_cache_size() -> None:
-    config = small_configs()["kraken"]
-    model = rough_model(config, torch.bfloat16)
-    assert isinstance(model, KrakenModel)
-    caches = make_caches(model, batch_size=5, capacity=11)
-    assert len(caches) == config.num_layers
-    assert caches[0].keys.shape == caches[0].values.shape == (3 * 5, 2, 11, 8)
-    assert caches[0].keys.dtype == torch.bfloat16
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=5.0, seed=3)], ids=["greedy", "sampled"])
+def test_tokens_of_the_whole_forward(architecture: str, sampling: Sampling) -> None:
+    """In a batch of unequal prompts each row is continued as it is alone."""
+    model, prompts = rough_model(small_configs()[architecture]), random_prompts(architecture)
+    with torch.no_grad():
+        expected = [continue_slowly(model, prompt, 10, sampling, row) for row, prompt in enumerate(prompts)]
+    assert generate(model, prompts, 10, sampling) == expected
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_greedy_is_the_argmax_of_the_whole_forward(architecture: str, dtype: torch.dtype) -> None:
-    config = small_configs()[architecture]
-    model, prompt = rough_model(config, dtype), random_ids(config, 3, 5)
-    cached = generate(model, prompt, 10, GREEDY)
-    assert torch.equal(cached, generate(model, prompt, 10, GREEDY, use_cache=False))
-    expected = prompt
-    for _ in range(10):
-        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(cached, expected)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_in_bf16(architecture: str, use_cache: bool) -> None:
+def test_greedy_in_bf16(architecture: str) -> None:
     """Each token is the most likely one after those before it, up to bf16's rounding: equal logits are common."""
     config = small_configs()[architecture]
     model = rough_model(config, torch.bfloat16)
-    ids = generate(model, random_ids(config, 3, 5), 19, GREEDY, use_cache=use_cache).clone()
+    ids = torch.tensor(generate(model, random_ids(config, 3, 5).tolist(), 19))
     logits = model.double()(ids[:, :-1])[:, 4:]
     chosen = logits.gather(-1, ids[:, 5:, None])[..., 0]
     behind = (logits.max(dim=-1).values - chosen) / logits.abs().amax(dim=-1)
@@ -70,43 +64,44 @@ def test_greedy_in_bf16(architecture: str, use_cache: bool) -> None:
     assert (behind == 0).double().mean() > 0.8
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sampling_follows_the_seed(architecture: str) -> None:
-    config = small_configs()[architecture]
-    model, prompt = rough_model(config), random_ids(config, 2, 4)
+def test_what_is_drawn_follows_seed_and_row() -> None:
+    model, prompts = rough_model(small_configs()["kraken"]), random_prompts("kraken")
 
-    def run(seed: int, use_cache: bool = True) -> Tensor:
-        return generate(model, prompt, 12, Sampling(temperature=5.0, seed=seed), use_cache=use_cache)
+    def run(rows: list[list[int]], seed: int, first_row: int = 0) -> list[list[int]]:
+        return generate(model, rows, 12, Sampling(temperature=5.0, seed=seed), first_row=first_row)
 
-    assert torch.equal(run(1), run(1))
-    assert torch.equal(run(1), run(1, use_cache=False))
-    assert not torch.equal(run(1), run(2))
+    together = run(prompts, 1)
+    assert together == run(prompts, 1) != run(prompts, 2)
+    assert together == run(prompts[:1], 1) + run(prompts[1:3], 1, first_row=1) + run(prompts[3:], 1, first_row=3)
+    twice = run([prompts[0]] * 2, 1)
+    assert twice[0] == together[0] != twice[1]
 
 
 def test_the_whole_context_can_be_used() -> None:
-    config = small_configs()["kraken"]
-    model = rough_model(config)
-    assert generate(model, random_ids(config, 1, 1), 23, GREEDY).shape == (1, 24)
+    (row,) = generate(rough_model(small_configs()["kraken"]), [[7]], 23)
+    assert len(row) == 24
 
 
 def test_end_of_document_stops_a_row_and_then_all() -> None:
     config = small_configs()["kraken"]
-    model, prompts = rough_model(config), random_ids(config, 2, 4)
-    free = generate(model, prompts, 8, GREEDY)
-    end = int(free[0, 6])  # the first row's third new token
-    stopped = generate(model, prompts, 8, GREEDY, end_of_document=end)
-    first = [int(i) for i in free[0, 4:]].index(end)
-    assert torch.equal(stopped[0, : 4 + first + 1], free[0, : 4 + first + 1])
-    assert (stopped[0, 4 + first :] == end).all()
-    alone = generate(model, prompts[:1], 8, GREEDY, end_of_document=end)
-    assert alone.shape[1] == 4 + first + 1
+    model, prompts = rough_model(config), random_ids(config, 2, 4).tolist()
+    free = generate(model, prompts, 8)
+    end = free[0][6]  # the first row's third new token
+    stopped = generate(model, prompts, 8, end_of_document=end)
+    for row, whole in zip(stopped, free, strict=True):
+        new = whole[4:]
+        assert row == whole[: 4 + new.index(end) + 1] if end in new else whole
+
+    passes: list[int] = []
+    model.final_norm.register_forward_pre_hook(lambda *_: passes.append(1))
+    alone = generate(model, prompts[:1], 8, end_of_document=end)
+    assert alone == stopped[:1] and len(passes) == len(alone[0]) - 4
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
-    config = small_configs()["kraken"]
-    model = rough_model(config)
-    ids = generate(model, torch.zeros(1, 1, dtype=torch.int64), 20, Sampling(temperature=100.0), vocab_size=5)
-    assert ids.max() < 5
+    model = rough_model(small_configs()["kraken"])
+    (row,) = generate(model, [[0]], 20, Sampling(temperature=100.0), vocab_size=5)
+    assert max(row) < 5
 
 
 def test_limits_of_sampling() -> None:
@@ -114,7 +109,7 @@ def test_limits_of_sampling() -> None:
 
     def check(*expected: float, **settings: float) -> None:
         sampling = Sampling(seed=3, **settings)  # type: ignore[arg-type]
-        drawn = draw(logits, sampling, sampling.generator())
+        drawn = draw(logits, sampling, [sampling.generator(0)] * len(logits))
         for i, probability in enumerate(expected):
             frequency = float((drawn == i).float().mean())
             assert frequency == probability or (abs(frequency - probability) < 0.04 and 0 < probability < 1)
@@ -147,38 +142,98 @@ def test_wrong_sampling(settings: dict[str, float], message: str) -> None:
         Sampling(**settings)  # type: ignore[arg-type]
 
 
-def test_room_in_the_context() -> None:
+def test_prompts_that_cannot_be_served() -> None:
     config = small_configs()["kraken"]
-    model = rough_model(config)
-    with pytest.raises(ConfigError, match=r"max_new_tokens=20 after a prompt of 5 tokens .* of 24; use at most 19"):
-        generate(model, random_ids(config, 1, 5), 20, GREEDY)
-    with pytest.raises(ConfigError, match=r"prompt has 24 tokens.*context of 24; use at most 23"):
-        generate(model, random_ids(config, 1, 24), 1, GREEDY)
-    with pytest.raises(ConfigError, match="prompt has no tokens"):
-        generate(model, torch.zeros(1, 0, dtype=torch.int64), 1, GREEDY)
+    require_servable([0, 95], 22, config)
+    for prompt, new, message in (
+        ([], 1, "line 3 has no tokens"),
+        ([1] * 24, 1, "line 3 has 24 tokens, which leaves no room in the model's context of 24; use at most 23"),
+        ([1] * 5, 20, "max_new_tokens=20 after the 5 tokens of line 3 exceeds .* context of 24; use at most 19"),
+        ([1, 96], 1, "line 3 has the token 96, and the model's vocabulary has the tokens 0 to 95"),
+        ([-1], 1, "line 3 has the token -1"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            require_servable(prompt, new, config, "line 3")
 
 
 def test_a_diverged_model() -> None:
-    config = small_configs()["kraken"]
-    model = rough_model(config)
+    model = rough_model(small_configs()["kraken"])
     torch.nn.init.constant_(model.final_norm.weight, torch.nan)
     with pytest.raises(CheckpointError, match="not finite"):
-        generate(model, random_ids(config, 1, 4), 2, GREEDY)
+        generate(model, [[1, 2]], 2)
 
 
-def test_command(tmp_path: Path, tokenizer_dir: Path) -> None:
-    config = small_configs(vocab_size=384, context_length=64)["kraken"]
-    write_small_export(tmp_path / "an export, (1)", config, tokenizer_dir)
-    base = [f"export_dir={tmp_path / 'an export, (1)'}", "max_new_tokens=8"]
-    prompt = "Once, (upon) a ${time}\\"
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture(scope="module")
+def export_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "an export, (1)"
+    write_small_export(folder, small_configs(vocab_size=384, context_length=64)["kraken"], tokenizer_dir)
+    return folder
+
+
+def test_command(export_dir: Path, tmp_path: Path) -> None:
     def run(*settings: str) -> str:
-        result = run_here("kraken_train.generate", *base, *settings)
+        result = run_here("kraken_train.generate", f"export_dir={export_dir}", "max_new_tokens=8", *settings)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
+    prompt = "Once, (upon) a ${time}\\"
     sampled = run(f"prompt={prompt}", "seed=3")
     assert sampled.startswith(prompt) and len(sampled) > len(prompt) + 1
-    assert run(f"prompt={prompt}", "seed=3", "use_cache=false") == sampled
-    too_long = user_error(run_here("kraken_train.generate", *base, f"prompt={prompt * 9}"))
-    assert "leaves no room in the model's context of 64" in too_long
+    assert run(f"prompt={prompt}", "seed=3", "prefill_lengths=[4,40]", "devices=[2.0]") == sampled
+
+    (tmp_path / "prompts, (1)").write_text(f"{prompt}\nThe river\nThe river\n")
+    texts = [run(f"prompts_file={tmp_path / 'prompts, (1)'}", "seed=3", f"batch_size={size}") for size in (1, 2, 8)]
+    assert texts[0] == texts[1] == texts[2]
+    first, second, third = map(json.loads, texts[0].splitlines())
+    assert first + "\n" == sampled
+    assert second.startswith("The river") and third.startswith("The river") and second != third
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "give either prompt=TEXT or prompts_file=FILE"),
+        (["prompt=a", "prompts_file=b"], "give either prompt=TEXT or prompts_file=FILE"),
+        (["prompts_file=nowhere"], "prompts_file=nowhere cannot be read: No such file or directory"),
+        (["prompt=" + "Once upon a time" * 9], "leaves no room in the model's context of 64"),
+        (["prompt=a", "devices=[1,1]"], "has the speeds of 2 devices, but there are 1 ranks; start 2 ranks"),
+        (["prompt=a", "devices=[0]"], "devices=0.0 must be greater than 0"),
+        (["prompt=a", "prefill_lengths=[65]"], "prefill_lengths=[65] pads a prompt of"),
+        (["prompt=a", "cuda_graphs=true", "device=cpu"], "cuda_graphs=true needs a GPU"),
+        (["prompt=a", "batch_size=0"], "batch_size=0 must be greater than 0"),
+        (["prompt=a", "dtype=int8"], "dtype=int8 is not known; use float32 or bfloat16"),
+    ],
+)
+def test_wrong_settings(export_dir: Path, settings: list[str], message: str) -> None:
+    base = [f"export_dir={export_dir}", "max_new_tokens=4"]
+    assert message in user_error(run_here("kraken_train.generate", *base, *settings))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; write one prompt a line"),
+        (b"The river\n\nThe sea\n", "line 2 of prompts_file="),
+        (b"The river\xff", "is not valid UTF-8 (byte 9)"),
+    ],
+)
+def test_wrong_files_of_prompts(export_dir: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "prompts").write_bytes(content)
+    settings = [f"export_dir={export_dir}", f"prompts_file={tmp_path / 'prompts'}", "max_new_tokens=4"]
+    assert message in user_error(run_here("kraken_train.generate", *settings))
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: object) -> None:
+        raise AssertionError("the weights are read although there is no room for them")
+
+    monkeypatch.setattr(serving, "free_memory", lambda device, processes: 1000)
+    monkeypatch.setattr(serving, "load_part", load)
+    settings = [f"export_dir={export_dir}", "prompt=The river", "max_new_tokens=4"]
+    message = user_error(run_here("kraken_train.generate", *settings))
+    assert "does not fit into memory: device 0 needs" in message and "GiB free; use more devices" in message

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kraken_train.inference.kv_cache import KVCache
 from kraken_train.layers import StackedAttention, StackedFFN, StackedLayerNorm, StackedLinear, causal_attention
 from kraken_train.placement import place_all
 
@@ -56,21 +55,6 @@ def test_causal_attention(heads: int, kv_heads: int) -> None:
     query, key, value = random_heads(heads, kv_heads)
     expected = attention_by_hand(query, key, value)
     torch.testing.assert_close(causal_attention(query, key, value), expected, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("chunks", [[6], [1] * 6, [3, 1, 2], [1, 5]])
-def test_attention_continues_from_a_cache(chunks: list[int]) -> None:
-    query, key, value = random_heads(6, 3)
-    cache = KVCache(4, 3, 6, 4, dtype=torch.float64, device=torch.device("cpu"))
-    split = zip(*(whole.split(chunks, dim=2) for whole in (query, key, value)), strict=True)
-    pieces = [causal_attention(*piece, cache) for piece in split]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), attention_by_hand(query, key, value), rtol=0, atol=1e-13)
-
-
-def test_a_full_cache_says_so() -> None:
-    cache = KVCache(1, 1, 2, 4, dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="3 tokens do not fit into a cache for 2"):
-        causal_attention(*torch.randn(3, 1, 1, 3, 4), cache)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

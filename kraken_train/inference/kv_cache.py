@@ -1,6 +1,10 @@
-"""Keys and values of the tokens so far, so that each new token costs one token's work.
+"""Keys and values of the tokens so far, in memory that is allocated once, so that a new token costs one token's work.
 
-Shapes: rows are batch times sub-layers, H heads of a sub-layer, K head dimension.
+All shapes are fixed and all that changes from token to token is in tensors: a step can be compiled once and captured
+in a CUDA graph.
+
+Shapes: B batch, n rows of a layer for each sequence (a Kraken's sub-layers here, else 1), R = n B with the sequences of
+a sub-layer side by side, G key-value heads, H heads, K head dimension, S capacity in tokens.
 """
 
 from __future__ import annotations
@@ -11,46 +15,89 @@ from torch.nn import functional as F
 
 from kraken_train.model import LanguageModel
 
+BIAS_ALIGNMENT = 8  # values, of PyTorch's memory-efficient attention
 
-class KVCache:
-    """One layer's cache, allocated once for `capacity` tokens (a `layers.KeyValueStore`)."""
+
+class KeyValueCache:
+    """The cache of all layers of the part of a model that is here, for `batch_size` sequences.
+
+    `prefill` and `decode` have one `layers.KeyValueStore` per layer: the first begins all sequences anew, the second
+    adds one token to each.
+    """
+
+    def __init__(self, model: LanguageModel, batch_size: int, capacity: int) -> None:
+        rows_per_sequence, groups, head_dim = model.cache_shape
+        weight = model.token_embedding.weight
+        shape = (rows_per_sequence * batch_size, groups, capacity, head_dim)
+        # Zeros, not just any memory: what has no weight in the attention must be finite all the same.
+        # A pair for each layer, not views of one tensor: compiled code copies aliases of what it writes to.
+        pairs = [
+            (weight.new_zeros(shape, requires_grad=False), weight.new_zeros(shape, requires_grad=False))
+            for _ in range(model.num_layers)
+        ]
+        self.step = Step(rows_per_sequence, batch_size, capacity, weight.dtype, weight.device)
+        self.prefill = [PrefillStore(keys, values) for keys, values in pairs]
+        self.decode = [DecodeStore(keys, values, self.step) for keys, values in pairs]
+
+
+class Step:
+    """Where the next token of each sequence stands; all layers look here."""
 
     def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+        self, rows_per_sequence: int, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.keys = torch.empty(rows, heads, capacity, head_dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0  # tokens held
+        self.rows_per_sequence = rows_per_sequence
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # tokens held, (B,)
+        self.rows = torch.arange(rows_per_sequence * batch_size, device=device)  # (R,)
+        self.positions = torch.zeros_like(self.rows)  # that the new token is written to, (R,)
+        self.slots = torch.arange(capacity, device=device)  # (S,)
+        # Added to the scores: 0 up to the new token, -inf after it. One for all layers, in the dtype of the scores and
+        # with rows that begin where the GPU's attention wants them to, or each layer would make a copy of its own.
+        aligned = -(-capacity // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+        self.bias = torch.zeros(len(self.rows), 1, 1, aligned, dtype=dtype, device=device)[..., :capacity]
 
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
+    def begin(self) -> None:
+        self.positions.copy_(self.lengths.repeat(self.rows_per_sequence))
+        unseen = self.slots > self.positions[:, None]
+        self.bias.zero_().masked_fill_(unseen[:, None, None], -torch.inf)
+
+    def end(self) -> None:
+        self.lengths += 1
+
+
+class PrefillStore:
+    """One layer's keys and values (R, G, S, K); a block of T tokens becomes the first ones.
+
+    Of sequences padded on the right the padding is stored too. No token sees what comes after it, and the tokens that
+    follow overwrite it.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tokens = query.shape[2]
-        key, value = self.append(key, value)
-        # Query t stands at position seen - tokens + t and sees all up to and including it.
-        seen = key.shape[2]
-        mask = torch.ones(tokens, seen, dtype=torch.bool, device=query.device).tril(diagonal=seen - tokens)
+        """Queries (R, H, T, K), keys and values (R, G, T, K) -> (R, H, T, K)."""
+        tokens = key.shape[2]
+        self.keys[:, :, :tokens] = key
+        self.values[:, :, :tokens] = value
         grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (rows, H, T, K) and returns views of all of (rows, H, length, K). Raises ValueError if it is full."""
-        end = self.length + keys.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit into a cache for {self.capacity}")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
 
-def make_caches(model: LanguageModel, batch_size: int, capacity: int) -> list[KVCache]:
-    """An empty cache for each layer of the sub-layers that live here."""
-    rows, heads, head_dim = model.cache_shape
-    weight = model.token_embedding.weight
-    return [
-        KVCache(rows * batch_size, heads, capacity, head_dim, dtype=weight.dtype, device=weight.device)
-        for _ in range(model.num_layers)
-    ]
+class DecodeStore:
+    """The same memory; one token is added to each row, where `step` says."""
+
+    def __init__(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        self.keys = keys
+        self.values = values
+        self.step = step
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Queries (R, H, 1, K), keys and values (R, G, 1, K) -> (R, H, 1, K)."""
+        self.keys[self.step.rows, :, self.step.positions] = key[:, :, 0]
+        self.values[self.step.rows, :, self.step.positions] = value[:, :, 0]
+        # The H / G heads of a group see the same tokens, so they can stand where further query tokens would.
+        by_group = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        mixed = F.scaled_dot_product_attention(by_group, self.keys, self.values, attn_mask=self.step.bias)
+        return mixed.reshape(query.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +35,21 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be greater than 0 and at most 1")
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+    def generator(self, row: int) -> torch.Generator:
+        """The random numbers of a row: a stream of its own, whatever batch it is in."""
+        digest = hashlib.sha256(f"{self.seed}/{row}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """(B, V) -> token ids (B,). On the CPU and in fp32 at least, so that a seed means the same on every device."""
-    logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """(B, V) and a generator for each row -> token ids (B,) on the CPU.
+
+    Drawn on the CPU and in fp32 at least, so that a seed means the same on every device. Equal logits give equal
+    tokens on every rank.
+    """
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
+        return logits.argmax(dim=-1).cpu()
+    logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -51,4 +58,5 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
         # A token stays if those before it have not reached top_p: the first one always does.
         dropped = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]
+    chances = zip(logits.softmax(dim=-1), generators, strict=True)
+    return torch.cat([torch.multinomial(row, num_samples=1, generator=generator) for row, generator in chances])

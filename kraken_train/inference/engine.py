@@ -1,0 +1,172 @@
+"""Logits of a model for batches of prompts, token after token, on the device where its part is.
+
+The same code serves Kraken and the baselines, in one process and in several: each rank of a model copy has an engine
+around its part, all call it with the same arguments, and all receive the same logits, bit for bit, because each rank
+computes a share of them and all shares go to all ranks. So what is drawn from them with the same seed is the same on
+every rank, without a word between them, on unequal devices too.
+
+Shapes: B sequences, T tokens, D hidden size, V vocabulary size, P ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kraken_train.errors import ConfigError
+from kraken_train.inference.graphs import CapturedFunction
+from kraken_train.inference.kv_cache import KeyValueCache
+from kraken_train.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the engine runs a model; none of it changes what is computed."""
+
+    compile: bool = False  # torch.compile the parts of the layers
+    cuda_graphs: bool = False  # replay recorded kernels: for new tokens, and for prompts of `prefill_lengths`
+    prefill_lengths: tuple[int, ...] = ()  # tokens, ascending; a prompt is padded to the next one, if there is one
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        lengths = self.prefill_lengths
+        if any(length < 1 for length in lengths) or any(a >= b for a, b in itertools.pairwise(lengths)):
+            raise ConfigError(
+                f"prefill_lengths={list(lengths)} must be numbers of tokens, each at least 1 and greater than the one "
+                "before, as in [128,512]"
+            )
+
+    def require_device(self, device: torch.device) -> None:
+        """Raises ConfigError."""
+        if self.cuda_graphs and device.type != "cuda":
+            raise ConfigError(f"cuda_graphs=true needs a GPU, and this runs on {device.type}; use cuda_graphs=false")
+
+    def padded(self, tokens: int) -> int:
+        """The length that a prompt of `tokens` is padded to."""
+        return next((length for length in self.prefill_lengths if length >= tokens), tokens)
+
+
+class InferenceEngine:
+    """Continues up to `batch_size` sequences of up to `capacity` tokens each, prompt and new ones together.
+
+    `model` is whole or a rank's part, with whole embeddings either way. Compiling and recording happen here and with
+    the first prompts. Raises ConfigError where the device cannot do what `execution` asks for, ValueError where the
+    sizes do not fit the model.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: LanguageModel, batch_size: int, capacity: int, execution: ExecutionConfig | None = None
+    ) -> None:
+        self.execution = execution or ExecutionConfig()
+        self.execution.validate()
+        self.device = model.token_embedding.weight.device
+        self.execution.require_device(self.device)
+        if batch_size < 1 or not 1 <= capacity <= model.context_length:
+            raise ValueError(f"no cache for {batch_size} x {capacity} tokens of a context of {model.context_length}")
+        if any(length > capacity for length in self.execution.prefill_lengths):
+            raise ValueError(f"prefill_lengths={list(self.execution.prefill_lengths)} exceed the capacity {capacity}")
+        if not model.token_embedding.rows.is_whole:
+            raise ValueError("the engine needs the whole embedding on each rank")
+        self.model = model.eval()
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.cache = KeyValueCache(model, batch_size, capacity)
+        self.rows = torch.arange(batch_size, device=self.device)
+        embedding, place = model.token_embedding, model.exchange.model_rank
+        # The rows of the tied embedding whose logits this rank computes, ceil(V / P) or fewer on the last ranks.
+        self.head_rows = -(-embedding.rows.total // place.size)
+        self.head = embedding.weight.detach()[place.rank * self.head_rows :][: self.head_rows]
+        self.sequences = 0  # of the batch that is under way
+        self.tokens = 0  # that its longest sequence may have
+        if self.execution.compile:
+            model.compile_parts()
+        # No methods of this object, which would keep it and its memory until Python looks for cycles.
+        self.recorded_prefill: dict[int, CapturedFunction] = {}  # by padded length
+        self.recorded_decode: CapturedFunction | None = None
+        if self.execution.cuda_graphs:
+            self.capture()
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Begins a batch: prompts (B, T), padded on the right to one length, of which row i has `lengths[i]` tokens.
+
+        Returns the logits after the last token of each, (B, V). Arguments on the CPU are checked, those on a GPU not,
+        since that would wait for it. Raises ValueError.
+        """
+        sequences, tokens = input_ids.shape
+        self.require_prompts(input_ids, lengths)
+        padded = self.execution.padded(tokens)
+        missing = self.batch_size - sequences  # filled up with prompts of one token
+        input_ids = F.pad(input_ids, (0, padded - tokens, 0, missing)).to(self.device)
+        lengths = F.pad(lengths, (0, missing), value=1).to(self.device)
+        self.sequences, self.tokens = sequences, tokens
+        return self.recorded_prefill.get(padded, self.compute_prefill)(input_ids, lengths)[:sequences]
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """Adds a token to each sequence of the batch, (B,) ids, and returns the logits after it, (B, V).
+
+        Raises ValueError without a batch, for another number of sequences, for ids as in `prefill`, and where the cache
+        may be full: a batch that began with prompts (B, T) has room for `capacity - T` further tokens.
+        """
+        if token_ids.shape != (self.sequences,) or not self.sequences:
+            raise ValueError(f"token ids of shape {tuple(token_ids.shape)} for {self.sequences} sequences")
+        if self.tokens == self.capacity:
+            raise ValueError(f"the cache is full: it has room for {self.capacity} tokens")
+        self.require_tokens(token_ids)
+        self.tokens += 1
+        token_ids = F.pad(token_ids, (0, self.batch_size - self.sequences)).to(self.device)
+        return (self.recorded_decode or self.compute_decode)(token_ids)[: self.sequences]
+
+    def compute_prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T) and (B,) on the device, B being `batch_size` -> (B, V)."""
+        hidden = self.model.last_hidden(input_ids, self.cache.prefill)
+        self.cache.step.lengths.copy_(lengths)
+        return self.logits(hidden[self.rows, lengths - 1])
+
+    def compute_decode(self, token_ids: Tensor) -> Tensor:
+        """(B,) on the device, B being `batch_size` -> (B, V)."""
+        step = self.cache.step
+        step.begin()
+        hidden = self.model.last_hidden(token_ids[:, None], self.cache.decode, step.lengths[:, None])
+        step.end()
+        return self.logits(hidden[:, 0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, D) -> (B, V)."""
+        part = F.linear(hidden, self.head)
+        part = F.pad(part, (0, self.head_rows - len(self.head)))  # the parts that are gathered have one size
+        return self.model.exchange.gather(part)[:, : self.model.token_embedding.rows.total]
+
+    def require_prompts(self, input_ids: Tensor, lengths: Tensor) -> None:
+        sequences, tokens = input_ids.shape
+        if not 1 <= sequences <= self.batch_size or not 1 <= tokens <= self.capacity or lengths.shape != (sequences,):
+            raise ValueError(
+                f"prompts of shape {tuple(input_ids.shape)} with lengths of shape {tuple(lengths.shape)} do not fit "
+                f"an engine for {self.batch_size} sequences of {self.capacity} tokens"
+            )
+        if lengths.device.type == "cpu" and not ((lengths >= 1) & (lengths <= tokens)).all():
+            raise ValueError(f"lengths={lengths.tolist()} of prompts must be between 1 and {tokens}")
+        self.require_tokens(input_ids)
+
+    def require_tokens(self, ids: Tensor) -> None:
+        vocab_size = self.model.token_embedding.rows.total
+        if ids.device.type == "cpu" and not ((ids >= 0) & (ids < vocab_size)).all():
+            raise ValueError(f"token ids from {ids.min()} to {ids.max()}: the vocabulary has 0 to {vocab_size - 1}")
+
+    def capture(self) -> None:
+        """Record new tokens, and prompts of `prefill_lengths`, as CUDA graphs."""
+        pool = torch.cuda.graph_pool_handle()
+        ones = torch.ones_like(self.rows)
+        # The longest first: the others then find room in the memory that it has taken.
+        for length in reversed(self.execution.prefill_lengths):
+            input_ids = ones[:, None].repeat(1, length)
+            self.recorded_prefill[length] = CapturedFunction(self.compute_prefill, (input_ids, ones.clone()), pool)
+        self.recorded_decode = CapturedFunction(
+            self.compute_decode, (ones.clone(),), pool, self.cache.step.lengths.zero_
+        )

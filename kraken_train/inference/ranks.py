@@ -1,0 +1,86 @@
+"""The ranks that serve one copy of a model together, without DeepSpeed; one process without a launcher is one rank."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from kraken_train.distributed_exchange import DistributedExchange
+from kraken_train.errors import ConfigError, KrakenError
+from kraken_train.exchange import Exchange, LocalExchange
+from kraken_train.inference.device import choose_device
+from kraken_train.rules import require_positive
+from kraken_train.runtime import Runtime, another_rank_ended, connect_ranks, read_runtime
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def started_ranks(device: str = "auto") -> Iterator[Runtime]:
+    """This process among the ranks of the run, connected to the others; `device` is one of `DEVICES`.
+
+    What holds the connection, such as an engine, should be gone when the context ends: call a function in it. Raises
+    ConfigError where the ranks cannot meet or the device is not there.
+    """
+    runtime = replace(read_runtime(), use_gpu=choose_device(device).type == "cuda")
+    runtime.configure_device()
+    if runtime.world_size == 1:
+        yield runtime
+        return
+    connect_ranks(runtime)
+    try:
+        yield runtime
+    except RuntimeError as error:
+        if another_rank_ended(error):
+            raise KrakenError(f"rank {runtime.rank}: another rank has ended, see its message") from error
+        raise
+    # Not after an error: the others may never come to it. A group that something still refers to keeps its threads,
+    # and these can abort the interpreter at its end.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def connect(runtime: Runtime) -> Exchange:
+    """What connects this rank's part of a model with the others, all ranks having one copy together."""
+    if runtime.world_size == 1:
+        return LocalExchange()
+    group = runtime.group or dist.group.WORLD
+    if group is None:
+        raise RuntimeError("the ranks are not connected; use started_ranks")
+    return DistributedExchange(group)
+
+
+def on_all(runtime: Runtime, function: Callable[[], Result]) -> Result:
+    """Call `function` on every rank. What it raises as KrakenError on one of them is raised on all."""
+    result: Result | None = None
+    failure: KrakenError | None = None
+    try:
+        result = function()
+    except KrakenError as error:
+        failure = error
+    for rank, failed in enumerate(runtime.gather(failure)):
+        if failed is not None:
+            raise type(failed)(f"rank {rank}: {failed}" if runtime.world_size > 1 else str(failed))
+    return result  # type: ignore[return-value]
+
+
+def device_speeds(devices: tuple[float, ...] | None, runtime: Runtime) -> tuple[float, ...]:
+    """The relative speed of each rank's device; the setting `devices` may be None where all are equal.
+
+    Raises ConfigError.
+    """
+    if devices is None:
+        return (1.0,) * runtime.world_size
+    for speed in devices:
+        require_positive("devices", speed)
+    if len(devices) != runtime.world_size:
+        raise ConfigError(
+            f"devices={list(devices)} has the speeds of {len(devices)} devices, but there are {runtime.world_size} "
+            f"ranks; start {len(devices)} ranks, one on each device, or give {runtime.world_size} speeds"
+        )
+    return devices

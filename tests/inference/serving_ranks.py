@@ -1,0 +1,166 @@
+"""Started on four ranks: engines on two to four of them against the whole model, and what all ranks must agree on.
+
+Usage: serving_ranks.py FOLDER, which has the exports that `CASES` names; rank 0 writes report.json there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers import random_ids, small_configs
+from torch import Tensor
+
+from checkpoints.export_folder import read_export
+from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.distributed_exchange import DistributedExchange
+from kraken_train.errors import CheckpointError, KrakenError
+from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
+from kraken_train.inference.generation import continue_prompts
+from kraken_train.inference.loading import load_part, share_model
+from kraken_train.inference.ranks import on_all, started_ranks
+from kraken_train.inference.sampling import Sampling
+from kraken_train.inference.serving import start_engine
+from kraken_train.runtime import Runtime
+
+STEPS = 64
+LENGTHS = [5, 1, 3]  # of prompts
+NUM_LAYERS = 2
+COMMON = {"num_layers": NUM_LAYERS, "vocab_size": 131, "context_length": 72}  # 131 is prime: no even share of the head
+ATTENTION = {"mha": None, "gqa": 2, "mqa": 1}  # key-value heads
+CONFIGS: dict[str, ModelConfig] = {
+    **{f"kraken-4-{kind}": KrakenConfig(4, hidden_size=16, heads_per_sub_layer=4, kv_heads_per_sub_layer=kv_heads,
+                                        **COMMON)
+       for kind, kv_heads in ATTENTION.items()},
+    **{f"{form}-{kind}": GPTConfig(hidden_size=32, num_heads=8, num_kv_heads=kv_heads, architecture=form, **COMMON)
+       for form in ("standard", "parallel") for kind, kv_heads in ATTENTION.items()},
+    "kraken-6": KrakenConfig(6, hidden_size=16, heads_per_sub_layer=2, **COMMON),
+    "small": small_configs(vocab_size=384, context_length=72)["kraken"],
+}  # fmt: skip
+Case = tuple[str, tuple[float, ...]]  # a model and the speeds of the devices
+CASES: list[Case] = [  # one device is in test_inference_engine.py
+    *[(f"kraken-4-{kind}", (1.0,) * devices) for kind in ATTENTION for devices in (2, 4, 3)],
+    *[(f"{form}-{kind}", (1.0,) * devices)
+      for form in ("standard", "parallel") for kind in ATTENTION for devices in (2, 4)],
+    ("kraken-6", (1.0, 1.0, 1.0, 1.0)),
+    ("kraken-6", (1.0, 1.0, 0.5)),
+    ("standard-mqa", (1.0, 1.0, 0.5)),
+    ("golden", (1.0, 1.0, 1.0)),
+    ("golden", (1.0, 1.0, 1.0, 1.0)),
+]  # fmt: skip
+
+
+def case_name(case: Case) -> str:
+    return f"{case[0]} {list(case[1])}"
+
+
+class CountingExchange(DistributedExchange):
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group, all_reduce=self.count)
+        self.sums = self.gathers = 0
+
+    def count(self, *arguments: Any, **settings: Any) -> Any:
+        self.sums += 1
+        return dist.all_reduce(*arguments, **settings)
+
+    def gather(self, part: Tensor) -> Tensor:
+        self.gathers += 1
+        return super().gather(part)
+
+
+def serve(folder: Path, case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Errors against the whole model in one process, and the collectives of a prompt and of a new token."""
+    name, speeds = case
+    export = read_export(folder / name)
+    exchange = CountingExchange(group)
+    units = share_model(export.config, speeds)[group.rank()]
+    model = load_part(export, units, exchange, torch.float32, torch.device("cpu"))
+    steps = min(STEPS, export.config.context_length - max(LENGTHS))
+    engine = InferenceEngine(model, len(LENGTHS), max(LENGTHS) + steps)
+    ids = random_ids(export.config, len(LENGTHS), max(LENGTHS) + steps)
+    expected = export.load_model()(ids).detach()
+    logits = [engine.prefill(ids[:, : max(LENGTHS)], torch.tensor(LENGTHS))]
+    collectives = [(exchange.sums, exchange.gathers)]
+    for step in range(steps):
+        logits.append(engine.decode(ids[range(len(LENGTHS)), [length + step for length in LENGTHS]]))
+    collectives.append((exchange.sums - collectives[0][0], exchange.gathers - collectives[0][1]))
+    wanted = torch.stack(
+        [expected[range(len(LENGTHS)), [length - 1 + step for length in LENGTHS]] for step in range(steps + 1)]
+    )
+    found = torch.stack(logits)
+    everywhere = [torch.empty_like(found) for _ in speeds]
+    dist.all_gather(everywhere, found, group=group)
+    return {
+        "units": units.count,
+        "error": float((found - wanted).abs().max() / wanted.abs().max()),
+        "equal": all(torch.equal(other, found) for other in everywhere),
+        "prefill": collectives[0],
+        "decode": [total / steps for total in collectives[1]],
+    }
+
+
+def generate_on_all(folder: Path, runtime: Runtime) -> dict[str, Any]:
+    """Texts by the sampling settings, as each rank has them, on four unequal devices."""
+    export = read_export(folder / "kraken-6")
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
+    engine = start_engine(
+        export,
+        runtime,
+        (1.0, 0.5, 1.0, 0.25),
+        batch_size=3,
+        prompt_tokens=5,
+        max_new_tokens=20,
+        dtype=torch.float32,
+        execution=ExecutionConfig(),
+    )
+    return {
+        str(temperature): runtime.gather(continue_prompts(engine, prompts, 20, Sampling(temperature, seed=5)))
+        for temperature in (0.0, 1.0, 3.0)
+    }
+
+
+def fails_on_rank_2(runtime: Runtime) -> list[str]:
+    """What each rank is told when one of them cannot read its part."""
+
+    def function() -> str:
+        if runtime.rank == 2:
+            raise CheckpointError("e/model.safetensors cannot be read")
+        return "read"
+
+    try:
+        message = on_all(runtime, function)
+    except KrakenError as error:
+        message = f"{type(error).__name__}: {error}"
+    return runtime.gather(message)
+
+
+def check(folder: Path, runtime: Runtime) -> dict[str, Any]:
+    groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
+    cases, started = {}, time.monotonic()
+    for case in CASES:
+        if runtime.rank < len(case[1]):
+            cases[case_name(case)] = serve(folder, case, groups[len(case[1])])
+    if runtime.is_first:
+        print(f"{len(CASES)} cases: {time.monotonic() - started:.1f} s", flush=True)
+    return {
+        "cases": runtime.gather(cases),
+        "texts": generate_on_all(folder, runtime),
+        "failure": fails_on_rank_2(runtime),
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with started_ranks() as runtime:
+        report = check(folder, runtime)
+    if runtime.is_first:
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
