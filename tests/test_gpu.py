@@ -9,6 +9,9 @@ import torch
 from helpers import launch_ranks
 from parity import engine_modes, run_ranks
 
+from kraken_train.bench import kv_memory
+from kraken_train.bench.kv_memory import KVMemoryConfig
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 TRAJECTORIES = ["kraken-4/1/plain", "kraken-4/1/compile-recompute-bf16"]
@@ -45,3 +48,15 @@ def test_trajectories(reports: dict[str, dict]) -> None:
 def test_order_of_events(reports: dict[str, dict]) -> None:
     on_gpu, on_cpu = (report["events"]["1"] for report in reports.values())
     assert on_gpu == on_cpu
+
+
+def test_memory_for_serving() -> None:
+    """What is computed is what the allocator hands out, but for its rounding (512 bytes an allocation)."""
+    config = KVMemoryConfig(
+        architectures=("kraken", "standard"), sizes=("tiny",), attention=("mha", "mqa"), degrees=(2,),
+        contexts=(128, 1024), batch_sizes=(1, 4), heads_per_kv_head=4, vocab_size=4096, dtype="bfloat16",
+        device="cuda", output_dir="",
+    )  # fmt: skip
+    for row in kv_memory.measure(kv_memory.compute(config), config, torch.device("cuda")):
+        assert row.measured_weights == pytest.approx(row.weights, rel=0.01)
+        assert row.measured_cache is not None and row.cache <= row.measured_cache < 1.05 * row.cache + 20_000

@@ -1,0 +1,1 @@
+"""How fast trained models run: time to first token, and where it goes."""

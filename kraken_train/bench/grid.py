@@ -1,0 +1,106 @@
+"""The models that are compared: the sizes of the paper's figures, and the Kraken that matches each.
+
+A standard layer of width D has 12 D^2 parameters, a Kraken layer of N sub-layers of width d has 8 N d^2, so
+d is near D sqrt(1.5 / N). Source: arXiv 2408.07802, section 4.2 (sizes and widths of GPT-3, arXiv 2005.14165).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.errors import ConfigError
+
+ARCHITECTURES = ("kraken", "standard", "parallel")
+TOLERANCE = 0.03  # of parameters per layer
+HEAD_DIM_STEP = 16
+LARGEST_HEAD_DIM = 128
+PREFERRED_HEAD_DIMS = (128, 96, 64)  # what attention kernels are tuned for
+
+
+@dataclass(frozen=True)
+class Size:
+    """A standard Transformer."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    head_dim: int = 128
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // self.head_dim
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("tiny", 2, 448, head_dim=56),  # so that everything can be tried on a CPU; 2, 4 and 8 devices divide it
+        Size("1.3b", 24, 2048),
+        Size("6.7b", 32, 4096),
+        Size("13b", 40, 5120),
+        Size("65b", 80, 8192),
+        Size("175b", 96, 12288),
+    )
+}
+
+
+def model_config(architecture: str, size: Size, degree: int, vocab_size: int, context_length: int) -> ModelConfig:
+    """The model of this architecture that is run on `degree` devices.
+
+    Raises ConfigError where the devices cannot share it.
+    """
+    if architecture == "kraken":
+        hidden_size, heads = kraken_dimensions(size, degree)
+        return KrakenConfig(
+            num_sub_layers=degree,
+            num_layers=size.num_layers,
+            hidden_size=hidden_size,
+            heads_per_sub_layer=heads,
+            vocab_size=vocab_size,
+            context_length=context_length,
+        )
+    if size.num_heads % degree:
+        raise ConfigError(f"degrees={degree} does not divide the {size.num_heads} heads of sizes={size.name}")
+    return GPTConfig(
+        num_layers=size.num_layers,
+        hidden_size=size.hidden_size,
+        num_heads=size.num_heads,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        architecture=architecture,
+    )
+
+
+def kraken_dimensions(size: Size, degree: int) -> tuple[int, int]:
+    """(width, heads) of each of `degree` sub-layers, with parameters per layer within `TOLERANCE` of the size's.
+
+    Among all such widths the head dimension decides (`PREFERRED_HEAD_DIMS`, then the largest), then how close the
+    parameters are. Raises ConfigError where no width fits.
+    """
+    candidates = [
+        (width, head_dim)
+        for width in range(HEAD_DIM_STEP, 2 * size.hidden_size, HEAD_DIM_STEP)
+        if abs(layer_excess(width, size, degree)) <= TOLERANCE
+        for head_dim in range(HEAD_DIM_STEP, LARGEST_HEAD_DIM + 1, HEAD_DIM_STEP)
+        if width % head_dim == 0
+    ]
+    if not candidates:
+        raise ConfigError(
+            f"degrees={degree}: no Kraken of {degree} sub-layers whose width is a multiple of {HEAD_DIM_STEP} matches "
+            f"sizes={size.name} within {TOLERANCE:.0%}; use 2, 4 or 8"
+        )
+
+    def rank(candidate: tuple[int, int]) -> tuple[int, int, float]:
+        width, head_dim = candidate
+        preferred = head_dim in PREFERRED_HEAD_DIMS
+        place = PREFERRED_HEAD_DIMS.index(head_dim) if preferred else len(PREFERRED_HEAD_DIMS)
+        return place, -head_dim, abs(layer_excess(width, size, degree))
+
+    width, head_dim = min(candidates, key=rank)
+    return width, width // head_dim
+
+
+def layer_excess(width: int, size: Size, degree: int) -> float:
+    """Parameters of a Kraken layer more than the standard's, as a fraction of those."""
+    return 8 * degree * width**2 / (12 * size.hidden_size**2) - 1

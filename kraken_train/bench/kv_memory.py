@@ -1,0 +1,190 @@
+"""Memory for serving, per device: python -m kraken_train.bench.kv_memory output_dir=FOLDER
+
+Kraken's sub-layers together are wider than the standard layer that they match, and so is their key-value cache. This
+shows what that costs at which degree, context and batch, and what sharing key-value heads gives back: within a
+sub-layer a shared head stays on its device, while a standard Transformer on more devices than it has key-value heads
+must hold the same ones more than once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kraken_train.architectures import build_model
+from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config
+from kraken_train.bench.kv_memory_figure import draw
+from kraken_train.bench.memory_row import GIB, MemoryRow
+from kraken_train.cli import run_entry
+from kraken_train.config import KrakenConfig, ModelConfig
+from kraken_train.errors import ConfigError
+from kraken_train.inference.device import DEVICES, choose_device
+from kraken_train.inference.kv_cache import KeyValueCache
+from kraken_train.inference.loading import served_config, share_model
+from kraken_train.inference.memory import free_memory, serving_memory
+from kraken_train.placement import Placement
+from kraken_train.rules import require_choice, require_positive
+
+FORMS = ("mha", "gqa", "mqa")  # multi-head, grouped-query, multi-query attention
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class KVMemoryConfig:
+    """See conf/kv_memory.yaml."""
+
+    architectures: tuple[str, ...]
+    sizes: tuple[str, ...]
+    attention: tuple[str, ...]
+    degrees: tuple[int, ...]  # devices that share a model; Kraken has as many sub-layers
+    contexts: tuple[int, ...]  # tokens
+    batch_sizes: tuple[int, ...]  # sequences
+    heads_per_kv_head: int  # of grouped-query attention
+    vocab_size: int
+    dtype: str
+    device: str  # auto | cpu | cuda
+    output_dir: str
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        for name, known in (("architectures", ARCHITECTURES), ("sizes", tuple(SIZES)), ("attention", FORMS)):
+            require_some(name, getattr(self, name))
+            for value in getattr(self, name):
+                require_choice(name, value, known)
+        for name in ("degrees", "contexts", "batch_sizes"):
+            require_some(name, getattr(self, name))
+            for value in getattr(self, name):
+                require_positive(name, value)
+        require_positive("heads_per_kv_head", self.heads_per_kv_head)
+        require_positive("vocab_size", self.vocab_size)
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        require_choice("device", self.device, DEVICES)
+
+
+def require_some(name: str, values: Sequence[object]) -> None:
+    if not values:
+        raise ConfigError(f"{name} is empty; name at least one")
+
+
+def with_attention(config: ModelConfig, form: str, heads_per_kv_head: int) -> ModelConfig:
+    """The same model with another form of attention; grouped-query attention takes the nearest number that divides."""
+    heads = config.heads_per_sub_layer if isinstance(config, KrakenConfig) else config.num_heads
+    wanted = {"mha": heads, "gqa": heads / heads_per_kv_head, "mqa": 1}[form]
+    kv_heads = min((k for k in range(1, heads + 1) if heads % k == 0), key=lambda k: abs(k - wanted))
+    if isinstance(config, KrakenConfig):
+        return dataclasses.replace(config, kv_heads_per_sub_layer=kv_heads)
+    return dataclasses.replace(config, num_kv_heads=kv_heads)
+
+
+def first_share(
+    config: KVMemoryConfig, size: str, degree: int, architecture: str, form: str
+) -> tuple[ModelConfig, ModelConfig, Placement]:
+    """The model, the model as `degree` equal devices serve it, and the units on the first, which has most."""
+    model = model_config(architecture, SIZES[size], degree, config.vocab_size, max(config.contexts))
+    model = with_attention(model, form, config.heads_per_kv_head)
+    units = share_model(model, [1.0] * degree)[0]
+    return model, served_config(model, units), units
+
+
+def compute(config: KVMemoryConfig) -> list[MemoryRow]:
+    """A row for each configuration."""
+    rows = []
+    for size, degree, architecture, form in itertools.product(
+        config.sizes, config.degrees, config.architectures, config.attention
+    ):
+        model, served, units = first_share(config, size, degree, architecture, form)
+        one = serving_memory(served, units, 1, 1, DTYPES[config.dtype])
+        rows += [
+            MemoryRow(
+                architecture, size, form, model.kv_heads, degree, context, batch_size, one.weights,
+                one.cache * context * batch_size,
+            )
+            for context, batch_size in itertools.product(config.contexts, config.batch_sizes)
+        ]  # fmt: skip
+    return rows
+
+
+def measure(rows: list[MemoryRow], config: KVMemoryConfig, device: torch.device) -> list[MemoryRow]:
+    """The rows with what the allocator says that weights and cache take; rows that do not fit stay as they are."""
+    measured = []
+    models = itertools.groupby(rows, key=lambda row: (row.size, row.degree, row.architecture, row.attention))
+    for which, of_model in models:
+        alike = list(of_model)
+        if alike[0].weights > free_memory(device):
+            measured += alike
+            continue
+        _, served, units = first_share(config, *which)
+        before = torch.cuda.memory_allocated(device)
+        with torch.device("meta"):
+            model = build_model(served, units=units)
+        model = model.to(DTYPES[config.dtype]).to_empty(device=device)
+        weights = torch.cuda.memory_allocated(device) - before
+        for row in alike:
+            cache = None
+            if row.cache < free_memory(device):
+                held = KeyValueCache(model, row.batch_size, row.context)
+                cache = torch.cuda.memory_allocated(device) - before - weights
+                del held
+            measured.append(dataclasses.replace(row, measured_weights=weights, measured_cache=cache))
+        del model
+        torch.cuda.empty_cache()
+    return measured
+
+
+def as_table(rows: list[MemoryRow], label: str) -> Table:
+    """One line per model, form and degree, a column for the cache of each batch and context."""
+    table = Table(title="Memory per device, GiB", caption=label)
+    for name in ("size", "devices", "model", "attention", "kv heads", "weights"):
+        table.add_column(name, justify="right")
+    loads = list(dict.fromkeys((row.batch_size, row.context) for row in rows))
+    for batch_size, context in loads:
+        table.add_column(f"cache\n{batch_size} x {context}", justify="right")
+    models = itertools.groupby(rows, key=lambda row: (row.size, row.degree, row.architecture, row.attention))
+    for (size, degree, architecture, form), of_model in models:
+        alike = {(row.batch_size, row.context): row for row in of_model}
+        first = alike[loads[0]]
+        caches = [f"{alike[load].cache / GIB:.2f}" for load in loads]
+        table.add_row(size, str(degree), architecture, form, str(first.kv_heads), f"{first.weights / GIB:.2f}", *caches)
+    return table
+
+
+def main(config: KVMemoryConfig) -> None:
+    device = choose_device(config.device)
+    output_dir = Path(config.output_dir)
+    make_output_dir(output_dir)
+    rows = compute(config)
+    label = f"computed for {config.dtype}"
+    if device.type == "cuda":
+        rows = measure(rows, config, device)
+        count = sum(row.measured_cache is not None for row in rows)
+        label += f"; {count} of {len(rows)} also measured on one {torch.cuda.get_device_name(device)}"
+    Console(width=None if Console().is_terminal else 160).print(as_table(rows, label))
+    record = {"label": label, "settings": asdict(config), "rows": [asdict(row) for row in rows]}
+    (output_dir / "kv_memory.json").write_text(json.dumps(record, indent=2) + "\n")
+    for size in config.sizes:
+        path = output_dir / f"kv_memory_{size}.png"
+        draw([row for row in rows if row.size == size], f"{size}: memory per device, {label}", path)
+        print(f"drawn: {path}")
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Raises ConfigError unless the folder exists afterwards and can be written to."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir} cannot be written to: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    run_entry(main, KVMemoryConfig, "kv_memory", path_keys=("output_dir",))

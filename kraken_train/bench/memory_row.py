@@ -1,0 +1,28 @@
+"""One configuration of the memory benchmark: what its table, figure and file are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One device's memory, in bytes; of unequal shares, that of the largest."""
+
+    architecture: str
+    size: str
+    attention: str
+    kv_heads: int  # of a sub-layer, or of the standard layer
+    degree: int
+    context: int
+    batch_size: int
+    weights: int
+    cache: int
+    measured_weights: int | None = None  # None: not measured
+    measured_cache: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
