@@ -3,6 +3,8 @@
     model.safetensors  weights under global names, sub-layers stacked: layers.3.attention.qkv.weight is (N, 3D, D)
     config.json        the model's settings, `model_type`, `format_version`, `dtype` and what is known of the training
     tokenizer/         the tokenizer's files, absent if the model came without one
+    modeling_kraken.py, generation_config.json, tokenizer.json, tokenizer_config.json
+                       what transformers needs besides; the last two are made from `tokenizer/`
 
 It is written under a temporary name, `.NAME.tmp`, and renamed when complete; what a killed attempt left there is
 removed by the next one.
@@ -23,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.transformers_tokenizer import write_transformers_tokenizer
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.architectures import build_model
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig, parse_model
+from kraken_train.config import GPTConfig, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.files import sync_folder
 from kraken_train.model import LanguageModel
@@ -37,7 +40,9 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Entries of config.json that are not settings of the model.
-ABOUT_THE_EXPORT = ("architectures", "model_type", "format_version", "dtype", "training")
+ABOUT_THE_EXPORT = ("architectures", "auto_map", "model_type", "format_version", "dtype", "training")
+MODELING_FILE = Path(__file__).with_name("modeling_kraken.py")
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,14 @@ def write_export(
     tokenizer_dir: Path | None,
     metadata: Mapping[str, Any],
     dtype: torch.dtype,
-) -> None:
+) -> str | None:
     """Write an export into `output_dir`, which is new or an empty folder.
 
-    `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. Raises CheckpointError if
-    the folder is in use, weights or tokenizer do not fit the model, or the disk refuses.
+    `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. Returns what the user should
+    know about the tokenizer in transformers, if that is not the same. Raises CheckpointError if the folder is in use,
+    weights or tokenizer do not fit the model, or the disk refuses.
     """
+    note = None
     require_unused(output_dir)
     output_dir = output_dir.resolve()  # so that it has a name and a parent
     require_matching_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, model_config, "the model")
@@ -104,9 +111,13 @@ def write_export(
         converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
         save_file(converted, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         description = describe(model_config, metadata, dtype)
-        (temporary / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        write_json(temporary / CONFIG_FILE, description)
+        shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
         if tokenizer_dir is not None:
             shutil.copytree(tokenizer_dir, temporary / TOKENIZER_FOLDER)
+            tokenizer = load_tokenizer(tokenizer_dir)
+            write_json(temporary / GENERATION_FILE, generation_settings(tokenizer, model_config))
+            note = write_transformers_tokenizer(tokenizer, temporary, model_config.context_length)
         sync_tree(temporary)
         os.replace(temporary, output_dir)  # over an empty folder too
         sync_folder(output_dir.parent)
@@ -114,6 +125,7 @@ def write_export(
         raise CheckpointError(f"the export {output_dir} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return note
 
 
 def require_unused(output_dir: Path) -> None:
@@ -145,10 +157,27 @@ def require_fitting_tokenizer(tokenizer_dir: Path, config: ModelConfig) -> None:
         )
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def generation_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """What `generate` of transformers goes by: where text ends, and which rows of the embedding are no tokens."""
+    end = tokenizer.end_of_document
+    padding = list(range(tokenizer.vocab_size, config.vocab_size))
+    return {"eos_token_id": end, "pad_token_id": end, **({"suppress_tokens": padding} if padding else {})}
+
+
 def describe(config: ModelConfig, metadata: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What `config.json` holds."""
+    module = MODELING_FILE.stem
     return {
-        "architectures": ["KrakenForCausalLM" if isinstance(config, KrakenConfig) else "GPTForCausalLM"],
+        "architectures": ["KrakenForCausalLM"],  # in transformers, of the baselines too
+        "auto_map": {
+            "AutoConfig": f"{module}.KrakenConfig",
+            "AutoModel": f"{module}.KrakenModel",
+            "AutoModelForCausalLM": f"{module}.KrakenForCausalLM",
+        },
         "model_type": "kraken",
         "format_version": FORMAT_VERSION,
         "dtype": next(name for name, known in DTYPES.items() if known == dtype),
@@ -167,6 +196,11 @@ def read_export(export_dir: Path) -> Export:
     if not export_dir.is_dir():
         raise CheckpointError(f"export_dir={export_dir} is not a folder; name one that checkpoints.export has written")
     description = read_description(export_dir / CONFIG_FILE)
+    if "transformers_version" in description:
+        raise CheckpointError(
+            f"{export_dir} was saved by transformers; make an export of it with "
+            f"python -m checkpoints.import_transformers model_dir={export_dir} output_dir=EXPORT"
+        )
     settings = {key: value for key, value in description.items() if key not in ABOUT_THE_EXPORT}
     try:
         config = parse_model(settings)

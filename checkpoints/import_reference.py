@@ -57,7 +57,11 @@ def import_reference(config: ImportConfig) -> None:
     model_config = infer_config(weights, stored["model_args"], config.heads_per_sub_layer)
     metadata = {"step": stored["iter_num"]} if isinstance(stored.get("iter_num"), int) else {}
     tokenizer_dir = Path(config.tokenizer_dir) if config.tokenizer_dir else None
-    write_export(output_dir, model_config, weights, tokenizer_dir=tokenizer_dir, metadata=metadata, dtype=torch.float32)
+    note = write_export(
+        output_dir, model_config, weights, tokenizer_dir=tokenizer_dir, metadata=metadata, dtype=torch.float32
+    )
+    if note is not None:
+        print(f"note: {note}")
     print(f"imported {model_config.num_parameters:,} parameters to {output_dir}")
 
 

@@ -386,6 +386,7 @@ class TrainConfig:
     model: dict[str, Any]  # parsed with the data's vocabulary by `parse_model`
     data_dir: str | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
     run_dir: str
+    init_from: str | None  # an export whose weights a new run starts with; null: they are drawn from the seed
     max_steps: int  # optimizer steps
     global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks and micro-batches
     micro_batch_size: int  # samples per rank and forward pass

@@ -52,6 +52,11 @@ class TrainingData:
         return self.folder / TOKENIZER_FOLDER
 
     @property
+    def tokenizer_files(self) -> dict[str, str]:
+        """Name in `tokenizer_dir` -> SHA-256."""
+        return self._tokenizer(self.folder).files
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest of all that the run reads: content and shares, but no paths. One folder has its own."""
         content = [(self.manifests[folder].fingerprint, share) for folder, share in self.shares.items()]

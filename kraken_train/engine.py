@@ -30,7 +30,7 @@ from kraken_train.config import TrainConfig
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
 from kraken_train.optim import parameter_groups
-from kraken_train.placement import partitions
+from kraken_train.placement import Partition, partitions
 from kraken_train.replicas import require_equal_replicas
 from kraken_train.runtime import Rendezvous, Runtime, connect_ranks, launcher_holds_store
 
@@ -218,10 +218,14 @@ class Engine:
             parts = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in keys}
             fill({key: self.mesh.as_global(part, self.partitions[name]) for key, part in parts.items()})
             weight, *moments = [part.to(self.device) for part in parts.values()]
-            safe_set_full_fp32_param(parameter, weight)
-            parameter.data.copy_(weight)  # the weights that the model computes with, bf16 or fp32
+            set_weight(parameter, weight)
             for moment, value in zip(MOMENTS, moments, strict=True):
                 safe_set_full_optimizer_state(parameter, value, moment)
+
+    def load_weights(self, read: Callable[[str, Partition | None], Tensor]) -> None:
+        """Take over weights and nothing else; `read` gives this rank's part of the one of a name."""
+        for name, parameter in self.model.named_parameters():
+            set_weight(parameter, read(name, self.partitions[name]).to(self.device, torch.float32))
 
     def verify_replicas(self) -> None:
         """Check that weights which several ranks hold are the same bits there. A collective. Raises TrainingError."""
@@ -258,6 +262,12 @@ class Engine:
     def set_optimizer_steps(self, steps: int) -> None:
         for state in self.deepspeed.optimizer.optimizer.state.values():
             state["step"].fill_(steps)
+
+
+def set_weight(parameter: nn.Parameter, weight: Tensor) -> None:
+    """Both what the optimizer changes, in fp32, and what the model computes with, bf16 or fp32."""
+    safe_set_full_fp32_param(parameter, weight)
+    parameter.data.copy_(weight)
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoints.initial import export_reader, open_initial_export
 from checkpoints.store import Checkpoint, fill_tensors, find_good_checkpoint, has_checkpoints, set_aside_after
 from checkpoints.writer import CheckpointWriter
 from kraken_train.architectures import build_model, even_share
@@ -37,7 +39,7 @@ LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "pre
 
 
 def main() -> None:
-    run_entry(train, TrainConfig, "train", path_keys=("data_dir", "run_dir"))
+    run_entry(train, TrainConfig, "train", path_keys=("data_dir", "run_dir", "init_from"))
 
 
 def train(config: TrainConfig) -> None:
@@ -250,8 +252,9 @@ class Trainer:
         self.checkpoints.save(self.step, self.engine.state(), metadata)
 
     def restore(self) -> None:
-        """Continue from the newest good checkpoint; do nothing in a new run. Raises CheckpointError."""
+        """Continue from the newest good checkpoint, or start a new run as `init_from` says. Raises CheckpointError."""
         if not self.run.resuming:
+            self.start_from_export()
             return
         checkpoint, problems = find_good_checkpoint(self.run.checkpoints, self.runtime)
         for problem in problems:
@@ -272,6 +275,15 @@ class Trainer:
         self.step, self.updates = checkpoint.step, metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
         self.say(f"resumed from {checkpoint.path}: step {self.step}, {metadata['tokens']:,} tokens")
+
+    def start_from_export(self) -> None:
+        """The weights of `init_from`, if it is set, as those of step 0."""
+        if self.config.init_from is None:
+            return
+        export = open_initial_export(Path(self.config.init_from), self.model_config, self.data.tokenizer_files)
+        with export_reader(export) as read:
+            self.engine.load_weights(read)
+        self.say(f"starting with the weights of {export.folder}")
 
     def require_steps_to_go(self, checkpoint: Checkpoint) -> None:
         """Tell which settings differ from the checkpoint's. Raises CheckpointError if they come too late to matter."""

@@ -115,7 +115,8 @@ def test_what_a_killed_attempt_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".e.tmp" / "model.safetensors").write_bytes(b"half of it")
     write_into(tmp_path / "e")
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
-    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["config.json", "model.safetensors"]
+    written = ["config.json", "model.safetensors", "modeling_kraken.py"]
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == written
 
 
 def test_all_is_on_the_disk_before_it_gets_its_name(

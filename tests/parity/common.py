@@ -67,6 +67,7 @@ def settings(
         model={},
         data_dir="",
         run_dir="",
+        init_from=None,
         max_steps=100,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=GLOBAL_BATCH // (ACCUMULATION_STEPS * data_parallel_size),

@@ -1,0 +1,160 @@
+"""A model that transformers has fine-tuned and saved, as an export:
+
+    python -m checkpoints.import_transformers model_dir=FOLDER output_dir=EXPORT
+
+Training can then go on from it (`init_from=EXPORT` of kraken_train.train). Only safetensors files are read, never a
+pickle or the code in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoints.export import DTYPES
+from checkpoints.export_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_description,
+    require_unused,
+    write_export,
+)
+from data_prep.manifest import TOKENIZER_FOLDER
+from data_prep.tokenizers import HuggingFaceTokenizer
+from kraken_train.cli import run_entry
+from kraken_train.config import MODEL_CONFIGS, ModelConfig, parse_model
+from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.rules import require_choice
+
+INDEX_FILE = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """See conf/import_transformers.yaml."""
+
+    model_dir: str
+    output_dir: str
+    tokenizer_dir: str | None
+    dtype: str  # fp32 | bf16
+
+    def validate(self) -> None:
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        for name in ("model_dir", "output_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; give {name}=FOLDER")
+
+
+def import_transformers(config: ImportConfig) -> None:
+    """Raises CheckpointError if the folder is not that of a Kraken or baseline, or the output cannot be written."""
+    model_dir, output_dir = Path(config.model_dir), Path(config.output_dir)
+    require_unused(output_dir)
+    if not model_dir.is_dir():
+        raise CheckpointError(f"model_dir={model_dir} is not a folder; name one that save_pretrained has written")
+    description = read_description(model_dir / CONFIG_FILE)
+    model_config = read_model_config(description, model_dir / CONFIG_FILE)
+    weights = read_weights(model_dir)
+    with ExitStack() as held:
+        tokenizer_dir = find_tokenizer(config.tokenizer_dir, model_dir, held)
+        note = write_export(
+            output_dir,
+            model_config,
+            weights,
+            tokenizer_dir=tokenizer_dir,
+            metadata=description.get("training") or {},
+            dtype=DTYPES[config.dtype],
+        )
+    if tokenizer_dir is None:
+        print(f"note: {model_dir} has no tokenizer, so the export has none; tokenizer_dir=FOLDER adds that of the data")
+    if note is not None:
+        print(f"note: {note}")
+    print(f"imported {model_config.num_parameters:,} parameters in {config.dtype} to {output_dir}")
+
+
+def read_model_config(description: dict[str, Any], path: Path) -> ModelConfig:
+    """The model's settings out of what else transformers stores beside them. Raises CheckpointError."""
+    architecture = description.get("architecture")
+    if architecture not in MODEL_CONFIGS:
+        raise CheckpointError(f"{path} has architecture={architecture}; known: {', '.join(MODEL_CONFIGS)}")
+    names = {field.name for field in fields(MODEL_CONFIGS[architecture])}
+    try:
+        return parse_model({name: value for name, value in description.items() if name in names})
+    except ConfigError as error:
+        raise CheckpointError(f"{path} does not describe a model: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights under our names, without a head that is the embedding. Raises CheckpointError."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            weights |= load_file(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing; copy it again or save the model again") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or not a safetensors file ({error}); copy it again or save the model again"
+            ) from error
+    head = weights.pop(HEAD, None)
+    if head is not None and EMBEDDING in weights and not torch.equal(head, weights[EMBEDDING]):
+        raise CheckpointError(
+            f"{HEAD} and {EMBEDDING} in {folder} differ, but this program's models have a head that is the embedding; "
+            "fine-tune with tie_word_embeddings=True"
+        )
+    if head is not None:
+        weights.setdefault(EMBEDDING, head)
+    return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, of which a large model has several. Raises CheckpointError."""
+    index = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).exists() or not index.exists():
+        return [require_weights(folder)]
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        files = sorted({str(name) for name in names})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again or save the model again") from error
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name}, which is not a file beside it; save the model again")
+    return [folder / name for name in files]
+
+
+def require_weights(folder: Path) -> Path:
+    if any(folder.glob("adapter_model.*")):
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model; merge it (merge_and_unload of peft) and save the model"
+        )
+    if any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(f"{folder} holds a pickle, which is not read; save with safe_serialization=True")
+    return folder / WEIGHTS_FILE
+
+
+def find_tokenizer(setting: str | None, model_dir: Path, held: ExitStack) -> Path | None:
+    """A folder in our format: as set, the model's own, or one made from its tokenizer.json until `held` is closed."""
+    if setting is not None:
+        return Path(setting)
+    if (model_dir / TOKENIZER_FOLDER).is_dir():
+        return model_dir / TOKENIZER_FOLDER
+    if not (model_dir / HuggingFaceTokenizer.FILE).is_file():
+        return None
+    folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+    HuggingFaceTokenizer.from_path(model_dir, None).save(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    paths = ("model_dir", "output_dir", "tokenizer_dir")
+    run_entry(import_transformers, ImportConfig, "import_transformers", path_keys=paths)
