@@ -1,7 +1,9 @@
-"""Perplexity of an export: python -m kraken_train.evaluate export_dir=EXPORT data_dir=DATA
+"""How good an export is: perplexity on prepared data, and suites of tasks.
 
-Every token of the split but the first is predicted exactly once, in windows of context_length tokens that follow
-one another.
+    python -m kraken_train.evaluate export_dir=EXPORT data_dir=DATA
+    python -m kraken_train.evaluate export_dir=EXPORT suite=superglue
+
+Results are printed, and recorded in the export for its model card and for reports.
 """
 
 from __future__ import annotations
@@ -9,21 +11,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 
 from checkpoints.export_folder import Export, read_export
+from checkpoints.model_card import refresh_results
 from data_prep.manifest import SPLITS, Manifest, verify_quick
 from kraken_train.cli import run_entry
-from kraken_train.data import open_split, sequential
 from kraken_train.errors import CheckpointError, ConfigError, DataError
+from kraken_train.evaluation.results import (
+    SUITE_HEADER,
+    Results,
+    SuiteResult,
+    markdown,
+    record_results,
+    suite_record,
+    suite_rows,
+)
+from kraken_train.evaluation.suites import Suite, SuiteRun, require_harness, run_suite
 from kraken_train.files import file_sha256
 from kraken_train.inference.device import DEVICES, choose_device
-from kraken_train.perplexity import evaluate
+from kraken_train.perplexity import MODES, evaluate, read_sequences
 from kraken_train.rules import require_choice, require_positive
+from kraken_train.runtime import Runtime, export_rendezvous, read_runtime
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -31,19 +52,152 @@ class EvaluateConfig:
     """See conf/evaluate.yaml."""
 
     export_dir: str
-    data_dir: str
-    split: str
-    batch_size: int  # windows
+    batch_size: int  # windows or requests
     device: str  # auto | cpu | cuda
     output: str | None  # JSON file
+    table: str | None  # Markdown file
+    record: bool
+    data_dir: str | None
+    split: str
+    mode: str  # stream | documents
+    stride: int | None  # tokens
+    dtype: str  # fp32 | fp64
+    suite_data: str | None  # folder of JSONL files
+    tasks: list[str] | None
+    missing: str  # error | skip
+    limit: int | None  # documents per task
+    task_dir: str | None
+    suite: Suite | None = None
 
     def validate(self) -> None:
         """Raises ConfigError."""
         require_choice("split", self.split, SPLITS)
-        require_positive("batch_size", self.batch_size)
+        require_choice("mode", self.mode, MODES)
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        require_choice("missing", self.missing, ("error", "skip"))
         require_choice("device", self.device, DEVICES)
-        if self.output is not None and not Path(self.output).parent.is_dir():
-            raise ConfigError(f"output={self.output}: the folder {Path(self.output).parent} does not exist")
+        for name in ("batch_size", "stride", "limit"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        if self.data_dir is None and self.suite is None:
+            raise ConfigError("there is nothing to evaluate; give data_dir=DATA, suite=superglue, or both")
+        for name in ("suite_data", "tasks", "limit", "task_dir"):
+            if self.suite is None and getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)} is of suites; choose one, such as suite=superglue")
+        if self.task_dir is not None and self.suite_data is None:
+            raise ConfigError(f"task_dir={self.task_dir} is for tasks read from files; give suite_data=FOLDER")
+        if self.tasks == []:
+            raise ConfigError("tasks=[] names none; leave it out for all of the suite")
+        for name in ("output", "table"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).parent.is_dir():
+                raise ConfigError(f"{name}={path}: the folder {Path(path).parent} does not exist")
+        for name in ("suite_data", "task_dir"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_dir():
+                raise ConfigError(f"{name}={path} is not a folder")
+
+
+def main(config: EvaluateConfig) -> None:
+    runtime = read_runtime()
+    if config.suite is not None:
+        if runtime.world_size > 1:
+            raise ConfigError(f"suite={config.suite.name} runs in one process; start it without a launcher")
+        require_harness(config.suite.name)
+    export = read_export(Path(config.export_dir))
+    if config.record and not os.access(export.folder, os.W_OK):
+        raise ConfigError(f"export_dir={export.folder} cannot be written; leave it as it is with record=false")
+    record: dict[str, Any] = {"export_dir": config.export_dir}
+    suites = {}
+    if config.data_dir is not None:
+        record |= measure_perplexity(config, export, Path(config.data_dir), runtime)
+    if config.suite is not None:
+        result = run_suite(export, config.suite, suite_run(config))
+        suites[config.suite.name] = result
+        record["suites"] = {config.suite.name: suite_record(result)}
+        print_suite(result)
+    if runtime.is_first:
+        keep(config, export, record, suites)
+
+
+def keep(config: EvaluateConfig, export: Export, record: dict[str, Any], suites: dict[str, SuiteResult]) -> None:
+    """Write what was found to where it was asked for."""
+    perplexity = {k: v for k, v in record.items() if k not in ("export_dir", "suites")} if config.data_dir else None
+    if config.output is not None:
+        write("output", Path(config.output), json.dumps(record, indent=2) + "\n")
+    if config.table is not None:
+        write("table", Path(config.table), markdown(Results([perplexity] if perplexity else [], suites)))
+    if config.record:
+        if config.limit is not None:
+            print(f"not recorded in {export.folder}: only limit={config.limit} documents of each task were used")
+            suites = {}
+        if perplexity or suites:
+            refresh_results(export, record_results(export.folder, perplexity, suites))
+
+
+def write(name: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{name}={path} cannot be written: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Perplexity
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, runtime: Runtime) -> dict[str, Any]:
+    """What was measured and on what, on all ranks; the first one prints it."""
+    context_length = export.config.context_length
+    stride = config.stride or (context_length if config.mode == "stream" else max(1, context_length // 2))
+    if stride > context_length:
+        raise ConfigError(
+            f"stride={stride} would leave out tokens between windows of context_length={context_length}; use at most "
+            f"{context_length}"
+        )
+    manifest = verify_quick(data_dir)
+    require_fitting_data(export, manifest, data_dir)
+    sequences = read_sequences(data_dir, config.split, manifest, config.mode)
+    with ExitStack() as joined:
+        device = join_ranks(config, runtime, joined)
+        # Not in bf16, even if the export is stored in it: what that rounds depends on the batch size.
+        model = export.load_model(DTYPES[config.dtype], device)
+        text_bytes = manifest.splits[config.split].text_bytes
+        result = evaluate(model, sequences, stride, config.batch_size, text_bytes, runtime)
+    if not math.isfinite(result.loss):
+        raise CheckpointError("the model's predictions are not finite: its weights are damaged or have diverged")
+    if runtime.is_first:
+        print(f"loss           {result.loss:.6f} nats per token")
+        print(f"perplexity     {result.perplexity:.4f}")
+        print(f"tokens         {result.tokens:,}")
+        if result.bits_per_byte is not None:
+            print(f"bits per byte  {result.bits_per_byte:.6f}")
+        if config.mode == "documents" and result.tokens < manifest.splits[config.split].tokens:
+            print("note: not every document ends with the end-of-document token, so the first token of each has "
+                  "nothing before it and is not predicted")  # fmt: skip
+    return {
+        "data_dir": str(config.data_dir),
+        "split": config.split,
+        "mode": config.mode,
+        "stride": stride,
+        "dtype": config.dtype,
+        "data_fingerprint": manifest.fingerprint,
+        **dataclasses.asdict(result),
+    }
+
+
+def join_ranks(config: EvaluateConfig, runtime: Runtime, joined: ExitStack) -> torch.device:
+    """This rank's device; among several ranks, they meet for as long as `joined` is open."""
+    if runtime.world_size == 1:
+        return choose_device(config.device)
+    if config.device == "cuda":
+        choose_device(config.device)
+    runtime.configure_device()
+    export_rendezvous(runtime)
+    dist.init_process_group("gloo", rank=runtime.rank, world_size=runtime.world_size)  # for sums of losses alone
+    joined.callback(dist.destroy_process_group)
+    return torch.device("cpu") if config.device == "cpu" else runtime.device
 
 
 def require_fitting_data(export: Export, manifest: Manifest, data_dir: Path) -> None:
@@ -64,35 +218,36 @@ def require_fitting_data(export: Export, manifest: Manifest, data_dir: Path) -> 
             )
 
 
-def main(config: EvaluateConfig) -> None:
-    device = choose_device(config.device)
-    export, data_dir = read_export(Path(config.export_dir)), Path(config.data_dir)
-    manifest = verify_quick(data_dir)
-    require_fitting_data(export, manifest, data_dir)
-    stream = open_split(data_dir, config.split, manifest)
-    windows = sequential(stream, export.config.context_length, config.batch_size)
-    # In fp32, whatever the export is stored in: rounding in bf16 would depend on the batch size.
-    model = export.load_model(torch.float32, device)
-    result = evaluate(model, windows, manifest.splits[config.split].text_bytes)
-    if not math.isfinite(result.loss):
-        raise CheckpointError("the model's predictions are not finite: its weights are damaged or have diverged")
-    print(f"loss           {result.loss:.6f} nats per token")
-    print(f"perplexity     {result.perplexity:.4f}")
-    print(f"tokens         {result.tokens:,}")
-    if result.bits_per_byte is not None:
-        print(f"bits per byte  {result.bits_per_byte:.6f}")
-    if config.output is not None:
-        about = {"export_dir": config.export_dir, "data_dir": config.data_dir, "split": config.split}
-        record = {**about, "data_fingerprint": manifest.fingerprint, **dataclasses.asdict(result)}
-        write_json(record, Path(config.output))
+# ---------------------------------------------------------------------------------------------------------------
+# Suites
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def write_json(record: dict[str, Any], path: Path) -> None:
-    try:
-        path.write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"output={path} cannot be written: {error.strerror}") from error
+def suite_run(config: EvaluateConfig) -> SuiteRun:
+    return SuiteRun(
+        tasks=config.tasks,
+        data_dir=None if config.suite_data is None else Path(config.suite_data),
+        skip_missing=config.missing == "skip",
+        task_dir=None if config.task_dir is None else Path(config.task_dir),
+        limit=config.limit,
+        batch_size=config.batch_size,
+        device=choose_device(config.device).type,
+    )
+
+
+def print_suite(result: SuiteResult) -> None:
+    table = Table(*SUITE_HEADER, title=result.title, title_justify="left")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in suite_rows(result):
+        table.add_row(*row)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table, markup=False)
 
 
 if __name__ == "__main__":
-    run_entry(main, EvaluateConfig, "evaluate", path_keys=("export_dir", "data_dir", "output"))
+    run_entry(
+        main,
+        EvaluateConfig,
+        "evaluate",
+        path_keys=("export_dir", "data_dir", "output", "table", "suite_data", "task_dir"),
+    )

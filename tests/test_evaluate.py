@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     TEXTS,
+    launch_ranks,
     random_ids,
     random_windows,
     rough_model,
@@ -23,11 +23,21 @@ from helpers import (
 )
 from torch.nn import functional as F
 
+from data_prep.indexed import Shard
 from data_prep.manifest import TOKENIZER_FOLDER, load_manifest
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.tokenizers import TokenizerSettings
 from kraken_train.data import TokenStream, open_split, sequential
-from kraken_train.perplexity import evaluate, perplexity, token_losses
+from kraken_train.evaluation.results import read_results
+from kraken_train.model import LanguageModel
+from kraken_train.perplexity import (
+    Sequences,
+    document_sequences,
+    evaluate,
+    perplexity,
+    read_sequences,
+    token_losses,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +69,22 @@ def test_sum_and_count(architecture: str) -> None:
     assert total / count == pytest.approx(model.loss(ids[:, :-1], ids[:, 1:]).item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("length", [2, 24, 25, 26, 130, 24 * 4 + 1])
-def test_every_token_but_the_first_once(length: int) -> None:
+def nats(model: LanguageModel, tokens: torch.Tensor, position: int, context: int) -> float:
+    """Of predicting tokens[position] alone, from those since `context`."""
+    return -model(tokens[None, context:position])[0, -1].log_softmax(-1)[tokens[position]].item()
+
+
+@pytest.mark.parametrize(("length", "stride"), [(2, 24), (25, 7), (26, 7), (26, 24), (24 * 2 + 1, 24), (61, 7)])
+def test_every_token_but_the_first_once(length: int, stride: int) -> None:
     config = small_configs(context_length=24)["kraken"]
     model = rough_model(config)
     tokens = random_ids(config, 1, length)[0]
-    stream = TokenStream([tokens.numpy().astype(np.uint16)])
-    expected, start = 0.0, 0
-    for position in range(1, length):  # one prediction at a time, from the start of its window
-        start = (position - 1) // 24 * 24
-        expected -= model(tokens[None, start:position])[0, -1].log_softmax(-1)[tokens[position]].item()
-    results = [evaluate(model, sequential(stream, 24, batch_size)) for batch_size in (1, 2, 3, 64)]
+    sequences = Sequences(TokenStream([tokens.numpy().astype(np.uint16)]), [(0, length)])
+    expected = 0.0
+    for position in range(1, length):
+        windows_before = max(0, math.ceil((position - 24) / stride))  # the first window that reaches it predicts it
+        expected += nats(model, tokens, position, windows_before * stride)
+    results = [evaluate(model, sequences, stride, batch_size) for batch_size in (1, 3, 64)]
     for result in results:
         assert result.tokens == length - 1
         assert result.loss == pytest.approx(expected / (length - 1), rel=1e-12)
@@ -77,9 +92,37 @@ def test_every_token_but_the_first_once(length: int) -> None:
         assert result.bits_per_byte is None
 
 
+def test_each_document_from_its_start(data_dir: Path) -> None:
+    manifest = load_manifest(data_dir)
+    end = manifest.tokenizer.end_of_document
+    config = small_configs(vocab_size=320, context_length=96)["standard"]
+    model = rough_model(config)
+    shard = Shard(data_dir / manifest.splits["validation"].shards[0].name)
+    expected = 0.0
+    for number in range(shard.num_documents):  # each fits the context, so one look at it gives all of its predictions
+        tokens = torch.from_numpy(np.concatenate([[end], shard.document(number)]))[None]
+        expected += F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum").item()
+    text_bytes = manifest.splits["validation"].text_bytes
+    sequences = read_sequences(data_dir, "validation", manifest, "documents")
+    for batch_size in (1, 5, 100):
+        result = evaluate(model, sequences, 48, batch_size, text_bytes)
+        assert result.tokens == shard.num_tokens  # the first of each document included
+        assert result.loss == pytest.approx(expected / shard.num_tokens, rel=1e-12)
+        assert result.bits_per_byte == pytest.approx(expected / math.log(2) / text_bytes, rel=1e-12)
+
+
+def test_documents_without_an_end() -> None:
+    stream = TokenStream([np.array([5, 6, 9, 7, 8]), np.array([3, 9])])
+    lengths = np.array([3, 0, 2, 2])
+    assert document_sequences(stream, lengths, 9)[1] == [(0, 3), (3, 5), (5, 7)]  # 8 is no end: no token before each
+    ended, spans = document_sequences(stream, np.array([3, 0, 4]), 9)
+    assert [ended.read(*span).tolist() for span in spans] == [[9, 5, 6, 9], [9, 7, 8, 3, 9]]
+
+
 def test_bits_per_byte_and_large_losses() -> None:
     config = small_configs()["standard"]
-    result = evaluate(rough_model(config), [random_windows(config, 2, 8)], text_bytes=50)
+    sequences = Sequences(TokenStream([random_ids(config, 1, 17)[0].numpy()]), [(0, 17)])
+    result = evaluate(rough_model(config), sequences, 24, 1, text_bytes=50)
     assert result.bits_per_byte == pytest.approx(result.loss * 16 / math.log(2) / 50)
     assert perplexity(1000.0) == math.inf and math.isnan(perplexity(math.nan))
 
@@ -88,18 +131,41 @@ def test_command(data_dir: Path, tmp_path: Path) -> None:
     config = small_configs(vocab_size=320, context_length=32)["kraken"]
     model = write_small_export(tmp_path / "e", config, data_dir / TOKENIZER_FOLDER)
     arguments = [f"export_dir={tmp_path / 'e'}", f"data_dir={data_dir}", f"output={tmp_path / 'result.json'}"]
-    result = run_module("kraken_train.evaluate", *arguments)
+    result = run_module("kraken_train.evaluate", *arguments, f"table={tmp_path / 'table.md'}")
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "result.json").read_text())
     manifest = load_manifest(data_dir)
+    windows = list(sequential(open_split(data_dir, "validation"), 32, 5))
+    losses = [token_losses(model, batch) for batch in windows]
+    loss, tokens = sum(nats for nats, _ in losses) / sum(n for _, n in losses), sum(n for _, n in losses)
     text_bytes = manifest.splits["validation"].text_bytes
-    expected = evaluate(model, sequential(open_split(data_dir, "validation"), 32, 5), text_bytes)
-    assert written["tokens"] == expected.tokens == manifest.splits["validation"].tokens - 1
-    for key in ("loss", "perplexity", "bits_per_byte"):
-        assert written[key] == pytest.approx(dataclasses.asdict(expected)[key], rel=1e-6)
+    assert written["tokens"] == tokens == manifest.splits["validation"].tokens - 1
+    assert written["loss"] == pytest.approx(loss, rel=1e-6)
+    assert written["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
+    assert written["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / text_bytes, rel=1e-6)
     assert written["split"] == "validation" and written["data_fingerprint"] == manifest.fingerprint
-    for text in (f"{expected.perplexity:.1f}", f"{expected.tokens:,}", "bits per byte"):
+    for text in (f"{math.exp(loss):.1f}", f"{tokens:,}", "bits per byte"):
         assert text in result.stdout
+    recorded = read_results(tmp_path / "e").perplexity
+    assert [entry["loss"] for entry in recorded] == [written["loss"]]
+    for text in ((tmp_path / "table.md").read_text(), (tmp_path / "e" / "README.md").read_text()):
+        assert f"| {manifest.fingerprint[:12]} | validation | stream | 32 | {loss:.4f} |" in text
+
+
+def test_ranks_and_batches_change_nothing(data_dir: Path, tmp_path: Path) -> None:
+    write_small_export(tmp_path / "e", small_configs(vocab_size=320, context_length=32)["kraken-gqa"], None)
+
+    def arguments(batch_size: int, output: str) -> list[str]:
+        return [f"export_dir={tmp_path / 'e'}", f"data_dir={data_dir}", "mode=documents", "dtype=fp64", "record=false",
+                "stride=5", f"batch_size={batch_size}", f"output={tmp_path / output}"]  # fmt: skip
+
+    assert run_here("kraken_train.evaluate", *arguments(7, "one.json")).returncode == 0
+    launch_ranks(2, "-m", "kraken_train.evaluate", *arguments(2, "two.json"))
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-12)
+    for name in ("perplexity", "bits_per_byte"):
+        assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-12)
+    assert two == one and not (tmp_path / "e" / "evaluation.json").exists()
 
 
 def test_data_that_do_not_fit(data_dir: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -112,3 +178,7 @@ def test_data_that_do_not_fit(data_dir: Path, tmp_path: Path, tokenizer_dir: Pat
     write_small_export(tmp_path / "other", small_configs(vocab_size=320)["kraken"], tokenizer_dir)
     assert "prepared with another tokenizer" in message("other")
     assert "does not exist" in message("other", output=f"{tmp_path}/no/result.json")
+    assert "use at most 24" in message("small", stride="25", data_dir=str(data_dir))
+    assert "mode=words is not known" in message("small", mode="words")
+    assert "there is nothing to evaluate" in message("small", data_dir="null")
+    assert "tasks=['boolq'] is of suites" in message("small", tasks="[boolq]")

@@ -1,0 +1,217 @@
+"""What is known of an export's quality: `evaluation.json` in its folder, read by the model card and by reports.
+
+    perplexity  one entry per data set, split, mode and stride
+    suites      name -> the newest result of each of its tasks, and which have none and why
+
+A new result replaces the earlier one of the same measurement and leaves the others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.files import replace_synced
+from kraken_train.parsing import from_dict, to_dict
+
+RESULTS_FILE = "evaluation.json"
+FORMAT_VERSION = 1
+# An evaluation with the same values of these replaces the earlier one.
+SAME_PERPLEXITY = ("data_fingerprint", "split", "mode", "stride", "dtype")
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    standard_error: float | None = None  # None where the harness gives none, as for CB's F1
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    scores: dict[str, Score]  # metric -> score
+    metric: str  # the one that counts in the suite's average
+    benchmark_metrics: list[str]  # those whose mean counts in the benchmark's own average
+    documents: int
+    dataset: str  # its name on the Hub, wherever it was read from
+    source: str  # hub | files
+    harness: str  # such as "lm-eval 0.4.13"
+    version: str  # of the task in the harness
+    shots: int  # examples in each prompt
+
+
+@dataclass(frozen=True)
+class Average:
+    """Of one number per task, all weighing the same."""
+
+    value: float
+    standard_error: float | None  # None if that of a task is unknown
+    tasks: int
+    of: int  # tasks of the suite
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    title: str
+    average: str | None  # what it is the average of; None if the suite has none
+    tasks: dict[str, TaskResult]
+    not_run: dict[str, str] = field(default_factory=dict)  # task -> why
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        """`paper`: of each task's `metric`; `benchmark`: of the mean of its `benchmark_metrics`, where that differs."""
+        tasks, of = self.tasks.values(), len(self.tasks) + len(self.not_run)
+        if self.average is None or not tasks:
+            return {}
+        means = {"paper": average([[task.scores[task.metric]] for task in tasks], of)}
+        if any(task.benchmark_metrics != [task.metric] for task in tasks):
+            means["benchmark"] = average([[task.scores[m] for m in task.benchmark_metrics] for task in tasks], of)
+        return means
+
+    def updated(self, newer: SuiteResult) -> SuiteResult:
+        """Both results, the newer one's where both have a task; in the order of the suite."""
+        tasks = {**self.tasks, **newer.tasks}
+        order = [name for name in [*newer.tasks, *newer.not_run] if name in tasks]
+        not_run = {name: why for name, why in newer.not_run.items() if name not in tasks}
+        return replace(newer, tasks={name: tasks[name] for name in order}, not_run=not_run)
+
+
+@dataclass(frozen=True)
+class Results:
+    perplexity: list[dict[str, Any]] = field(default_factory=list)
+    suites: dict[str, SuiteResult] = field(default_factory=dict)
+
+
+def average(scores: Sequence[Sequence[Score]], of: int) -> Average:
+    """The mean over tasks of the mean over each task's scores.
+
+    The tasks are independent, so their squared errors add; those of several metrics of one task are not.
+    """
+    values = [math.fsum(score.value for score in task) / len(task) for task in scores]
+    errors = [task[0].standard_error if len(task) == 1 else None for task in scores]
+    known = [error for error in errors if error is not None]
+    error = math.sqrt(math.fsum(e * e for e in known)) / len(errors) if len(known) == len(errors) else None
+    return Average(math.fsum(values) / len(values), error, len(values), of)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The file
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_results(export_dir: Path) -> Results:
+    """What has been recorded in an export, if anything. Raises CheckpointError if the file is damaged or newer."""
+    path = export_dir / RESULTS_FILE
+    if not path.exists():
+        return Results()
+    try:
+        record = json.loads(path.read_bytes())
+        version = record["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format_version={version}, and this program knows up to {FORMAT_VERSION}; update it"
+            )
+        suites = {name: without_averages(suite) for name, suite in record["suites"].items()}
+        return Results(list(record["perplexity"]), {n: from_dict(s, SuiteResult) for n, s in suites.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it and evaluate again") from error
+
+
+def without_averages(suite: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in suite.items() if key != "averages"}
+
+
+def suite_record(result: SuiteResult) -> dict[str, Any]:
+    """As it stands in JSON, with the averages, which follow from the rest."""
+    return {**to_dict(result), "averages": {name: to_dict(mean) for name, mean in result.averages.items()}}
+
+
+def record_results(
+    export_dir: Path, perplexity: dict[str, Any] | None = None, suites: dict[str, SuiteResult] | None = None
+) -> Results:
+    """Add to what is recorded in an export, and return all of it. Raises CheckpointError."""
+    known = read_results(export_dir)
+    entries = list(known.perplexity)
+    if perplexity is not None:
+        entries = [e for e in entries if any(e.get(key) != perplexity.get(key) for key in SAME_PERPLEXITY)]
+        entries.append(perplexity)
+    merged = dict(known.suites)
+    for name, result in (suites or {}).items():
+        merged[name] = merged[name].updated(result) if name in merged else result
+    record = {
+        "format_version": FORMAT_VERSION,
+        "perplexity": entries,
+        "suites": {name: suite_record(result) for name, result in merged.items()},
+    }
+    try:
+        replace_synced(export_dir / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{export_dir / RESULTS_FILE} cannot be written: {error.strerror}") from error
+    return Results(entries, merged)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------
+
+SUITE_HEADER = ("task", "metric", "value", "standard error", "documents")
+PERPLEXITY_HEADER = ("data", "split", "mode", "stride", "loss", "perplexity", "bits per byte", "tokens")
+
+
+def suite_rows(result: SuiteResult) -> list[list[str]]:
+    """Cells under SUITE_HEADER: all metrics of all tasks, the averages, and what was not run."""
+    rows: list[list[str]] = []
+    for name, task in result.tasks.items():
+        metrics = sorted(task.scores, key=lambda metric: metric != task.metric)
+        for metric in metrics:
+            value, error = cells(task.scores[metric].value, task.scores[metric].standard_error)
+            rows.append([name, metric, value, error, f"{task.documents:,}"])
+    labels = {"paper": result.average, "benchmark": "mean of each task's metrics"}
+    for name, mean in result.averages.items():
+        complete = f"all {mean.of} tasks" if mean.tasks == mean.of else f"only {mean.tasks} of {mean.of} tasks"
+        value, error = cells(mean.value, mean.standard_error)
+        rows.append([f"average of {complete}", str(labels[name]), value, error, ""])
+    rows += [[name, f"not run: {why}", "", "", ""] for name, why in result.not_run.items()]
+    return rows
+
+
+def perplexity_rows(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Cells under PERPLEXITY_HEADER."""
+    return [
+        [
+            f"{entry['data_fingerprint'][:12]}",
+            entry["split"],
+            entry["mode"],
+            f"{entry['stride']:,}",
+            f"{entry['loss']:.4f}",
+            f"{entry['perplexity']:,.2f}",
+            "" if entry["bits_per_byte"] is None else f"{entry['bits_per_byte']:.4f}",
+            f"{entry['tokens']:,}",
+        ]
+        for entry in entries
+    ]
+
+
+def cells(value: float, standard_error: float | None) -> tuple[str, str]:
+    return f"{value:.4f}", "unknown" if standard_error is None else f"{standard_error:.4f}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(header), ["---"] * len(header), *(list(row) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown(results: Results) -> str:
+    """All results as Markdown; says so if there are none."""
+    parts = []
+    if results.perplexity:
+        parts.append("Perplexity of prepared data, named by fingerprint:\n")
+        parts.append(markdown_table(PERPLEXITY_HEADER, perplexity_rows(results.perplexity)) + "\n")
+    for result in results.suites.values():
+        parts.append(f"{result.title} ({', '.join(sorted({task.harness for task in result.tasks.values()}))}):\n")
+        parts.append(markdown_table(SUITE_HEADER, suite_rows(result)) + "\n")
+    return "\n".join(parts) or "Not evaluated yet.\n"

@@ -1,0 +1,239 @@
+"""Suites through lm-evaluation-harness, on made-up documents in the schema that the data sets have on the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import TEXTS, run_here, small_configs, user_error, write_small_export
+
+from data_prep.tokenizers import Tokenizer
+from kraken_train.cli import CONF_DIR
+from kraken_train.errors import ConfigError, DataError
+from kraken_train.evaluation.results import read_results
+from kraken_train.evaluation.squad import compute_exact, compute_f1
+from kraken_train.evaluation.suites import Suite, SuiteRun, SuiteTask, load_tasks, require_harness
+from kraken_train.model import LanguageModel
+from kraken_train.parsing import from_dict
+
+DOCUMENTS = 20
+WORDS = " ".join(TEXTS).split()
+
+
+def sentence(*seed: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, 6))
+
+
+def superglue() -> dict[str, list[dict[str, Any]]]:
+    """DOCUMENTS documents of each file."""
+
+    def make(kind: int, i: int) -> dict[str, Any]:
+        a, b, c, label = sentence(kind, i, 0), sentence(kind, i, 1), sentence(kind, i, 2), (i * 7 + kind) % 2
+        return [
+            {"question": a, "passage": b, "label": label},
+            {"premise": a, "hypothesis": b, "label": i % 3},
+            {"premise": a, "choice1": b, "choice2": c, "question": ("cause", "effect")[i % 2], "label": label},
+            {"paragraph": a, "question": b, "answer": c, "label": label},
+            {"passage": f"{a}\n@highlight\n{b}", "query": "Where @placeholder stood", "label": label,
+             "entities": ["the mill", "a kraken", "the ice"], "answers": [["the mill", "the ice"][label]]},
+            {"premise": a, "hypothesis": b, "label": label},
+            {"word": "the", "sentence1": f"the {a}", "sentence2": f"the {b}", "start1": 0, "end1": 3, "start2": 0,
+             "end2": 3, "label": label},
+            {"text": f"Ann said that she {a}", "span1_index": 0, "span1_text": "Ann", "span2_index": 3,
+             "span2_text": "she", "label": label},
+        ][kind]  # fmt: skip
+
+    files = ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
+    return {name: [make(kind, i) | {"idx": i} for i in range(DOCUMENTS)] for kind, name in enumerate(files)}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, documents in superglue().items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return folder
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The harness, with its caches where nothing of them stays."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    import datasets  # noqa: PLC0415
+    import transformers.dynamic_module_utils as modules  # noqa: PLC0415
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for so small a model more of them only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+def read_suite(name: str) -> Suite:
+    import yaml  # noqa: PLC0415
+
+    return from_dict(yaml.safe_load((CONF_DIR / "suite" / f"{name}.yaml").read_text()), Suite)
+
+
+def settings(folder: Path, tmp_path: Path, **changed: Any) -> SuiteRun:
+    return SuiteRun(**{"tasks": None, "data_dir": folder, "skip_missing": False, "task_dir": tmp_path, "limit": None,
+                       "batch_size": 4, "device": "cpu", **changed})  # fmt: skip
+
+
+@torch.no_grad()
+def chosen(model: LanguageModel, tokenizer: Tokenizer, prompt: str, answers: list[str]) -> int:
+    """The answer that our own model finds most likely after the prompt."""
+    scores = []
+    for answer in answers:
+        before, ids = tokenizer.encode_batch([prompt, prompt + answer])
+        tokens = torch.tensor([ids])
+        losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])
+        scores.append(-losses[0, len(before) - 1 :].double().sum().item())
+    return int(np.argmax(scores))
+
+
+def test_suite_equals_our_own_model(harness: None, files: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    export = tmp_path / "export"
+    config = small_configs(vocab_size=320, context_length=256)["kraken"]
+    model = write_small_export(export, config, tokenizer_dir)
+    from data_prep.tokenizers import load_tokenizer  # noqa: PLC0415
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    result = run_here(
+        "kraken_train.evaluate", f"export_dir={export}", "suite=superglue", f"suite_data={files}", "device=cpu",
+        f"output={tmp_path / 'result.json'}", f"table={tmp_path / 'table.md'}", f"task_dir={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = read_results(export).suites["superglue"]
+    assert list(found.tasks) == ["boolq", "cb", "copa", "multirc", "record", "sglue_rte", "wic", "wsc"]
+    assert all(task.documents == DOCUMENTS and task.source == "files" for task in found.tasks.values())
+    assert found.tasks["boolq"].dataset == "aps/super_glue"
+
+    documents = superglue()
+    correct = {
+        "boolq": [
+            chosen(model, tokenizer, f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:", [" no", " yes"])
+            == d["label"]
+            for d in documents["boolq"]
+        ],
+        "sglue_rte": [
+            chosen(
+                model,
+                tokenizer,
+                f"{d['premise']}\nQuestion: {d['hypothesis']} True or False?\nAnswer:",
+                [" True", " False"],
+            )
+            == d["label"]
+            for d in documents["rte"]
+        ],
+    }
+    for name, right in correct.items():
+        score = found.tasks[name].scores["acc"]
+        assert score.value == pytest.approx(np.mean(right))
+        assert score.standard_error == pytest.approx(np.std(right, ddof=1) / np.sqrt(DOCUMENTS))
+    headline = [found.tasks[name].scores["f1" if name == "record" else "acc"].value for name in found.tasks]
+    written = json.loads((tmp_path / "result.json").read_text())["suites"]["superglue"]
+    assert written["averages"]["paper"]["value"] == pytest.approx(np.mean(headline))
+    for text in (result.stdout, (tmp_path / "table.md").read_text(), (export / "README.md").read_text()):
+        assert "average of all 8 tasks" in text and f"{np.mean(headline):.4f}" in text
+    # What it left behind is what the harness's own command takes.
+    stock = read_stock(tmp_path, export)
+    for name, task in found.tasks.items():
+        for metric, score in task.scores.items():
+            assert stock[name][f"{metric},none"] == score.value, name
+
+
+def read_stock(task_dir: Path, export: Path) -> dict[str, Any]:
+    """Results of `lm_eval --model hf --include_path TASK_DIR`."""
+    import lm_eval  # noqa: PLC0415
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    manager = TaskManager(include_path=str(task_dir), include_defaults=False)
+    arguments = f"pretrained={export},trust_remote_code=True"
+    found = lm_eval.simple_evaluate(
+        "hf", arguments, manager.all_subtasks, task_manager=manager, batch_size=8, device="cpu"
+    )
+    return found["results"]
+
+
+def test_squad_metrics() -> None:
+    assert compute_exact("The Mill!", "mill") == 1 and compute_exact("the mill", "a windmill") == 0
+    assert compute_f1("the old mill", "old mill by an old river") == pytest.approx(
+        2 * (2 / 2) * (2 / 5) / (2 / 2 + 2 / 5)
+    )
+    assert (compute_f1("the", "a"), compute_f1("the", "mill"), compute_f1("mill", "ice")) == (1.0, 0.0, 0.0)
+
+
+def test_missing_files_are_told(harness: None, files: Path, tmp_path: Path) -> None:
+    suite = read_suite("superglue")
+    (files / "record.jsonl").unlink()
+    (files / "rte.jsonl").unlink()
+    with pytest.raises(DataError, match=r"lacks files: record \(record.jsonl is not there\), sglue_rte \(rte.jsonl"):
+        load_tasks(suite, settings(files, tmp_path), tmp_path)
+    with pytest.raises(ConfigError, match=r"copas is not in suite=superglue \(did you mean copa\?\)"):
+        load_tasks(suite, settings(files, tmp_path, tasks=["copas"]), tmp_path)
+    tasks, not_run = load_tasks(suite, settings(files, tmp_path, tasks=["copa", "record"], skip_missing=True), tmp_path)
+    assert list(tasks) == ["copa"]
+    assert not_run["record"] == "record.jsonl is not there" and not_run["boolq"] == "not asked for"
+    assert len(not_run) == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"passage": "x", "question": "y", "label": -1}', "answers are secret"),
+        ('{"passage": "x", "label": 1}', "in the schema that the data set has on the Hub"),
+        ('{"passage": ', "in the schema that the data set has on the Hub"),
+        ("", "cannot be used"),
+    ],
+)
+def test_files_of_another_schema(harness: None, files: Path, tmp_path: Path, line: str, message: str) -> None:
+    (files / "boolq.jsonl").write_text(line + "\n" if line else "")
+    with pytest.raises(DataError, match=message):
+        load_tasks(read_suite("superglue"), settings(files, tmp_path, tasks=["boolq"]), tmp_path)
+
+
+def test_groups(harness: None, tmp_path: Path) -> None:
+    """A group is run where all of its parts have files; the parts keep what the harness defines for them."""
+    suite = Suite("blimp", "BLiMP", None, {"blimp": SuiteTask("acc")})
+    with pytest.raises(DataError, match=r"blimp \(adjunct_island.jsonl and 66 more is not there\)"):
+        load_tasks(suite, settings(tmp_path, tmp_path), tmp_path)
+    from kraken_train.evaluation.suites import members, stock_tasks  # noqa: PLC0415
+
+    index = stock_tasks().task_index
+    assert len(members("blimp", index)) == 67 and members("boolq", index) == ["boolq"]
+    for name in ("superglue", "lambada", "hellaswag", "blimp"):
+        assert set(read_suite(name).tasks) <= set(index)
+
+
+def test_exports_that_cannot_be_run(harness: None, files: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    arguments = ["suite=superglue", f"suite_data={files}", "device=cpu", "record=false", "tasks=[copa,multirc]"]
+    write_small_export(tmp_path / "bare", small_configs()["kraken"], None)
+    message = user_error(run_here("kraken_train.evaluate", f"export_dir={tmp_path / 'bare'}", *arguments))
+    assert "has no tokenizer_config.json" in message
+    config = small_configs(vocab_size=320, context_length=8)["standard"]
+    write_small_export(tmp_path / "short", config, tokenizer_dir)
+    result = run_here("kraken_train.evaluate", f"export_dir={tmp_path / 'short'}", *arguments)
+    assert result.returncode == 2 and "tokens, but the model's context_length is 8" in result.stderr
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'kraken-train\[eval\]'"):
+        require_harness("superglue")
+    write_small_export(tmp_path / "e", small_configs()["kraken"], None)
+    base = ["kraken_train.evaluate", f"export_dir={tmp_path / 'e'}"]
+    assert "suite=superglue needs lm-evaluation-harness" in user_error(run_here(*base, "suite=superglue"))
+    shutil.rmtree(tmp_path / "e")
+    assert "use one of blimp, hellaswag, lambada, superglue" in user_error(run_here(*base, "suite=glue"))
