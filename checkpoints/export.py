@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from checkpoints.export_folder import require_unused, write_export
+from checkpoints.model_card import Training, write_card
 from checkpoints.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.rules import require_at_least, require_choice
-from kraken_train.run_folder import read_identity
+from kraken_train.run_folder import read_identity, record_export
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
@@ -30,6 +31,7 @@ class ExportConfig:
     output_dir: str
     step: int | None  # null: the newest good checkpoint
     dtype: str  # fp32 | bf16
+    license: str | None  # of the model card
 
     def validate(self) -> None:
         require_choice("dtype", self.dtype, tuple(DTYPES))
@@ -55,8 +57,10 @@ def export(config: ExportConfig) -> None:
         )
     for problem in trained.passed_over:
         print(f"passed over a damaged checkpoint: {problem}")
+    step = trained.metadata["step"]
+    training = Training.of_run(run_dir, trained.metadata.get("config", {}), step)
     tokenizer_dir = run_dir / TOKENIZER_FOLDER
-    write_export(
+    note = write_export(
         output_dir,
         trained.model_config,
         trained.weights,
@@ -67,6 +71,13 @@ def export(config: ExportConfig) -> None:
     parameters = trained.model_config.num_parameters
     if not tokenizer_dir.is_dir():
         print(f"note: {run_dir} has no tokenizer, so the export has none and cannot generate text from a prompt")
+    if note is not None:
+        print(f"note: {note}")
+    write_card(output_dir, training, config.license)
+    try:
+        record_export(run_dir, output_dir, step)
+    except OSError as error:
+        print(f"note: {run_dir} cannot be written ({error.strerror}), so reports on it will not find this export")
     print(f"exported step {trained.metadata.get('step')}, {parameters:,} parameters in {config.dtype}, to {output_dir}")
 
 

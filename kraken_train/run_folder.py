@@ -5,6 +5,7 @@ config.yaml   the settings of the latest start
 tokenizer/    the data's tokenizer, so that an export needs nothing else
 metrics.jsonl one object per logged step
 checkpoints/  see `checkpoints.store`
+exports.jsonl one object per export that was made of it, so that reports find what they were evaluated to
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kraken_train.parsing import to_dict, to_yaml
 IDENTITY_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+EXPORTS_FILE = "exports.jsonl"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,22 @@ def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
         "data_fingerprint": metadata["data_fingerprint"],
         "seed": metadata["config"]["seed"],
     }
+
+
+def record_export(path: Path, export_dir: Path, step: int) -> None:
+    """Note in the run's folder that its checkpoint of `step` was exported. Raises OSError if it cannot be written."""
+    with (path / EXPORTS_FILE).open("a") as file:
+        file.write(json.dumps({"step": step, "path": str(export_dir.resolve())}) + "\n")
+
+
+def read_exports(path: Path) -> list[dict[str, Any]]:
+    """`step` and `path` of the exports that were made of the run, the newest last. Raises CheckpointError."""
+    file = path / EXPORTS_FILE
+    try:
+        records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return [{"step": int(record["step"]), "path": str(record["path"])} for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); remove it, and name exports instead of the run") from error
 
 
 def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:

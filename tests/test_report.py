@@ -7,10 +7,16 @@ import math
 from pathlib import Path
 
 import pytest
+from helpers import small_configs, write_small_export
 from PIL import Image
 
+from kraken_train.architectures import build_model
 from kraken_train.errors import DataError
-from kraken_train.report import main, read_run
+from kraken_train.evaluation.results import Score, SuiteResult, TaskResult, record_results
+from kraken_train.parsing import to_dict
+from kraken_train.report import main
+from kraken_train.run_folder import record_export
+from kraken_train.run_metrics import read_run
 
 
 def write_metrics(run_dir: Path, steps: int = 300) -> Path:
@@ -46,6 +52,58 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(runs)
     main([*runs, "--output", str(tmp_path / "both.png")])
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and (tmp_path / "both.png").exists()
+
+
+SCORES = {"boolq": {"kraken": 0.7, "gpt": 0.6}, "cb": {"kraken": 0.4, "gpt": 0.5}, "copa": {"kraken": 0.9}}
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> list[Path]:
+    """A run of Kraken with an evaluated export, an evaluated export of a baseline, and a run that is hardly known."""
+    configs = small_configs()
+    paths = [write_metrics(tmp_path / "kraken"), tmp_path / "gpt", write_metrics(tmp_path / "unknown", steps=20)]
+    identity = {"id": "1", "model": to_dict(configs["kraken"]), "data_fingerprint": "f", "seed": 0}
+    (paths[0] / "run.json").write_text(json.dumps(identity))
+    exports = {"kraken": tmp_path / "exported", "gpt": paths[1]}
+    for name, config in (("kraken", configs["kraken"]), ("gpt", configs["standard"])):
+        write_small_export(exports[name], config, None)
+        found = {
+            task: TaskResult({"acc": Score(of[name], 0.03)}, "acc", ["acc"], 10, "d", "files", "lm-eval", "1", 0)
+            for task, of in SCORES.items()
+            if name in of
+        }
+        suite = SuiteResult("SuperGLUE, zero-shot", "accuracy", found, dict.fromkeys(SCORES.keys() - found, "-"))
+        loss = {"kraken": 3.0, "gpt": 3.2}[name]
+        about = {"data_fingerprint": "f" * 32, "split": "validation", "mode": "stream", "stride": 24, "dtype": "fp32"}
+        perplexity = {**about, "loss": loss, "perplexity": math.exp(loss), "tokens": 9, "bits_per_byte": loss / 3}
+        record_results(exports[name], perplexity, {"superglue": suite})
+    record_export(paths[0], tmp_path / "gone", 5)
+    record_export(paths[0], exports["kraken"], 7)
+    record_export(paths[0], tmp_path / "gone too", 9)
+    return paths
+
+
+def test_comparison(compared: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(path) for path in compared]
+    main([*paths, "--output", str(tmp_path / "c.png"), "--table", str(tmp_path / "c.md")])
+    main([*paths, "--output", str(tmp_path / "c.png"), "--table", str(tmp_path / "c.json")])
+    kraken, gpt, unknown = json.loads((tmp_path / "c.json").read_text())["runs"]
+    parameters = sum(p.numel() for p in build_model(small_configs()["kraken"]).parameters())
+    assert kraken["parameters"] == parameters and kraken["tokens"] == 300 * 4096 and gpt["tokens"] is None
+    assert kraken["validation_loss"] == pytest.approx(3.05 + 5 * math.exp(-5)) and gpt["validation_loss"] is None
+    assert 51000 - 800 < kraken["tokens_per_second"] < 51000 + 800
+    assert kraken["evaluation"]["perplexity"] == pytest.approx(math.exp(3)) and unknown["evaluation"] is None
+    # Averages are over what all have: COPA is known of one only.
+    averages = [run["suites"]["superglue"]["average"]["value"] for run in (kraken, gpt)]
+    assert averages == pytest.approx([0.55, 0.55]) and unknown["suites"] == {}
+    assert kraken["suites"]["superglue"]["tasks"]["copa"]["value"] == 0.9
+    text = (tmp_path / "c.md").read_text()
+    assert f"| kraken | 3-way Kraken, 3 layers of 16 | {parameters:,} | 1,228,800 |" in text
+    assert "| gpt | 0.600 ± 0.030 | 0.500 ± 0.030 | - | 0.550 ± 0.021 |" in text
+    assert "| unknown | - | - | 81,920 |" in text and "average of 2/3" in text
+    assert "3-way Kraken" in capsys.readouterr().out
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.height > 1500  # with rows for perplexity and SuperGLUE
 
 
 def test_series(tmp_path: Path) -> None:
