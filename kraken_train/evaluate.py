@@ -13,13 +13,11 @@ import json
 import math
 import os
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -40,9 +38,10 @@ from kraken_train.evaluation.results import (
 from kraken_train.evaluation.suites import Suite, SuiteRun, require_harness, run_suite
 from kraken_train.files import file_sha256
 from kraken_train.inference.device import DEVICES, choose_device
+from kraken_train.inference.ranks import started_ranks
 from kraken_train.perplexity import MODES, evaluate, read_sequences
 from kraken_train.rules import require_choice, require_positive
-from kraken_train.runtime import Runtime, export_rendezvous, read_runtime
+from kraken_train.runtime import Runtime, read_runtime
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -159,12 +158,11 @@ def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, r
     manifest = verify_quick(data_dir)
     require_fitting_data(export, manifest, data_dir)
     sequences = read_sequences(data_dir, config.split, manifest, config.mode)
-    with ExitStack() as joined:
-        device = join_ranks(config, runtime, joined)
+    with started_ranks(config.device) as ranks:
         # Not in bf16, even if the export is stored in it: what that rounds depends on the batch size.
-        model = export.load_model(DTYPES[config.dtype], device)
+        model = export.load_model(DTYPES[config.dtype], ranks.device)
         text_bytes = manifest.splits[config.split].text_bytes
-        result = evaluate(model, sequences, stride, config.batch_size, text_bytes, runtime)
+        result = evaluate(model, sequences, stride, config.batch_size, text_bytes, ranks)
     if not math.isfinite(result.loss):
         raise CheckpointError("the model's predictions are not finite: its weights are damaged or have diverged")
     if runtime.is_first:
@@ -185,19 +183,6 @@ def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, r
         "data_fingerprint": manifest.fingerprint,
         **dataclasses.asdict(result),
     }
-
-
-def join_ranks(config: EvaluateConfig, runtime: Runtime, joined: ExitStack) -> torch.device:
-    """This rank's device; among several ranks, they meet for as long as `joined` is open."""
-    if runtime.world_size == 1:
-        return choose_device(config.device)
-    if config.device == "cuda":
-        choose_device(config.device)
-    runtime.configure_device()
-    export_rendezvous(runtime)
-    dist.init_process_group("gloo", rank=runtime.rank, world_size=runtime.world_size)  # for sums of losses alone
-    joined.callback(dist.destroy_process_group)
-    return torch.device("cpu") if config.device == "cpu" else runtime.device
 
 
 def require_fitting_data(export: Export, manifest: Manifest, data_dir: Path) -> None:

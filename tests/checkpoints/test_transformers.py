@@ -23,7 +23,8 @@ from checkpoints.transformers_tokenizer import HARD_TEXTS
 from data_prep.tokenizers import load_tokenizer
 from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.errors import CheckpointError
-from kraken_train.generate import generate
+from kraken_train.inference.engine import InferenceEngine
+from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.sampling import Sampling
 from kraken_train.model import LanguageModel
 
@@ -54,11 +55,14 @@ def write_case(folder: Path, model: LanguageModel, ids: Tensor, tokenizer_dir: P
     loss = model.loss(ids[:, :-1], ids[:, 1:].contiguous())
     loss.backward()
     words = load_tokenizer(tokenizer_dir).vocab_size if tokenizer_dir is not None else None
+    prompts = ids[:, :5].tolist()
+    engine = InferenceEngine(model, len(prompts), capacity=11)
+    greedy = continue_prompts(engine, prompts, 6, Sampling(temperature=0), vocab_size=words)
     expected = {
         "ids": ids,
         "logits": model(ids).detach(),
         "loss": loss.detach(),
-        "greedy": generate(model, ids[:, :5], 6, Sampling(temperature=0), vocab_size=words),
+        "greedy": torch.tensor(greedy),
         **{f"gradient/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None},
     }
     save_file(expected, folder / "expected.safetensors")
