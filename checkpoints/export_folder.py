@@ -208,8 +208,8 @@ def read_export(export_dir: Path) -> Export:
         raise CheckpointError(f"{export_dir / CONFIG_FILE} does not describe a model: {error}") from error
     if description["format_version"] == 1 and isinstance(config, GPTConfig):
         raise CheckpointError(
-            f"{export_dir / CONFIG_FILE} has format_version=1, and this program reads {config.architecture} "
-            f"Transformers from {FORMAT_VERSION} on; export the training checkpoint again"
+            f"{export_dir / CONFIG_FILE} has format_version=1, of a program from before grouped-query attention, which "
+            f"kept queries, keys and values of a {config.architecture} Transformer in another order; use that version"
         )
     weights = export_dir / WEIGHTS_FILE
     require_matching_shapes(read_shapes(weights), config, str(weights))

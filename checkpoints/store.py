@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from kraken_train.config import ModelConfig, parse_model
+from kraken_train.config import GPTConfig, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError
 from kraken_train.files import file_sha256
 from kraken_train.runtime import Runtime
@@ -212,7 +212,18 @@ def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
     names = [name for name in stored_tensors(checkpoint) if name.startswith(WEIGHT_PREFIX)]
     weights = {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in load_tensors(checkpoint, names).items()}
     metadata = {"step": checkpoint.step, **checkpoint.metadata}
-    return TrainedWeights(parse_model(metadata["model"]), weights, metadata, passed_over)
+    return TrainedWeights(model_of(checkpoint), weights, metadata, passed_over)
+
+
+def model_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The model whose weights a checkpoint holds. Raises CheckpointError for a layout that is no longer read."""
+    config = parse_model(checkpoint.metadata["model"])
+    if isinstance(config, GPTConfig) and "num_kv_heads" not in checkpoint.metadata["model"]:
+        raise CheckpointError(
+            f"{checkpoint.path} is of a program from before grouped-query attention, which kept the queries, keys and "
+            f"values of a {config.architecture} Transformer in another order; use that version, or train anew"
+        )
+    return config
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:

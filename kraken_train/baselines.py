@@ -77,7 +77,7 @@ class GPTModel(LanguageModel):
         x, normed = layer.norm(x, added)
         normed = self.exchange.broadcast(normed)
         attended = self.run_part(layer.attention, normed, cache)
-        return x, self.exchange.reduce(attended + self.run_part(layer.ffn, normed))
+        return x, self.exchange.reduce(self.run_part(layer.ffn, normed, attended))
 
 
 class StandardLayer(nn.Module):
@@ -123,7 +123,10 @@ class Attention(nn.Module):
 
 
 class FFN(nn.Module):
-    """The inner columns that go with the heads here, (B, T, D) -> their part of (B, T, D)."""
+    """The inner columns that go with the heads here, (B, T, D) -> their part of (B, T, D).
+
+    In the parallel form that of the attention, `attended`, is added.
+    """
 
     def __init__(self, config: GPTConfig, groups: Placement) -> None:
         super().__init__()
@@ -131,5 +134,6 @@ class FFN(nn.Module):
         self.up = ColumnParallelLinear(config.hidden_size, inner)
         self.down = RowParallelLinear(inner, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+        part = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return part if attended is None else attended + part

@@ -65,7 +65,7 @@ class DistributedExchange:
             return Reduce.apply(partial, self)
         if not partial.is_contiguous() or partial.dtype != self.reduction_dtype(partial):
             return self.sum(partial)
-        self.begin(partial).wait()
+        self.all_reduce(partial, group=self.group)  # on the stream of the computation, which waits for it anyway
         return partial
 
     def start(self, streams: Tensor) -> Pending:

@@ -112,12 +112,13 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
         return {"prompt": config.prompt}
     path = Path(str(config.prompts_file))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"prompts_file={path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts_file={path} is not valid UTF-8 (byte {error.start})") from error
-    if not lines:
+    lines = text.removesuffix("\n").split("\n")  # not at what else Unicode counts as the end of a line
+    if not text:
         raise ConfigError(f"prompts_file={path} is empty; write one prompt a line")
     return {f"line {number} of prompts_file={path}": line for number, line in enumerate(lines, start=1)}
 

@@ -100,9 +100,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, cache: KeyValueS
     Head h attends to key-value head h // (H / G). With a cache the T new tokens come after those that it holds and
     attend to them too.
     """
-    if cache is not None:
-        mixed = cache.attend(query, key, value)
-    else:
-        grouped = key.shape[1] != query.shape[1]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    mixed = attend_causally(query, key, value) if cache is None else cache.attend(query, key, value)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries (rows, H, T, K), keys and values (rows, G, T, K) of the same tokens -> (rows, H, T, K)."""
+    heads_per_group = query.shape[1] // key.shape[1]
+    if heads_per_group > 1 and query.dtype not in (torch.bfloat16, torch.float16):
+        # Fused kernels share key-value heads in 16 bits only; without one, all scores would be held at once.
+        key, value = (shared.repeat_interleave(heads_per_group, dim=1) for shared in (key, value))
+        heads_per_group = 1
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads_per_group > 1)

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest of what ranks wait for: a save or a read on a slow disk
+# What gloo and NCCL say to the ranks that are left when one has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 # (rank, local rank, number of ranks, number of ranks on this machine), in order of preference.
@@ -55,7 +56,7 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """This rank's GPU; the CPU where there is none or DS_ACCELERATOR=cpu asks for it. Raises ConfigError."""
-        if not self.use_gpu or not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        if not self.use_gpu or not gpu_is_usable():
             return torch.device("cpu")
         visible = torch.cuda.device_count()
         if visible > 1 and self.local_rank >= visible:
@@ -166,9 +167,19 @@ def export_rendezvous(runtime: Runtime) -> None:
         )
 
 
+def gpu_is_usable() -> bool:
+    """Whether there is a GPU, and the environment does not forbid it."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def connect_ranks(runtime: Runtime) -> dist.Store:
-    """The process group of all ranks, through the store that is returned. Raises ConfigError where they cannot meet."""
+    """The process group of all ranks, through the store that is returned.
+
+    Raises ConfigError where they cannot meet, or would share a GPU.
+    """
     export_rendezvous(runtime)
+    # A sum that hides behind other work must not wait for that work's kernels to leave room.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -179,7 +190,25 @@ def connect_ranks(runtime: Runtime) -> dist.Store:
             "--master_addr and --master_port)"
         ) from error
     dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    require_own_gpus(runtime)
     return store
+
+
+def require_own_gpus(runtime: Runtime) -> None:
+    """Raises ConfigError, on all ranks, where two of them have the same GPU; NCCL says so later and less clearly."""
+    if runtime.device.type != "cuda" or runtime.world_size == 1:
+        return
+    properties = torch.cuda.get_device_properties(runtime.device)
+    own = (socket.gethostname(), str(properties.uuid))
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank, gpu in enumerate(runtime.gather(own)):
+        holders.setdefault(gpu, []).append(rank)
+    for (host, _), ranks in holders.items():
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"ranks {', '.join(map(str, ranks))} on {host} would share one GPU; start as many ranks per machine as "
+                "it has GPUs"
+            )
 
 
 def another_rank_ended(error: Exception) -> bool:

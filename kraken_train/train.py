@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from checkpoints.initial import export_reader, open_initial_export
-from checkpoints.store import Checkpoint, fill_tensors, find_good_checkpoint, has_checkpoints, set_aside_after
+from checkpoints.store import (
+    Checkpoint,
+    fill_tensors,
+    find_good_checkpoint,
+    has_checkpoints,
+    model_of,
+    set_aside_after,
+)
 from checkpoints.writer import CheckpointWriter
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
@@ -35,7 +42,6 @@ from kraken_train.runtime import Runtime, another_rank_ended, read_runtime
 from kraken_train.watchdog import Watchdog
 
 LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
-# What gloo and NCCL say to the ranks that are left when one has died.
 
 
 def main() -> None:
@@ -261,7 +267,7 @@ class Trainer:
             self.say(f"passed over a damaged checkpoint: {problem}")
         metadata = checkpoint.metadata
         for what, differs in (
-            ("another model", parse_model(metadata["model"]) != self.model_config),
+            ("another model", model_of(checkpoint) != self.model_config),
             ("a run on other data", metadata["data_fingerprint"] != self.data.fingerprint),
             ("another run", metadata["run_id"] != self.run.run_id),
         ):

@@ -186,12 +186,12 @@ def test_command(export_dir: Path, tmp_path: Path) -> None:
     assert sampled.startswith(prompt) and len(sampled) > len(prompt) + 1
     assert run(f"prompt={prompt}", "seed=3", "prefill_lengths=[4,40]", "devices=[2.0]") == sampled
 
-    (tmp_path / "prompts, (1)").write_text(f"{prompt}\nThe river\nThe river\n")
+    (tmp_path / "prompts, (1)").write_text(f"{prompt}\nThe\u2028river\nThe\u2028river\n")
     texts = [run(f"prompts_file={tmp_path / 'prompts, (1)'}", "seed=3", f"batch_size={size}") for size in (1, 2, 8)]
     assert texts[0] == texts[1] == texts[2]
-    first, second, third = map(json.loads, texts[0].splitlines())
+    first, second, third = map(json.loads, texts[0].removesuffix("\n").split("\n"))
     assert first + "\n" == sampled
-    assert second.startswith("The river") and third.startswith("The river") and second != third
+    assert second.startswith("The\u2028river") and third.startswith("The\u2028river") and second != third
 
 
 @pytest.mark.parametrize(

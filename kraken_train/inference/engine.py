@@ -102,8 +102,8 @@ class InferenceEngine:
         self.require_prompts(input_ids, lengths)
         padded = self.execution.padded(tokens)
         missing = self.batch_size - sequences  # filled up with prompts of one token
-        input_ids = F.pad(input_ids, (0, padded - tokens, 0, missing)).to(self.device)
-        lengths = F.pad(lengths, (0, missing), value=1).to(self.device)
+        input_ids = pad(input_ids, (0, padded - tokens, 0, missing)).to(self.device)
+        lengths = pad(lengths, (0, missing), value=1).to(self.device)
         self.sequences, self.tokens = sequences, tokens
         return self.recorded_prefill.get(padded, self.compute_prefill)(input_ids, lengths)[:sequences]
 
@@ -120,7 +120,7 @@ class InferenceEngine:
             raise ValueError(f"the cache is full: it has room for {self.capacity} tokens")
         self.require_tokens(token_ids)
         self.tokens += 1
-        token_ids = F.pad(token_ids, (0, self.batch_size - self.sequences)).to(self.device)
+        token_ids = pad(token_ids, (0, self.batch_size - self.sequences)).to(self.device)
         return (self.recorded_decode or self.compute_decode)(token_ids)[: self.sequences]
 
     def compute_prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class InferenceEngine:
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, D) -> (B, V)."""
         part = F.linear(hidden, self.head)
-        part = F.pad(part, (0, self.head_rows - len(self.head)))  # the parts that are gathered have one size
+        part = pad(part, (0, self.head_rows - len(self.head)))  # the parts that are gathered have one size
         return self.model.exchange.gather(part)[:, : self.model.token_embedding.rows.total]
 
     def require_prompts(self, input_ids: Tensor, lengths: Tensor) -> None:
@@ -170,3 +170,8 @@ class InferenceEngine:
         self.recorded_decode = CapturedFunction(
             self.compute_decode, (ones.clone(),), pool, self.cache.step.lengths.zero_
         )
+
+
+def pad(tensor: Tensor, amounts: tuple[int, ...], value: int = 0) -> Tensor:
+    """`torch.nn.functional.pad`, which makes a copy even where there is nothing to add."""
+    return F.pad(tensor, amounts, value=value) if any(amounts) else tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kraken_train.layers import attend_causally
 from kraken_train.model import LanguageModel
 
 BIAS_ALIGNMENT = 8  # values, of PyTorch's memory-efficient attention
@@ -81,8 +82,7 @@ class PrefillStore:
         tokens = key.shape[2]
         self.keys[:, :, :tokens] = key
         self.values[:, :, :tokens] = value
-        grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        return attend_causally(query, key, value)
 
 
 class DecodeStore:

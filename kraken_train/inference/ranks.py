@@ -76,6 +76,8 @@ def device_speeds(devices: tuple[float, ...] | None, runtime: Runtime) -> tuple[
     """
     if devices is None:
         return (1.0,) * runtime.world_size
+    if not devices:
+        raise ConfigError("devices=[] names none; leave it out where all are equal")
     for speed in devices:
         require_positive("devices", speed)
     if len(devices) != runtime.world_size:

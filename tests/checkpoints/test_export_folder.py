@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_ids, rough_model, small_configs
+from helpers import random_ids, rough_model, small_configs, write_small_export
 from safetensors.torch import load_file, save_file
 
 from checkpoints.export_folder import read_export, write_export
@@ -229,3 +229,14 @@ def test_a_missing_weight(export_dir: Path) -> None:
     save_file(weights, path)
     with pytest.raises(CheckpointError, match=r"lacks the weight conjunction\.weight"):
         read_export(export_dir)
+
+
+def test_an_export_of_an_older_layout(tmp_path: Path) -> None:
+    for name, refused in (("kraken", False), ("standard", True)):
+        write_small_export(tmp_path / name, CONFIGS[name], None)
+        edit_config(tmp_path / name, format_version=1)
+        if not refused:  # a Kraken's weights have always been stored as they are now
+            assert read_export(tmp_path / name).config == CONFIGS[name]
+            continue
+        with pytest.raises(CheckpointError, match="format_version=1, of a program from before grouped-query attention"):
+            read_export(tmp_path / name)

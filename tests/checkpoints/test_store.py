@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 import store_ranks
 import torch
-from helpers import launch_ranks
+from helpers import launch_ranks, small_configs
 
 from checkpoints import store
 from checkpoints.store import (
     ALONE,
+    Checkpoint,
     fill_tensors,
     find_good_checkpoint,
     load_tensors,
+    model_of,
     verify_checkpoint,
 )
 from checkpoints.writer import save_checkpoint
 from kraken_train.errors import CheckpointError
+from kraken_train.parsing import to_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest drops the module's filter
 
@@ -272,3 +275,14 @@ def test_damage_to_all_but_the_oldest(two_ranks: Ranks, tmp_path: Path) -> None:
     checkpoint, problems = find_good_checkpoint(folder)
     assert checkpoint.step == 1
     assert ["is damaged" in problems[0], problems[1].endswith("__0_0.distcp is missing")] == [True, True]
+
+
+def test_the_layout_of_an_older_program() -> None:
+    def checkpoint(architecture: str) -> Checkpoint:
+        model = to_dict(small_configs()[architecture])
+        model = {name: value for name, value in model.items() if "kv_heads" not in name}  # which it did not know
+        return Checkpoint(Path("step-00000004"), 4, {"model": model}, {})
+
+    assert model_of(checkpoint("kraken")) == small_configs()["kraken"]
+    with pytest.raises(CheckpointError, match="step-00000004 is of a program from before grouped-query attention"):
+        model_of(checkpoint("standard"))

@@ -21,7 +21,7 @@ from integration.faulty_train import SAVE_PHASES
 from integration.training import learned, overrides, records
 from kraken_train.architectures import build_model
 from kraken_train.data import open_split, sequential
-from kraken_train.perplexity import evaluate
+from kraken_train.perplexity import token_losses
 from kraken_train.runtime import free_port
 
 STEPS = 18
@@ -84,7 +84,8 @@ def test_the_weights_of_two_ranks_in_one_process(data: Path, undisturbed: Path) 
     model = build_model(trained.model_config)
     model.load_state_dict(trained.weights)
     windows = sequential(open_split(data, "validation"), trained.model_config.context_length, 1)
-    loss = evaluate(model, itertools.islice(windows, 5)).loss  # validation.samples of them
+    parts = [token_losses(model, window) for window in itertools.islice(windows, 5)]  # validation.samples of them
+    loss = sum(total for total, _ in parts) / sum(tokens for _, tokens in parts)
     assert loss == pytest.approx(records(undisturbed)[-1]["validation_loss"], rel=1e-5)
 
 
@@ -92,10 +93,34 @@ def good_step(run: Path) -> int:
     return find_good_checkpoint(run / "checkpoints")[0].step
 
 
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 16
+    file.write_bytes(content)
+
+
 def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-????????"))
 
 
+def test_some_faults(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
+    """A death within a save, a flipped byte, and the end of the launcher during saves in the background."""
+    run = tmp_path / "run"
+    every = ["checkpoint.every=3"]
+    result = launch(run, ["after the tensors", "1", "3"], *every)  # in the third save, that of step 9
+    assert result.returncode != 0 and "another rank has ended" in result.stdout
+    assert good_step(run) == 6
+    flip_a_byte(max(newest(run).glob("*.distcp")))
+    result = launch(run, ["its launcher is told to end", "0", "8"], *every, "checkpoint.asynchronous=true")
+    assert "passed over a damaged checkpoint" in result.stdout and "SHA-256" in result.stdout
+    assert "stopped (its launcher has ended) after step" in result.stdout, result.stdout
+    assert good_step(run) == 8, "SIGTERM to the launcher has not saved"
+    result = launch(run, None, *every)
+    assert result.returncode == 0 and "resumed from" in result.stdout
+    assert learned(run) == learned(undisturbed)
+
+
+@pytest.mark.slow
 def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     every = ["checkpoint.every=3"]
@@ -119,10 +144,7 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     assert good_step(run) == 6
 
     # A byte flips in what is newest.
-    part = max(newest(run).glob("*.distcp"))
-    content = bytearray(part.read_bytes())
-    content[len(content) // 3] ^= 16
-    part.write_bytes(content)
+    flip_a_byte(max(newest(run).glob("*.distcp")))
     result = launch(run, ["its launcher is told to end", "0", "8"], *in_background)
     assert "passed over a damaged checkpoint" in result.stdout and "SHA-256" in result.stdout
     assert "resumed from" in result.stdout and "step-00000003: step 3" in result.stdout
