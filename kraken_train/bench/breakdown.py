@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile, record_function
 
 GEMM, ATTENTION, NORM, HEAD, OTHER = "gemm", "attention", "norm", "head", "other"
 EXPOSED, HIDDEN, IDLE = "exposed_all_reduce", "hidden_all_reduce", "idle"
@@ -137,23 +137,54 @@ def total(intervals: Iterable[Interval]) -> float:
 
 GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 CPU_COMPUTATIONS = ("aten::", "## Call CompiledFxGraph")
+# Before the work a GPU is kept busy, so that the work's first launches cost it nothing. Of its clock, about 2 ms: the
+# launch of a CUDA graph of several streams can take longer than 0.2 ms.
+HEAD_START_CYCLES = 4_000_000
+HEAD_START_KERNEL = "spin_kernel"  # of torch.cuda._sleep; a simulated collective is an all_..._spin
+WORK = "measured work"  # marks its beginning on the CPU
 
 
-def record(work: Callable[[], object], device: torch.device) -> list[Interval]:
-    """What ran on `device` during `work`."""
+def record(
+    work: Callable[[], object], device: torch.device, before: Callable[[], object] = lambda: None
+) -> list[Interval]:
+    """What ran on `device` during `work`, without what `before` did, which comes first but after the profiler's start.
+
+    Raises ValueError where the profile lacks the work's beginning.
+    """
     on_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     # A link on the CPU is a thread of its own.
     every_thread = _ExperimentalConfig(profile_all_threads=not on_gpu)
     with profile(activities=[activity], experimental_config=every_thread) as profiler:
-        work()
+        before()
+        if on_gpu:
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        with record_function(WORK):
+            work()
         if on_gpu:
             torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return [interval for event in events if (interval := parse_event(event, on_gpu)) is not None]
+    return parse_trace(events, on_gpu)
+
+
+def parse_trace(events: Sequence[dict[str, Any]], on_gpu: bool) -> list[Interval]:
+    """What started once the work had begun: on a GPU at the end of the head start, on the CPU at its mark."""
+    if on_gpu:
+        kernels = (event for event in events if event.get("cat") == "kernel" and HEAD_START_KERNEL in event["name"])
+        begins = [event["ts"] + event["dur"] for event in kernels]
+    else:
+        marks = (event for event in events if event.get("cat") == "user_annotation" and event["name"] == WORK)
+        begins = [event["ts"] for event in marks]
+    if len(begins) != 1:
+        raise ValueError(
+            f"the profile has {len(begins)} beginnings of the work instead of one; with KINETO_LOG_LEVEL=0 the "
+            "profiler says why"
+        )
+    intervals = (parse_event(event, on_gpu) for event in events if event.get("ts", begins[0]) >= begins[0])
+    return [interval for interval in intervals if interval is not None]
 
 
 def parse_event(event: dict[str, Any], on_gpu: bool) -> Interval | None:

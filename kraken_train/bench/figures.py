@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kraken_train.bench.breakdown import ATTENTION, EXPOSED, GEMM, HEAD, HIDDEN, IDLE, NORM, OTHER, PARTS
-from kraken_train.bench.results import Case, Result, by_case, footnote, geometric_mean, speed_up
+from kraken_train.bench.results import Case, Result, by_case, footnote, geometric_mean, marks, speed_up
 
 COLORS = {"kraken": "#d1495b", "parallel": "#8d99ae", "standard": "#2b4c7e"}
 PART_COLORS = {
@@ -78,10 +78,10 @@ def draw_panel(axes: Axes, cases: dict[Case, dict[str, Result]]) -> None:
     place = 0.0
     for case, architectures in cases.items():
         reference = architectures.get("standard", next(iter(architectures.values())))
-        unit = sum(reference.figures["breakdown"][part] for part in PARTS) / 100
-        middles.append((place + (len(architectures) - 1) / 2, case.size.upper() + star(reference)))
+        unit = sum(reference.figures.breakdown[part] for part in PARTS) / 100
+        middles.append((place + (len(architectures) - 1) / 2, case.size.upper() + marks(reference)))
         for name, result in architectures.items():
-            parts, bottom = result.figures["breakdown"], 0.0
+            parts, bottom = result.figures.breakdown, 0.0
             for part in PARTS:
                 axes.bar(place, parts[part] / unit, 0.82, bottom, color=PART_COLORS[part])
                 bottom += parts[part] / unit
@@ -105,11 +105,7 @@ def draw_panel(axes: Axes, cases: dict[Case, dict[str, Result]]) -> None:
 
 
 def short_label(case: Case, result: Result) -> str:
-    return f"{case.size.upper()}{star(result)}\n{case.context}\nx{case.degree}"
-
-
-def star(result: Result) -> str:
-    return "*" if result.scaled_from else ""
+    return f"{case.size.upper()}{marks(result)}\n{case.context}\nx{case.degree}"
 
 
 def finish(figure: Figure, axes: Axes | None, title: str, results: Iterable[Result], path: Path) -> None:

@@ -6,6 +6,7 @@ d is near D sqrt(1.5 / N). Source: arXiv 2408.07802, section 4.2 (sizes and widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
@@ -45,13 +46,15 @@ SIZES = {
 }
 
 
-def model_config(architecture: str, size: Size, degree: int, vocab_size: int, context_length: int) -> ModelConfig:
+def model_config(
+    architecture: str, size: Size, degree: int, vocab_size: int, context_length: int, heads_multiple: int = 1
+) -> ModelConfig:
     """The model of this architecture that is run on `degree` devices.
 
     Raises ConfigError where the devices cannot share it.
     """
     if architecture == "kraken":
-        hidden_size, heads = kraken_dimensions(size, degree)
+        hidden_size, heads = kraken_dimensions(size, degree, heads_multiple)
         return KrakenConfig(
             num_sub_layers=degree,
             num_layers=size.num_layers,
@@ -72,23 +75,23 @@ def model_config(architecture: str, size: Size, degree: int, vocab_size: int, co
     )
 
 
-def kraken_dimensions(size: Size, degree: int) -> tuple[int, int]:
+def kraken_dimensions(size: Size, degree: int, heads_multiple: int = 1) -> tuple[int, int]:
     """(width, heads) of each of `degree` sub-layers, with parameters per layer within `TOLERANCE` of the size's.
 
-    Among all such widths the head dimension decides (`PREFERRED_HEAD_DIMS`, then the largest), then how close the
-    parameters are. Raises ConfigError where no width fits.
+    Among all such widths with a multiple of `heads_multiple` heads the head dimension decides (`PREFERRED_HEAD_DIMS`,
+    then the largest), then how close the parameters are. Raises ConfigError where no width fits.
     """
     candidates = [
         (width, head_dim)
         for width in range(HEAD_DIM_STEP, 2 * size.hidden_size, HEAD_DIM_STEP)
         if abs(layer_excess(width, size, degree)) <= TOLERANCE
         for head_dim in range(HEAD_DIM_STEP, LARGEST_HEAD_DIM + 1, HEAD_DIM_STEP)
-        if width % head_dim == 0
+        if width % (head_dim * heads_multiple) == 0
     ]
     if not candidates:
         raise ConfigError(
-            f"degrees={degree}: no Kraken of {degree} sub-layers whose width is a multiple of {HEAD_DIM_STEP} matches "
-            f"sizes={size.name} within {TOLERANCE:.0%}; use 2, 4 or 8"
+            f"degrees={degree}: no Kraken of {degree} sub-layers whose width is a multiple of "
+            f"{HEAD_DIM_STEP * heads_multiple} matches sizes={size.name} within {TOLERANCE:.0%}; use 2, 4 or 8"
         )
 
     def rank(candidate: tuple[int, int]) -> tuple[int, int, float]:
@@ -104,3 +107,9 @@ def kraken_dimensions(size: Size, degree: int) -> tuple[int, int]:
 def layer_excess(width: int, size: Size, degree: int) -> float:
     """Parameters of a Kraken layer more than the standard's, as a fraction of those."""
     return 8 * degree * width**2 / (12 * size.hidden_size**2) - 1
+
+
+def require_axis(name: str, values: Sequence[object]) -> None:
+    """What a setting names is compared with each other. Raises ConfigError."""
+    if not values or len(set(values)) < len(values):
+        raise ConfigError(f"{name}={list(values)} must name at least one, and none twice")

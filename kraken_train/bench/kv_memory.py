@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kraken_train.architectures import build_model
-from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config
+from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
 from kraken_train.bench.kv_memory_figure import draw
 from kraken_train.bench.memory_row import GIB, MemoryRow
 from kraken_train.cli import run_entry
@@ -48,7 +48,7 @@ class KVMemoryConfig:
     degrees: tuple[int, ...]  # devices that share a model; Kraken has as many sub-layers
     contexts: tuple[int, ...]  # tokens
     batch_sizes: tuple[int, ...]  # sequences
-    heads_per_kv_head: int  # of grouped-query attention
+    heads_per_kv_head: int  # at most, of grouped-query attention
     vocab_size: int
     dtype: str
     device: str  # auto | cpu | cuda
@@ -57,11 +57,11 @@ class KVMemoryConfig:
     def validate(self) -> None:
         """Raises ConfigError."""
         for name, known in (("architectures", ARCHITECTURES), ("sizes", tuple(SIZES)), ("attention", FORMS)):
-            require_some(name, getattr(self, name))
+            require_axis(name, getattr(self, name))
             for value in getattr(self, name):
                 require_choice(name, value, known)
         for name in ("degrees", "contexts", "batch_sizes"):
-            require_some(name, getattr(self, name))
+            require_axis(name, getattr(self, name))
             for value in getattr(self, name):
                 require_positive(name, value)
         require_positive("heads_per_kv_head", self.heads_per_kv_head)
@@ -70,27 +70,43 @@ class KVMemoryConfig:
         require_choice("device", self.device, DEVICES)
 
 
-def require_some(name: str, values: Sequence[object]) -> None:
-    if not values:
-        raise ConfigError(f"{name} is empty; name at least one")
+def model_with(config: KVMemoryConfig, size: str, degree: int, architecture: str, form: str) -> ModelConfig:
+    """The model of a form of attention.
+
+    For grouped-query attention a Kraken's dimensions are chosen so that `heads_per_kv_head` divides its heads, or if
+    that is impossible the largest divisor of it that does: never a coarser sharing than the standard one's, which would
+    flatter its cache. Raises ConfigError.
+    """
+    plain = (architecture, SIZES[size], degree, config.vocab_size, max(config.contexts))
+    model = model_config(*plain)
+    if form != "gqa":
+        return share_heads(model, num_heads(model) if form == "mqa" else 1)
+    for sharing in range(config.heads_per_kv_head, 1, -1):
+        if config.heads_per_kv_head % sharing == 0:
+            with suppress(ConfigError):  # no such width; perhaps with less sharing
+                shared = model_config(*plain, heads_multiple=sharing)
+                if num_heads(shared) % sharing == 0:
+                    return share_heads(shared, sharing)
+    return share_heads(model, 1)
 
 
-def with_attention(config: ModelConfig, form: str, heads_per_kv_head: int) -> ModelConfig:
-    """The same model with another form of attention; grouped-query attention takes the nearest number that divides."""
-    heads = config.heads_per_sub_layer if isinstance(config, KrakenConfig) else config.num_heads
-    wanted = {"mha": heads, "gqa": heads / heads_per_kv_head, "mqa": 1}[form]
-    kv_heads = min((k for k in range(1, heads + 1) if heads % k == 0), key=lambda k: abs(k - wanted))
-    if isinstance(config, KrakenConfig):
-        return dataclasses.replace(config, kv_heads_per_sub_layer=kv_heads)
-    return dataclasses.replace(config, num_kv_heads=kv_heads)
+def share_heads(model: ModelConfig, heads_per_kv_head: int) -> ModelConfig:
+    kv_heads = num_heads(model) // heads_per_kv_head
+    if isinstance(model, KrakenConfig):
+        return dataclasses.replace(model, kv_heads_per_sub_layer=kv_heads)
+    return dataclasses.replace(model, num_kv_heads=kv_heads)
+
+
+def num_heads(config: ModelConfig) -> int:
+    """Of a sub-layer, or of the standard layer."""
+    return config.heads_per_sub_layer if isinstance(config, KrakenConfig) else config.num_heads
 
 
 def first_share(
     config: KVMemoryConfig, size: str, degree: int, architecture: str, form: str
 ) -> tuple[ModelConfig, ModelConfig, Placement]:
     """The model, the model as `degree` equal devices serve it, and the units on the first, which has most."""
-    model = model_config(architecture, SIZES[size], degree, config.vocab_size, max(config.contexts))
-    model = with_attention(model, form, config.heads_per_kv_head)
+    model = model_with(config, size, degree, architecture, form)
     units = share_model(model, [1.0] * degree)[0]
     return model, served_config(model, units), units
 
@@ -105,8 +121,8 @@ def compute(config: KVMemoryConfig) -> list[MemoryRow]:
         one = serving_memory(served, units, 1, 1, DTYPES[config.dtype])
         rows += [
             MemoryRow(
-                architecture, size, form, model.kv_heads, degree, context, batch_size, one.weights,
-                one.cache * context * batch_size,
+                architecture, size, form, model.kv_heads, num_heads(model) // model.kv_heads, degree, context,
+                batch_size, one.weights, one.cache * context * batch_size,
             )
             for context, batch_size in itertools.product(config.contexts, config.batch_sizes)
         ]  # fmt: skip
@@ -143,7 +159,7 @@ def measure(rows: list[MemoryRow], config: KVMemoryConfig, device: torch.device)
 def as_table(rows: list[MemoryRow], label: str) -> Table:
     """One line per model, form and degree, a column for the cache of each batch and context."""
     table = Table(title="Memory per device, GiB", caption=label)
-    for name in ("size", "devices", "model", "attention", "kv heads", "weights"):
+    for name in ("size", "devices", "model", "attention", "kv heads", "heads per\nkv head", "weights"):
         table.add_column(name, justify="right")
     loads = list(dict.fromkeys((row.batch_size, row.context) for row in rows))
     for batch_size, context in loads:
@@ -153,7 +169,8 @@ def as_table(rows: list[MemoryRow], label: str) -> Table:
         alike = {(row.batch_size, row.context): row for row in of_model}
         first = alike[loads[0]]
         caches = [f"{alike[load].cache / GIB:.2f}" for load in loads]
-        table.add_row(size, str(degree), architecture, form, str(first.kv_heads), f"{first.weights / GIB:.2f}", *caches)
+        sharing = str(first.kv_heads), str(first.heads_per_kv_head)
+        table.add_row(size, str(degree), architecture, form, *sharing, f"{first.weights / GIB:.2f}", *caches)
     return table
 
 
@@ -172,7 +189,8 @@ def main(config: KVMemoryConfig) -> None:
     (output_dir / "kv_memory.json").write_text(json.dumps(record, indent=2) + "\n")
     for size in config.sizes:
         path = output_dir / f"kv_memory_{size}.png"
-        draw([row for row in rows if row.size == size], f"{size}: memory per device, {label}", path)
+        title = f"{size}: memory per device, {label}"
+        draw([row for row in rows if row.size == size], config.heads_per_kv_head, title, path)
         print(f"drawn: {path}")
 
 

@@ -15,8 +15,11 @@ SHADES = {"mha": 1.0, "gqa": 0.7, "mqa": 0.4}  # of the cache, by form of attent
 WEIGHTS = "#9a9a9a"
 
 
-def draw(rows: Sequence[MemoryRow], title: str, path: Path) -> None:
-    """One panel per batch and context; in it a group per degree, and in that a bar per model and form of attention."""
+def draw(rows: Sequence[MemoryRow], heads_per_kv_head: int, title: str, path: Path) -> None:
+    """One panel per batch and context; in it a group per degree, and in that a bar per model and form of attention.
+
+    `heads_per_kv_head` is the most that grouped-query attention was allowed.
+    """
     batch_sizes = sorted({row.batch_size for row in rows})
     contexts = sorted({row.context for row in rows})
     degrees = sorted({row.degree for row in rows})
@@ -46,10 +49,11 @@ def draw(rows: Sequence[MemoryRow], title: str, path: Path) -> None:
             panel.set_axisbelow(True)
         line[0].set_ylabel("GiB per device")
     legend = [Patch(color=WEIGHTS, label="weights")]
+    forms = {"gqa": f"gqa ({heads_per_kv_head} heads per key-value head)"}
     legend += [
-        Patch(color=(COLOURS[architecture], SHADES[form]), label=f"{architecture}, {form}: key-value cache")
+        Patch(color=(COLOURS[architecture], SHADES[form]), label=f"{architecture}, {forms.get(form, form)}: cache")
         for architecture, form in kinds
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)

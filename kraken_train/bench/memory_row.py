@@ -15,6 +15,7 @@ class MemoryRow:
     size: str
     attention: str
     kv_heads: int  # of a sub-layer, or of the standard layer
+    heads_per_kv_head: int  # that share one; what grouped-query attention comes to
     degree: int
     context: int
     batch_size: int

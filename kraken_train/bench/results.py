@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from kraken_train.bench.breakdown import HIDDEN, PARTS
-from kraken_train.bench.timing import Figures
+from kraken_train.bench.timing import Figures, Rounds
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT
 from kraken_train.config import ModelConfig
 
 MEASURED, SIMULATED = "measured", "simulated"
+SCALED, NOT_INTERLEAVED = "*", "†"  # marks, which the footnote explains
+SPREAD = "medians of the rounds; ± is half the distance between the quartiles of their differences"
 
 
 @dataclass(frozen=True)
@@ -42,38 +45,39 @@ class Result:
 
     @property
     def ttft(self) -> float:
-        return self.figures["ttft"][OVERLAPPED]
+        return float(np.median(self.figures.ttft[OVERLAPPED]))
 
     @property
     def compute(self) -> float:
-        return self.figures["ttft"][SILENT]
+        return float(np.median(self.figures.ttft[SILENT]))
 
     @property
-    def exposed(self) -> float:
-        return self.ttft - self.compute
+    def exposed(self) -> Rounds:
+        return self.figures.ttft[OVERLAPPED] - self.figures.ttft[SILENT]
 
     @property
-    def hidden(self) -> float:
+    def hidden(self) -> Rounds:
         """What overlapping saves."""
-        return self.figures["ttft"].get(BLOCKING, self.ttft) - self.ttft
+        overlapped = self.figures.ttft[OVERLAPPED]
+        return self.figures.ttft.get(BLOCKING, overlapped) - overlapped
 
     @property
     def output_token(self) -> float:
-        return self.figures["output_token"][OVERLAPPED]
+        return float(np.median(self.figures.output_token[OVERLAPPED]))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; all times in seconds, each with its label."""
+        """For JSON; all times in seconds, each with its label, those of rounds with their quartiles."""
 
-        def time(seconds: float, kind: str = self.kind) -> dict[str, Any]:
-            return {"seconds": seconds, "kind": kind}
+        def time(rounds: Rounds, kind: str = self.kind) -> dict[str, Any]:
+            low, median, high = quartiles(rounds)
+            return {"seconds": median, "low": low, "high": high, "kind": kind}
 
-        def variants(group: str) -> dict[str, Any]:
+        def variants(of: Mapping[str, Rounds]) -> dict[str, Any]:
             return {
-                variant: time(seconds, MEASURED if variant == SILENT else self.kind)
-                for variant, seconds in self.figures[group].items()
+                variant: time(rounds, MEASURED if variant == SILENT else self.kind) for variant, rounds in of.items()
             }
 
-        parts, traffic = self.figures["breakdown"], dict(self.figures["traffic"])
+        figures, traffic = self.figures, dict(self.figures.traffic)
         if self.kind == MEASURED:
             del traffic["seconds"]  # nobody has said what a real interconnect should take
         return {
@@ -87,16 +91,23 @@ class Result:
             "parameters": self.model.num_parameters,
             "scaled_from_layers": self.scaled_from,
             "interleaved": self.interleaved,
-            "ttft": time(self.ttft),
-            "compute_alone": time(self.compute, MEASURED),
+            "ttft": time(figures.ttft[OVERLAPPED]),
+            "compute_alone": time(figures.ttft[SILENT], MEASURED),
             "exposed_communication": time(self.exposed),
             "hidden_communication": time(self.hidden),
-            "ttft_variants": variants("ttft"),
-            "time_per_output_token": time(self.output_token),
-            "time_per_output_token_variants": variants("output_token"),
+            "ttft_variants": variants(figures.ttft),
+            "time_per_output_token": time(figures.output_token[OVERLAPPED]),
+            "time_per_output_token_variants": variants(figures.output_token),
             "asked_of_interconnect": {**traffic, "kind": self.kind},
-            "breakdown": {part: time(parts[part]) for part in (*PARTS, HIDDEN)},
+            "breakdown": {part: {"seconds": figures.breakdown[part], "kind": self.kind} for part in (*PARTS, HIDDEN)},
+            "attention_kernels": figures.attention_kernels,
         }
+
+
+def quartiles(rounds: Rounds) -> tuple[float, float, float]:
+    """(low, median, high)"""
+    low, median, high = np.quantile(rounds, (0.25, 0.5, 0.75)).tolist()
+    return low, median, high
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
@@ -173,7 +184,7 @@ def as_table(results: Iterable[Result], title: str) -> Table:
     cases = by_case(results)
     every = [result for case in cases.values() for result in case.values()]
     kind = every[0].kind
-    table = Table(title=title, caption=footnote(every))
+    table = Table(title=title, caption="\n".join(filter(None, (SPREAD, footnote(every)))))
     for name in ("size", "tokens", "devices", "architecture"):
         table.add_column(name, justify="left" if name in ("size", "architecture") else "right")
     for name, label in (
@@ -189,15 +200,15 @@ def as_table(results: Iterable[Result], title: str) -> Table:
         for name, result in architectures.items():
             standard = architectures.get("standard")
             table.add_row(
-                case.size.upper() + ("*" if result.scaled_from else ""),
+                case.size.upper() + marks(result),
                 str(case.context),
                 str(case.degree),
                 name,
                 milliseconds(result.ttft),
                 "" if standard is None or name == "standard" else f"{speed_up(result, standard):+.1%}",
                 milliseconds(result.compute),
-                milliseconds(result.exposed),
-                milliseconds(result.hidden) if name == "kraken" else "",
+                with_spread(result.exposed),
+                with_spread(result.hidden) if name == "kraken" else "",
                 milliseconds(result.output_token),
             )
         table.add_section()
@@ -205,12 +216,31 @@ def as_table(results: Iterable[Result], title: str) -> Table:
 
 
 def footnote(results: Iterable[Result]) -> str | None:
+    """What the marks of these results mean."""
+    results, lines = list(results), []
     scaled = sorted({result.scaled_from for result in results if result.scaled_from})
-    if not scaled:
-        return None
-    depths = "; ".join(" and ".join(map(str, depths)) for depths in scaled)
-    return f"* does not fit into memory: layers that were run ({depths}), extrapolated to the model's depth"
+    if scaled:
+        depths = "; ".join(" and ".join(map(str, depths)) for depths in scaled)
+        lines.append(
+            f"{SCALED} does not fit into memory: layers that were run ({depths}), extrapolated to the model's depth"
+        )
+    if not all(result.interleaved for result in results):
+        lines.append(
+            f"{NOT_INTERLEAVED} the models fit into memory only one by one: they ran one after the other, not in "
+            "turns, so a change of the machine's speed is in the comparison"
+        )
+    return "\n".join(lines) or None
+
+
+def marks(result: Result) -> str:
+    return (SCALED if result.scaled_from else "") + ("" if result.interleaved else NOT_INTERLEAVED)
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
+
+
+def with_spread(rounds: Rounds) -> str:
+    """The median and half the distance between the quartiles, in milliseconds."""
+    low, median, high = quartiles(rounds)
+    return f"{milliseconds(median)} ± {milliseconds((high - low) / 2)}"

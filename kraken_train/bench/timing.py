@@ -1,22 +1,23 @@
-"""Times of prefill and decoding: medians of rounds over everything that is compared.
+"""Times of prefill and decoding: rounds over everything that is compared.
 
 Each architecture is run in its variants (`kraken_train.bench.variants`): their differences are the exposed and the
-hidden communication. Shapes: B batch, T tokens, V vocabulary size.
+hidden communication. Shapes: B batch, T tokens, R rounds.
 """
 
 from __future__ import annotations
 
 import gc
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kraken_train.bench import breakdown
+from kraken_train.bench.breakdown import ATTENTION, HEAD_START_CYCLES, PARTS, Interval, break_down, record
 from kraken_train.bench.share import load_share
 from kraken_train.bench.simulated_exchange import SimulatedExchange, Traffic
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedExchange
@@ -26,9 +27,20 @@ from kraken_train.runtime import Runtime
 
 WARMUP_ROUNDS = 2
 PROFILES = 3
-HEAD_START_CYCLES = 400_000  # of a GPU's clock, about 0.2 ms
+KERNEL_NAMES = 4  # that are kept; one or two are what a model uses
 
-Figures = dict[str, dict[str, float]]  # of one architecture: {"ttft": {variant: seconds}, ...}
+Rounds = np.ndarray  # seconds in each round that counts, (R,)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one architecture. Rounds are kept apart, since in each every variant ran: their differences have a spread."""
+
+    ttft: Mapping[str, Rounds]  # by variant
+    output_token: Mapping[str, Rounds]
+    breakdown: Mapping[str, float]  # seconds of a prefill, by operator
+    traffic: Mapping[str, float]  # of a prefill
+    attention_kernels: tuple[str, ...]  # names in a profile, which say what backend was chosen
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def compare(
     conditions: Conditions,
     runtime: Runtime,
 ) -> dict[str, Figures]:
-    """Figures by architecture: seconds of "ttft" and "output_token" by variant, "breakdown" and "traffic" of a prefill.
+    """Figures by architecture.
 
     All models are in memory together. Over several ranks a time is that of the slowest.
     """
@@ -136,13 +148,11 @@ def compare(
     for name, contender in contenders.items():
         ttft, output_token = {}, {}
         for variant in contender.engines:
-            ttft[variant], output_token[variant] = medians_of_slowest(samples[name, variant], runtime)
-        figures[name] = {
-            "ttft": ttft,
-            "output_token": output_token,
-            "breakdown": profile_prefill(contender, runtime),
-            "traffic": asdict(contender.traffic),
-        }
+            ttft[variant], output_token[variant] = of_slowest(samples[name, variant], runtime)
+        intervals = profile_prefill(contender, runtime)
+        figures[name] = Figures(
+            ttft, output_token, break_down(intervals), asdict(contender.traffic), attention_kernels(intervals)
+        )
     return figures
 
 
@@ -183,30 +193,52 @@ def line_up(contender: Contender, runtime: Runtime) -> None:
         contender.exchange.variants[OVERLAPPED].maximum(torch.zeros(1, device=contender.conditions.device))
 
 
-def medians_of_slowest(samples: Iterable[tuple[float, float]], runtime: Runtime) -> tuple[float, float]:
-    """Of each round the slowest rank's times, of these the medians."""
-    rounds = zip(*runtime.gather(list(samples)), strict=True)  # of each round, every rank's times
-    slowest = [[max(times) for times in zip(*ranks, strict=True)] for ranks in rounds]
-    first, further = (statistics.median(column) for column in zip(*slowest, strict=True))
+def of_slowest(samples: Iterable[tuple[float, float]], runtime: Runtime) -> tuple[Rounds, Rounds]:
+    """Of each round the slowest rank's times: (to the first token, per further token), (R,) each."""
+    first, further = np.array(runtime.gather(list(samples))).max(axis=0).T
     return first, further
 
 
-def profile_prefill(contender: Contender, runtime: Runtime) -> dict[str, float]:
-    """Seconds by operator of the median one of a few profiles, on this rank."""
-    found = []
-    for _ in range(1 + PROFILES):
-        line_up(contender, runtime)
-        intervals = breakdown.record(lambda: contender.prefill(OVERLAPPED), contender.conditions.device)
-        found.append(breakdown.break_down(intervals))
+def profile_prefill(contender: Contender, runtime: Runtime) -> list[Interval]:
+    """The median one of a few profiles, on this rank; as what is timed, it begins together and with a head start."""
+    found = [
+        record(
+            lambda: contender.prefill(OVERLAPPED),
+            contender.conditions.device,
+            before=lambda: line_up(contender, runtime),
+        )
+        for _ in range(1 + PROFILES)
+    ]
     # The first one pays for the profiler's own start.
-    return sorted(found[1:], key=lambda parts: sum(parts[part] for part in breakdown.PARTS))[PROFILES // 2]
+    return sorted(found[1:], key=seconds_in_all)[PROFILES // 2]
+
+
+def seconds_in_all(intervals: Iterable[Interval]) -> float:
+    parts = break_down(intervals)
+    return sum(parts[part] for part in PARTS)
+
+
+def attention_kernels(intervals: Iterable[Interval]) -> tuple[str, ...]:
+    """On a GPU the kernels, on the CPU the operators, in the order in which they ran first."""
+    names = dict.fromkeys(interval.name for interval in intervals if interval.kind == ATTENTION)
+    return tuple(names)[:KERNEL_NAMES]
 
 
 def extrapolate(shallow: Figures, deep: Figures, depths: tuple[int, int], depth: int) -> Figures:
-    """Figures of a model of `depth` layers, from two of fewer: every layer after the first costs the same."""
+    """Figures of a model of `depth` layers, from two of fewer: every layer after the first costs the same.
+
+    Times go round by round, so that their spread grows as it should.
+    """
     few, more = depths
     reach = (depth - few) / (more - few)
-    return {
-        group: {name: value + (deep[group][name] - value) * reach for name, value in values.items()}
-        for group, values in shallow.items()
-    }
+
+    def reached(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value + (others[name] - value) * reach for name, value in values.items()}
+
+    return Figures(
+        reached(shallow.ttft, deep.ttft),
+        reached(shallow.output_token, deep.output_token),
+        reached(shallow.breakdown, deep.breakdown),
+        reached(shallow.traffic, deep.traffic),
+        deep.attention_kernels,
+    )

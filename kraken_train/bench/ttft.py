@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from kraken_train.bench import figures
-from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config
+from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
 from kraken_train.bench.interconnect import Interconnect
 from kraken_train.bench.plan import Plan, make_plan, usable_bytes
 from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_table, summarize, summary_lines
@@ -73,9 +73,8 @@ class TTFTConfig:
     def validate(self) -> None:
         """Rules that need no machine. Raises ConfigError."""
         for name in ("architectures", "sizes", "contexts", "degrees"):
-            values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) < len(values)):
-                raise ConfigError(f"{name}={list(values)} must name at least one, and none twice")
+            if getattr(self, name) is not None:  # as degrees may be
+                require_axis(name, getattr(self, name))
         for architecture in self.architectures:
             require_choice("architectures", architecture, ARCHITECTURES)
         for size in self.sizes:

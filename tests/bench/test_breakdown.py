@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kraken_train.bench.breakdown import (
     Interval,
     break_down,
     parse_event,
+    parse_trace,
     record,
 )
 from kraken_train.bench.interconnect import Interconnect
@@ -113,6 +115,38 @@ def test_events() -> None:
     assert parse_event(gloo, on_gpu=False) is not None
 
 
+def test_only_the_work_counts() -> None:
+    """What the ranks do to begin together is left out, on a GPU the head start too."""
+
+    def event(cat: str, name: str, begin: float, end: float) -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6, "tid": 7}
+
+    def names(events: list[dict[str, Any]], on_gpu: bool) -> list[str]:
+        return [interval.name for interval in parse_trace(events, on_gpu)]
+
+    sleep = event("kernel", "at::cuda::(anonymous namespace)::spin_kernel(long)", 3, 5)
+    mark = event("user_annotation", "measured work", 2, 9)
+    kernels = [
+        event("kernel", "ncclDevKernel_AllReduce_Max", 1, 2),
+        event("gpu_memset", "Memset", 4, 4.5),
+        event("kernel", "gemm", 5, 6),
+        event("kernel", "all_reduce_spin", 5.5, 7),
+    ]
+    assert names([*kernels, sleep, mark], on_gpu=True) == ["gemm", "all_reduce_spin"]
+    operators = [
+        event("cpu_op", "aten::zeros", 0, 1),
+        event("user_annotation", "gloo:all_reduce", 1, 2.5),
+        event("cpu_op", "aten::mm", 2, 3),
+        event("user_annotation", "gloo:all_reduce", 4, 5),
+        event("user_annotation", "something else", 6, 7),
+    ]
+    metadata = {"ph": "M", "name": "process_name"}
+    assert names([metadata, *operators, mark, sleep], on_gpu=False) == ["aten::mm", "gloo:all_reduce"]
+    for events, on_gpu in (([*kernels, mark], True), ([*operators, sleep], False), ([], False)):
+        with pytest.raises(ValueError, match="0 beginnings of the work"):
+            parse_trace(events, on_gpu)
+
+
 def test_real_profile() -> None:
     """Of a part of the model around a simulated sum: everything that ran is found, and the sum's two halves."""
     exchange = SimulatedExchange(Interconnect("slow", 200_000.0, None, ""), ModelRank(0, 2), ThreadLink())
@@ -132,9 +166,14 @@ def test_real_profile() -> None:
         exchange.finish(pending)
         F.linear(x, weight)
 
+    def before() -> None:
+        x.cumsum(dim=0)
+        exchange.finish(exchange.start(x))
+
     with torch.inference_mode():
         work()
-        intervals = record(work, torch.device("cpu"))
+        intervals = record(work, torch.device("cpu"), before)
+    assert not any("cumsum" in interval.name for interval in intervals)
     parts = break_down(intervals)
     assert all(parts[part] > 0 for part in (GEMM, ATTENTION, NORM, HEAD))
     assert parts[HIDDEN] + parts[EXPOSED] == pytest.approx(0.2, rel=0.1)

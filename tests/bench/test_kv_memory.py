@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import run_here, user_error
 
-from kraken_train.bench.kv_memory import KVMemoryConfig, compute
+from kraken_train.bench.grid import SIZES, layer_excess
+from kraken_train.bench.kv_memory import KVMemoryConfig, compute, model_with
 from kraken_train.bench.memory_row import MemoryRow
+from kraken_train.config import GPTConfig, KrakenConfig
 from kraken_train.errors import ConfigError
 
 SETTINGS = KVMemoryConfig(
@@ -41,7 +44,7 @@ def find(rows: list[MemoryRow], **wanted: Any) -> MemoryRow:
 
 
 def test_every_configuration_has_a_row(rows: list[MemoryRow]) -> None:
-    assert len(rows) == len({dataclasses.astuple(row)[:7] for row in rows}) == 2 * 3 * 2 * 2 * 2
+    assert len(rows) == len({dataclasses.astuple(row)[:8] for row in rows}) == 2 * 3 * 2 * 2 * 2
 
 
 @pytest.mark.parametrize(("degree", "context", "batch_size"), [(4, 2048, 16), (8, 128, 1)])
@@ -56,7 +59,24 @@ def test_caches_by_hand(rows: list[MemoryRow], degree: int, context: int, batch_
     assert cache("standard", "mqa") == per_value * HEAD_DIM  # each device has the same one
     sub_layer = {4: (13, 96), 8: (7, 128)}[degree]  # heads and their dimension
     assert cache("kraken", "mha") == per_value * sub_layer[0] * sub_layer[1]
+    # 26 heads of 48, of which 2 share; 8 heads of 112, of which 4 do
+    assert cache("kraken", "gqa") == per_value * {4: 13 * 48, 8: 2 * 112}[degree]
     assert cache("kraken", "mqa") == per_value * sub_layer[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "degree", "asked", "heads", "sharing"),
+    [("6.7b", 4, 4, 52, 4), ("6.7b", 8, 4, 28, 4), ("1.3b", 4, 4, 26, 2), ("175b", 2, 8, 112, 8)],
+)
+def test_a_kraken_whose_heads_can_be_shared(size: str, degree: int, asked: int, heads: int, sharing: int) -> None:
+    """Dimensions for grouped-query attention, within the same limits; never more sharing than the standard's."""
+    settings = dataclasses.replace(SETTINGS, heads_per_kv_head=asked)
+    kraken = model_with(settings, size, degree, "kraken", "gqa")
+    assert isinstance(kraken, KrakenConfig)
+    assert (kraken.heads_per_sub_layer, kraken.heads_per_sub_layer // kraken.kv_heads) == (heads, sharing)
+    assert abs(layer_excess(kraken.hidden_size, SIZES[size], degree)) < 0.03 and kraken.head_dim % 16 == 0
+    standard = model_with(settings, size, degree, "standard", "gqa")
+    assert isinstance(standard, GPTConfig) and standard.num_heads // standard.kv_heads == asked
 
 
 def test_weights_by_hand(rows: list[MemoryRow]) -> None:
@@ -79,6 +99,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert "Memory per device" in result.stdout and "computed for bfloat16" in result.stdout
     record = json.loads((tmp_path / "kv_memory.json").read_text())
     assert len(record["rows"]) == 2 * 3 * 2 and all(row["measured_cache"] is None for row in record["rows"])
+    sharing = {
+        (row["architecture"], row["attention"]): (row["kv_heads"], row["heads_per_kv_head"]) for row in record["rows"]
+    }
+    assert [sharing["standard", form] for form in ("mha", "gqa", "mqa")] == [(8, 1), (2, 4), (1, 8)]
+    assert "heads per" in result.stdout and "kv head" in result.stdout
     assert (tmp_path / "kv_memory_tiny.png").stat().st_size > 10_000
 
 
@@ -86,13 +111,19 @@ def test_the_command(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"sizes": ("7b",)}, "sizes=7b is not known; use tiny or 1.3b"),
-        ({"attention": ()}, "attention is empty; name at least one"),
+        ({"attention": ()}, "attention=[] must name at least one, and none twice"),
+        ({"architectures": ("kraken", "kraken")}, "architectures=['kraken', 'kraken'] must name at least one"),
+        ({"sizes": ("tiny", "tiny")}, "sizes=['tiny', 'tiny'] must name at least one, and none twice"),
+        ({"attention": ("mha", "mha")}, "attention=['mha', 'mha'] must name"),
+        ({"degrees": (2, 4, 2)}, "degrees=[2, 4, 2] must name"),
+        ({"contexts": (64, 64)}, "contexts=[64, 64] must name"),
+        ({"batch_sizes": (1, 1)}, "batch_sizes=[1, 1] must name"),
         ({"degrees": (0,)}, "degrees=0 must be greater than 0"),
         ({"heads_per_kv_head": 0}, "heads_per_kv_head=0"),
     ],
 )
 def test_wrong_settings(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         dataclasses.replace(SETTINGS, **change).validate()
 
 
