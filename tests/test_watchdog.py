@@ -226,6 +226,7 @@ def test_a_stopped_rank(start: Start, tmp_path: Path, victim: int) -> None:
     assert "has not answered for 5 s (its last completed step is " in errors[0]
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_under_torchrun(start: Start, tmp_path: Path) -> None:
     """The launcher holds the store."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]

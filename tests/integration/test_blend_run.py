@@ -31,6 +31,7 @@ def books(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+@pytest.mark.slow
 def test_blend(data: Path, books: Path, tmp_path: Path) -> None:
     """Stopped and continued, it learns what it learns in one go; with other weights it is another run."""
     blend = f"{{{data}: 0.75, {books}: 0.25}}"

@@ -17,7 +17,7 @@ SLOW_RANKS = 6  # more than the cores of a small machine
 GRIDS = {  # checks by number of ranks; a number of a check is the ranks per model copy
     1: ["modes:1", "trajectories:kraken-4/1/plain,kraken-4/1/compile", "save:1"],
     2: [
-        "modes:2",
+        "modes:1,2",
         "trajectories:kraken-4/2/plain,kraken-6/2/plain,kraken-4/2/compile,kraken-4/2/compile-recompute-bf16,"
         "standard/2/compile,parallel/2/zero2-recompute-vocab",
         "exchange:2",
@@ -25,31 +25,25 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "resume:1,2",
     ],
     4: [
-        "modes:2",
         "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
         "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
         "standard/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab",
         "exchange:2,4",
         "save:2,4",
-        "resume:2,4",
+        "resume:2",
     ],
     SLOW_RANKS: ["trajectories:kraken-6/2/plain,kraken-6/3/plain,kraken-6/6/plain,kraken-6/3/zero2-recompute-vocab"],
 }
-
-
-# Launches that are resumed from are named by a number; these come after them.
-LATER = {"resume at 1": (1, ["resume:1"])}
 SLOW = {  # the other half of the checkpoint matrix; and an attention that computes
     "slow 1": (1, ["save-more:1"]),
     "slow 4": (4, ["save-more:2,4", "resume:2,4"]),
     "slow 2": (2, ["resume:1,2", "busy-overlap:2"]),
     "slow resume at 1": (1, ["resume:1"]),
 }
-LAUNCHES = {**{ranks: (ranks, checks) for ranks, checks in GRIDS.items()}, **LATER, **SLOW}
+LAUNCHES = {**{ranks: (ranks, checks) for ranks, checks in GRIDS.items()}, **SLOW}
 RESUMES_FROM: dict[int | str, tuple[int | str, ...]] = {
     4: (1,),
     2: (1, 4),
-    "resume at 1": (1, 4),
     "slow 4": ("slow 1",),
     "slow 2": ("slow 1", "slow 4"),
     "slow resume at 1": ("slow 1", "slow 4"),
