@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from kraken_train.architectures import build_model
 from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
 from kraken_train.bench.kv_memory_figure import draw
 from kraken_train.bench.memory_row import GIB, MemoryRow
+from kraken_train.bench.output import open_output
 from kraken_train.cli import run_entry
 from kraken_train.config import KrakenConfig, ModelConfig
 from kraken_train.errors import ConfigError
@@ -177,7 +177,7 @@ def as_table(rows: list[MemoryRow], label: str) -> Table:
 def main(config: KVMemoryConfig) -> None:
     device = choose_device(config.device)
     output_dir = Path(config.output_dir)
-    make_output_dir(output_dir)
+    open_output(output_dir)
     rows = compute(config)
     label = f"computed for {config.dtype}"
     if device.type == "cuda":
@@ -192,16 +192,6 @@ def main(config: KVMemoryConfig) -> None:
         title = f"{size}: memory per device, {label}"
         draw([row for row in rows if row.size == size], config.heads_per_kv_head, title, path)
         print(f"drawn: {path}")
-
-
-def make_output_dir(output_dir: Path) -> None:
-    """Raises ConfigError unless the folder exists afterwards and can be written to."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir={output_dir} cannot be written to: {error.strerror}") from error
 
 
 if __name__ == "__main__":

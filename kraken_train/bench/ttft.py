@@ -27,6 +27,7 @@ from rich.console import Console
 from kraken_train.bench import figures
 from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
 from kraken_train.bench.interconnect import Interconnect
+from kraken_train.bench.output import open_output
 from kraken_train.bench.plan import Plan, make_plan, usable_bytes
 from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_table, summarize, summary_lines
 from kraken_train.bench.simulated_exchange import Link, SimulatedExchange, make_link
@@ -190,16 +191,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
-
-
-def open_output(folder: Path) -> None:
-    """Raises ConfigError unless results can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir={folder} cannot be created: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"output_dir={folder} is not writable; give output_dir=FOLDER")
 
 
 def describe(config: TTFTConfig, device: torch.device, conditions: Conditions, kind: str, ranks: int) -> dict[str, Any]:

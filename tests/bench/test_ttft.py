@@ -129,7 +129,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         ({"cuda_graphs": "true", "device": "cpu"}, "cuda_graphs=true needs a GPU"),
         ({"interconnect.bus_bandwidth": "-1"}, "interconnect.bus_bandwidth=-1.0 must be greater than 0"),
         ({"interconnect": "infiniband"}, "use one of a100_nvswitch"),
-        ({"output_dir": "/dev/null/x"}, "output_dir=/dev/null/x cannot be created: Not a directory"),
+        ({"output_dir": "/dev/null/x"}, "output_dir=/dev/null/x cannot be written to: Not a directory"),
         ({"sizes": "[175b]", "degrees": "[4]", "device": "cpu"}, "sizes=175b, contexts=16: the share of one"),
     ],
 )  # fmt: skip
