@@ -43,7 +43,7 @@ def test_shares() -> None:
     assert counts(GQA, *[1] * 12) == [1] * 12
 
 
-@pytest.mark.parametrize("speeds", [(1, 1), (1, 0.5), (3, 2, 1), (1, 1, 0.5), (0.3, 1.7, 0.9)])
+@pytest.mark.parametrize("speeds", [(1, 1), (1, 0.5), (1, 0.4), (3, 2, 1), (1, 1, 0.5), (0.3, 1.7, 0.9)])
 def test_no_other_share_is_done_earlier(speeds: tuple[float, ...]) -> None:
     for total in range(len(speeds), 9):
         possible = [c for c in itertools.product(range(1, total + 1), repeat=len(speeds)) if sum(c) == total]
