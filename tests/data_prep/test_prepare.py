@@ -345,6 +345,7 @@ def test_killed_attempt_leaves_no_result_and_is_cleared(tmp_path: Path) -> None:
     deadline = time.monotonic() + 40
     while not (shard.exists() and shard.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # so that it is not done before the other has started
     meanwhile = run(*arguments)
     process.send_signal(signal.SIGKILL)
     process.wait()
