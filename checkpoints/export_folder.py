@@ -29,10 +29,10 @@ from checkpoints.transformers_tokenizer import write_transformers_tokenizer
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.architectures import build_model
-from kraken_train.config import GPTConfig, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.files import sync_folder
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import GPTConfig, ModelConfig, parse_model
 from kraken_train.parsing import to_dict
 
 FORMAT_VERSION = 2  # 1 stored the baselines' attention.qkv.weight as (3, D, D)

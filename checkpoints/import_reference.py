@@ -20,8 +20,8 @@ from torch import Tensor
 from checkpoints.export_folder import require_unused, write_export
 from checkpoints.reference import convert_reference_state_dict
 from kraken_train.cli import run_entry
-from kraken_train.config import KrakenConfig
 from kraken_train.errors import CheckpointError
+from kraken_train.model_config import KrakenConfig
 from kraken_train.rules import require_positive
 
 # Their names of dimensions that the weights show as well.

@@ -31,8 +31,8 @@ from checkpoints.export_folder import (
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import HuggingFaceTokenizer
 from kraken_train.cli import run_entry
-from kraken_train.config import MODEL_CONFIGS, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.model_config import MODEL_CONFIGS, ModelConfig, parse_model
 from kraken_train.rules import require_choice
 
 INDEX_FILE = "model.safetensors.index.json"

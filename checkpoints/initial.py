@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints.export_folder import WEIGHTS_FILE, Export, read_export
-from kraken_train.config import ModelConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.files import file_sha256
+from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict
 from kraken_train.placement import Partition
 

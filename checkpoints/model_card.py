@@ -16,10 +16,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from checkpoints.export_folder import Export, read_export
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.evaluation.results import Results, markdown, markdown_table, read_results
 from kraken_train.files import replace_synced
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.parsing import to_dict
 from kraken_train.report import draw_loss_curve
 from kraken_train.run_metrics import METRICS_FILE, Run, read_run

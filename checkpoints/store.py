@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from kraken_train.config import GPTConfig, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError
 from kraken_train.files import file_sha256
+from kraken_train.model_config import GPTConfig, ModelConfig, parse_model
 from kraken_train.runtime import Runtime
 
 FORMAT_VERSION = 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kraken_train.baselines import GPTModel
-from kraken_train.config import KrakenConfig, ModelConfig
 from kraken_train.exchange import Exchange
 from kraken_train.model import KrakenModel, LanguageModel
+from kraken_train.model_config import KrakenConfig, ModelConfig
 from kraken_train.placement import ModelRank, Placement
 
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kraken_train.config import GPTConfig
 from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.initialization import initialize
 from kraken_train.layers import KeyValueStore, causal_attention
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import GPTConfig
 from kraken_train.placement import Placement, place_all
 from kraken_train.tensor_parallel import ColumnParallelLinear, QKVLinear, RowParallelLinear
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from checkpoints.export_folder import CONFIG_FILE as EXPORT_CONFIG_FILE
 from checkpoints.export_folder import read_export
-from kraken_train.config import KrakenConfig, ModelConfig, parse_model
 from kraken_train.errors import CheckpointError, DataError
 from kraken_train.evaluation.results import (
     RESULTS_FILE,
@@ -28,6 +27,7 @@ from kraken_train.evaluation.results import (
     average,
     read_results,
 )
+from kraken_train.model_config import KrakenConfig, ModelConfig, parse_model
 from kraken_train.run_folder import METRICS_FILE, read_exports, read_identity
 from kraken_train.run_metrics import Run, read_run
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kraken_train.cli import run_entry
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig, parse_model
 from kraken_train.errors import ConfigError
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig, parse_model
 from kraken_train.rules import require_positive
 
 HEAD_DIM_STEP = 8

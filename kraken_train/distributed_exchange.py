@@ -23,6 +23,7 @@ from torch import Tensor
 from kraken_train.config import ParallelConfig
 from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.mesh import ParallelMesh
+from kraken_train.phases import EXCHANGE, Phases
 from kraken_train.placement import ModelRank
 
 # Newer PyTorch has another name for it, which older ones lack.
@@ -43,15 +44,20 @@ class Pending:
 class DistributedExchange:
     """Sums over the ranks of `group`, in `dtype` or the tensors' own where that is wider or `dtype` is None.
 
-    `all_reduce` stands for `torch.distributed.all_reduce`; tests pass slower ones.
+    `all_reduce` stands for `torch.distributed.all_reduce`; tests pass slower ones. `phases` learn how long is waited.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, dtype: torch.dtype | None = None, all_reduce: Callable[..., Any] | None = None
+        self,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype | None = None,
+        all_reduce: Callable[..., Any] | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.group = group
         self.dtype = dtype
         self.all_reduce = all_reduce or dist.all_reduce
+        self.phases = phases or Phases(torch.device("cpu"))
 
     @property
     def model_rank(self) -> ModelRank:
@@ -79,7 +85,7 @@ class DistributedExchange:
 
     def maximum(self, values: Tensor) -> Tensor:
         largest = values.detach().clone()
-        self.begin(largest, dist.ReduceOp.MAX).wait()
+        self.wait(self.begin(largest, dist.ReduceOp.MAX))
         return largest
 
     def gather(self, part: Tensor) -> Tensor:
@@ -92,9 +98,13 @@ class DistributedExchange:
         """Begin to replace `buffer` by its sum over the ranks; it is there after `wait()` of what this returns."""
         return self.all_reduce(buffer, op=op, group=self.group, async_op=True)
 
+    def wait(self, work: Any) -> None:
+        with self.phases.phase(EXCHANGE):
+            work.wait()
+
     def sum(self, part: Tensor) -> Tensor:
         buffer = self.own_copy(part)
-        self.begin(buffer).wait()
+        self.wait(self.begin(buffer))
         return buffer.to(part.dtype)
 
     def own_copy(self, tensor: Tensor) -> Tensor:
@@ -106,24 +116,25 @@ class DistributedExchange:
         return tensor.dtype if self.dtype is None else torch.promote_types(tensor.dtype, self.dtype)
 
 
-def make_exchange(parallel: ParallelConfig, mesh: ParallelMesh) -> Exchange:
+def make_exchange(parallel: ParallelConfig, mesh: ParallelMesh, phases: Phases | None = None) -> Exchange:
     """What connects this rank with the others of its model copy."""
     if mesh.model_rank.size == 1:
         return LocalExchange()
-    return DistributedExchange(mesh.get_model_parallel_group(), REDUCE_DTYPES[parallel.reduce_dtype])
+    dtype = REDUCE_DTYPES[parallel.reduce_dtype]
+    return DistributedExchange(mesh.get_model_parallel_group(), dtype, phases=phases)
 
 
 class Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, exchange: DistributedExchange, pending: Pending) -> Tensor:
-        ctx.num_stacked, ctx.pending = streams.shape[0], pending
+        ctx.num_stacked, ctx.exchange, ctx.pending = streams.shape[0], exchange, pending
         buffer = streams.sum(dim=0, dtype=exchange.reduction_dtype(streams))
         pending.work = exchange.begin(buffer)
         return buffer  # not the sum yet: only `Finish` may look at it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.pending.work.wait()  # now `gradient`, the buffer that `Finish.backward` returned, is the sum
+        ctx.exchange.wait(ctx.pending.work)  # now `gradient`, the buffer that `Finish.backward` returned, is the sum
         ctx.pending.work = None
         return gradient.to(ctx.pending.streams_dtype).expand(ctx.num_stacked, *gradient.shape), None, None
 
@@ -132,7 +143,7 @@ class Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, exchange: DistributedExchange, pending: Pending) -> Tensor:
         ctx.exchange, ctx.pending = exchange, pending
-        pending.work.wait()
+        exchange.wait(pending.work)
         pending.work = None
         return buffer.to(pending.streams_dtype)
 

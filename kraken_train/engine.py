@@ -30,6 +30,7 @@ from kraken_train.config import TrainConfig
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
 from kraken_train.optim import parameter_groups
+from kraken_train.phases import BACKWARD, FORWARD, OPTIMIZER, Phases
 from kraken_train.placement import Partition, partitions
 from kraken_train.replicas import require_equal_replicas
 from kraken_train.runtime import Rendezvous, Runtime, connect_ranks, launcher_holds_store
@@ -79,7 +80,14 @@ def stop_processes(runtime: Runtime) -> None:
 class Engine:
     """This rank's part of a model under DeepSpeed with AdamW."""
 
-    def __init__(self, model: LanguageModel, config: TrainConfig, mesh: ParallelMesh, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: TrainConfig,
+        mesh: ParallelMesh,
+        runtime: Runtime,
+        phases: Phases | None = None,
+    ) -> None:
         self.model = model
         self.mesh = mesh
         self.runtime = runtime
@@ -109,6 +117,7 @@ class Engine:
                 dist_init_required=False,
             )
         self.micro_losses: list[Tensor] = []
+        self.phases = phases or Phases(runtime.device)
         self.create_optimizer_state()
 
     @property
@@ -121,8 +130,10 @@ class Engine:
         The last one of a step reduces the gradients.
         """
         self.deepspeed.set_gradient_accumulation_boundary(len(self.micro_losses) + 1 == self.accumulation_steps)
-        loss = self.deepspeed(input_ids, targets)
-        self.deepspeed.backward(loss)
+        with self.phases.phase(FORWARD):
+            loss = self.deepspeed(input_ids, targets)
+        with self.phases.phase(BACKWARD):
+            self.deepspeed.backward(loss)
         self.micro_losses.append(loss.detach())
 
     def step(self, lr: float, stop: bool = False) -> StepResult:
@@ -130,6 +141,10 @@ class Engine:
 
         `stop` says that this rank has been asked to stop; the result tells all ranks whether any has.
         """
+        with self.phases.phase(OPTIMIZER):
+            return self.update(lr, stop)
+
+    def update(self, lr: float, stop: bool) -> StepResult:
         losses = torch.stack(self.micro_losses)
         self.micro_losses = []
         gradients = [gradient for group in self.reduced_gradients() for gradient in group]

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from kraken_train.config import ModelConfig
+from kraken_train.model_config import ModelConfig
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets.
 BF16_PEAK_TFLOPS = {

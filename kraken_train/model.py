@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kraken_train.config import KrakenConfig, ModelConfig
 from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.initialization import initialize
 from kraken_train.layers import KeyValueStore, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.model_config import KrakenConfig, ModelConfig
 from kraken_train.placement import Placement, place_all
 from kraken_train.vocabulary import IGNORED, Vocabulary
 

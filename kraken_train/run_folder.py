@@ -23,9 +23,10 @@ from typing import Any
 
 from checkpoints.store import find_good_checkpoint, has_checkpoints
 from data_prep.manifest import TOKENIZER_FOLDER
-from kraken_train.config import ModelConfig, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.files import replace_synced, try_lock
+from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
 
 IDENTITY_FILE = "run.json"

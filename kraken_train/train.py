@@ -24,7 +24,7 @@ from checkpoints.store import (
 from checkpoints.writer import CheckpointWriter
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
-from kraken_train.config import ModelConfig, TrainConfig, parse_model
+from kraken_train.config import TrainConfig
 from kraken_train.data import Samples, TrainingData
 from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
@@ -34,9 +34,11 @@ from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRe
 from kraken_train.loader import BatchLoader, ranges_of_rank
 from kraken_train.mesh import ParallelMesh
 from kraken_train.metrics import Metrics, Record
+from kraken_train.model_config import ModelConfig, parse_model
 from kraken_train.optim import learning_rate
 from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
+from kraken_train.phases import DATA, Phases
 from kraken_train.run_folder import RunFolder, open_run_folder
 from kraken_train.runtime import Runtime, another_rank_ended, read_runtime
 from kraken_train.watchdog import Watchdog
@@ -111,10 +113,11 @@ class Trainer:
         self.watchdog = watchdog
         size = config.parallel.sub_layer_parallel_size
         self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
-        exchange = make_exchange(config.parallel, self.mesh)
+        self.phases = Phases(runtime.device)  # of the steps that are logged
+        exchange = make_exchange(config.parallel, self.mesh, self.phases)
         units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
         model = build_model(model_config, config.seed, units, exchange, vocabulary)
-        self.engine = Engine(model, config, self.mesh, runtime)
+        self.engine = Engine(model, config, self.mesh, runtime, self.phases)
         self.checkpoints = CheckpointWriter(
             run.checkpoints, config.checkpoint.keep, runtime, config.checkpoint.asynchronous
         )
@@ -152,7 +155,8 @@ class Trainer:
         lr = learning_rate(self.config.schedule, self.config.optim.lr, self.step, self.config.max_steps)
         for _ in range(self.engine.accumulation_steps):
             asked = time.perf_counter()
-            batch = next(self.batches)
+            with self.phases.phase(DATA):
+                batch = next(self.batches)
             waited += time.perf_counter() - asked
             self.engine.accumulate(*batch)
         # A save that has failed in the background is told where the next one begins: at once.

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from checkpoints.reference import convert_reference_state_dict
-from kraken_train.config import KrakenConfig
 from kraken_train.model import KrakenModel
+from kraken_train.model_config import KrakenConfig
 
 GOLDEN_FILE = Path(__file__).parent / "data" / "kraken_4way.safetensors"
 

@@ -18,8 +18,8 @@ import torch
 from checkpoints.export_folder import write_export
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.architectures import build_model
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 
 REPOSITORY = Path(__file__).parent.parent
 TEXTS = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 
 
 def test_standard_form_is_gpt2() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kraken_train.architectures import build_model, even_share
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model import KrakenModel
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.placement import ModelRank, partitions
 
 CONFIG = KrakenConfig(4, 3, 64, 2, vocab_size=512, context_length=32)

@@ -12,9 +12,9 @@ from helpers import REPOSITORY, random_ids, rough_model, small_configs
 from torch import Tensor
 from torch.nn import functional as F
 
-from kraken_train.config import KrakenConfig
 from kraken_train.exchange import LocalExchange
 from kraken_train.model import KrakenModel
+from kraken_train.model_config import KrakenConfig
 
 
 def kraken_by_hand(weights: dict[str, Tensor], config: KrakenConfig, input_ids: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from kraken_train.bench.timing import Conditions, variants_of
-from kraken_train.config import ModelConfig
 from kraken_train.errors import ConfigError
 from kraken_train.inference.memory import free_memory, serving_memory
+from kraken_train.model_config import ModelConfig
 from kraken_train.placement import ModelRank
 from kraken_train.runtime import Runtime
 

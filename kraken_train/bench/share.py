@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from kraken_train.architectures import build_model
-from kraken_train.config import ModelConfig
 from kraken_train.exchange import Exchange
 from kraken_train.initialization import STANDARD_DEVIATION
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import ModelConfig
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from kraken_train.bench.breakdown import ATTENTION, HEAD_START_CYCLES, PARTS, In
 from kraken_train.bench.share import load_share
 from kraken_train.bench.simulated_exchange import SimulatedExchange, Traffic
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedExchange
-from kraken_train.config import ModelConfig
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
+from kraken_train.model_config import ModelConfig
 from kraken_train.runtime import Runtime
 
 WARMUP_ROUNDS = 2

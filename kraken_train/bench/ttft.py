@@ -34,12 +34,12 @@ from kraken_train.bench.simulated_exchange import Link, SimulatedExchange, make_
 from kraken_train.bench.timing import Conditions, compare, extrapolate
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedExchange, WithoutOverlap
 from kraken_train.cli import run_entry
-from kraken_train.config import ModelConfig
 from kraken_train.errors import ConfigError
 from kraken_train.exchange import Exchange
 from kraken_train.files import replace_synced
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.inference.ranks import connect, started_ranks
+from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict
 from kraken_train.placement import ModelRank
 from kraken_train.rules import require_at_least, require_choice, require_positive

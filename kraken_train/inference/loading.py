@@ -19,10 +19,10 @@ from torch import Tensor
 
 from checkpoints.export_folder import WEIGHTS_FILE, Export
 from kraken_train.architectures import build_model
-from kraken_train.config import GPTConfig, ModelConfig
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.exchange import Exchange
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import GPTConfig, ModelConfig
 from kraken_train.placement import Placement, partitions, share_units
 
 

@@ -13,8 +13,8 @@ import psutil
 import torch
 
 from kraken_train.architectures import build_model
-from kraken_train.config import ModelConfig
 from kraken_train.errors import ConfigError
+from kraken_train.model_config import ModelConfig
 from kraken_train.placement import Placement
 
 GIB = 2**30

@@ -13,8 +13,8 @@ from helpers import random_ids, rough_model, small_configs, write_small_export
 from safetensors.torch import load_file, save_file
 
 from checkpoints.export_folder import read_export, write_export
-from kraken_train.config import ModelConfig
 from kraken_train.errors import CheckpointError
+from kraken_train.model_config import ModelConfig
 
 CONFIGS = small_configs(vocab_size=320)
 METADATA = {"step": 12, "tokens": 3456, "data_fingerprint": "abc"}

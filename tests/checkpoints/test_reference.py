@@ -8,9 +8,9 @@ from helpers import random_ids, rough_model
 from torch import Tensor
 
 from checkpoints.reference import SUB_LAYER_NAMES, convert_reference_state_dict
-from kraken_train.config import KrakenConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.model import KrakenModel
+from kraken_train.model_config import KrakenConfig
 
 
 def as_theirs(weights: dict[str, Tensor], num_sub_layers: int, num_layers: int) -> dict[str, Tensor]:

@@ -21,12 +21,12 @@ from checkpoints import export_folder, modeling_kraken
 from checkpoints.export_folder import read_export, write_export
 from checkpoints.transformers_tokenizer import HARD_TEXTS
 from data_prep.tokenizers import load_tokenizer
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.sampling import Sampling
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 
 COMMON = {"num_layers": 2, "context_length": 24, "vocab_size": 96}
 CONFIGS: dict[str, ModelConfig] = {

@@ -17,7 +17,6 @@ from helpers import random_ids, small_configs
 from torch import Tensor
 
 from checkpoints.export_folder import read_export
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.distributed_exchange import DistributedExchange
 from kraken_train.errors import CheckpointError, KrakenError
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
@@ -26,6 +25,7 @@ from kraken_train.inference.loading import load_part, share_model
 from kraken_train.inference.ranks import on_all, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.runtime import Runtime
 
 STEPS = 64

@@ -12,12 +12,12 @@ from helpers import random_ids, small_configs, write_small_export
 from safetensors import safe_open
 
 from checkpoints.export_folder import read_export
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.exchange import LocalExchange
 from kraken_train.inference import loading
 from kraken_train.inference.loading import load_part, share_model
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.placement import partitions, place_all, share_units
 
 SIZES = {"num_layers": 2, "vocab_size": 96, "context_length": 24}

@@ -8,10 +8,10 @@ from helpers import random_ids, small_configs
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from kraken_train.architectures import build_model
-from kraken_train.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.errors import ConfigError
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.memory import ServingMemory, free_memory, require_memory, serving_memory
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.placement import Placement, place_all
 
 SIZES = {"num_layers": 3, "vocab_size": 1024, "context_length": 256}

@@ -13,9 +13,6 @@ from kraken_train.architectures import build_model, even_share
 from kraken_train.config import (
     CheckpointConfig,
     EngineConfig,
-    GPTConfig,
-    KrakenConfig,
-    ModelConfig,
     OptimConfig,
     ParallelConfig,
     ScheduleConfig,
@@ -27,6 +24,7 @@ from kraken_train.distributed_exchange import DistributedExchange, make_exchange
 from kraken_train.engine import Engine
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.optim import parameter_groups
 from kraken_train.runtime import Runtime
 

@@ -12,8 +12,8 @@ from golden import Golden
 from torch import Tensor
 
 from kraken_train.architectures import build_model
-from kraken_train.config import KrakenConfig
 from kraken_train.errors import TrainingError
+from kraken_train.model_config import KrakenConfig
 from kraken_train.placement import partitions
 from kraken_train.runtime import Runtime
 from parity.common import MODELS, make_engine, make_mesh, make_model, run_steps
