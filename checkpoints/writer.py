@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +55,25 @@ class CheckpointWriter:
             writer.save(step, tensors, metadata)
 
     An error that ends the block is not replaced by that of a save, which is printed only. The thread never keeps the
-    interpreter from exiting.
+    interpreter from exiting. `on_saved` is called on rank 0, maybe in the thread, with the step of each checkpoint that
+    is complete.
     """
 
-    def __init__(self, folder: Path, keep: int, runtime: Runtime, asynchronous: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        runtime: Runtime,
+        asynchronous: bool,
+        on_saved: Callable[[int], None] = lambda step: None,
+    ) -> None:
         self.folder = folder
         self.keep = keep
         self.asynchronous = asynchronous
         if asynchronous and runtime.world_size > 1:
             runtime = replace(runtime, group=dist.new_group(backend="gloo"))
         self.runtime = runtime
+        self.on_saved = on_saved
         self.under_way: BackgroundSave | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -75,7 +83,12 @@ class CheckpointWriter:
         CheckpointError on all ranks if this save failed, or in the background the one before it.
         """
         self.finish()
-        save = partial(save_checkpoint, self.folder, step, tensors, metadata, self.keep, self.runtime)
+
+        def save() -> None:
+            save_checkpoint(self.folder, step, tensors, metadata, self.keep, self.runtime)
+            if self.runtime.is_first:
+                self.on_saved(step)
+
         if self.asynchronous:
             self.under_way = BackgroundSave(save)
             self.under_way.start()

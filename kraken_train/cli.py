@@ -23,6 +23,7 @@ from kraken_train.parsing import COMPOSITION_ERRORS, describe_composition_error,
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 USER_ERROR_EXIT_CODE = 2
+FAULT_EXIT_CODE = 1  # where the same command may succeed next time, as after any error that is not told in one line
 
 Config = TypeVar("Config")
 
@@ -55,7 +56,7 @@ def run_entry(
         try:
             main(from_hydra(composed, schema))
         except KrakenError as error:  # here, since Hydra would add lines of its own
-            exit_with_message(str(error))
+            exit_with_message(str(error), FAULT_EXIT_CODE if error.restart_helps else USER_ERROR_EXIT_CODE)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
@@ -123,7 +124,7 @@ def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
     return f"{key}='{escaped}'"
 
 
-def exit_with_message(message: str) -> None:
+def exit_with_message(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
     """Print `error: message` to standard error, once per machine, and exit."""
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
         # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
@@ -134,5 +135,5 @@ def exit_with_message(message: str) -> None:
     if "RANK" in os.environ:
         # Among other ranks the interpreter's own end can abort in the threads of a process group that is still up.
         sys.stdout.flush()
-        os._exit(USER_ERROR_EXIT_CODE)
-    sys.exit(USER_ERROR_EXIT_CODE)
+        os._exit(code)
+    sys.exit(code)

@@ -243,7 +243,7 @@ class Engine:
             set_weight(parameter, read(name, self.partitions[name]).to(self.device, torch.float32))
 
     def verify_replicas(self) -> None:
-        """Check that weights which several ranks hold are the same bits there. A collective. Raises TrainingError."""
+        """Check that weights which several ranks hold are the same bits there. A collective. Raises ReplicaError."""
 
         def held() -> Iterator[tuple[str, Tensor, bool]]:
             for name, parameter in self.model.named_parameters():

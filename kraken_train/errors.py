@@ -8,6 +8,8 @@ Every message names the setting or file, its value, the rule that it breaks and 
 class KrakenError(Exception):
     """Base of all errors caused by what the user gave us: settings, files, machines."""
 
+    restart_helps = False  # whether the same command may succeed if it is only started again
+
 
 class ConfigError(KrakenError):
     """A setting is unknown, of the wrong type, or breaks a rule."""
@@ -23,3 +25,15 @@ class CheckpointError(KrakenError):
 
 class TrainingError(KrakenError):
     """Training cannot go on, for example because the loss is no longer finite."""
+
+
+class RankLostError(TrainingError):
+    """Another rank of the run is gone, whose own message says why."""
+
+    restart_helps = True
+
+
+class ReplicaError(TrainingError):
+    """Weights that must be equal on several ranks are not: something has miscomputed."""
+
+    restart_helps = True

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kraken_train.errors import TrainingError
+from kraken_train.errors import ReplicaError
 from kraken_train.runtime import Runtime
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
@@ -22,7 +22,7 @@ MULTIPLIER = 0x9E3779B2  # even, so that the weights of a sum are odd and no dif
 def require_equal_replicas(tensors: Iterable[tuple[str, Tensor, bool]], model_size: int, runtime: Runtime) -> None:
     """Compare (name, tensor, whether it is shared by the ranks of a model copy) over all ranks. A collective.
 
-    Raises TrainingError, on all ranks, with the names and the ranks that differ. Computing with a wrong weight soon
+    Raises ReplicaError, on all ranks, with the names and the ranks that differ. Computing with a wrong weight soon
     makes others wrong: only a check in time has the one that was first.
     """
     named, sums = [], []
@@ -42,7 +42,7 @@ def require_equal_replicas(tensors: Iterable[tuple[str, Tensor, bool]], model_si
             names.append(name)
             ranks.update(different)
     if names:
-        raise TrainingError(
+        raise ReplicaError(
             f"{listed(names)} {'is' if len(names) == 1 else 'are'} not the same on all ranks that hold it: rank "
             f"{listed(sorted(ranks))} has other bits than the first. A device or its memory may be faulty; the same "
             "command continues from the newest checkpoint"

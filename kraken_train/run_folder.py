@@ -4,6 +4,9 @@ run.json      identity: id, model, data fingerprint, seed; written first
 config.yaml   the settings of the latest start
 tokenizer/    the data's tokenizer, so that an export needs nothing else
 metrics.jsonl one object per logged step
+events.jsonl  what has happened to it, see `kraken_train.events`
+starts/       one folder per start, see `kraken_train.run_start`
+.lock         held, and touched every LIFE_SIGN_SECONDS, while a start is alive
 checkpoints/  see `checkpoints.store`
 exports.jsonl one object per export that was made of it, so that reports find what they were evaluated to
 """
@@ -14,9 +17,10 @@ import json
 import os
 import shutil
 import socket
+import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +29,19 @@ from checkpoints.store import find_good_checkpoint, has_checkpoints
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError
+from kraken_train.events import EventLog
 from kraken_train.files import replace_synced, try_lock
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
+from kraken_train.run_start import ERRORS, LOGS
 
 IDENTITY_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EXPORTS_FILE = "exports.jsonl"
+EVENTS_FILE = "events.jsonl"
+LOCK_FILE = ".lock"
+LIFE_SIGN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class RunFolder:
     path: Path
     run_id: str  # also the id of the Weights & Biases run
     resuming: bool  # whether training continues from a checkpoint
+    start_number: int = 1  # starts so far, this one included
 
     @property
     def checkpoints(self) -> Path:
@@ -49,8 +59,18 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / METRICS_FILE
 
+    @property
+    def start(self) -> Path:
+        """The folder of this start."""
+        return self.path / "starts" / f"{self.start_number:04d}"
+
+    @property
+    def events(self) -> EventLog:
+        return EventLog(self.path / EVENTS_FILE)
+
     def write_config(self, config: TrainConfig) -> None:
-        replace_synced(self.path / CONFIG_FILE, to_yaml(config))
+        for folder in (self.path, self.start):
+            replace_synced(folder / CONFIG_FILE, to_yaml(config))
 
 
 def open_run_folder(
@@ -89,9 +109,18 @@ def open_run_folder(
         if not (path / IDENTITY_FILE).exists():
             replace_synced(path / IDENTITY_FILE, json.dumps({"id": run_id, **identity}, indent=1))
         copy_once(tokenizer_dir, path / TOKENIZER_FOLDER)
+        number = max((int(start.name) for start in start_folders(path)), default=0) + 1
+        run = RunFolder(path, run_id, resuming=has_checkpoints(checkpoints), start_number=number)
+        for folder in (LOGS, ERRORS):
+            (run.start / folder).mkdir(parents=True)
     except OSError as error:  # shutil.Error, which is one, has no strerror
         raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror or error}") from error
-    return RunFolder(path, run_id, resuming=has_checkpoints(checkpoints))
+    return run
+
+
+def start_folders(path: Path) -> list[Path]:
+    """The folders of the starts of the run in `path`, the oldest first."""
+    return sorted(folder for folder in (path / "starts").glob("*") if folder.name.isdigit())
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:
@@ -161,16 +190,30 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from writing to the folder. Raises CheckpointError if one does."""
-    with (path / ".lock").open("a") as file:
+    with (path / LOCK_FILE).open("a") as file:
         if not try_lock(file.fileno()):
             raise CheckpointError(
-                f"run_dir={path} is being written by another process ({(path / '.lock').read_text() or 'unknown'}); "
+                f"run_dir={path} is being written by another process ({(path / LOCK_FILE).read_text() or 'unknown'}); "
                 "stop it first"
             )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        left = threading.Event()
+        alive = threading.Thread(target=give_life_signs, args=(file.fileno(), left), name="life-signs", daemon=True)
+        alive.start()
+        try:
+            yield
+        finally:
+            left.set()
+            alive.join()
+
+
+def give_life_signs(descriptor: int, left: threading.Event) -> None:
+    """Other machines may not see the lock, but see when its file was touched."""
+    while not left.wait(LIFE_SIGN_SECONDS):
+        with suppress(OSError):
+            os.utime(descriptor)
 
 
 def copy_once(source: Path, target: Path) -> None:

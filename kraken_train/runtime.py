@@ -149,6 +149,13 @@ def read_integer(name: str) -> int:
     return int(number.group())
 
 
+def slurm_job() -> dict[str, str | int]:
+    """The Slurm job that this process belongs to and how often it was requeued; nothing outside one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {}
+    return {"job": os.environ["SLURM_JOB_ID"], "requeues": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+
+
 def export_rendezvous(runtime: Runtime) -> None:
     """Set what `torch.distributed` and DeepSpeed read from the environment, where the launcher has not."""
     for name, value in (

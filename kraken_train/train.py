@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from kraken_train.config import TrainConfig
 from kraken_train.data import Samples, TrainingData
 from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
-from kraken_train.errors import CheckpointError, TrainingError
+from kraken_train.errors import CheckpointError, KrakenError, RankLostError, TrainingError
+from kraken_train.events import FAILED, FINISHED, INTERRUPTED
 from kraken_train.flops import device_peak_flops, training_flops_per_token
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.loader import BatchLoader, ranges_of_rank
@@ -40,7 +41,8 @@ from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.phases import DATA, Phases
 from kraken_train.run_folder import RunFolder, open_run_folder
-from kraken_train.runtime import Runtime, another_rank_ended, read_runtime
+from kraken_train.run_start import recorded, write_environment
+from kraken_train.runtime import Runtime, another_rank_ended, read_runtime, slurm_job
 from kraken_train.watchdog import Watchdog
 
 LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
@@ -72,6 +74,11 @@ def train(config: TrainConfig) -> None:
             run = runtime.on_first(
                 lambda: open_run_folder(config, model_config, data.tokenizer_dir, data.fingerprint, held)
             )
+            held.enter_context(recorded(run.start, runtime))
+            if runtime.is_first:
+                held.enter_context(end_told(run, watchdog))
+            held.enter_context(lost_ranks_told())
+            write_environment(run.start, runtime)
             trainer = Trainer(config, model_config, data, samples, run, runtime, stop, watchdog)
             trainer.restore()
             with stop.on_sigterm():  # before there is a step, there is nothing to save
@@ -79,13 +86,38 @@ def train(config: TrainConfig) -> None:
     except Interrupted:
         stop_processes(runtime)
         sys.exit(INTERRUPTED_EXIT_CODE)
+    stop_processes(runtime)
+
+
+@contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """What a collective says when another rank is gone becomes RankLostError."""
+    try:
+        yield
     except RuntimeError as error:
         if another_rank_ended(error):
-            raise TrainingError(
+            raise RankLostError(
                 "another rank has ended, see its message; the same command continues from the newest checkpoint"
             ) from error
         raise
-    stop_processes(runtime)
+
+
+@contextmanager
+def end_told(run: RunFolder, watchdog: Watchdog) -> Iterator[None]:
+    """How the start ends is the last of its events, unless it is killed."""
+
+    def tell(outcome: str, reason: str | None = None) -> None:
+        run.events.write("ended", start=run.start_number, step=watchdog.step, outcome=outcome, reason=reason)
+
+    try:
+        yield
+    except Interrupted as interruption:
+        tell(INTERRUPTED, str(interruption))
+        raise
+    except Exception as error:
+        tell(FAILED, str(error) if isinstance(error, KrakenError) else f"{type(error).__name__}: {error}")
+        raise
+    tell(FINISHED)
 
 
 class Trainer:
@@ -108,6 +140,7 @@ class Trainer:
         self.samples = samples
         self.batches: Iterator[tuple[Tensor, Tensor]] = iter(())  # from the first step on
         self.run = run
+        self.events = run.events  # written by rank 0
         self.runtime = runtime
         self.stop = stop
         self.watchdog = watchdog
@@ -119,7 +152,7 @@ class Trainer:
         model = build_model(model_config, config.seed, units, exchange, vocabulary)
         self.engine = Engine(model, config, self.mesh, runtime, self.phases)
         self.checkpoints = CheckpointWriter(
-            run.checkpoints, config.checkpoint.keep, runtime, config.checkpoint.asynchronous
+            run.checkpoints, config.checkpoint.keep, runtime, config.checkpoint.asynchronous, self.tell_saved
         )
         self.step = 0  # optimizer steps done, skipped ones included
         self.updates = 0  # of these, those that changed the weights
@@ -146,6 +179,13 @@ class Trainer:
                 self.metrics.close(failed=not finished)
 
     def start_metrics(self) -> None:
+        self.tell(
+            "started",
+            start=self.run.start_number,
+            step=self.step,
+            world_size=self.runtime.world_size,
+            **slurm_job(),
+        )
         self.metrics = Metrics(self.config, self.run, self.step, self.summary())
 
     def train_step(self) -> None:
@@ -190,6 +230,8 @@ class Trainer:
             last or self.step % self.config.log_every == 0 or "validation_loss" in record or not result.applied
         ):
             self.metrics.record(record)
+        if not result.applied:
+            self.tell("skipped", step=self.step)
         # While steps are being skipped nothing is saved: the newest checkpoint stays one from before the trouble.
         if self.skipped_in_a_row == self.config.max_nonfinite_steps or (last and self.skipped_in_a_row):
             raise TrainingError(self.describe_not_finite())
@@ -198,6 +240,7 @@ class Trainer:
         if result.stop and result.applied and not last:  # after a skipped step the next one comes first
             self.checkpoints.finish()
             reason = self.stop.reason or "asked to on another rank"
+            self.tell("stopping", step=self.step, reason=reason)
             self.say(f"stopped ({reason}) after step {self.step}; the same command continues")
             raise Interrupted(reason)
 
@@ -311,6 +354,13 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------
     # Words
     # ----------------------------------------------------------------------------------------------------------
+
+    def tell(self, event: str, **details: Any) -> None:
+        if self.runtime.is_first:
+            self.events.write(event, **details)
+
+    def tell_saved(self, step: int) -> None:
+        self.tell("saved", step=step)
 
     def say(self, text: str) -> None:
         if self.runtime.is_first:

@@ -1,0 +1,67 @@
+"""What has happened to a run: RUN_DIR/events.jsonl, a JSON object per line with `time`, `event` and what belongs to it.
+
+    submitted   a job was handed to Slurm: job
+    started     a start began, from `step`: start, world_size, and under Slurm job, requeues
+    saved       a checkpoint is complete: step
+    skipped     a step changed no weight, since its loss or a gradient was not finite: step
+    stopping    a request to save and end has arrived: step, reason
+    ended       a start is over: start, step, outcome (one of OUTCOMES), reason
+
+A start that was killed has no `ended`. Rank 0 writes, and the batch script between two starts, so nobody at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+FINISHED, INTERRUPTED, FAILED = OUTCOMES = "finished", "interrupted", "failed"
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Appends to a file. A disk that takes no more is told once: what happens to a run matters more than its record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.complained = False
+
+    def write(self, event: str, **details: Any) -> None:
+        line = json.dumps({"time": now(), "event": event, **details}) + "\n"
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if not self.complained:
+                print(f"note: {self.path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            self.complained = True
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events, the oldest first; none if there is no file. A line that was cut short is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            continue
+        if isinstance(event, dict) and "event" in event and "time" in event:
+            events.append(event)
+    return events
+
+
+def now() -> str:
+    """2026-01-31T23:59:59.123+00:00: one clock for all machines of a run."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -1,0 +1,181 @@
+"""One start of a run, as it is kept in RUN_DIR/starts/0001, so that it explains itself afterwards.
+
+config.yaml        the settings, resolved
+environment.json   commands, hosts, versions, commit, Slurm's job
+logs/              what each rank has printed, each line with its time: rank-0000.log
+errors/            how a rank has failed, written by itself: rank-0000.json
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+
+from kraken_train.errors import KrakenError, RankLostError
+from kraken_train.events import now
+from kraken_train.files import replace_synced
+from kraken_train.interruption import Interrupted, Launchers
+from kraken_train.runtime import Runtime, slurm_job
+
+ENVIRONMENT_FILE, LOGS, ERRORS = "environment.json", "logs", "errors"
+VERSIONS_OF = ("torch", "deepspeed", "numpy", "transformers", "wandb", "hydra-core")
+
+
+@dataclass(frozen=True)
+class RankError:
+    """Why a rank has failed, in its own words."""
+
+    time: str
+    rank: int
+    host: str
+    pid: int
+    message: str  # for people
+    traceback: str | None  # of what is not a user's mistake
+    follows: bool  # it failed only because another rank had
+    restart_helps: bool  # whether the same command may succeed next time
+
+
+@contextmanager
+def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
+    """A context whose output goes to this rank's log as well, and whose error is kept; gives the log's path."""
+    log_path = folder / LOGS / f"rank-{runtime.rank:04d}.log"
+    with ExitStack() as held:
+        log = held.enter_context(log_path.open("a", buffering=1))
+        held.enter_context(redirect_stdout(Tee(sys.stdout, log)))
+        held.enter_context(redirect_stderr(Tee(sys.stderr, log)))
+        faulthandler.enable(log)  # a crash in C leaves the Python stacks there
+        held.callback(faulthandler.disable)
+        try:
+            yield log_path
+        except Interrupted:
+            raise
+        except Exception as error:
+            record_error(folder, describe_error(error, runtime))
+            raise
+
+
+class Tee(io.TextIOBase):
+    """Writes to a stream as it is, and to a log whole lines with their time; drawings on a terminal are not logged."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self.stream = stream
+        self.log = log
+        self.line = ""
+
+    def write(self, text: str) -> int:
+        written = self.stream.write(text)
+        if "\x1b" not in text:
+            *lines, self.line = (self.line + text).split("\n")
+            with suppress(OSError, ValueError):  # a full disk, or closed: what matters has gone to the stream
+                self.log.write("".join(f"{now()} {line}\n" for line in lines))
+        return written
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+
+def describe_error(error: Exception, runtime: Runtime) -> RankError:
+    expected = isinstance(error, KrakenError)
+    return RankError(
+        time=now(),
+        rank=runtime.rank,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        message=str(error) if expected else f"{type(error).__name__}: {error}",
+        traceback=None if expected else "".join(traceback.format_exception(error)),
+        follows=isinstance(error, RankLostError),
+        restart_helps=error.restart_helps if isinstance(error, KrakenError) else True,
+    )
+
+
+def record_error(folder: Path, error: RankError) -> None:
+    try:
+        (folder / ERRORS / f"rank-{error.rank:04d}.json").write_text(json.dumps(asdict(error), indent=1))
+    except OSError as problem:
+        print(f"note: rank {error.rank}'s error cannot be kept: {problem}", file=sys.stderr, flush=True)
+
+
+def read_errors(folder: Path) -> list[RankError]:
+    """How the ranks of a start have failed: first what others only follow from, each in the order of time."""
+    errors = []
+    for path in (folder / ERRORS).glob("rank-*.json"):
+        try:
+            errors.append(RankError(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):  # cut short when its rank was killed
+            continue
+    return sorted(errors, key=lambda error: (error.follows, error.time))
+
+
+def write_environment(folder: Path, runtime: Runtime) -> None:
+    """A collective."""
+    hosts = runtime.gather(socket.gethostname())
+    if runtime.is_first:
+        replace_synced(folder / ENVIRONMENT_FILE, json.dumps(describe_environment(hosts, runtime), indent=1))
+
+
+def describe_environment(hosts: Iterable[str], runtime: Runtime) -> dict[str, Any]:
+    """What this start runs in. `hosts` are those of the ranks, in their order."""
+    cuda = runtime.device.type == "cuda"
+    return {
+        "command": shlex.join(psutil.Process().cmdline()),
+        "launchers": [shlex.join(process.cmdline()) for process in Launchers().processes if process.is_running()],
+        "folder": str(Path.cwd()),
+        "hosts": list(hosts),
+        "world_size": runtime.world_size,
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        "versions": {name: version for name in VERSIONS_OF if (version := installed_version(name)) is not None},
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "commit": git_commit(),
+        **slurm_job(),
+    }
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit that this code is of, with "+" if files have changed since; None outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return result.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
