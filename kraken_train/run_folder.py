@@ -69,6 +69,7 @@ class RunFolder:
         return EventLog(self.path / EVENTS_FILE)
 
     def write_config(self, config: TrainConfig) -> None:
+        self.start.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.start):
             replace_synced(folder / CONFIG_FILE, to_yaml(config))
 

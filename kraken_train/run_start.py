@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from kraken_train.runtime import Runtime, slurm_job
 
 ENVIRONMENT_FILE, LOGS, ERRORS = "environment.json", "logs", "errors"
 VERSIONS_OF = ("torch", "deepspeed", "numpy", "transformers", "wandb", "hydra-core")
+DRAWING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and movements of the cursor
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
 
 
 class Tee(io.TextIOBase):
-    """Writes to a stream as it is, and to a log whole lines with their time; drawings on a terminal are not logged."""
+    """Writes to a stream as it is, and to a log whole lines with their time, without what only draws on a terminal."""
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self.stream = stream
@@ -81,10 +83,10 @@ class Tee(io.TextIOBase):
 
     def write(self, text: str) -> int:
         written = self.stream.write(text)
-        if "\x1b" not in text:
-            *lines, self.line = (self.line + text).split("\n")
-            with suppress(OSError, ValueError):  # a full disk, or closed: what matters has gone to the stream
-                self.log.write("".join(f"{now()} {line}\n" for line in lines))
+        lines = [overwritten(line) for line in (self.line + DRAWING.sub("", text)).split("\n")]
+        self.line = lines.pop()
+        with suppress(OSError, ValueError):  # a full disk, or closed: what matters has gone to the stream
+            self.log.write("".join(f"{now()} {line}\n" for line in lines if line))
         return written
 
     def flush(self) -> None:
@@ -99,6 +101,11 @@ class Tee(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self.stream.encoding
+
+
+def overwritten(line: str) -> str:
+    """What a terminal shows of a line that was drawn again and again."""
+    return line.rpartition("\r")[2]
 
 
 def describe_error(error: Exception, runtime: Runtime) -> RankError:
