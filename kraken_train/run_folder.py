@@ -33,7 +33,6 @@ from kraken_train.events import EventLog
 from kraken_train.files import replace_synced, try_lock
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
-from kraken_train.run_start import ERRORS, LOGS
 
 IDENTITY_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -112,8 +111,7 @@ def open_run_folder(
         copy_once(tokenizer_dir, path / TOKENIZER_FOLDER)
         number = max((int(start.name) for start in start_folders(path)), default=0) + 1
         run = RunFolder(path, run_id, resuming=has_checkpoints(checkpoints), start_number=number)
-        for folder in (LOGS, ERRORS):
-            (run.start / folder).mkdir(parents=True)
+        run.start.mkdir(parents=True)
     except OSError as error:  # shutil.Error, which is one, has no strerror
         raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror or error}") from error
     return run

@@ -29,7 +29,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from kraken_train.errors import KrakenError, RankLostError
+from kraken_train.errors import CheckpointError, KrakenError, RankLostError
 from kraken_train.events import now
 from kraken_train.files import replace_synced
 from kraken_train.interruption import Interrupted, Launchers
@@ -56,10 +56,18 @@ class RankError:
 
 @contextmanager
 def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
-    """A context whose output goes to this rank's log as well, and whose error is kept; gives the log's path."""
+    """A context whose output goes to this rank's log as well, and whose error is kept; gives the log's path.
+
+    Raises CheckpointError where the log cannot be written.
+    """
     log_path = folder / LOGS / f"rank-{runtime.rank:04d}.log"
     with ExitStack() as held:
-        log = held.enter_context(log_path.open("a", buffering=1))
+        try:
+            for name in (LOGS, ERRORS):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            log = held.enter_context(log_path.open("a", buffering=1))
+        except OSError as error:
+            raise CheckpointError(f"{log_path} cannot be written: {error.strerror}") from error
         held.enter_context(redirect_stdout(Tee(sys.stdout, log)))
         held.enter_context(redirect_stderr(Tee(sys.stderr, log)))
         faulthandler.enable(log)  # a crash in C leaves the Python stacks there

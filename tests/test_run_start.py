@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kraken_train.errors import ConfigError, RankLostError
+from kraken_train.errors import CheckpointError, ConfigError, RankLostError
 from kraken_train.events import EventLog, read_events
 from kraken_train.interruption import Interrupted
 from kraken_train.run_start import ERRORS, LOGS, Tee, read_errors, recorded
@@ -18,9 +18,7 @@ from kraken_train.runtime import Runtime
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    for name in (LOGS, ERRORS):
-        (tmp_path / name).mkdir()
-    return tmp_path
+    return tmp_path / "starts" / "0001"
 
 
 def fail(start: Path, rank: int, error: BaseException) -> None:
@@ -63,6 +61,15 @@ def test_output_is_as_before(start: Path, capsys: pytest.CaptureFixture[str]) ->
     logged = [line.split(" ", 1)[1] for line in (start / LOGS / "rank-0000.log").read_text().splitlines()]
     assert logged == ["bold", "half a line", "done"]
     assert capsys.readouterr().out.startswith("half a line\n\n\r\x1b[2Kprogress 1%")
+
+
+def test_a_log_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / LOGS).touch()
+    with (
+        pytest.raises(CheckpointError, match="rank-0000.log cannot be written: File exists"),
+        recorded(tmp_path, Runtime(0, 0, 1, 1)),
+    ):
+        pass
 
 
 def test_a_log_that_cannot_be_written_stops_nothing() -> None:
