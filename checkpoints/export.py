@@ -18,6 +18,7 @@ from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.rules import require_at_least, require_choice
 from kraken_train.run_folder import read_identity, record_export
+from kraken_train.tracking.artifact import log_artifact, read_wandb_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
@@ -32,6 +33,7 @@ class ExportConfig:
     step: int | None  # null: the newest good checkpoint
     dtype: str  # fp32 | bf16
     license: str | None  # of the model card
+    log_artifact: bool  # add the export to the run in Weights & Biases
 
     def validate(self) -> None:
         require_choice("dtype", self.dtype, tuple(DTYPES))
@@ -48,6 +50,7 @@ def export(config: ExportConfig) -> None:
     if not run_dir.is_dir():
         raise CheckpointError(f"run_dir={run_dir} is not a folder; name the run_dir of a training run")
     require_unused(output_dir)
+    tracked = read_wandb_run(run_dir) if config.log_artifact else None
     trained = read_weights(run_dir, config.step)
     identity = read_identity(run_dir)
     if identity is not None and trained.metadata["run_id"] != identity["id"]:
@@ -79,6 +82,9 @@ def export(config: ExportConfig) -> None:
     except OSError as error:
         print(f"note: {run_dir} cannot be written ({error.strerror}), so reports on it will not find this export")
     print(f"exported step {trained.metadata.get('step')}, {parameters:,} parameters in {config.dtype}, to {output_dir}")
+    if tracked is not None:
+        log_artifact(tracked, output_dir, {"step": step, "num_parameters": parameters, "dtype": config.dtype})
+        print(f"logged as an artifact of run {tracked.run_id} in project {tracked.tracking.project}")
 
 
 if __name__ == "__main__":

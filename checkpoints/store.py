@@ -74,8 +74,10 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
 
-def find_good_checkpoint(folder: Path, runtime: Runtime | None = None) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over.
+def find_good_checkpoint(
+    folder: Path, runtime: Runtime | None = None, before: int | None = None
+) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that verifies, of a step `before` that one, and why newer ones were passed over.
 
     With `runtime` a collective that comes to the same result on all ranks; without one, this process does all of it.
     Raises CheckpointError where there is none, or none that is whole.
@@ -83,13 +85,16 @@ def find_good_checkpoint(folder: Path, runtime: Runtime | None = None) -> tuple[
     runtime = runtime or ALONE
     problems: list[str] = []
     for path in reversed(runtime.on_first(lambda: step_folders(folder))):
+        if before is not None and int(path.name.removeprefix("step-")) >= before:
+            continue
         try:
             return verify_checkpoint(path, runtime), problems
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
         raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}")
-    raise CheckpointError(f"there is no checkpoint in {folder}")
+    limit = "" if before is None else f" of a step before {before}"
+    raise CheckpointError(f"there is no checkpoint{limit} in {folder}")
 
 
 def set_aside_after(checkpoint: Checkpoint) -> None:

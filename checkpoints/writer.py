@@ -24,6 +24,7 @@ from checkpoints.store import (
     FORMAT_VERSION,
     MANIFEST,
     POINTER,
+    Checkpoint,
     content_sha256,
     read_index,
     root_message,
@@ -234,6 +235,18 @@ def drop_old(folder: Path, keep: int) -> None:
         raise CheckpointError(f"old checkpoints in {folder} cannot be removed: {error}") from error
     for leftover in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def go_back_to(checkpoint: Checkpoint) -> None:
+    """Delete the checkpoints of later steps, which the run will do again. Raises CheckpointError."""
+    folder = checkpoint.path.parent
+    try:
+        replace_synced(folder / POINTER, checkpoint.path.name + "\n")
+        for path in step_folders(folder):
+            if path.name > checkpoint.path.name:
+                discard(path)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints after {checkpoint.path} cannot be removed: {error}") from error
 
 
 def discard(path: Path) -> None:

@@ -11,14 +11,15 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 
 from kraken_train.config import setting_names
-from kraken_train.errors import KrakenError
+from kraken_train.errors import ConfigError, KrakenError
 from kraken_train.parsing import COMPOSITION_ERRORS, describe_composition_error, escape_interpolations, from_hydra
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -44,11 +45,7 @@ def run_entry(
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
-    paths, literal = frozenset(path_keys), frozenset([*path_keys, *text_keys])
-    sys.argv[1:] = [
-        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal)
-        for argument in sys.argv[1:]
-    ]
+    sys.argv[1:] = quote_arguments(sys.argv[1:], path_keys, text_keys)
     # Hydra would otherwise print a shortened traceback and exit by itself; the message is ours to write.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -73,6 +70,35 @@ def run_entry(
         sys.exit(130)
 
 
+def compose_command(
+    arguments: Iterable[str],
+    schema: type[Config],
+    config_name: str,
+    path_keys: Iterable[str] = (),
+    text_keys: Iterable[str] = (),
+) -> Config:
+    """What `run_entry` would call `main` with, given these arguments: to check a command that runs elsewhere.
+
+    Raises ConfigError.
+    """
+    quoted = quote_arguments(arguments, path_keys, text_keys)
+    for argument in quoted:
+        if argument.startswith("-"):
+            raise ConfigError(f"{argument} cannot be read as key=value; options of Hydra cannot be used here")
+    # Within another command Hydra is there already, and knows the same folder.
+    ready = GlobalHydra.instance().is_initialized()
+    try:
+        with nullcontext() if ready else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            composed = hydra.compose(config_name, quoted)
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError(describe_composition_error(error, setting_names(schema))) from error
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        raise ConfigError(f"a group of settings must be given by name: {error}") from error
+    return from_hydra(composed, schema)
+
+
 @contextmanager
 def user_errors(place: Path) -> Iterator[None]:
     """What goes wrong in this context because of what the user gave us ends the program with one message.
@@ -94,6 +120,15 @@ def leave_unread() -> None:
     """Exit in silence: whoever read our output has left, as `| head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+def quote_arguments(arguments: Iterable[str], path_keys: Iterable[str], text_keys: Iterable[str]) -> list[str]:
+    """Arguments as Hydra's grammar needs them, so that the values of these keys mean what was typed."""
+    paths, literal = frozenset(path_keys), frozenset([*path_keys, *text_keys])
+    return [
+        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal)
+        for argument in arguments
+    ]
 
 
 def expand_home(argument: str, path_keys: frozenset[str]) -> str:

@@ -17,6 +17,7 @@ from kraken_train.errors import ConfigError
 from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.rules import divisors, require_at_least, require_choice, require_positive
 
+PATH_KEYS = ("data_dir", "run_dir", "init_from")  # the settings of TrainConfig that are paths
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
@@ -142,18 +143,50 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    """Weights & Biases."""
+class HealthConfig:
+    """What is done when a run does not go well; see `kraken_train.loss_watch` for what a spike is."""
 
+    step_seconds: float  # without a step, save, validation or restore end the job; 3 times that before the first step
+    straggler_factor: float  # a rank that needs so many times longer than the median one is told; 0: never
+    nonfinite: str  # stop | rollback: after max_nonfinite_steps
+    loss_spike: str  # ignore | stop | rollback
+    spike_factor: float  # deviations above the median
+    spike_window: int  # losses that the median and the deviation are of
+    spike_steps: int  # in a row
+    max_rollbacks: int  # before a start gives up getting past the same step
+
+    def validate(self) -> None:
+        require_at_least("health.step_seconds", self.step_seconds, 0)
+        if self.straggler_factor != 0 and not self.straggler_factor > 1:
+            raise ConfigError(f"health.straggler_factor={self.straggler_factor} must be above 1, or 0 to tell of none")
+        require_choice("health.nonfinite", self.nonfinite, ("stop", "rollback"))
+        require_choice("health.loss_spike", self.loss_spike, ("ignore", "stop", "rollback"))
+        require_positive("health.spike_factor", self.spike_factor)
+        require_at_least("health.spike_window", self.spike_window, 2)
+        require_positive("health.spike_steps", self.spike_steps)
+        require_positive("health.max_rollbacks", self.max_rollbacks)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """A copy of the run's metrics and events in Weights & Biases or TensorBoard."""
+
+    kind: str  # wandb | tensorboard
     mode: str  # online | offline | off
     project: str
     entity: str | None
     name: str | None
     group: str | None
     tags: tuple[str, ...]
+    notes: str | None
+    finish_seconds: float  # at the end of training, for the copy to become complete
 
     def validate(self) -> None:
+        require_choice("tracking.kind", self.kind, ("wandb", "tensorboard"))
         require_choice("tracking.mode", self.mode, ("online", "offline", "off"))
+        if self.kind == "tensorboard" and self.mode == "online":
+            raise ConfigError("tracking.mode=online: TensorBoard only has files; use offline or off with it")
+        require_at_least("tracking.finish_seconds", self.finish_seconds, 0)
 
 
 @dataclass(frozen=True)
@@ -181,6 +214,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     validation: ValidationConfig
     tracking: TrackingConfig
+    health: HealthConfig
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
@@ -197,6 +231,7 @@ class TrainConfig:
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.checkpoint, self.validation, self.tracking,
+            self.health,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

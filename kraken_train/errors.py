@@ -15,6 +15,12 @@ class ConfigError(KrakenError):
     """A setting is unknown, of the wrong type, or breaks a rule."""
 
 
+class RendezvousError(ConfigError):
+    """The ranks have not found each other: a wrong address, or a machine that is not well."""
+
+    restart_helps = True
+
+
 class DataError(KrakenError):
     """A source, shard, manifest or tokenizer is missing, damaged or does not fit."""
 

@@ -44,6 +44,7 @@ from kraken_train.rules import require_choice, require_positive
 from kraken_train.runtime import Runtime, read_runtime
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+PATH_KEYS = ("export_dir", "data_dir", "output", "table", "suite_data", "task_dir")
 
 
 @dataclass(frozen=True)
@@ -234,5 +235,5 @@ if __name__ == "__main__":
         main,
         EvaluateConfig,
         "evaluate",
-        path_keys=("export_dir", "data_dir", "output", "table", "suite_data", "task_dir"),
+        path_keys=PATH_KEYS,
     )

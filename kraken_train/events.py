@@ -1,11 +1,19 @@
 """What has happened to a run: RUN_DIR/events.jsonl, a JSON object per line with `time`, `event` and what belongs to it.
 
     submitted   a job was handed to Slurm: job
+    allocated   Slurm has given a job its nodes, and its ranks are being started: job, requeues, nodes (their names),
+                earlier_starts (their number)
     started     a start began, from `step`: start, world_size, and under Slurm job, requeues
     saved       a checkpoint is complete: step
     skipped     a step changed no weight, since its loss or a gradient was not finite: step
+    straggler   a rank needs `factor` times as long as the median one for its own part of a step: step, rank, host,
+                factor; `straggler_over` when it no longer does
+    rolled_back the run continues from its checkpoint of `to_step`, with the data after `step`: step, to_step, reason,
+                skipped_samples
     stopping    a request to save and end has arrived: step, reason
     ended       a start is over: start, step, outcome (one of OUTCOMES), reason
+    tracking    Weights & Biases or TensorBoard lacks something: note
+    requeued    the job goes back to Slurm's queue, to continue: job, reason
 
 A start that was killed has no `ended`. Rank 0 writes, and the batch script between two starts, so nobody at once.
 """

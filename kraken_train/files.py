@@ -36,13 +36,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int, shared: bool = False) -> bool:
     """Lock an open file or folder until it is closed; False if another process holds the lock.
 
-    A file system without locks (some network ones) counts as free.
+    A `shared` lock is denied by a full one only. A file system without locks (some network ones) counts as free.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

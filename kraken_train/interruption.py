@@ -1,7 +1,7 @@
 """What asks a run to save and end early: SIGTERM, or the end of the launcher that started it.
 
 The `deepspeed` command does not pass SIGTERM on: it dies and leaves `deepspeed.launcher.launch` and the ranks behind.
-So a rank looks at its launchers itself.
+So a rank looks at its launchers itself; on other machines these are remote shells, up to the daemon that started them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from types import FrameType
 import psutil
 
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGTERM
+LAUNCHER_SECONDS = 300.0  # for a run to finish its step, save and end once its launcher has
 
-RUNNERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+OURS = ("launch.node", "launch.deepspeed")
+RUNNERS = (*OURS, "deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 LOCAL_LAUNCHER = "deepspeed.launcher.launch"  # which a runner starts on each machine
 LAUNCHERS = (*RUNNERS, LOCAL_LAUNCHER, "torchrun", "torch.distributed.run", "torch.distributed.launch")
+STARTED_BY_NODE = "started_by=launch.node"  # an option (-X) of its Python, which that ignores
+SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh", "fish")
+REMOTE_SHELL_DAEMONS = ("sshd", "sshd-session")
 PYTHON_OPTIONS_WITH_VALUE = ("-W", "-X")
 
 
@@ -58,7 +63,8 @@ class StopRequest:
 class Launchers:
     """The launchers among the ancestors of this process: the nearest ones, up to the first that is none.
 
-    A shell, nohup or srun is none, so a run outlives the session that started it.
+    A shell, nohup or srun is none, so a run outlives the session that started it; but a local launcher that a remote
+    shell has started is watched with that shell.
     """
 
     def __init__(self) -> None:
@@ -68,10 +74,13 @@ class Launchers:
         while parent is not None and (name := launcher_name(command := command_of(parent))) is not None:
             self.processes.append(parent)
             parent = parent_of(parent)
-            # A runner may have died before this process could look. On the machines of a cluster, which are told
-            # their number, the local launcher has a remote shell for a parent.
-            if name == LOCAL_LAUNCHER and not any(argument.startswith("--node_rank") for argument in command):
-                self.orphaned = parent is None or launcher_name(command_of(parent)) not in RUNNERS
+            if name == LOCAL_LAUNCHER and (parent is None or launcher_name(command_of(parent)) not in RUNNERS):
+                # A runner may have died before this process could look. Only on the machines of a cluster, which are
+                # told their number, is a local launcher started by something else.
+                told_its_number = any(argument.startswith("--node_rank") for argument in command)
+                self.orphaned = not told_its_number or STARTED_BY_NODE in command
+                self.processes += remote_shell(parent)
+                break
 
     def __bool__(self) -> bool:
         return bool(self.processes)
@@ -79,6 +88,19 @@ class Launchers:
     def have_ended(self) -> bool:
         """Whether one of them is gone."""
         return self.orphaned or any(has_ended(process) for process in self.processes)
+
+
+def remote_shell(process: psutil.Process | None) -> list[psutil.Process]:
+    """The shells from `process` upwards and the daemon that has started them for another machine; none without it."""
+    found = []
+    while process is not None:
+        found.append(process)
+        if name_of(process) in REMOTE_SHELL_DAEMONS:
+            return found
+        if name_of(process) not in SHELLS:
+            break
+        process = parent_of(process)
+    return []
 
 
 def parent_of(process: psutil.Process) -> psutil.Process | None:
@@ -94,6 +116,14 @@ def command_of(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def name_of(process: psutil.Process) -> str:
+    """The name of its program; empty if it has ended."""
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
 
 
 def launcher_name(command: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run reports: lines on the console, `metrics.jsonl`, and Weights & Biases. Only rank 0 has one."""
+"""What a run reports: lines on the console, `metrics.jsonl`, and what others make of that. Only rank 0 has one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kraken_train.config import TrainConfig
-from kraken_train.errors import ConfigError, TrainingError
-from kraken_train.parsing import to_dict
+from kraken_train.errors import TrainingError
+from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted
 from kraken_train.run_folder import RunFolder
+from kraken_train.run_layout import LOGS
+from kraken_train.tracking.process import start_follower
 
 Record = dict[str, float | int]
 
@@ -30,17 +33,17 @@ class PatientConsole(Console):
 
 
 class Metrics:
-    """Reports of one start of a run; `step` is the number of optimizer steps it continues after."""
+    """A context for the reports of one start of a run; `step` is the number of optimizer steps it continues after."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, step: int, summary: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder, step: int) -> None:
+        self.run = run
         self.console = PatientConsole(highlight=False)
         try:
             run.write_config(config)
-            drop_records_after(run.metrics, step)
-            self.file = run.metrics.open("a", buffering=1)
         except OSError as error:
             raise TrainingError(f"{run.path} cannot be written: {error.strerror}") from error
-        self.wandb = start_wandb(config, run, summary)
+        self.file = self.open_after(step)
+        self.follower = start_follower(config.tracking, run.path, run.start / LOGS, self.note)
         self.progress: Progress | None = None
         if sys.stdout.isatty():
             self.progress = Progress(
@@ -52,6 +55,18 @@ class Metrics:
             )
             self.progress.start()
             self.task = self.progress.add_task("training", total=config.max_steps, completed=step)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: later records are dropped, as they will be written again. Raises TrainingError."""
+        self.file.close()
+        self.file = self.open_after(step)
+
+    def open_after(self, step: int) -> TextIO:
+        try:
+            drop_records_after(self.run.metrics, step)
+            return self.run.metrics.open("a", buffering=1)
+        except OSError as error:
+            raise TrainingError(f"{self.run.metrics} cannot be written: {error.strerror}") from error
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -67,8 +82,6 @@ class Metrics:
             self.progress.update(self.task, completed=int(record["step"]), description=line)
         if self.progress is None or "validation_loss" in record:
             self.say(line)
-        if self.wandb is not None:
-            self.wandb.log(dict(record), step=int(record["step"]))
 
     def sync(self) -> None:
         """Wait until the disk has all records: those up to a checkpoint's step must not be lost with a machine."""
@@ -77,13 +90,23 @@ class Metrics:
         except OSError as error:
             raise TrainingError(f"{self.file.name} cannot be written: {error.strerror}") from error
 
-    def close(self, failed: bool) -> None:
+    def note(self, text: str) -> None:
+        self.say(f"note: {text}")
+        self.run.events.write("tracking", note=text)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         with contextlib.suppress(OSError):  # a full disk has been reported by `record`
             self.file.close()
         if self.progress is not None:
             self.progress.stop()
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=int(failed))
+        if self.follower is not None:
+            interrupted = kind is not None and issubclass(kind, Interrupted)
+            self.follower.close(INTERRUPTED_EXIT_CODE if interrupted else int(kind is not None))
 
 
 def describe(record: Record) -> str:
@@ -120,30 +143,3 @@ def drop_records_after(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(b"".join(line + b"\n" for line in kept))
     temporary.replace(path)
-
-
-def start_wandb(config: TrainConfig, run: RunFolder, summary: dict[str, Any]) -> Any:
-    """The Weights & Biases run of this run folder, new or continued; None if tracking is off. Raises ConfigError."""
-    tracking = config.tracking
-    if tracking.mode == "off":
-        return None
-    import wandb  # noqa: PLC0415 (takes seconds, and not everybody uses it)
-
-    try:
-        return wandb.init(
-            id=run.run_id,
-            resume="allow",
-            mode=tracking.mode,  # type: ignore[arg-type]
-            project=tracking.project,
-            entity=tracking.entity,
-            name=tracking.name or run.path.resolve().name,
-            group=tracking.group,
-            tags=list(tracking.tags),
-            dir=str(run.path),
-            config={**to_dict(config), **summary},
-        )
-    except wandb.errors.Error as error:
-        raise ConfigError(
-            f"tracking.mode={tracking.mode}: Weights & Biases did not start ({error}); log in with `wandb login`, or "
-            "use tracking.mode=offline or off"
-        ) from error

@@ -5,6 +5,7 @@ config.yaml   the settings of the latest start
 tokenizer/    the data's tokenizer, so that an export needs nothing else
 metrics.jsonl one object per logged step
 events.jsonl  what has happened to it, see `kraken_train.events`
+submissions/  one folder per submission to Slurm, see `launch.submit`
 starts/       one folder per start, see `kraken_train.run_start`
 .lock         held, and touched every LIFE_SIGN_SECONDS, while a start is alive
 checkpoints/  see `checkpoints.store`
@@ -33,14 +34,18 @@ from kraken_train.events import EventLog
 from kraken_train.files import replace_synced, try_lock
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
+from kraken_train.run_layout import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    IDENTITY_FILE,
+    LIFE_SIGN_SECONDS,
+    LOCK_FILE,
+    start_folders,
+)
 
-IDENTITY_FILE = "run.json"
-CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EXPORTS_FILE = "exports.jsonl"
-EVENTS_FILE = "events.jsonl"
-LOCK_FILE = ".lock"
-LIFE_SIGN_SECONDS = 10.0
+SUBMISSIONS = "submissions"
 
 
 @dataclass(frozen=True)
@@ -84,24 +89,7 @@ def open_run_folder(
     """
     path = Path(config.run_dir)
     checkpoints = path / "checkpoints"
-    identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
-    existing = read_identity(path) or identity_of_checkpoints(checkpoints)
-    if existing is None and path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise CheckpointError(
-            f"run_dir={path} is not empty and holds no run ({IDENTITY_FILE} is missing); use a new or empty folder"
-        )
-    if config.resume == "must" and not has_checkpoints(checkpoints):
-        raise CheckpointError(
-            f"resume=must, but there is no checkpoint in {checkpoints}; name the run's folder in run_dir, or start "
-            "from the beginning with resume=auto"
-        )
-    if existing is not None:
-        if config.resume == "never":
-            raise CheckpointError(
-                f"run_dir={path} holds another run, which resume=never would overwrite; use a new folder, or "
-                "resume=auto to continue it"
-            )
-        require_same_run(path, existing, identity)
+    identity, existing = check_run_folder(config, model, fingerprint)
     run_id = existing["id"] if existing else uuid.uuid4().hex[:8]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -117,9 +105,39 @@ def open_run_folder(
     return run
 
 
-def start_folders(path: Path) -> list[Path]:
-    """The folders of the starts of the run in `path`, the oldest first."""
-    return sorted(folder for folder in (path / "starts").glob("*") if folder.name.isdigit())
+def check_run_folder(
+    config: TrainConfig, model: ModelConfig, fingerprint: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What identifies the run, and what identifies the one that is in its folder already (None: there is none).
+
+    Raises CheckpointError as `open_run_folder` does. Changes nothing.
+    """
+    path = Path(config.run_dir)
+    checkpoints = path / "checkpoints"
+    identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
+    existing = read_identity(path) or identity_of_checkpoints(checkpoints)
+    if existing is None and path.exists() and any(not is_of_no_run(entry) for entry in path.iterdir()):
+        raise CheckpointError(
+            f"run_dir={path} is not empty and holds no run ({IDENTITY_FILE} is missing); use a new or empty folder"
+        )
+    if config.resume == "must" and not has_checkpoints(checkpoints):
+        raise CheckpointError(
+            f"resume=must, but there is no checkpoint in {checkpoints}; name the run's folder in run_dir, or start "
+            "from the beginning with resume=auto"
+        )
+    if existing is not None:
+        if config.resume == "never":
+            raise CheckpointError(
+                f"run_dir={path} holds another run, which resume=never would overwrite; use a new folder, or "
+                "resume=auto to continue it"
+            )
+        require_same_run(path, existing, identity)
+    return identity, existing
+
+
+def is_of_no_run(entry: Path) -> bool:
+    """Whether a folder may hold this before a run begins in it."""
+    return entry.name.startswith(".") or entry.name in (SUBMISSIONS, EVENTS_FILE)
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:

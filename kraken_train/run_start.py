@@ -21,7 +21,6 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,25 +32,13 @@ from kraken_train.errors import CheckpointError, KrakenError, RankLostError
 from kraken_train.events import now
 from kraken_train.files import replace_synced
 from kraken_train.interruption import Interrupted, Launchers
-from kraken_train.runtime import Runtime, slurm_job
+from kraken_train.rank_errors import RankError, record_error
+from kraken_train.run_layout import ENVIRONMENT_FILE, ERRORS, LOGS
+from kraken_train.runtime import Runtime, launch_command, slurm_job
 
-ENVIRONMENT_FILE, LOGS, ERRORS = "environment.json", "logs", "errors"
+COMMIT_FILE = "COMMIT"  # beside the packages, where they are a copy, see launch/snapshot.py
 VERSIONS_OF = ("torch", "deepspeed", "numpy", "transformers", "wandb", "hydra-core")
 DRAWING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and movements of the cursor
-
-
-@dataclass(frozen=True)
-class RankError:
-    """Why a rank has failed, in its own words."""
-
-    time: str
-    rank: int
-    host: str
-    pid: int
-    message: str  # for people
-    traceback: str | None  # of what is not a user's mistake
-    follows: bool  # it failed only because another rank had
-    restart_helps: bool  # whether the same command may succeed next time
 
 
 @contextmanager
@@ -130,24 +117,6 @@ def describe_error(error: Exception, runtime: Runtime) -> RankError:
     )
 
 
-def record_error(folder: Path, error: RankError) -> None:
-    try:
-        (folder / ERRORS / f"rank-{error.rank:04d}.json").write_text(json.dumps(asdict(error), indent=1))
-    except OSError as problem:
-        print(f"note: rank {error.rank}'s error cannot be kept: {problem}", file=sys.stderr, flush=True)
-
-
-def read_errors(folder: Path) -> list[RankError]:
-    """How the ranks of a start have failed: first what others only follow from, each in the order of time."""
-    errors = []
-    for path in (folder / ERRORS).glob("rank-*.json"):
-        try:
-            errors.append(RankError(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):  # cut short when its rank was killed
-            continue
-    return sorted(errors, key=lambda error: (error.follows, error.time))
-
-
 def write_environment(folder: Path, runtime: Runtime) -> None:
     """A collective."""
     hosts = runtime.gather(socket.gethostname())
@@ -161,6 +130,7 @@ def describe_environment(hosts: Iterable[str], runtime: Runtime) -> dict[str, An
     return {
         "command": shlex.join(psutil.Process().cmdline()),
         "launchers": [shlex.join(process.cmdline()) for process in Launchers().processes if process.is_running()],
+        "launch_command": launch_command(),
         "folder": str(Path.cwd()),
         "hosts": list(hosts),
         "world_size": runtime.world_size,
@@ -184,6 +154,9 @@ def installed_version(package: str) -> str | None:
 def git_commit() -> str | None:
     """The commit that this code is of, with "+" if files have changed since; None outside a repository."""
     here = Path(__file__).parent
+    noted = here.parent / COMMIT_FILE
+    if noted.is_file():
+        return noted.read_text().strip() or None
 
     def git(*arguments: str) -> str | None:
         try:

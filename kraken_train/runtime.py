@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from kraken_train.errors import ConfigError, KrakenError
+from kraken_train.errors import ConfigError, KrakenError, RendezvousError
+from kraken_train.run_layout import LAUNCH_COMMAND
 
 Result = TypeVar("Result")
 
@@ -79,6 +81,14 @@ class Runtime:
         elif "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // self.local_world_size))
+
+    def take_peak_memory(self) -> float:
+        """The most GiB that were allocated on this rank's GPU since the last call; on a CPU, those in use now."""
+        if self.device.type != "cuda":
+            return psutil.Process().memory_info().rss / 2**30
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak / 2**30
 
     def on_first(self, function: Callable[[], Result]) -> Result:
         """Call `function` on rank 0 and return its result on all ranks; an error is raised on all of them as well."""
@@ -149,6 +159,11 @@ def read_integer(name: str) -> int:
     return int(number.group())
 
 
+def launch_command() -> str | None:
+    """How launch.deepspeed was called, on whatever machine; None if it has not started this rank."""
+    return os.environ.get(LAUNCH_COMMAND)
+
+
 def slurm_job() -> dict[str, str | int]:
     """The Slurm job that this process belongs to and how often it was requeued; nothing outside one."""
     if "SLURM_JOB_ID" not in os.environ:
@@ -182,7 +197,7 @@ def gpu_is_usable() -> bool:
 def connect_ranks(runtime: Runtime) -> dist.Store:
     """The process group of all ranks, through the store that is returned.
 
-    Raises ConfigError where they cannot meet, or would share a GPU.
+    Raises RendezvousError where they cannot meet, ConfigError where they would share a GPU.
     """
     export_rendezvous(runtime)
     # A sum that hides behind other work must not wait for that work's kernels to leave room.
@@ -191,7 +206,7 @@ def connect_ranks(runtime: Runtime) -> dist.Store:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
+        raise RendezvousError(
             f"the ranks could not meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT="
             f"{os.environ['MASTER_PORT']}: {reason}; name the first host and a free port on it (the launchers have "
             "--master_addr and --master_port)"

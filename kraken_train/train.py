@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from checkpoints.initial import export_reader, open_initial_export
@@ -21,10 +23,10 @@ from checkpoints.store import (
     model_of,
     set_aside_after,
 )
-from checkpoints.writer import CheckpointWriter
+from checkpoints.writer import CheckpointWriter, go_back_to
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
-from kraken_train.config import TrainConfig
+from kraken_train.config import PATH_KEYS, TrainConfig
 from kraken_train.data import Samples, TrainingData
 from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
@@ -33,23 +35,28 @@ from kraken_train.events import FAILED, FINISHED, INTERRUPTED
 from kraken_train.flops import device_peak_flops, training_flops_per_token
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.loader import BatchLoader, ranges_of_rank
+from kraken_train.loss_watch import LossWatch, Trouble
 from kraken_train.mesh import ParallelMesh
 from kraken_train.metrics import Metrics, Record
 from kraken_train.model_config import ModelConfig, parse_model
 from kraken_train.optim import learning_rate
 from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
-from kraken_train.phases import DATA, Phases
+from kraken_train.phases import DATA, FORWARD, Phases
+from kraken_train.rank_errors import record_error
 from kraken_train.run_folder import RunFolder, open_run_folder
-from kraken_train.run_start import recorded, write_environment
+from kraken_train.run_start import describe_error, recorded, write_environment
 from kraken_train.runtime import Runtime, another_rank_ended, read_runtime, slurm_job
+from kraken_train.stacks import stacks_on_signal
+from kraken_train.stragglers import Change, Stragglers, describe_ranks
+from kraken_train.tracking.ready import require_ready
 from kraken_train.watchdog import Watchdog
 
 LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
 
 
 def main() -> None:
-    run_entry(train, TrainConfig, "train", path_keys=("data_dir", "run_dir", "init_from"))
+    run_entry(train, TrainConfig, "train", path_keys=PATH_KEYS)
 
 
 def train(config: TrainConfig) -> None:
@@ -68,16 +75,26 @@ def train(config: TrainConfig) -> None:
     try:
         with ExitStack() as held:
             rendezvous = start_processes(runtime)
+            runtime.on_first(lambda: require_ready(config.tracking, os.environ))
             watchdog = held.enter_context(
-                Watchdog(runtime, rendezvous.store, config.watchdog_seconds, stop, rendezvous.store_rank)
+                Watchdog(
+                    runtime,
+                    rendezvous.store,
+                    config.watchdog_seconds,
+                    stop,
+                    rendezvous.store_rank,
+                    config.health.step_seconds,
+                )
             )
             run = runtime.on_first(
                 lambda: open_run_folder(config, model_config, data.tokenizer_dir, data.fingerprint, held)
             )
-            held.enter_context(recorded(run.start, runtime))
+            watchdog.log = held.enter_context(recorded(run.start, runtime))
+            watchdog.on_end = end_by_watchdog(run, runtime, watchdog)
+            held.enter_context(stacks_on_signal(watchdog.log))
             if runtime.is_first:
                 held.enter_context(end_told(run, watchdog))
-            held.enter_context(lost_ranks_told())
+            held.enter_context(lost_ranks_told(watchdog))
             write_environment(run.start, runtime)
             trainer = Trainer(config, model_config, data, samples, run, runtime, stop, watchdog)
             trainer.restore()
@@ -90,11 +107,12 @@ def train(config: TrainConfig) -> None:
 
 
 @contextmanager
-def lost_ranks_told() -> Iterator[None]:
+def lost_ranks_told(watchdog: Watchdog) -> Iterator[None]:
     """What a collective says when another rank is gone becomes RankLostError."""
     try:
         yield
     except RuntimeError as error:
+        watchdog.wait_for_end()
         if another_rank_ended(error):
             raise RankLostError(
                 "another rank has ended, see its message; the same command continues from the newest checkpoint"
@@ -118,6 +136,17 @@ def end_told(run: RunFolder, watchdog: Watchdog) -> Iterator[None]:
         tell(FAILED, str(error) if isinstance(error, KrakenError) else f"{type(error).__name__}: {error}")
         raise
     tell(FINISHED)
+
+
+def end_by_watchdog(run: RunFolder, runtime: Runtime, watchdog: Watchdog) -> Callable[[str, bool], None]:
+    """What is kept of a start that the watchdog ends, while the main thread hangs."""
+
+    def tell(message: str, follows: bool) -> None:
+        record_error(run.start, replace(describe_error(RankLostError(message), runtime), follows=follows))
+        if runtime.is_first:
+            run.events.write("ended", start=run.start_number, step=watchdog.step, outcome=FAILED, reason=message)
+
+    return tell
 
 
 class Trainer:
@@ -157,26 +186,25 @@ class Trainer:
         self.step = 0  # optimizer steps done, skipped ones included
         self.updates = 0  # of these, those that changed the weights
         self.consumed_samples = 0  # the position in the data
-        self.skipped_in_a_row = 0
+        self.save_due = False  # as soon as the loss gives no reason to doubt the weights
+        self.loss_watch = LossWatch(config.health, config.max_nonfinite_steps)
+        self.stragglers = Stragglers(config.health.straggler_factor)
+        self.hosts: list[str] = []  # of the ranks
         self.flops_per_token = training_flops_per_token(model_config)
         self.peak_flops = config.peak_tflops * 1e12 if config.peak_tflops else None
         self.metrics: Metrics | None = None
 
     def run_steps(self) -> None:
         self.engine.verify_replicas()
+        self.hosts = self.runtime.gather(socket.gethostname())
         self.runtime.on_first(self.start_metrics)
-        self.introduce()
-        if self.peak_flops is None:
-            self.peak_flops = device_peak_flops(self.runtime.device, self.config.precision)
-        finished = False
-        try:
+        with self.metrics or nullcontext():
+            self.introduce()
+            if self.peak_flops is None:
+                self.peak_flops = device_peak_flops(self.runtime.device, self.config.precision)
             with self.checkpoints, self.load_batches() as self.batches:
                 while self.step < self.config.max_steps:
                     self.train_step()
-            finished = True
-        finally:
-            if self.metrics is not None:
-                self.metrics.close(failed=not finished)
 
     def start_metrics(self) -> None:
         self.tell(
@@ -186,11 +214,14 @@ class Trainer:
             world_size=self.runtime.world_size,
             **slurm_job(),
         )
-        self.metrics = Metrics(self.config, self.run, self.step, self.summary())
+        self.metrics = Metrics(self.config, self.run, self.step)
 
     def train_step(self) -> None:
         if self.config.parallel.verify_every and self.step % self.config.parallel.verify_every == 0:
             self.engine.verify_replicas()
+        last = self.step + 1 == self.config.max_steps
+        logged = last or (self.step + 1) % self.config.log_every == 0
+        self.phases.active = logged
         started, waited = time.perf_counter(), 0.0
         lr = learning_rate(self.config.schedule, self.config.optim.lr, self.step, self.config.max_steps)
         for _ in range(self.engine.accumulation_steps):
@@ -202,13 +233,13 @@ class Trainer:
         # A save that has failed in the background is told where the next one begins: at once.
         result = self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
         seconds = time.perf_counter() - started
+        self.phases.active = False
         tokens = self.config.global_batch_size * self.model_config.context_length
 
         self.step += 1
         self.watchdog.step = self.step
         self.updates += result.applied
         self.consumed_samples += self.config.global_batch_size
-        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         record: Record = {
             "step": self.step,
             "loss": result.loss,
@@ -221,23 +252,28 @@ class Trainer:
         if self.peak_flops:
             device_peak = self.peak_flops * self.runtime.world_size
             record["mfu"] = self.flops_per_token * tokens / seconds / device_peak
-        last = self.step == self.config.max_steps
+        if logged:
+            record |= self.compare_ranks(self.phases.take())
         every = self.config.validation.every
         if self.data.has_validation and every and (last or self.step % every == 0):
             record["validation_loss"] = loss = self.validate()
             record["validation_perplexity"] = perplexity(loss)
-        if self.metrics is not None and (
-            last or self.step % self.config.log_every == 0 or "validation_loss" in record or not result.applied
-        ):
+        if self.metrics is not None and (logged or "validation_loss" in record or not result.applied):
+            record["memory"] = self.runtime.take_peak_memory()
             self.metrics.record(record)
         if not result.applied:
             self.tell("skipped", step=self.step)
-        # While steps are being skipped nothing is saved: the newest checkpoint stays one from before the trouble.
-        if self.skipped_in_a_row == self.config.max_nonfinite_steps or (last and self.skipped_in_a_row):
-            raise TrainingError(self.describe_not_finite())
-        if result.applied and (last or result.stop or self.step % self.config.checkpoint.every == 0):
+        trouble = self.loss_watch.observe(self.step, result.loss, result.applied, last)
+        if trouble is not None:
+            self.roll_back(trouble)
+            return
+        self.save_due |= last or result.stop or self.step % self.config.checkpoint.every == 0
+        # In trouble nothing is saved: the newest checkpoint stays one from before it.
+        if not self.loss_watch.calm:
+            return
+        if self.save_due:
             self.save()
-        if result.stop and result.applied and not last:  # after a skipped step the next one comes first
+        if result.stop and not last:
             self.checkpoints.finish()
             reason = self.stop.reason or "asked to on another rank"
             self.tell("stopping", step=self.step, reason=reason)
@@ -245,22 +281,89 @@ class Trainer:
             raise Interrupted(reason)
 
     def load_batches(self) -> BatchLoader:
-        """The micro-batches of this rank's copy of the model from here to the last step."""
-        last = self.consumed_samples + (self.config.max_steps - self.step) * self.config.global_batch_size
+        """The micro-batches of this rank's copy of the model from here on, without an end: a rollback takes more."""
         size, mesh = self.config.micro_batch_size, self.mesh
-        ranges = ranges_of_rank(self.consumed_samples, last, size, mesh.data_rank, mesh.data_size)
+        ranges = ranges_of_rank(self.consumed_samples, sys.maxsize, size, mesh.data_rank, mesh.data_size)
         return BatchLoader(self.samples, ranges, self.runtime.device)
 
-    def describe_not_finite(self) -> str:
-        first = self.step - self.skipped_in_a_row + 1
-        steps = f"steps {first} to {self.step}" if first < self.step else f"step {first}"
-        kept = has_checkpoints(self.run.checkpoints)
-        checkpoints = f"the checkpoints in {self.run.checkpoints} are kept" if kept else "there is no checkpoint yet"
-        return (
-            f"the loss or a gradient was not finite in {steps} (max_nonfinite_steps="
-            f"{self.config.max_nonfinite_steps}); no weight has changed since step {first - 1}, and {checkpoints}. "
-            "Try a lower optim.lr or a longer schedule.warmup_steps in a new run_dir"
+    # ----------------------------------------------------------------------------------------------------------
+    # Health
+    # ----------------------------------------------------------------------------------------------------------
+
+    def compare_ranks(self, seconds: dict[str, float]) -> Record:
+        """What this step took each rank without waiting for others; nothing of a single rank. A collective."""
+        if self.runtime.world_size == 1:
+            return {}
+        own = [0.0] * self.runtime.world_size
+        own[self.runtime.rank] = seconds.get(DATA, 0.0) + seconds.get(FORWARD, 0.0)
+        of_ranks = self.runtime.sum(own)
+        for change in self.stragglers.observe(of_ranks):
+            self.tell_straggler(change)
+        return describe_ranks(of_ranks)
+
+    def tell_straggler(self, change: Change) -> None:
+        place = {"rank": change.rank, "host": self.hosts[change.rank], "factor": round(change.factor, 2)}
+        self.tell("straggler" if change.slow else "straggler_over", step=self.step, **place)
+        what = "holds the others up" if change.slow else "no longer holds the others up"
+        self.say(
+            f"note: rank {change.rank} on {place['host']} {what}: it takes {change.factor:.1f} times as long as the "
+            f"median rank for its own part of a step (step {self.step})"
         )
+
+    def roll_back(self, trouble: Trouble) -> None:
+        """Continue from the newest good checkpoint from before the trouble, with the data after it.
+
+        Raises TrainingError where the settings do not want that, where it has not helped, or where there is none. If
+        the run is killed before it has saved again, it meets the same data again, and rolls back again.
+        """
+        if not self.loss_watch.wants_rollback(trouble):
+            raise TrainingError(self.describe_trouble(trouble))
+        if not self.loss_watch.may_roll_back():
+            raise TrainingError(
+                f"{trouble.reason}, and health.max_rollbacks={self.config.health.max_rollbacks} did not suffice to get "
+                f"past step {self.loss_watch.furthest}; {self.describe_checkpoints()}. Try a lower optim.lr in a new "
+                "run_dir"
+            )
+        self.checkpoints.finish()
+        checkpoint = self.find_checkpoint_before(trouble)
+        step, consumed = self.step, self.consumed_samples
+        self.take_over(checkpoint)
+        self.consumed_samples, skipped = consumed, consumed - self.consumed_samples
+        self.engine.verify_replicas()
+        self.runtime.on_first(lambda: go_back_to(checkpoint))
+        if self.metrics is not None:
+            self.metrics.rewind(self.step)
+        self.watchdog.alive()
+        self.tell("rolled_back", step=step, to_step=self.step, reason=trouble.reason, skipped_samples=skipped)
+        self.say(
+            f"{trouble.reason}: back from step {step} to {checkpoint.path}, and on with the data after step {step}; "
+            f"{skipped:,} samples are skipped"
+        )
+
+    def find_checkpoint_before(self, trouble: Trouble) -> Checkpoint:
+        """Preferably one that the loss of the step after it has shown to be good. Raises TrainingError."""
+        for before in (trouble.first - 1, trouble.first):
+            try:
+                return find_good_checkpoint(self.run.checkpoints, self.runtime, before)[0]
+            except CheckpointError as error:
+                problem = error
+        raise TrainingError(f"{trouble.reason}, and the run cannot be rolled back: {problem}") from problem
+
+    def describe_trouble(self, trouble: Trouble) -> str:
+        if trouble.spike:
+            return (
+                f"{trouble.reason} (health.loss_spike=stop); {self.describe_checkpoints()}. The same command meets the "
+                "same data: health.loss_spike=rollback goes on with those after it, ignore with all of them"
+            )
+        return (
+            f"{trouble.reason} (max_nonfinite_steps={self.config.max_nonfinite_steps}); no weight has changed since "
+            f"step {trouble.last - self.loss_watch.skipped}, and {self.describe_checkpoints()}. Try a lower optim.lr "
+            "or a longer schedule.warmup_steps in a new run_dir, or health.nonfinite=rollback"
+        )
+
+    def describe_checkpoints(self) -> str:
+        kept = has_checkpoints(self.run.checkpoints)
+        return f"the checkpoints in {self.run.checkpoints} are kept" if kept else "there is no checkpoint yet"
 
     def validate(self) -> float:
         """Mean loss in nats per token over the first `validation.samples` windows of the validation data."""
@@ -277,6 +380,7 @@ class Trainer:
                 tokens += batch_tokens
         # Each rank of a copy counts the copy's windows, which leaves the mean as it is.
         nats, all_tokens = self.runtime.sum([nats, float(tokens)])
+        self.watchdog.alive()
         return nats / all_tokens
 
     # ----------------------------------------------------------------------------------------------------------
@@ -298,11 +402,14 @@ class Trainer:
             "updates": self.updates,
             "consumed_samples": self.consumed_samples,
             "tokens": self.consumed_samples * self.model_config.context_length,
+            "recent_losses": list(self.loss_watch.recent),
             "world_size": self.runtime.world_size,
             "sub_layer_parallel_size": self.mesh.model_rank.size,
             "data_parallel_size": self.mesh.data_size,
         }
         self.checkpoints.save(self.step, self.engine.state(), metadata)
+        self.save_due = False
+        self.watchdog.alive()
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint, or start a new run as `init_from` says. Raises CheckpointError."""
@@ -324,10 +431,18 @@ class Trainer:
                 )
         self.runtime.on_first(lambda: set_aside_after(checkpoint))
         self.require_steps_to_go(checkpoint)
+        self.take_over(checkpoint)
+        self.watchdog.alive()
+        self.say(f"resumed from {checkpoint.path}: step {self.step}, {metadata['tokens']:,} tokens")
+
+    def take_over(self, checkpoint: Checkpoint) -> None:
+        """Become what the run was when it saved this. Raises CheckpointError."""
+        metadata = checkpoint.metadata
         self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
         self.step, self.updates = checkpoint.step, metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
-        self.say(f"resumed from {checkpoint.path}: step {self.step}, {metadata['tokens']:,} tokens")
+        self.loss_watch.continue_from(metadata.get("recent_losses", ()))  # which older programs did not keep
+        self.save_due = False
 
     def start_from_export(self) -> None:
         """The weights of `init_from`, if it is set, as those of step 0."""
@@ -389,17 +504,6 @@ class Trainer:
             )
         if self.config.validation.every and not self.data.has_validation:
             self.say("no validation: the data were prepared without a validation split")
-
-    def summary(self) -> dict[str, object]:
-        """What is not in the configuration but worth knowing beside it."""
-        return {
-            "model": to_dict(self.model_config),
-            "num_parameters": self.model_config.num_parameters,
-            "data_fingerprint": self.data.fingerprint,
-            "world_size": self.runtime.world_size,
-            "data_parallel_size": self.mesh.data_size,
-            "torch": torch.__version__,
-        }
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -1,8 +1,11 @@
-"""Ends a job in which a rank has stopped answering, which collectives alone would wait for.
+"""Ends a job in which a rank has stopped answering, or no step completes, which collectives alone would wait for.
 
 Every rank beats: it writes a counter to the store through which the ranks have joined. Every rank watches the next
-one, so the store has four small requests per rank and beat however many ranks there are. Whoever finds that its
+one, so the store has five small requests per rank and beat however many ranks there are. Whoever finds that its
 neighbour's counter stands still names it, leaves word for the others in the store, and all of them end.
+
+A rank that beats can still hang. Whoever has done no step for too long asks all ranks where they are, and names those
+that do not wait for others. Before they end, all living ranks write their stacks.
 """
 
 from __future__ import annotations
@@ -14,22 +17,28 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch.distributed as dist
 
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, Launchers, StopRequest
+from kraken_train.interruption import LAUNCHER_SECONDS, Interrupted, Launchers, StopRequest
 from kraken_train.runtime import Runtime
+from kraken_train.stacks import Place, describe_stall, where_is_main_thread, write_stacks
 
 BEAT_SECONDS = 2.0
 STARTING_SECONDS = 120.0  # more than the timeout, for a rank that has not beaten yet
 FAILED_SECONDS = 10.0  # for a job to end by itself once a rank has failed
 LEAVING_SECONDS = 10.0  # how long the rank that holds the store stays for the others at the end
-LAUNCHER_SECONDS = 300.0  # for a run to finish its step, save and end once its launcher has
 FAILED_EXIT_CODE = 1
+FIRST_STEP_FACTOR = 3  # the first step of a start may take so many times longer: reading a checkpoint, compilation
+PLACE_BEATS = 5  # for the others to say where they are
+BEATS_TO_LEAVE = 3  # for all to hear that the job ends, and to note it, before the first of them is gone
 
 RUNNING, DONE, FAILED = "running", "done", "failed"
 
@@ -61,6 +70,15 @@ class Beat:
             pass
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Why a job is ended."""
+
+    message: str
+    culprit: Beat | None  # is killed
+    ranks: tuple[int, ...]  # those who fail by it; the others only follow
+
+
 class Silence:
     """For how many seconds a value has not changed."""
 
@@ -79,8 +97,12 @@ class Watchdog:
 
     `store` is the one that the ranks have joined through, `store_rank` the rank whose process holds it, None if the
     launcher does. A neighbour that does not answer for `timeout_seconds` ends the job: the process is killed where it
-    is on this machine, and all ranks exit with code 1. 0 turns that off. A launcher's end becomes a request to `stop`;
-    LAUNCHER_SECONDS later the process exits with INTERRUPTED_EXIT_CODE.
+    is on this machine, and all ranks exit with code 1. So they do when there is no `alive()` and no further `step` for
+    `step_seconds`, three times that before the first step. 0 turns each off. A launcher's end becomes a request to
+    `stop`; LAUNCHER_SECONDS later the process exits with code 1.
+
+    Before it ends the job a rank writes its stacks to standard error and to `log`, and calls `on_end` with the message
+    and whether this rank merely follows others.
 
     Leaving with an exception other than Interrupted tells the others that this rank has failed.
     """
@@ -92,35 +114,46 @@ class Watchdog:
         timeout_seconds: float,
         stop: StopRequest,
         store_rank: int | None = 0,
+        step_seconds: float = 0.0,
     ) -> None:
         self.rank, self.world_size, self.store_rank = runtime.rank, runtime.world_size, store_rank
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.step_seconds = timeout_seconds, step_seconds
         self.stop = stop
+        self.log: Path | None = None  # of this rank, once there is one
+        self.on_end: Callable[[str, bool], None] = lambda message, follows: None
         self.step: int | None = None  # the last completed one, as the trainer tells
+        self.signs = 0  # of life, between steps
         self.state = RUNNING
         self.beats = 0
         self.host, self.started = socket.gethostname(), psutil.Process().create_time()
         self.store: dist.Store | None = None
         self.interval = BEAT_SECONDS
-        if store is not None and timeout_seconds > 0 and self.world_size > 1:
-            self.interval = min(BEAT_SECONDS, timeout_seconds / 5)
+        limits = [seconds for seconds in (timeout_seconds, step_seconds) if seconds > 0]
+        if limits:
+            self.interval = min(BEAT_SECONDS, min(limits) / 5)
+        if store is not None and limits and self.world_size > 1:
             # A connection of its own: a store's lock is held while somebody waits in it.
             self.store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
-            self.store.set_timeout(timedelta(seconds=timeout_seconds))
+            self.store.set_timeout(timedelta(seconds=limits[0]))
 
-        # What the talking thread has heard.
+        # What the talking thread has heard, and found when it asked.
         self.watched = (self.rank + 1) % self.world_size
         self.neighbour: Beat | None = None
         self.holder: Beat | None = None  # of the store
         self.answers = 0  # of the store
-        self.ended: Beat | None = None  # the rank for whose sake another one has ended the job
+        self.heard: Verdict | None = None  # by which another rank has ended the job
+        self.found: Verdict | None = None  # by which this one is to end it
+        self.asks = False  # where the others are
+        self.unanswered = 0  # beats since it has asked
 
         # What the watching thread has found.
-        self.culprit: Beat | None = None
+        self.stalled: float | None = None  # seconds without a step
+        self.verdict: Verdict | None = None  # by which this rank is ending
         self.launcher_ended: float | None = None
-        self.store_silence, self.neighbour_silence = Silence(), Silence()
+        self.store_silence, self.neighbour_silence, self.step_silence = Silence(), Silence(), Silence()
         self.warned = False
 
+        self.placed = False  # has said where it is, and written its stacks
         self.leaving = threading.Event()
         self.talker = threading.Thread(target=self.talk, name="watchdog-talk", daemon=True)
         self.watcher = threading.Thread(target=self.watch, name="watchdog-watch", daemon=True)
@@ -129,7 +162,7 @@ class Watchdog:
         self.launchers = Launchers()
         if self.store is not None:
             self.talker.start()
-        if self.store is not None or self.launchers:
+        if self.store is not None or self.launchers or self.step_seconds > 0:
             self.watcher.start()
         return self
 
@@ -142,8 +175,17 @@ class Watchdog:
             self.talker.join(LEAVING_SECONDS)  # it may never come back from a store that does not answer
         if self.watcher.ident is not None:
             self.watcher.join()  # for good, if it is ending the job
-        if self.state == FAILED and self.ended is not None:
+        if self.state == FAILED and self.heard is not None:
             os._exit(FAILED_EXIT_CODE)  # the error is only what follows from what another rank has told
+
+    def alive(self) -> None:
+        """Something other than a step that may take long is done: a save, a validation, a restore."""
+        self.signs += 1
+
+    def wait_for_end(self) -> None:
+        """Never returns if this rank is ending the job: what goes wrong from then on is only what follows."""
+        if self.verdict is not None:
+            self.watcher.join()
 
     # ----------------------------------------------------------------------------------------------------------
     # The talking thread. A store that is stopped answers no request and no timeout ends it: only this one waits
@@ -164,10 +206,10 @@ class Watchdog:
         self.beats += 1
         beat = Beat(self.rank, os.getpid(), self.host, self.started, self.beats, self.step, self.state)
         store.set(f"beat/{self.rank}", encode(beat))
-        if self.culprit is not None:
-            store.set("ended", encode(self.culprit))
+        if self.verdict is not None:
+            store.set("ended", encode(self.verdict))
         else:
-            self.ended = read(store, "ended")
+            self.heard = read_verdict(store)
         if self.store_rank is not None and self.holder is None:
             self.holder = read(store, f"beat/{self.store_rank}")
         if self.watched != self.rank:
@@ -175,7 +217,37 @@ class Watchdog:
             if self.neighbour is not None and self.neighbour.state == DONE:
                 self.watched = (self.watched + 1) % self.world_size  # whom it does not watch any more
                 self.neighbour = None
+        if self.stalled is not None or store.check(["stalled"]):
+            self.tell_place(store)
         self.answers += 1
+
+    def tell_place(self, store: dist.Store) -> None:
+        """Say where this rank is, as all do once one of them has done no step for too long. The first one concludes."""
+        if not self.placed:
+            self.placed = True
+            store.set(f"place/{self.rank}", encode(self.own_place()))
+            self.asks = store.add("stalled", 1) == 1
+            write_stacks(f"rank {self.rank} has completed no step for too long, or another rank has not", self.log)
+        if not self.asks or self.found is not None:
+            return
+        places = {rank: read_place(store, rank) for rank in range(self.world_size)}
+        silent = [rank for rank, place in places.items() if place is None and not self.is_done(store, rank)]
+        self.unanswered += 1
+        if not silent or self.unanswered > PLACE_BEATS:
+            self.found = self.conclude([place for place in places.values() if place is not None], silent)
+
+    def is_done(self, store: dist.Store, rank: int) -> bool:
+        beat = read(store, f"beat/{rank}")
+        return beat is not None and beat.state == DONE
+
+    def conclude(self, places: list[Place], silent: list[int]) -> Verdict:
+        culprits = [place.rank for place in places if not place.waits]
+        message = describe_stall(self.stalled or self.step_seconds, places, silent)
+        return Verdict(message, None, tuple(culprits or [self.rank]))
+
+    def own_place(self) -> Place:
+        where, waits = where_is_main_thread()
+        return Place(self.rank, f"process {os.getpid()} on {self.host}", where, waits)
 
     def take_leave(self, store: dist.Store) -> None:
         left = store.add("left", 1)
@@ -199,6 +271,7 @@ class Watchdog:
             awake += min(now - previous, 2 * self.interval)
             previous = now
             self.watch_launchers(awake)
+            self.watch_steps(awake)
             if self.store is not None:
                 self.watch_ranks(awake)
 
@@ -208,13 +281,28 @@ class Watchdog:
                 self.launcher_ended = awake
                 self.stop.request("its launcher has ended")
         elif awake - self.launcher_ended > LAUNCHER_SECONDS:
-            tell(f"error: rank {self.rank} has not ended in the {LAUNCHER_SECONDS:.0f} s since its launcher has")
-            os._exit(INTERRUPTED_EXIT_CODE)
+            message = f"rank {self.rank} has not ended in the {LAUNCHER_SECONDS:.0f} s since its launcher has"
+            self.end_job(Verdict(message, None, (self.rank,)))
+
+    def watch_steps(self, awake: float) -> None:
+        limit = self.step_seconds * (FIRST_STEP_FACTOR if self.step is None else 1)
+        silent = self.step_silence.seconds((self.step, self.signs), awake)
+        if limit == 0 or silent <= limit:
+            return
+        # Without others, or where they have come to no conclusion, this rank can speak for itself only.
+        if self.store is None or silent > limit + 4 * PLACE_BEATS * self.interval:
+            self.end_job(Verdict(describe_stall(limit, [self.own_place()]), None, (self.rank,)))
+        self.stalled = limit  # so that the talking thread asks
 
     def watch_ranks(self, awake: float) -> None:
-        if self.ended is not None:
-            self.ended.kill()
-            os._exit(FAILED_EXIT_CODE)
+        if self.heard is not None:
+            self.end_job(self.heard, speaks=False)
+        if self.found is not None:
+            self.end_job(self.found)
+        if self.timeout_seconds > 0:
+            self.watch_neighbour(awake)
+
+    def watch_neighbour(self, awake: float) -> None:
         silent = self.store_silence.seconds(self.answers, awake)
         if silent > 2 * self.interval:  # it tells nothing of the neighbour
             self.neighbour_silence = Silence(awake)
@@ -225,13 +313,13 @@ class Watchdog:
         silent = self.neighbour_silence.seconds(None if neighbour is None else (neighbour.rank, neighbour.count), awake)
         if neighbour is None:
             if self.watched != self.rank and silent > self.timeout_seconds + STARTING_SECONDS:
-                unheard = Beat(self.watched, 0, "", 0.0, 0, None, RUNNING)
-                self.end_job(unheard, f"rank {self.watched} has not answered since the ranks joined")
+                message = f"rank {self.watched} has not answered since the ranks joined"
+                self.end_job(Verdict(message, None, (self.rank,)))
         elif neighbour.state == FAILED:
             if silent > min(FAILED_SECONDS, self.timeout_seconds):
-                self.end_job(neighbour, f"{neighbour} has failed, see its message")
+                self.end_job(Verdict(f"{neighbour} has failed, see its message", neighbour, (neighbour.rank,)))
         elif silent > self.timeout_seconds:
-            self.end_job(neighbour, self.describe_silence(neighbour))
+            self.end_job(Verdict(self.describe_silence(neighbour), neighbour, (self.rank,)))
 
     def end_without_store(self) -> None:
         if self.store_rank is None:
@@ -244,7 +332,8 @@ class Watchdog:
             speaks = self.watched == self.store_rank
             beat = (self.neighbour if speaks else None) or self.holder
             beat = beat or Beat(self.store_rank, 0, "an unknown machine", 0.0, 0, None, RUNNING)
-            self.end_job(beat, self.describe_silence(beat) if speaks else None)
+            ranks = (self.rank,) if speaks else ()
+            self.end_job(Verdict(self.describe_silence(beat), beat, ranks), speaks)
 
     def describe_silence(self, beat: Beat) -> str:
         # Steps are done together, so what this rank has completed may be newer than what the other could tell.
@@ -252,13 +341,19 @@ class Watchdog:
         steps = "it has completed no step" if step is None else f"its last completed step is {step}"
         return f"{beat} has not answered for {self.timeout_seconds:.0f} s ({steps})"
 
-    def end_job(self, culprit: Beat, message: str | None) -> None:
-        if message is not None:
-            tell(f"error: {message}; the job is ended. The same command continues from the newest checkpoint")
-        self.culprit = culprit
-        # For the others to read it, or for the one to speak that does, before they see this process end.
-        time.sleep(3 * self.interval)
-        culprit.kill()
+    def end_job(self, verdict: Verdict, speaks: bool = True) -> None:
+        """Does not return. `speaks` says that this rank is the one that tells why."""
+        if speaks:
+            tell(f"error: {verdict.message}; the job is ended. The same command continues from the newest checkpoint")
+        self.verdict = verdict  # from now on the talking thread tells it
+        if not self.placed:
+            self.placed = True
+            write_stacks(f"rank {self.rank} is ended", self.log)
+        self.on_end(verdict.message, self.rank not in verdict.ranks)
+        # For all to read and note it before they see a process end.
+        time.sleep(BEATS_TO_LEAVE * self.interval)
+        if verdict.culprit is not None:
+            verdict.culprit.kill()
         os._exit(FAILED_EXIT_CODE)
 
 
@@ -266,10 +361,28 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def encode(beat: Beat) -> str:
-    return json.dumps(asdict(beat))
+def encode(told: Beat | Place | Verdict) -> str:
+    return json.dumps(asdict(told))
+
+
+def read_json(store: dist.Store, key: str) -> dict[str, Any] | None:
+    """What is under `key`; None if there is nothing (where `get` would wait for it)."""
+    return json.loads(store.get(key)) if store.check([key]) else None
 
 
 def read(store: dist.Store, key: str) -> Beat | None:
-    """The beat under `key`; None if there is none (where `get` would wait for it)."""
-    return Beat(**json.loads(store.get(key))) if store.check([key]) else None
+    told = read_json(store, key)
+    return None if told is None else Beat(**told)
+
+
+def read_place(store: dist.Store, rank: int) -> Place | None:
+    told = read_json(store, f"place/{rank}")
+    return None if told is None else Place(**told)
+
+
+def read_verdict(store: dist.Store) -> Verdict | None:
+    told = read_json(store, "ended")
+    if told is None:
+        return None
+    culprit = told["culprit"]
+    return Verdict(told["message"], None if culprit is None else Beat(**culprit), tuple(told["ranks"]))

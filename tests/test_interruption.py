@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from kraken_train import interruption
-from kraken_train.interruption import Launchers, StopRequest, has_ended, launcher_name
+from kraken_train.interruption import STARTED_BY_NODE, Launchers, StopRequest, has_ended, launcher_name
 
 
 def test_sigterm_is_a_request_inside_the_context_only() -> None:
@@ -40,6 +40,8 @@ def test_the_first_reason_is_kept() -> None:
         ("/opt/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=x a.py", "deepspeed.launcher.launch"),
         ("python -W ignore -m torch.distributed.run -m a.b", "torch.distributed.run"),
         ("python /opt/bin/torchrun --nproc-per-node 2 -m a.b", "torchrun"),
+        ("python -u -X started_by=launch.node -m deepspeed.launcher.launch a.py", "deepspeed.launcher.launch"),
+        ("python -m launch.deepspeed --num_gpus 2 a.b", "launch.deepspeed"),
         ("bash -c deepspeed", None),
         ("timeout 100 deepspeed --num_gpus 2", None),
         ("python submit.py deepspeed", None),
@@ -53,7 +55,9 @@ def test_launchers_are_recognised(command: str, name: str | None) -> None:
 
 
 RUNNER, LOCAL = ["python", "/opt/bin/deepspeed"], ["python", "-u", "-m", "deepspeed.launcher.launch"]
-SHELL = ["bash"]
+NODE, OURS = ["python", "-u", "-m", "launch.node"], ["python", "-m", "launch.deepspeed"]
+OF_A_NODE = ["python", "-u", "-X", STARTED_BY_NODE, *LOCAL[2:], "--node_rank=1"]
+SHELL, DAEMON, INIT = ["bash"], ["sshd"], ["init"]
 
 
 @pytest.mark.parametrize(
@@ -63,16 +67,25 @@ SHELL = ["bash"]
         ([SHELL, RUNNER], 0, False),
         ([["python", "/opt/bin/torchrun"], SHELL], 1, False),
         ([LOCAL, RUNNER, SHELL], 2, False),
-        ([LOCAL, ["init"]], 1, True),
+        ([LOCAL, INIT], 1, True),
         ([LOCAL], 1, True),
         ([[*LOCAL, "--node_rank=1"], SHELL], 1, False),
+        ([[*LOCAL, "--node_rank=1"], SHELL, DAEMON, DAEMON], 3, False),
+        ([[*LOCAL, "--node_rank=1"], DAEMON, INIT], 2, False),
+        ([[*LOCAL, "--node_rank=1"], ["slurmstepd"], DAEMON], 1, False),
+        ([OF_A_NODE, NODE, OURS, SHELL], 3, False),
+        ([OF_A_NODE, NODE, SHELL, DAEMON], 2, False),
+        ([OF_A_NODE, INIT], 1, True),
     ],
 )
 def test_ancestors(monkeypatch: pytest.MonkeyPatch, ancestors: list[list[str]], watched: int, orphaned: bool) -> None:
-    """From the parent upwards. A process on one machine whose local launcher has no runner has lost it."""
-    parents = iter([*range(len(ancestors)), None])
-    monkeypatch.setattr(interruption, "parent_of", lambda process: next(parents))
+    """From the parent upwards. A local launcher has lost its runner, unless it was never to have one."""
+    monkeypatch.setattr(interruption.psutil, "Process", lambda: -1)
+    monkeypatch.setattr(
+        interruption, "parent_of", lambda process: process + 1 if process + 1 < len(ancestors) else None
+    )
     monkeypatch.setattr(interruption, "command_of", lambda process: ancestors[process])
+    monkeypatch.setattr(interruption, "name_of", lambda process: ancestors[process][0])
     monkeypatch.setattr(interruption, "has_ended", lambda process: False)
     launchers = Launchers()
     assert len(launchers.processes) == watched

@@ -1,8 +1,9 @@
-"""A stopped rank ends the job, a dead launcher ends it in good order, and who is just slow or done is left alone."""
+"""A stopped or hanging rank ends the job, a dead launcher ends it in good order; who is slow or done is left alone."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from helpers import REPOSITORY
 from kraken_train import watchdog
 from kraken_train.interruption import StopRequest
 from kraken_train.runtime import Runtime, free_port
-from kraken_train.watchdog import DONE, FAILED, RUNNING, Beat, Silence, Watchdog, encode
+from kraken_train.stacks import Place
+from kraken_train.watchdog import DONE, FAILED, RUNNING, Beat, Silence, Verdict, Watchdog, encode
 
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 CLEAR = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -40,8 +42,8 @@ class Ended(Exception):
 def ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that is ended raises Ended, at once."""
 
-    def end(self: Watchdog, culprit: Beat, message: str | None) -> None:
-        raise Ended(message)
+    def end(self: Watchdog, verdict: Verdict, speaks: bool = True) -> None:
+        raise Ended(verdict.message if speaks else None)
 
     monkeypatch.setattr(Watchdog, "end_job", end)
 
@@ -51,6 +53,11 @@ def build(rank: int = 0, world_size: int = 3) -> tuple[Watchdog, dist.Store]:
     dog = Watchdog(Runtime(rank, rank, world_size, world_size), store, 10.0, StopRequest())
     assert dog.store is not None
     return dog, dog.store
+
+
+def stand(dog: Watchdog, where: str, waits: bool) -> None:
+    """Its main thread is there."""
+    dog.own_place = lambda: Place(dog.rank, "process 17 on node3", where, waits)  # type: ignore[method-assign]
 
 
 def beat(rank: int, count: int = 1, state: str = RUNNING) -> Beat:
@@ -128,6 +135,65 @@ def test_a_silent_launcher_s_store_ends_nothing(ends: None, capsys: pytest.Captu
     for awake in range(1000):
         dog.watch_ranks(float(awake))
     assert capsys.readouterr().err.count("the launcher does not answer rank 0") == 1
+
+
+def test_who_holds_the_others_up(ends: None) -> None:
+    """Rank 2 is the first without a step for too long, rank 1 is not there yet, and rank 0 has left."""
+    store = dist.HashStore()
+    dogs = [Watchdog(Runtime(rank, rank, 3, 3), store, 0.0, StopRequest(), step_seconds=10.0) for rank in range(3)]
+    _, busy, waiting = dogs
+    for dog in dogs:
+        dog.step = 4
+        dog.watch_steps(0.0)
+    stand(busy, "data.py:120 read", waits=False)
+    stand(waiting, "runtime.py:99 sum", waits=True)
+    assert waiting.store is not None
+    waiting.store.set("beat/0", encode(beat(0, state=DONE)))
+    waiting.watch_steps(11.0)
+    waiting.exchange(waiting.store)
+    waiting.watch_ranks(11.0)
+    busy.exchange(waiting.store)
+    waiting.exchange(waiting.store)
+    expected = (
+        r"no step for 10 s: rank 1 \(process 17 on node3\) is in data.py:120 read; the others wait for it in "
+        "runtime.py:99 sum"
+    )
+    with pytest.raises(Ended, match=expected):
+        waiting.watch_ranks(12.0)
+    waiting.verdict = waiting.found
+    waiting.exchange(waiting.store)
+    busy.exchange(waiting.store)
+    assert busy.heard == waiting.found and busy.heard is not None
+    assert busy.heard.ranks == (1,), "the others only follow"
+
+
+def test_a_rank_that_does_not_say_where_it_is(ends: None) -> None:
+    dog, store = build()
+    stand(dog, "runtime.py:99 sum", waits=True)
+    dog.step, dog.stalled = 4, 60.0
+    for _ in range(watchdog.PLACE_BEATS):
+        dog.exchange(store)
+        dog.watch_ranks(0.0)
+    dog.exchange(store)
+    with pytest.raises(Ended, match="rank 1 has not said where it is, rank 2 has not said where it is; the others"):
+        dog.watch_ranks(0.0)
+
+
+def test_steps_and_other_signs_of_life(ends: None) -> None:
+    dog = Watchdog(Runtime(0, 0, 1, 1), None, 45.0, StopRequest(), step_seconds=10.0)
+    dog.watch_steps(29.0)
+    dog.alive()  # has read a checkpoint; and then compiles
+    dog.watch_steps(30.0)
+    dog.watch_steps(60.0)
+    dog.step = 1
+    dog.watch_steps(61.0)
+    dog.watch_steps(70.0)
+    dog.alive()  # a validation
+    dog.watch_steps(71.0)
+    dog.watch_steps(81.0)
+    stand(dog, "data.py:120 read", waits=False)
+    with pytest.raises(Ended, match=r"no step for 10 s: rank 0 \(process 17 on node3\) is in data.py:120 read"):
+        dog.watch_steps(81.5)
 
 
 def test_off() -> None:
@@ -224,6 +290,30 @@ def test_a_stopped_rank(start: Start, tmp_path: Path, victim: int) -> None:
     assert len(errors) == 1, output(tmp_path)
     assert f"rank {victim} (process {pids[victim]} on " in errors[0]
     assert "has not answered for 5 s (its last completed step is " in errors[0]
+
+
+@pytest.mark.parametrize("culprit", [0, pytest.param(1, marks=pytest.mark.slow)])  # rank 0 holds the store
+def test_a_hanging_rank(start: Start, tmp_path: Path, culprit: int) -> None:
+    ranks = start_pair(start, tmp_path, 4.0, f"hanging={culprit}")
+    pids = rank_pids(tmp_path)
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    os.kill(pids[culprit], signal.SIGUSR2)
+    wait_until(lambda: "most recent call first" in logs[culprit].read_text(), 10, tmp_path)
+    assert ranks[culprit].poll() is None, "to look has ended it"
+    assert [rank.wait(60) for rank in ranks] == [1, 1], output(tmp_path)
+    errors = [line for line in output(tmp_path).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output(tmp_path)
+    message = errors[0].removeprefix("error: ").partition("; the job is ended")[0]
+    stuck, waiting = re.escape(f"rank {culprit} (process {pids[culprit]} on "), r"runtime.py:\d+ sum"
+    assert re.fullmatch(
+        rf"no step for 4 s: {stuck}.*\) is in watched_rank.py:\d+ read_for_ever; the others wait for it in {waiting}",
+        message,
+    ), message
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.end").read_text() == f"{rank != culprit} {message}"
+        function = "read_for_ever" if rank == culprit else "all_reduce"
+        for stacks in (logs[rank].read_text(), (tmp_path / f"rank{rank}.err").read_text()):
+            assert f" in {function}\n" in stacks, stacks
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """The real training command, except that something goes wrong on one of its ranks.
 
-Usage: faulty_train.py FAULT RANK WHEN OVERRIDE...
+Usage: faulty_train.py FAULT RANK WHEN OVERRIDE...  (RANK may be `all`)
 
-FAULT is one of those below. WHEN is the step before which it strikes; for a fault of a save, which save it is.
+FAULT is one of those below. WHEN is the step before which it strikes; for a fault of a save, which save it is; for one
+of the data, the step that first reads bad ones in a run that is never rolled back.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ from typing import Any
 
 import psutil
 import torch
+from torch.distributed.tensor import DTensor
 
 from checkpoints import writer
+from checkpoints.store import Checkpoint, find_good_checkpoint, load_tensors
+from kraken_train import train
+from kraken_train.data import Samples
+from kraken_train.loss_watch import Trouble
 from kraken_train.train import Trainer, main
 
+SLOW_STEPS = 10
+BAD_STEPS = 3
+SKIPPED_STEPS = 5
 SAVE_PHASES = {  # phase: (function, the rank that calls it, calls per save, whether it strikes before it)
     "before the tensors": ("write_tensors", 1, 1, True),
     "after the tensors": ("write_tensors", 1, 1, False),
@@ -97,7 +106,107 @@ def full_disk(trainer: Trainer) -> None:
     trainer.engine.step = slow_step  # type: ignore[method-assign]
 
 
-TRAINER_FAULTS = {"sees a NaN": poison, "cannot write": full_disk, "has a bit flipped": flip_bit, "tells": tell}
+def slow_down(trainer: Trainer) -> None:
+    """For SLOW_STEPS its forward pass takes longer."""
+    forward, until = trainer.engine.deepspeed.forward, trainer.step + SLOW_STEPS
+
+    def slow_forward(*arguments: Any, **keywords: Any) -> Any:
+        if trainer.step < until:
+            time.sleep(0.3)
+        return forward(*arguments, **keywords)
+
+    trainer.engine.deepspeed.forward = slow_forward
+
+
+def hang_in_data(trainer: Trainer) -> None:
+    def read_for_ever(numbers: object) -> None:
+        time.sleep(1000)
+
+    trainer.samples.batch = read_for_ever  # type: ignore[assignment, method-assign]
+
+
+def before_bad_data(when: int, action: Callable[[Trainer], None], bad_steps: int = BAD_STEPS) -> None:
+    """The fault strikes at the samples of `bad_steps` steps from `when` on, whichever steps read them."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        batch = self.config.global_batch_size
+        if when <= self.consumed_samples // batch + 1 < when + bad_steps:
+            action(self)
+        original(self)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def raise_loss(trainer: Trainer) -> None:
+    """For one step the logits are so large that the loss is, and the update is not what it would have been."""
+    trainer.engine.model.final_norm.weight.data.mul_(1000)
+
+
+def poison_once(trainer: Trainer) -> None:
+    handle = trainer.engine.model.final_norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    step = trainer.engine.step
+
+    def last_step(*arguments: Any, **keywords: Any) -> Any:
+        handle.remove()
+        trainer.engine.step = step  # type: ignore[method-assign]
+        return step(*arguments, **keywords)
+
+    trainer.engine.step = last_step  # type: ignore[method-assign]
+
+
+def skip_samples(first: int) -> None:
+    """No fault: the data of a run in which those of steps `first` to `first` + SKIPPED_STEPS - 1 do not exist."""
+    original = Samples.batch
+
+    def batch(self: Samples, numbers: range) -> Any:
+        return original(self, [k + 4 * SKIPPED_STEPS if k >= 4 * (first - 1) else k for k in numbers])
+
+    Samples.batch = batch  # type: ignore[method-assign, assignment]
+
+
+def check_rollbacks() -> None:
+    """Tells how much of what a run is after a rollback equals its newest checkpoint; of a single rank."""
+    original = Trainer.roll_back
+
+    def roll_back(self: Trainer, trouble: Trouble) -> None:
+        original(self, trouble)
+        checkpoint, _ = find_good_checkpoint(self.run.checkpoints)
+        saved, found = load_tensors(checkpoint), self.engine.state()
+        same = [torch.equal(tensor, local(found[name])) for name, tensor in saved.items()]
+        told = {"step": checkpoint.step, "equal": all(same), "tensors": len(same)}
+        print("told: " + json.dumps(told), flush=True)
+
+    Trainer.roll_back = roll_back  # type: ignore[method-assign]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def die_after_rollback(when: int) -> None:
+    """A spike, and the end before the run has saved again."""
+    before_bad_data(when, raise_loss)
+    original = train.go_back_to
+
+    def last_wish(checkpoint: Checkpoint) -> None:
+        original(checkpoint)
+        die()
+
+    train.go_back_to = last_wish
+
+
+TRAINER_FAULTS = {
+    "is slow": slow_down,
+    "hangs in its data": hang_in_data,
+    "sees a NaN": poison,
+    "cannot write": full_disk,
+    "has a bit flipped": flip_bit,
+    "tells": tell,
+}
+
+
+DATA_FAULTS = {"spikes": raise_loss, "sees NaNs": poison_once}
 
 
 def dying(function: Callable[..., Any], before: bool, fatal_call: int) -> Callable[..., Any]:
@@ -120,6 +229,16 @@ def arrange(fault: str, when: int) -> None:
     if fault in SAVE_PHASES:
         name, _, calls, before = SAVE_PHASES[fault]
         setattr(writer, name, dying(getattr(writer, name), before, when * calls))
+    elif fault in DATA_FAULTS:
+        before_bad_data(when, DATA_FAULTS[fault])
+        if os.environ["WORLD_SIZE"] == "1":
+            check_rollbacks()
+    elif fault == "only spikes":
+        before_bad_data(when, raise_loss, bad_steps=1000)
+    elif fault == "spikes and dies":
+        die_after_rollback(when)
+    elif fault == "skips samples":
+        skip_samples(when)
     elif fault in TRAINER_FAULTS:
         before_step(when, TRAINER_FAULTS[fault])
     else:
@@ -129,6 +248,6 @@ def arrange(fault: str, when: int) -> None:
 if __name__ == "__main__":
     fault, rank, when = sys.argv[1], sys.argv[2], int(sys.argv[3])
     del sys.argv[1:4]
-    if os.environ["RANK"] == rank:
+    if rank in (os.environ["RANK"], "all"):
         arrange(fault, when)
     main()

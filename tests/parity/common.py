@@ -13,6 +13,7 @@ from kraken_train.architectures import build_model, even_share
 from kraken_train.config import (
     CheckpointConfig,
     EngineConfig,
+    HealthConfig,
     OptimConfig,
     ParallelConfig,
     ScheduleConfig,
@@ -82,7 +83,8 @@ def settings(
         engine=EngineConfig(zero_stage, activation_checkpointing, compile_parts),
         checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),
         validation=ValidationConfig(every=0, samples=1),
-        tracking=TrackingConfig(mode="off", project="", entity=None, name=None, group=None, tags=()),
+        tracking=TrackingConfig("wandb", "off", "", None, None, None, tags=(), notes=None, finish_seconds=0),
+        health=HealthConfig(0, 0, "stop", "ignore", spike_factor=10, spike_window=64, spike_steps=3, max_rollbacks=3),
     )
 
 

@@ -1,0 +1,114 @@
+"""On which machines, and on which of their GPUs, ranks are started: a hostfile and the options that choose from it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from kraken_train.errors import ConfigError
+
+Slots = dict[str, list[str]]  # host -> the numbers of its GPUs, in the order of the ranks
+
+DEFAULT_HOSTFILE = Path("/job/hostfile")  # DeepSpeed's
+LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+
+
+def read_hostfile(path: Path) -> Slots:
+    """The hosts of a file with lines such as `node-1 slots=8`. Raises ConfigError."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(
+            f"--hostfile {path} cannot be read: {reason}; it needs a line such as `node-1 slots=8` for each host"
+        ) from error
+    hosts: Slots = {}
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise ConfigError(f"{path}:{number}: {line!r} must be a host and its GPUs, as in `node-1 slots=8`")
+        name, slots = match[1], int(match[2])
+        if name in hosts:
+            raise ConfigError(f"{path}:{number}: {name} is there twice; give each host one line with all of its slots")
+        if slots == 0:
+            raise ConfigError(f"{path}:{number}: {name} has slots=0; remove the line, or say how many ranks it runs")
+        hosts[name] = [str(slot) for slot in range(slots)]
+    if not hosts:
+        raise ConfigError(f"--hostfile {path} names no host; give it a line such as `node-1 slots=8` for each")
+    return hosts
+
+
+def choose(hosts: Slots, include: str, exclude: str, num_nodes: int | None, num_gpus: int | None) -> Slots:
+    """What DeepSpeed's options leave of them. Raises ConfigError where they ask for what is not there."""
+    if bool(include) + bool(exclude) + (num_nodes is not None or num_gpus is not None) > 1:
+        raise ConfigError("--include, --exclude and --num_nodes with --num_gpus are three ways to choose; use one")
+    if include:
+        return require_some(filtered(hosts, "--include", include, keep=True))
+    if exclude:
+        return require_some(filtered(hosts, "--exclude", exclude, keep=False))
+    for option, number in (("--num_nodes", num_nodes), ("--num_gpus", num_gpus)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} {number} must be at least 1")
+    if num_nodes is not None and num_nodes > len(hosts):
+        raise ConfigError(
+            f"--num_nodes {num_nodes} is more than the {len(hosts)} host{'s' if len(hosts) > 1 else ''} that there "
+            f"{'are' if len(hosts) > 1 else 'is'} ({', '.join(hosts)}); name all of them in --hostfile"
+        )
+    chosen = {name: hosts[name][:num_gpus] for name in list(hosts)[:num_nodes]}
+    for name, slots in chosen.items():
+        if num_gpus is not None and len(slots) < num_gpus:
+            raise ConfigError(f"--num_gpus {num_gpus} is more than {name} has (slots={len(slots)})")
+    return chosen
+
+
+def filtered(hosts: Slots, option: str, text: str, keep: bool) -> Slots:
+    """`node-1@node-2:0,2` is all of node-1 and two slots of node-2: these alone, or all others."""
+    named: Slots = {}
+    for part in text.split("@"):
+        name, separator, numbers = part.partition(":")
+        if name not in hosts:
+            raise ConfigError(f"{option} {text}: there is no host {name!r}, but {', '.join(hosts)}")
+        slots = [number.strip() for number in numbers.split(",")] if separator else hosts[name]
+        for slot in slots:
+            if slot not in hosts[name]:
+                raise ConfigError(f"{option} {text}: {name} has no slot {slot!r}, but {', '.join(hosts[name])}")
+        named.setdefault(name, []).extend(slots)
+    return {
+        name: left
+        for name, slots in hosts.items()
+        if (left := [slot for slot in slots if (slot in named.get(name, [])) == keep])
+    }
+
+
+def require_some(hosts: Slots) -> Slots:
+    if not hosts:
+        raise ConfigError("--exclude leaves no slot; exclude less")
+    return hosts
+
+
+def this_machine(wanted: int | None) -> Slots:
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves; without one, `wanted` ranks on the CPU (1 if None).
+
+    Raises ConfigError where more are wanted.
+    """
+    from kraken_train.runtime import gpu_is_usable  # noqa: PLC0415 (imports torch, which a hostfile makes needless)
+
+    if not gpu_is_usable():
+        return {"localhost": [str(slot) for slot in range(wanted or 1)]}
+    import torch  # noqa: PLC0415
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    if wanted is not None and wanted > len(gpus):
+        why = f"CUDA_VISIBLE_DEVICES={visible}" if visible else f"this machine has {len(gpus)}"
+        raise ConfigError(f"--num_gpus {wanted} is more than there are ({why}); use {len(gpus)} at most")
+    return {"localhost": gpus}
+
+
+def is_here(host: str) -> bool:
+    """Whether it is a name of this machine, so that no remote shell is needed."""
+    return host in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn())
