@@ -1,5 +1,6 @@
 # make demo    set up .venv and run the main job end to end on a CPU
 # make test    set up .venv and run the tests
+# make test-slurm    the tests that need a Slurm (of two nodes with ranks on their processors)
 # make lint    ruff and mypy
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR := runs/demo
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-slurm lint clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +25,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" --durations=10
+
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm --durations=0 tests/slurm
 
 lint: setup
 	$(BIN)/ruff check .

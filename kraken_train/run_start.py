@@ -52,9 +52,10 @@ def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
         try:
             for name in (LOGS, ERRORS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            log = held.enter_context(log_path.open("a", buffering=1))
+            log = log_path.open("a", buffering=1)
         except OSError as error:
             raise CheckpointError(f"{log_path} cannot be written: {error.strerror}") from error
+        held.callback(close_log, log)
         held.enter_context(redirect_stdout(Tee(sys.stdout, log)))
         held.enter_context(redirect_stderr(Tee(sys.stderr, log)))
         faulthandler.enable(log)  # a crash in C leaves the Python stacks there
@@ -66,6 +67,11 @@ def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
         except Exception as error:
             record_error(folder, describe_error(error, runtime))
             raise
+
+
+def close_log(log: TextIO) -> None:
+    with suppress(OSError):  # what a full disk has not taken is tried again here, and must not hide the run's own error
+        log.close()
 
 
 class Tee(io.TextIOBase):

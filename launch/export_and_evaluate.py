@@ -1,0 +1,74 @@
+"""An export of a run, and what it is worth: python -m launch.export_and_evaluate run_dir=RUN data_dir=DATA
+
+`export_dir=FOLDER` places the export elsewhere than in RUN/export; all other arguments are those of
+`kraken_train.evaluate`. An export that is there already, of the run's newest checkpoint, is evaluated as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints.export import ExportConfig, export
+from checkpoints.export_folder import read_export
+from checkpoints.store import find_good_checkpoint
+from kraken_train.cli import compose_command, user_errors
+from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.evaluate import PATH_KEYS, EvaluateConfig
+from kraken_train.evaluate import main as evaluate
+
+EXPORT_FOLDER = "export"
+
+
+@dataclass(frozen=True)
+class ExportAndEvaluate:
+    export: ExportConfig
+    evaluate: EvaluateConfig
+
+
+def main() -> None:
+    with user_errors(Path.cwd()):
+        stage = parse(sys.argv[1:])
+        if not is_done(stage.export):
+            export(stage.export)
+        evaluate(stage.evaluate)
+
+
+def parse(arguments: Sequence[str]) -> ExportAndEvaluate:
+    """The configurations of both commands. Raises ConfigError."""
+    run_dir, export_dir = value_of("run_dir", arguments), value_of("export_dir", arguments)
+    if run_dir is None:
+        raise ConfigError("run_dir is not set; give run_dir=FOLDER, the folder of a training run")
+    export_dir = export_dir or str(Path(run_dir).expanduser() / EXPORT_FOLDER)
+    others = [argument for argument in arguments if argument.partition("=")[0] not in ("run_dir", "export_dir")]
+    paths = [f"run_dir={run_dir}", f"output_dir={export_dir}"]
+    return ExportAndEvaluate(
+        compose_command(paths, ExportConfig, "export", ("run_dir", "output_dir")),
+        compose_command([f"export_dir={export_dir}", *others], EvaluateConfig, "evaluate", PATH_KEYS),
+    )
+
+
+def value_of(key: str, arguments: Sequence[str]) -> str | None:
+    """What `key=VALUE` among the arguments says, the last one if there are several."""
+    return next((a.partition("=")[2] for a in reversed(arguments) if a.partition("=")[0].lstrip("+") == key), None)
+
+
+def is_done(config: ExportConfig) -> bool:
+    """Whether the export is there. Raises CheckpointError if it is one of another checkpoint."""
+    folder = Path(config.output_dir)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    newest = find_good_checkpoint(Path(config.run_dir) / "checkpoints")[0].step
+    exported = read_export(folder).training.get("step")
+    if exported != newest:
+        raise CheckpointError(
+            f"{folder} holds an export of step {exported}, and the newest checkpoint of {config.run_dir} is of step "
+            f"{newest}; name another export_dir, or remove that one"
+        )
+    return True
+
+
+if __name__ == "__main__":
+    main()

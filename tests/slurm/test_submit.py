@@ -1,0 +1,160 @@
+"""What would be submitted, and what is refused, on a cluster that only exists as three small scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY, run_here, user_error
+from integration.training import overrides
+
+from launch import scheduler
+from launch.snapshot import write_snapshot
+from launch.stages import expand_sweeps
+
+SINFO = """echo 'gpu*|2-00:00:00|4|gpu:a100:8(S:0-1)'
+echo 'gpu*|2-00:00:00|2|gpu:4,nvme:1'
+echo 'cpu|infinite|3|(null)'"""
+SCONTROL = """echo 'PartitionName=gpu AllowAccounts=ALL AllowQos=ALL MaxNodes=5 State=UP'
+echo 'PartitionName=cpu AllowAccounts=lab,class AllowQos=ALL MaxNodes=UNLIMITED State=UP'"""
+SBATCH = """if [ "$1" = --test-only ]; then
+    if grep -q 'qos=nope'; then echo 'Invalid qos' >&2; exit 1; fi
+    exit 0
+fi
+echo "$@" >>"$CALLS"
+echo $((100 + $(wc -l <"$CALLS")))"""
+SQUEUE = "echo RUNNING"
+
+
+@pytest.fixture
+def cluster_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file to which each submission adds the arguments of sbatch."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"sinfo": SINFO, "scontrol": SCONTROL, "sbatch": SBATCH, "squeue": SQUEUE}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    return tmp_path / "calls"
+
+
+def option_lines(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+@pytest.mark.usefixtures("cluster_commands")
+def test_dry_run(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = run_here(
+        "launch.submit", "nodes=2", "time=1-00:00:00", "account=lab", "dry_run=true", 'setup=["module load cuda"]',
+        'sbatch_options=["--exclusive","--gres=gpu:2"]', "gpus_per_node=2", "container=/images/k.sqsh",
+        "--", *overrides(data, run, "global_batch_size=8", "parallel.sub_layer_parallel_size=4"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert option_lines(result.stdout) == [
+        "--job-name=kraken-train", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=1-00:00:00",
+        "--signal=B:USR1@300", "--requeue", "--open-mode=append", f"--output={run}/submissions/0001/train-%j.out",
+        "--account=lab", "--exclusive", "--gres=gpu:2",
+    ]  # fmt: skip
+    script = result.stdout[result.stdout.index("#!/bin/bash") : result.stdout.index("# arguments:")]
+    assert "    module load cuda\n" in script and "srun_options=(--container-image=/images/k.sqsh)" in script
+    assert f"python=(python3 {run}/submissions/0001/code)" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    # 2 layers, forward and backward; 2 x 32 x 16 numbers of 4 bytes; 4 micro-batches
+    said = " ".join(result.stdout.split())
+    assert "does not divide ranks_per_node=2" in said and "4 all-reduces of 0.0041 MB" in said
+    assert not run.exists()
+
+
+@pytest.mark.usefixtures("cluster_commands")
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        (["nodes=7"], [], "nodes=7 is more than partition gpu has; use at most 5"),
+        (["nodes=5"], [], "nodes=5 is more than the 4 nodes of partition gpu that have gpus_per_node=8"),
+        (["gpus_per_node=16"], [], "gpus_per_node=16 is more than a node of partition gpu has; use at most 8"),
+        (["time=3-00:00:00"], [], "time=3-00:00:00 is longer than partition gpu allows; use at most 2-00:00:00"),
+        (["time=1:2:3:4"], [], "time=1:2:3:4 is not a time of Slurm"),
+        (["time=5"], [], "signal_seconds=300 is not shorter than time=5"),
+        (["partition=gpus"], [], "partition=gpus is not known here; use gpu or cpu (did you mean gpu?)"),
+        (["partition=cpu", "account=me"], [], "account=me cannot use partition cpu; use lab or class"),
+        (["qos=nope"], ["global_batch_size=16"], "sbatch has refused: Invalid qos"),
+        (["nodez=7"], [], "nodez is not a setting (did you mean nodes?)"),
+        ([], ["max_stps=3"], "max_stps is not a setting (did you mean max_steps?)"),
+        ([], ["global_batch_size=4"], "global_batch_size=4 is not a multiple of micro_batch_size=2 times 8"),
+        (["ranks_per_node=6"], ["parallel.sub_layer_parallel_size=4"], "does not divide the 6 ranks of this run"),
+        (["ranks_per_node=3"], ["parallel.sub_layer_parallel_size=3", "global_batch_size=6"], "num_sub_layers=4"),
+        (["ranks_per_node=1"], ["data_dir=/nowhere"], "/nowhere does not exist"),
+        (["ranks_per_node=1"], ["--multirun"], "--multirun is neither a stage (prepare, train, evaluate) nor"),
+    ],
+)
+def test_refusals(data: Path, tmp_path: Path, options: list[str], settings: list[str], message: str) -> None:
+    run = tmp_path / "run"
+    assert message in user_error(run_here("launch.submit", *options, "--", *overrides(data, run, *settings)))
+    assert not run.exists()
+
+
+def test_a_chain(tmp_path: Path, cluster_commands: Path) -> None:
+    """Data that the first stage will write need not be there; each stage waits for the one before, and knows it."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    training = [argument for argument in overrides(data, run) if not argument.startswith("data_dir=")]
+    chain = ["--", "prepare", "source=embedded", f"output_dir={data}", "--", "train", *training, "--", "evaluate"]
+    result = run_here("launch.submit", "ranks_per_node=1", "snapshot=false", *chain)
+    assert result.returncode == 0, result.stderr
+    folder = run / "submissions" / "0001"
+    assert cluster_commands.read_text().splitlines() == [
+        f"--parsable {folder}/prepare.sbatch source=embedded output_dir={data}",
+        f"--parsable --dependency=afterok:101 --kill-on-invalid-dep=yes {folder}/train.sbatch "
+        f"{' '.join(training)} data_dir={data}",
+        f"--parsable --dependency=afterok:102 --kill-on-invalid-dep=yes {folder}/evaluate.sbatch run_dir={run} "
+        f"data_dir={data}",
+    ]
+    assert "job 102 (1 run)" in result.stdout and '"job": "102"' in (run / "events.jsonl").read_text()
+    again = run_here("launch.submit", "ranks_per_node=1", "snapshot=false", *chain)
+    assert "has job 102, which still waits or runs" in user_error(again)
+
+
+def test_sweeps() -> None:
+    assert expand_sweeps(["a=1", "run_dir=r,1"]) == [("a=1", "run_dir=r,1")]
+    runs = expand_sweeps(["run_dir=runs", "optim.lr=1e-3,2e-3", "model=choice(x/y,z)", "seed=range(0,2)"])
+    assert len(runs) == 8
+    assert runs[0] == ("optim.lr=0.001", "model=x/y", "seed=0", "run_dir=runs/optim.lr=0.001,model=x_y,seed=0")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:02:03", 3723), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:5", 86405)],
+)
+def test_times(time: str, seconds: int) -> None:
+    assert scheduler.seconds(time) == seconds
+
+
+def test_gpus() -> None:
+    gres = {"(null)": 0, "gpu:4": 4, "gpu:a100:8(S:0-1)": 8, "nvme:1,gpu:h100:2(S:0),gpu:a100:2(S:1)": 4}
+    assert {text: scheduler.gpus_of(text) for text in gres} == gres
+
+
+def test_a_copy_of_the_code_comes_first(tmp_path: Path) -> None:
+    """Before the folder that the command runs in, and before what is installed."""
+    write_snapshot(tmp_path / "code")
+    (tmp_path / "code" / "kraken_train" / "probe.py").write_text(
+        "import sys, launch, kraken_train.cli as cli\nprint(launch.__file__, cli.CONF_DIR, __name__, sys.argv[1:])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "code"), "kraken_train.probe", "a=1"],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    code = tmp_path / "code"
+    assert result.stdout.split(" ", 3) == [f"{code}/launch/__init__.py", f"{code}/conf", "__main__", "['a=1']\n"]
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "evaluate"])
+def test_shipped_scripts(name: str) -> None:
+    """Valid by themselves, with the lines that restarts rely on."""
+    path = REPOSITORY / "launch" / "slurm" / f"{name}.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert {"--requeue", "--open-mode=append"} <= set(option_lines(path.read_text()))
