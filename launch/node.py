@@ -106,6 +106,7 @@ class Rank:
     asked: bool = False  # to save and end
     ended: bool = False
     exit_code: int | None = None  # negative: the signal that killed it; None where it was not seen
+    end: int | None = None  # a file descriptor that can be read once it has ended
 
     def __str__(self) -> str:
         return f"rank {self.number} (process {self.process.pid} on {socket.gethostname()})"
@@ -114,6 +115,14 @@ class Rank:
         if not self.ended and has_ended(self.process):
             self.exit_code = exit_code_of_dead(self.process.pid)
             self.ended = True
+
+
+def end_of(process: psutil.Process) -> int | None:
+    """A descriptor of the process; None if it is gone, or the kernel has none (before Linux 5.3)."""
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        return None
 
 
 class Node:
@@ -156,10 +165,13 @@ class Node:
             self.asked, self.deadline = why, time.monotonic() + LAUNCHER_SECONDS
 
     def listen(self) -> None:
+        # A rank's end wakes at once: a moment later its launcher ends the others, and who was first is not to be seen.
+        inputs = [sys.stdin.fileno()] if self.connected else []
+        ends = [rank.end for rank in self.ranks.values() if not rank.ended and rank.end is not None]
+        ready = select.select([*inputs, *ends], [], [], LOOK_SECONDS)[0]
         if not self.connected:
-            time.sleep(LOOK_SECONDS)
             return
-        if select.select([sys.stdin], [], [], LOOK_SECONDS)[0]:
+        if inputs[0] in ready:
             heard = os.read(sys.stdin.fileno(), 4096)
             self.heard, self.connected = time.monotonic(), bool(heard)
             if STOP in heard or not heard:
@@ -175,7 +187,7 @@ class Node:
         if len(self.ranks) < len(self.plan.slots) and self.launcher.poll() is None:
             for process in children_of(self.launcher.pid):
                 if process.pid not in self.ranks and (number := rank_of(process)) is not None:
-                    self.ranks[process.pid] = Rank(number, process)
+                    self.ranks[process.pid] = Rank(number, process, end=end_of(process))
         for rank in self.ranks.values():
             if not rank.ended:
                 rank.look()
@@ -201,21 +213,24 @@ class Node:
 
     def tell_silent_death(self, launcher_code: int) -> None:
         """Say, and keep in the run's folder, which rank was killed if one was: it could not do so itself."""
-        first = self.order[0] if self.order else None
         if launcher_code < 0:
             say(f"error: DeepSpeed's launcher on {socket.gethostname()} {describe_end(launcher_code)}")
-        if first is None or launcher_code < 0:
             return
-        # DeepSpeed's launcher ends with 256 less the signal.
+        # DeepSpeed's launcher ends with the code of the rank that failed first, or 256 less its signal.
         known = launcher_code - 256 if launcher_code > 192 else launcher_code
-        code = known if first.exit_code is None else first.exit_code
-        if code in SPOKEN_EXIT_CODES:
+        if known in SPOKEN_EXIT_CODES:
             return
-        say(f"error: {first}: {describe_end(code)}")
+        if len(self.ranks) < len(self.plan.slots):
+            say(f"error: a rank on {socket.gethostname()}: {describe_end(known)} right after its start")
+            return
+        first = next((rank for rank in self.order if rank.exit_code in (None, known)), None)
+        if first is None:
+            return
+        say(f"error: {first}: {describe_end(known)}")
         start = self.plan.newest_start()
         if start is not None and not error_file(start, first.number).exists():
             pid, host = first.process.pid, socket.gethostname()
-            record_error(start, RankError(now(), first.number, host, pid, describe_end(code), None, False, True))
+            record_error(start, RankError(now(), first.number, host, pid, describe_end(known), None, False, True))
 
     def clear(self) -> None:
         """Wait for what is left, ask it to end, kill it. Ranks that have lost their launcher are saving by now."""

@@ -167,6 +167,7 @@ found = [os.getpid(), sys.argv[1:], {{name: os.environ[name] for name in names}}
 while rank == "1" and {dies} and not (folder / "0").exists():
     time.sleep(0.1)
 if rank == "1" and {dies}:
+    time.sleep(1)  # no rank dies before it could be seen
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(600)
 """
