@@ -203,8 +203,8 @@ class TrainConfig:
     seed: int
     precision: str  # bf16 (with fp32 master weights and accumulation) | fp32
     resume: str  # auto: continue if the run folder has a checkpoint; never; must
-    max_nonfinite_steps: int  # this many skipped steps in a row stop the run
-    log_every: int  # optimizer steps
+    max_nonfinite_steps: int  # this many skipped steps in a row stop the run, when their results are read
+    log_every: int  # optimizer steps after which results are read from the device, as they are at validations and saves
     peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
     watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: never
     optim: OptimConfig

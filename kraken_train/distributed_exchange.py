@@ -6,7 +6,8 @@ forward of `finish` waits for it; the backward of `finish` begins the all-reduce
 the reverse order, so both ways the sum is under way while the attention computes.
 
 A Kraken of L layers takes 2 L all-reduces per micro-batch: forward L - 1 sums and the conjunction, backward L - 1 sums
-and the embedding's gradient. A vocabulary that is cut adds those of the embedding, the head and the loss.
+and the embedding's gradient. A vocabulary that is cut adds the sums of the embedding and of the head's gradient, and
+gathers two numbers per token and rank for the loss.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class DistributedExchange:
     def gather(self, part: Tensor) -> Tensor:
         part = part.detach().contiguous()
         parts = part.new_empty(self.group.size() * part.shape[0], *part.shape[1:])
-        dist.all_gather_into_tensor(parts, part, group=self.group)
+        with self.phases.phase(EXCHANGE):
+            dist.all_gather_into_tensor(parts, part, group=self.group)
         return parts.unflatten(0, (self.group.size(), -1)).movedim(0, -2).flatten(-2)
 
     def begin(self, buffer: Tensor, op: Any = dist.ReduceOp.SUM) -> Any:

@@ -6,7 +6,8 @@ This is the only file that imports deepspeed. Which of its modes are used, and w
 - bf16 weights with fp32 masters and fp32 accumulation of gradients.
 - `overlap_comm: false`: races with it are open (deepspeedai/DeepSpeed#5545, #8061).
 - A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute.
-- Sub-layer parameters are marked `model_parallel`, without which it counts their norm too low.
+- It neither computes the gradients' norm, nor clips, nor decides which steps to skip: it would read from the device
+  several times a step. `Engine.update` does, on the device.
 - Its checkpoints are not used; `checkpoints.writer` writes the state that `Engine.state` returns.
 """
 
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 from kraken_train.config import TrainConfig
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model import LanguageModel
-from kraken_train.optim import parameter_groups
-from kraken_train.phases import BACKWARD, FORWARD, OPTIMIZER, Phases
+from kraken_train.optim import parameter_groups, reduce_bucket_elements
+from kraken_train.phases import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Phases
 from kraken_train.placement import Partition, partitions
 from kraken_train.replicas import require_equal_replicas
 from kraken_train.runtime import Rendezvous, Runtime, connect_ranks, launcher_holds_store
@@ -40,6 +41,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -55,6 +57,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepResult:
+    """Of an optimizer step, the same on all ranks."""
+
     loss: float  # nats per token, mean over the global batch
     grad_norm: float  # before clipping, over the whole model
     applied: bool  # False: something was not finite, and no weight has changed on any rank
@@ -94,8 +98,6 @@ class Engine:
         self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
         self.partitions = partitions(model)
         self.kept = self.share_out()
-        for name, parameter in model.named_parameters():
-            parameter.model_parallel = self.partitions[name] is not None  # type: ignore[attr-defined]
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
@@ -106,18 +108,25 @@ class Engine:
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.eps,
-            fused=runtime.device.type == "cuda",
+            fused=True,
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
             self.deepspeed, *_ = deepspeed.initialize(
                 model=LossModule(model),
                 optimizer=optimizer,
-                config=deepspeed_settings(config, mesh.data_size),
+                config=deepspeed_settings(config, mesh.data_size, reduce_bucket_elements(model)),
                 mpu=mesh,
                 dist_init_required=False,
             )
+        if isinstance(self.deepspeed.optimizer, BF16_Optimizer):
+            self.deepspeed.optimizer.step = lambda: apply_gradients(self.deepspeed.optimizer)
+            self.deepspeed.allreduce_gradients = self.average_gradients
+        self.max_grad_norm = config.optim.max_grad_norm
         self.micro_losses: list[Tensor] = []
+        self.reports: list[Tensor] = []  # (sum over ranks of losses, of squares of gradients, of requests to stop)
         self.phases = phases or Phases(runtime.device)
+        # Part of `backward`. At stage 2 it is what is left after the sums during the backward pass.
+        self.deepspeed.allreduce_gradients = self.phases.phase(REDUCTION)(self.deepspeed.allreduce_gradients)
         self.create_optimizer_state()
 
     @property
@@ -136,43 +145,72 @@ class Engine:
             self.deepspeed.backward(loss)
         self.micro_losses.append(loss.detach())
 
-    def step(self, lr: float, stop: bool = False) -> StepResult:
+    def step(self, lr: float, stop: bool = False) -> None:
         """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere.
 
-        `stop` says that this rank has been asked to stop; the result tells all ranks whether any has.
+        `stop` says that this rank has been asked to stop. Nothing waits for the device; `results` says what came of it.
         """
         with self.phases.phase(OPTIMIZER):
-            return self.update(lr, stop)
+            self.update(lr, stop)
 
-    def update(self, lr: float, stop: bool) -> StepResult:
-        losses = torch.stack(self.micro_losses)
+    def results(self) -> list[StepResult]:
+        """Of the steps since the last call, in their order. Waits for the device."""
+        if not self.reports:
+            return []
+        reports, self.reports = torch.stack(self.reports).tolist(), []
+        results = []
+        for loss_sum, squares, stopping in reports:
+            applied = math.isfinite(loss_sum) and math.isfinite(squares)
+            loss, norm = (loss_sum / self.runtime.world_size, math.sqrt(squares)) if applied else (math.nan, math.nan)
+            results.append(StepResult(loss, norm, applied, stopping > 0))
+        return results
+
+    @torch.no_grad()
+    def update(self, lr: float, stop: bool) -> None:
+        loss = torch.stack(self.micro_losses).double().mean()
         self.micro_losses = []
-        gradients = [gradient for group in self.reduced_gradients() for gradient in group]
-        finite = bool(torch.stack([torch.isfinite(tensor).all() for tensor in (losses, *gradients)]).all())
-        # One sum tells all ranks the mean loss and whether any of them has seen something that is not finite, so
-        # that they skip together: DeepSpeed's own decision can differ between ranks, which then wait for ever.
-        mean_loss = float(losses.double().mean()) if finite else 0.0
-        loss_sum, unsound, stopping = self.runtime.sum([mean_loss, float(not finite), float(stop)])
-        if unsound:
-            for gradient in gradients:
-                gradient.fill_(math.nan)  # now each rank's optimizer skips by itself and clears its own buffers
-        else:
-            self.equalize_shared_gradients()
-        for group in self.deepspeed.optimizer.param_groups:
+        # One sum tells all ranks the mean loss, the gradients' norm, whether something is not finite anywhere, so that
+        # they skip together, and whether one has been asked to stop.
+        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop)])
+        if self.runtime.world_size > 1:
+            dist.all_reduce(report, group=self.runtime.group)
+        self.reports.append(report)
+        self.equalize_shared_gradients()  # not before what is not finite on one rank has counted
+        loss_sum, squares, _ = report
+        adamw = self.deepspeed.optimizer.optimizer
+        # How PyTorch's gradient scaler tells a fused AdamW, on the device, to leave everything as it is, and what to
+        # divide gradients by: here what makes their norm `max_grad_norm`.
+        adamw.found_inf = (~torch.isfinite(loss_sum + squares)).float()
+        if self.max_grad_norm > 0:
+            adamw.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
+        for group in adamw.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
-        if unsound:
-            return StepResult(math.nan, math.nan, applied=False, stop=stopping > 0)
-        norm = float(self.deepspeed.get_global_grad_norm())
-        return StepResult(loss_sum / self.runtime.world_size, norm, applied=True, stop=stopping > 0)
+
+    def average_gradients(self) -> None:
+        """Of a `BF16_Optimizer`, over the copies. DeepSpeed's own copies to a buffer and back, even for one copy."""
+        copies = self.mesh.data_size
+        if copies > 1 and self.deepspeed.is_gradient_accumulation_boundary():
+            for gradients in self.deepspeed.optimizer.fp32_groups_gradients_flat:
+                dist.all_reduce(gradients.div_(copies), group=self.mesh.get_data_parallel_group())
+
+    def gradient_squares(self) -> Tensor:
+        """Their sum here, in float64; the sum over all ranks is that over the whole model. Not finite if any is not."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, gradients in enumerate(self.reduced_gradients()):
+            if gradients:
+                # What the ranks of a copy share counts on the first of them; 0 times what is not finite is NaN.
+                counts = 0.0 if index in self.shared_groups and self.mesh.model_rank.rank > 0 else 1.0
+                squares += torch.nn.utils.get_total_norm(gradients).double().square() * counts
+        return squares
 
     def reduced_gradients(self) -> list[list[Tensor]]:
-        """This rank's part of the gradients by optimizer group, after reduction and before clipping."""
+        """What this rank's optimizer updates with, by its groups, after reduction and before clipping."""
         optimizer = self.deepspeed.optimizer
-        if hasattr(optimizer, "averaged_gradients"):  # DeepSpeedZeroOptimizer: fp32 at any stage, bf16 at stage 2
-            groups = [optimizer.averaged_gradients.get(index) for index in range(len(optimizer.param_groups))]
-            return [[gradient for gradient in group or () if gradient is not None] for group in groups]
-        return [[flat] for flat in optimizer.fp32_groups_gradients_flat]  # BF16_Optimizer: bf16 at stage 1
+        if isinstance(optimizer, BF16_Optimizer):
+            return [[partition] for partition in optimizer.fp32_groups_gradient_flat_partition]
+        groups = [optimizer.averaged_gradients.get(index) for index in range(len(optimizer.param_groups))]
+        return [[gradient for gradient in group or () if gradient is not None] for group in groups]
 
     def equalize_shared_gradients(self) -> None:
         """Give the ranks of a copy the same gradients of shared parameters, bit for bit.
@@ -289,6 +327,15 @@ def cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
+def apply_gradients(optimizer: BF16_Optimizer) -> None:
+    """What is left of `BF16_Optimizer.step` without its norm, clipping and decision, which read from the device."""
+    partitions = zip(optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True)
+    for weights, gradients in partitions:
+        weights.grad = gradients
+    optimizer.optimizer.step()
+    optimizer.update_lp_params()
+
+
 class LossModule(nn.Module):
     """DeepSpeed hooks into `forward`; training's forward is the loss."""
 
@@ -300,15 +347,26 @@ class LossModule(nn.Module):
         return self.model.loss(input_ids, targets)
 
 
-def deepspeed_settings(config: TrainConfig, data_parallel_size: int) -> dict[str, Any]:
+def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elements: int) -> dict[str, Any]:
+    bf16, stage = config.precision == "bf16", config.engine.zero_stage
+    accumulation_steps = config.gradient_accumulation_steps(data_parallel_size)
     return {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps(data_parallel_size),
-        "gradient_clipping": config.optim.max_grad_norm,
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "gradient_accumulation_steps": accumulation_steps,
+        # The norm, clipping and what is not finite are the business of `Engine.update`.
+        "gradient_clipping": 0.0,
+        # Where micro-batches accumulate, gradients go to their fp32 sums as they come; bf16 ones would else be kept,
+        # cleared and added to as well.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False, "immediate_grad_update": accumulation_steps > 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # by default bf16 gradients are summed over the ranks in bf16
-        "zero_optimization": {"stage": config.engine.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket_elements,
+            "compute_grad_norm": bf16 and stage == 1,  # where it cannot be switched off; see `apply_gradients`
+        },
+        "timers": {"throughput": {"enabled": False}},  # by default it waits for the device twice per micro-batch
         "steps_per_print": None,
     }

@@ -40,11 +40,23 @@ FP32_PEAK_TFLOPS = {
 def training_flops_per_token(model: ModelConfig) -> float:
     """Floating-point operations to train on one token: forward and backward, matrices and causal attention.
 
-    6 per matrix parameter (PaLM, appendix B), and 6 T w per layer for the scores and their weighted sum, w being
-    the width of all heads: 12 T w without a mask, of which the causal mask leaves half.
+    What activation checkpointing computes again is not counted: it is no progress.
     """
-    attention = 6 * model.num_layers * model.context_length * model.attention_width
-    return 6.0 * model.matrix_parameters + attention
+    return matrix_flops_per_token(model) + attention_flops_per_token(model)
+
+
+def matrix_flops_per_token(model: ModelConfig) -> float:
+    """6 per matrix parameter: a multiplication and an addition, forward and twice backward (PaLM, appendix B)."""
+    return 6.0 * model.matrix_parameters
+
+
+def attention_flops_per_token(model: ModelConfig) -> float:
+    """6 T w per layer for the scores and their weighted sum, w being the width of all heads.
+
+    12 T w without a mask (PaLM, appendix B), of which the causal mask leaves half. Kraken's heads together are wider
+    than those of the standard Transformer that it matches, so this is counted apart where the two are compared.
+    """
+    return 6.0 * model.num_layers * model.context_length * model.attention_width
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:

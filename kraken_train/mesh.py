@@ -21,6 +21,8 @@ class ParallelMesh:
 
     def __init__(self, device_type: str, data_parallel_size: int, sub_layer_parallel_size: int) -> None:
         self.mesh = make_mesh(device_type, data_parallel_size, sub_layer_parallel_size)
+        # DeepSpeed asks several times a step, and the mesh would make a smaller one to answer.
+        self.sizes = {DATA: data_parallel_size, KRAKEN: sub_layer_parallel_size}
         # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is.
         self.cpu_mesh = (
             self.mesh if device_type == "cpu" else make_mesh("cpu", data_parallel_size, sub_layer_parallel_size)
@@ -51,7 +53,7 @@ class ParallelMesh:
         return self.mesh.get_local_rank(KRAKEN)
 
     def get_model_parallel_world_size(self) -> int:
-        return self.mesh[KRAKEN].size()
+        return self.sizes[KRAKEN]
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self.mesh.get_group(KRAKEN)
@@ -60,7 +62,7 @@ class ParallelMesh:
         return self.mesh.get_local_rank(DATA)
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh[DATA].size()
+        return self.sizes[DATA]
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.mesh.get_group(DATA)

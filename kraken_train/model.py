@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kraken_train.cross_entropy import IGNORED
 from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.initialization import initialize
 from kraken_train.layers import KeyValueStore, StackedAttention, StackedFFN, StackedLinear
 from kraken_train.model_config import KrakenConfig, ModelConfig
 from kraken_train.placement import Placement, place_all
-from kraken_train.vocabulary import IGNORED, Vocabulary
+from kraken_train.vocabulary import Vocabulary
 
 
 class LanguageModel(nn.Module):
@@ -83,7 +84,7 @@ class LanguageModel(nn.Module):
         return self.final_norm(self.hidden(embedding, caches if caches is not None else [None] * self.num_layers))
 
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropies in nats of `targets` (B, T) after `input_ids` (B, T), of at least float32.
+        """Cross-entropies in nats of `targets` (B, T) after `input_ids` (B, T), of at least float32, without gradients.
 
         Targets of -100 do not count and have 0.
         """
@@ -91,7 +92,7 @@ class LanguageModel(nn.Module):
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """The mean of `token_losses` over the targets that count, a scalar."""
-        return self.token_losses(input_ids, targets).sum() / (targets != IGNORED).sum()
+        return self.token_embedding.loss(self.last_hidden(input_ids), targets) / (targets != IGNORED).sum()
 
     def run_part(self, part: nn.Module, *inputs: Any) -> Tensor:
         """A part of a layer; with `recompute` its activations are not kept but computed again in the backward pass."""
@@ -100,7 +101,8 @@ class LanguageModel(nn.Module):
         return part(*inputs)
 
     def compile_parts(self) -> None:
-        """Compile the parts of the layers; all layers share one compilation of each."""
+        """Compile the parts of the layers, once for all of them, and what the loss does to the logits."""
+        self.token_embedding.cross_entropy.compile()
         for layer in self.layers:
             for part in layer.children():
                 part.compile()

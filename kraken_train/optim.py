@@ -15,6 +15,7 @@ from kraken_train.vocabulary import Vocabulary
 
 DECAYED_MODULES = (nn.Linear, nn.Embedding, QKVLinear, StackedLinear, Vocabulary)
 UNDECAYED_MODULES = (nn.LayerNorm, StackedLayerNorm)
+LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -36,6 +37,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": parameters, "weight_decay": decay, "shared": shared}
         for (decay, shared), parameters in groups.items()
     ]
+
+
+def reduce_bucket_elements(model: nn.Module) -> int:
+    """Gradients that are summed over the data-parallel ranks at once.
+
+    DeepSpeed sets a buffer of so many aside in every backward pass, by its default 1 or 2 GB for the smallest model.
+    """
+    return min(LARGEST_BUCKET, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, max_steps: int) -> float:

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from data_prep.indexed import Shard
 from data_prep.manifest import Manifest
+from kraken_train.cross_entropy import IGNORED
 from kraken_train.data import TokenStream, open_split
 from kraken_train.errors import DataError
 from kraken_train.model import LanguageModel
 from kraken_train.runtime import Runtime
-from kraken_train.vocabulary import IGNORED
 
 MODES = ("stream", "documents")
 

@@ -35,6 +35,12 @@ class Placement:
         """The same range where each unit consists of `size` smaller ones, as a head of its columns."""
         return Placement(self.total * size, self.first * size, self.count * size)
 
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(index among the units here, or 0; whether it is here) of global ids, of any shape each."""
+        local = ids - self.first
+        here = (local >= 0) & (local < self.count)
+        return local * here, here
+
 
 @dataclass(frozen=True)
 class Partition:

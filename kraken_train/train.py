@@ -186,6 +186,9 @@ class Trainer:
         self.step = 0  # optimizer steps done, skipped ones included
         self.updates = 0  # of these, those that changed the weights
         self.consumed_samples = 0  # the position in the data
+        # Of the steps whose results have not been read: learning rates, when they began, seconds waited for data.
+        self.unread: list[float] = []
+        self.started, self.waited = 0.0, 0.0
         self.save_due = False  # as soon as the loss gives no reason to doubt the weights
         self.loss_watch = LossWatch(config.health, config.max_nonfinite_steps)
         self.stragglers = Stragglers(config.health.straggler_factor)
@@ -219,61 +222,81 @@ class Trainer:
     def train_step(self) -> None:
         if self.config.parallel.verify_every and self.step % self.config.parallel.verify_every == 0:
             self.engine.verify_replicas()
-        last = self.step + 1 == self.config.max_steps
-        logged = last or (self.step + 1) % self.config.log_every == 0
-        self.phases.active = logged
-        started, waited = time.perf_counter(), 0.0
+        if not self.unread:
+            self.started, self.waited = time.perf_counter(), 0.0
+        self.phases.active = self.is_logged(self.step + 1)
         lr = learning_rate(self.config.schedule, self.config.optim.lr, self.step, self.config.max_steps)
         for _ in range(self.engine.accumulation_steps):
             asked = time.perf_counter()
             with self.phases.phase(DATA):
                 batch = next(self.batches)
-            waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - asked
             self.engine.accumulate(*batch)
         # A save that has failed in the background is told where the next one begins: at once.
-        result = self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
-        seconds = time.perf_counter() - started
+        self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
         self.phases.active = False
-        tokens = self.config.global_batch_size * self.model_config.context_length
-
+        self.unread.append(lr)
         self.step += 1
         self.watchdog.step = self.step
-        self.updates += result.applied
-        self.consumed_samples += self.config.global_batch_size
-        record: Record = {
-            "step": self.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "tokens": self.consumed_samples * self.model_config.context_length,
-            "tokens_per_second": tokens / seconds,
-            "data_wait": waited / seconds,
-        }
-        if self.peak_flops:
-            device_peak = self.peak_flops * self.runtime.world_size
-            record["mfu"] = self.flops_per_token * tokens / seconds / device_peak
-        if logged:
-            record |= self.compare_ranks(self.phases.take())
+        if self.is_logged(self.step) or self.is_validated(self.step) or self.step % self.config.checkpoint.every == 0:
+            self.read_results()
+
+    def is_logged(self, step: int) -> bool:
+        return step == self.config.max_steps or step % self.config.log_every == 0
+
+    def is_validated(self, step: int) -> bool:
         every = self.config.validation.every
-        if self.data.has_validation and every and (last or self.step % every == 0):
-            record["validation_loss"] = loss = self.validate()
-            record["validation_perplexity"] = perplexity(loss)
-        if self.metrics is not None and (logged or "validation_loss" in record or not result.applied):
-            record["memory"] = self.runtime.take_peak_memory()
-            self.metrics.record(record)
-        if not result.applied:
-            self.tell("skipped", step=self.step)
-        trouble = self.loss_watch.observe(self.step, result.loss, result.applied, last)
-        if trouble is not None:
-            self.roll_back(trouble)
-            return
-        self.save_due |= last or result.stop or self.step % self.config.checkpoint.every == 0
+        return self.data.has_validation and every > 0 and (step == self.config.max_steps or step % every == 0)
+
+    def read_results(self) -> None:
+        """Log what has come of the steps since the last time, and act on it; until then no step waits for the device.
+
+        Raises TrainingError for losses with which training cannot go on, and Interrupted.
+        """
+        results, rates = self.engine.results(), self.unread
+        self.unread = []
+        seconds, batch = time.perf_counter() - self.started, self.config.global_batch_size
+        tokens_per_second = len(results) * batch * self.model_config.context_length / seconds
+        samples = self.consumed_samples
+        self.consumed_samples += len(results) * batch
+        self.updates += sum(result.applied for result in results)
+        last = self.step == self.config.max_steps
+        for step, (lr, result) in enumerate(zip(rates, results, strict=True), self.step - len(results) + 1):
+            samples += batch
+            record: Record = {
+                "step": step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "tokens": samples * self.model_config.context_length,
+                "tokens_per_second": tokens_per_second,
+                "data_wait": self.waited / seconds,
+            }
+            if self.peak_flops:
+                device_peak = self.peak_flops * self.runtime.world_size
+                record["mfu"] = self.flops_per_token * tokens_per_second / device_peak
+            if self.is_logged(step):
+                record |= self.compare_ranks(self.phases.take())
+            if self.is_validated(step):
+                record["validation_loss"] = loss = self.validate()
+                record["validation_perplexity"] = perplexity(loss)
+            if self.metrics is not None and (self.is_logged(step) or "validation_loss" in record or not result.applied):
+                record["memory"] = self.runtime.take_peak_memory()
+                self.metrics.record(record)
+            if not result.applied:
+                self.tell("skipped", step=step)
+            trouble = self.loss_watch.observe(step, result.loss, result.applied, last and step == self.step)
+            if trouble is not None:
+                self.roll_back(trouble)
+                return
+        stop = any(result.stop for result in results)
+        self.save_due |= last or stop or self.step % self.config.checkpoint.every == 0
         # In trouble nothing is saved: the newest checkpoint stays one from before it.
         if not self.loss_watch.calm:
             return
         if self.save_due:
             self.save()
-        if result.stop and not last:
+        if stop and not last:
             self.checkpoints.finish()
             reason = self.stop.reason or "asked to on another rank"
             self.tell("stopping", step=self.step, reason=reason)
@@ -356,9 +379,9 @@ class Trainer:
                 "same data: health.loss_spike=rollback goes on with those after it, ignore with all of them"
             )
         return (
-            f"{trouble.reason} (max_nonfinite_steps={self.config.max_nonfinite_steps}); no weight has changed since "
-            f"step {trouble.last - self.loss_watch.skipped}, and {self.describe_checkpoints()}. Try a lower optim.lr "
-            "or a longer schedule.warmup_steps in a new run_dir, or health.nonfinite=rollback"
+            f"{trouble.reason} (max_nonfinite_steps={self.config.max_nonfinite_steps}); they changed no weight, and "
+            f"{self.describe_checkpoints()}. Try a lower optim.lr or a longer schedule.warmup_steps in a new run_dir, "
+            "or health.nonfinite=rollback"
         )
 
     def describe_checkpoints(self) -> str:

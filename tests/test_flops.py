@@ -7,26 +7,32 @@ import dataclasses
 import pytest
 import torch
 from helpers import random_ids, small_configs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kraken_train.architectures import build_model
-from kraken_train.flops import device_peak_flops, training_flops_per_token
+from kraken_train.flops import (
+    attention_flops_per_token,
+    device_peak_flops,
+    matrix_flops_per_token,
+    training_flops_per_token,
+)
 
 BATCH = 2
 
 
 @pytest.mark.parametrize("architecture", small_configs())
-def test_matrix_products(architecture: str) -> None:
+def test_work_of_a_step(architecture: str) -> None:
     config = small_configs()[architecture]
     model = build_model(config)
     ids = random_ids(config, BATCH, config.context_length)
-    with FlopCounterMode(display=False) as counter:
+    # This kernel consists of products that are counted, and computes all scores, of which the mask leaves half.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(ids, ids).backward()
-    counted = counter.get_flop_counts()["Global"]
-    products = sum(flops for operation, flops in counted.items() if "attention" not in str(operation))
-    attention = 6 * config.num_layers * config.context_length * config.attention_width
-    expected = training_flops_per_token(config) - attention
-    assert products == expected * BATCH * config.context_length
+    expected = matrix_flops_per_token(config) + 2 * attention_flops_per_token(config)
+    assert counter.get_total_flops() == expected * BATCH * config.context_length
+    parts = matrix_flops_per_token(config) + attention_flops_per_token(config)
+    assert training_flops_per_token(config) == parts
 
 
 def test_attention_is_counted() -> None:

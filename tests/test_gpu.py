@@ -36,6 +36,7 @@ def test_modes_of_the_engine(reports: dict[str, dict]) -> None:
             assert found == pytest.approx(expected, rel=tolerance)
         assert on_gpu["poisoned"][2] == [None, None, False]
         assert on_gpu["unchanged_by_nan"] and on_gpu["recovers"]
+        assert on_gpu["host_reads"] == {"steps": 0, "results": 2}  # by torch.cuda.set_sync_debug_mode, too
 
 
 def test_trajectories(reports: dict[str, dict]) -> None:

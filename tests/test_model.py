@@ -101,6 +101,7 @@ def test_model_files_import_no_runtime() -> None:
     forbidden = {"deepspeed", "os", "torch.distributed", "hydra"}
     for name in (
         "model.py", "layers.py", "placement.py", "exchange.py", "baselines.py", "vocabulary.py", "tensor_parallel.py",
+        "cross_entropy.py",
     ):  # fmt: skip
         tree = ast.parse((REPOSITORY / "kraken_train" / name).read_text())
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -31,7 +31,9 @@ def test_costs() -> None:
 
 
 def test_profiles() -> None:
-    assert PROFILES == ["a100_nvswitch", "ethernet_100g", "free", "h100_nvswitch", "pcie4"]
+    assert PROFILES == [
+        "a100_nvswitch", "ethernet_100g", "free", "h100_nvswitch", "infiniband_200g", "infiniband_400g", "pcie4",
+    ]  # fmt: skip
     for name in PROFILES:
         profile = load(name)
         profile.validate()

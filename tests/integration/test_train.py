@@ -38,6 +38,13 @@ def test_metrics(reference: Path) -> None:
     assert found[-1]["loss"] < found[0]["loss"] - 0.1
 
 
+def test_results_read_rarely(data: Path, reference: Path, tmp_path: Path) -> None:
+    """Every 5 steps, at validations (6 and 12) and checkpoints (4, 8 and 12)."""
+    run = tmp_path / "run"
+    assert train(data, run, "log_every=5").returncode == 0
+    assert learned(run) == [record for record in learned(reference) if record[0] in (5, 6, 10, 12)]
+
+
 def test_checkpoints_and_folder(reference: Path) -> None:
     folders = sorted(path.name for path in (reference / "checkpoints").glob("step-*"))
     assert folders == ["step-00000004", "step-00000008", "step-00000012"]
@@ -129,7 +136,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data: Path, tmp_pa
     run = tmp_path / "run"
     assert train(data, run, "max_steps=4").returncode == 0
     good = find_good_checkpoint(run / "checkpoints")[0].path
-    result = train(data, run, "optim.lr=1e30", "optim.max_grad_norm=0", "max_nonfinite_steps=2", "max_steps=50")
+    diverging = ["optim.lr=1e30", "optim.max_grad_norm=0", "max_nonfinite_steps=2", "max_steps=50"]
+    result = train(data, run, *diverging, "log_every=5")  # and so found when more steps have been taken
     error = user_error(result)
     assert "was not finite in steps" in error and "max_nonfinite_steps=2" in error
     assert find_good_checkpoint(run / "checkpoints")[0].path == good

@@ -131,21 +131,23 @@ def is_compiled(model: LanguageModel) -> bool:
 
 def run_steps(engine: Engine, config: ModelConfig, steps: range, poisoned: int | None = None) -> Steps:
     """Train on the samples of `steps`. In step `poisoned` the last rank alone sees a NaN in a gradient."""
-    results: Steps = []
     for step in steps:
-        samples = batch(config, step).to(engine.device)
-        shares = samples.chunk(ACCUMULATION_STEPS * engine.mesh.data_size)
-        for micro_step in range(ACCUMULATION_STEPS):
-            mine = shares[micro_step * engine.mesh.data_size + engine.mesh.data_rank]
+        for micro_step, mine in enumerate(share_of_rank(engine, config, step)):
             hook = None
             if step == poisoned and micro_step == 0 and engine.runtime.rank == engine.runtime.world_size - 1:
                 hook = engine.model.final_norm.weight.register_hook(lambda gradient: gradient * math.nan)
             engine.accumulate(mine[:, :-1], mine[:, 1:])
             if hook is not None:
                 hook.remove()
-        result = engine.step(RATE)
-        results.append([result.loss, result.grad_norm, result.applied])
-    return results
+        engine.step(RATE)
+    return [[result.loss, result.grad_norm, result.applied] for result in engine.results()]
+
+
+def share_of_rank(engine: Engine, config: ModelConfig, step: int) -> list[torch.Tensor]:
+    """The samples of a step that this rank trains on, by micro-batch."""
+    copies = engine.mesh.data_size
+    shares = batch(config, step).to(engine.device).chunk(ACCUMULATION_STEPS * copies)
+    return list(shares[engine.mesh.data_rank :: copies])
 
 
 def plain_twin(config: ModelConfig, steps: range) -> list[tuple[float, float]]:

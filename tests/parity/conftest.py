@@ -23,6 +23,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "exchange:2",
         "overlap:2",
         "resume:1,2",
+        "memory",
     ],
     4: [
         "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
@@ -31,6 +32,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "exchange:2,4",
         "save:2,4",
         "resume:2",
+        "memory",
     ],
     SLOW_RANKS: ["trajectories:kraken-6/2/plain,kraken-6/3/plain,kraken-6/6/plain,kraken-6/3/zero2-recompute-vocab"],
 }
@@ -39,6 +41,7 @@ SLOW = {  # the other half of the checkpoint matrix; and an attention that compu
     "slow 4": (4, ["save-more:2,4", "resume:2,4"]),
     "slow 2": (2, ["resume:1,2", "busy-overlap:2"]),
     "slow resume at 1": (1, ["resume:1"]),
+    **{f"slow memory {ranks}": (ranks, ["more-memory"]) for ranks in (1, 2, 4)},
 }
 LAUNCHES = {**{ranks: (ranks, checks) for ranks, checks in GRIDS.items()}, **SLOW}
 RESUMES_FROM: dict[int | str, tuple[int | str, ...]] = {

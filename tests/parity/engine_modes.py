@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kraken_train.architectures import build_model
 from kraken_train.engine import Engine
 from kraken_train.runtime import Runtime
-from parity.common import MODELS, make_engine, run_steps, same, whole_state
+from parity.common import MODELS, RATE, make_engine, run_steps, same, share_of_rank, whole_state
 
 MODES_AT = {1: [("fp32", 1), ("bf16", 2)], 2: [("fp32", 2), ("bf16", 1)]}  # by number of ranks; each takes seconds
 STEPS = 6
@@ -66,4 +69,39 @@ def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int) -> di
         "poisoned": [[x if math.isfinite(x) else None for x in row] for row in before_and_nan],
         "unchanged_by_nan": same(whole_state(first_two), whole_state(victim)),
         "recovers": run_steps(victim, CONFIG, range(3, 4))[0][2],
+        "host_reads": host_reads(victim),
     }
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what a GPU would be waited for: `item()`, `bool()`, `float()` of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def errors_for_waits(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def host_reads(engine: Engine) -> dict[str, int]:
+    """How often two steps and reading their results wait for the device; on a GPU any other wait is an error."""
+    batches = [[(mine[:, :-1], mine[:, 1:]) for mine in share_of_rank(engine, CONFIG, step)] for step in range(2)]
+    with errors_for_waits(engine.device), HostReads() as reads:
+        for batch in batches:
+            for inputs, targets in batch:
+                engine.accumulate(inputs, targets)
+            engine.step(RATE)
+        while_training = reads.count
+    return {"steps": while_training, "results": len(engine.results())}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kraken_train.engine import start_processes, stop_processes
 from kraken_train.runtime import read_runtime
-from parity import checkpoint_matrix, engine_modes, exchange_checks, trajectories
+from parity import checkpoint_matrix, engine_modes, exchange_checks, memory_checks, trajectories
 
 
 def main() -> None:
@@ -37,6 +37,8 @@ def main() -> None:
                 runtime, sizes, folder, checkpoint_matrix.MORE_MODES
             ),
             "resume": lambda sizes=sizes: checkpoint_matrix.resume(runtime, sizes, folder),
+            "memory": lambda: memory_checks.run(runtime, quick=True),
+            "more-memory": lambda: memory_checks.run(runtime, quick=False),
         }[name]()
         if runtime.is_first:
             print(f"{check}: {time.monotonic() - started:.1f} s", flush=True)

@@ -46,3 +46,4 @@ def test_mode(
     assert mode["poisoned"][:2] == mode["steps"][:2]
     assert mode["unchanged_by_nan"]
     assert mode["recovers"]
+    assert mode["host_reads"] == {"steps": 0, "results": 2}, "a step has waited for the device"

@@ -1,0 +1,143 @@
+"""Settings of `kraken_train.bench.throughput`, in the language of training's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from kraken_train.bench.grid import require_axis
+from kraken_train.cli import CONF_DIR
+from kraken_train.config import (
+    CheckpointConfig,
+    EngineConfig,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from kraken_train.errors import ConfigError
+from kraken_train.inference.device import DEVICES
+from kraken_train.model_config import ModelConfig, parse_model
+from kraken_train.rules import require_choice, require_positive
+
+DEEPSPEED, TORCH = "deepspeed", "torch"
+ENGINES = (DEEPSPEED, TORCH)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that is measured."""
+
+    name: str  # a file of conf/model
+    model: ModelConfig
+    engine: str  # of ENGINES
+
+    def __str__(self) -> str:
+        return self.name if self.engine == DEEPSPEED else f"{self.name} ({self.engine})"
+
+
+@dataclass(frozen=True)
+class ThroughputConfig:
+    """See conf/throughput.yaml."""
+
+    models: tuple[str, ...]
+    reference: str | None
+    engines: tuple[str, ...]
+    vocab_size: int
+    context_length: int | None
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    precision: str
+    steps: int
+    rounds: int
+    data_dir: str | None
+    output_dir: str
+    device: str
+    peak_tflops: float | None
+    optim: OptimConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+
+    def validate(self) -> None:
+        """Rules that need no machine. Raises ConfigError."""
+        require_axis("models", self.models)
+        require_axis("engines", self.engines)
+        for name in self.models:
+            require_choice("models", name, model_names())
+        for name in self.engines:
+            require_choice("engines", name, ENGINES)
+        if self.reference is not None:
+            require_choice("reference", self.reference, self.models)
+        for name in ("vocab_size", "micro_batch_size", "gradient_accumulation_steps", "steps", "rounds"):
+            require_positive(name, getattr(self, name))
+        for name in ("context_length", "peak_tflops"):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        require_choice("precision", self.precision, ("bf16", "fp32"))
+        require_choice("device", self.device, DEVICES)
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty; give output_dir=FOLDER")
+        for part in (self.optim, self.parallel, self.engine):
+            part.validate()
+
+    def entries(self, data_vocab_size: int | None = None) -> list[Entry]:
+        """What is measured, the reference first. Raises ConfigError where ranks or data do not fit a model.
+
+        `data_vocab_size` is that of `data_dir`; without data `vocab_size` stands for it where a model names none.
+        """
+        reference = self.reference or self.models[0]
+        found = []
+        for name in sorted(self.models, key=lambda name: name != reference):
+            try:
+                model = self.parse(name, data_vocab_size)
+                self.parallel.require_fits(model)
+            except ConfigError as error:
+                raise ConfigError(f"models: {name}: {error}") from None
+            found += [Entry(name, model, engine) for engine in self.engines]
+        return found
+
+    def parse(self, name: str, data_vocab_size: int | None) -> ModelConfig:
+        settings: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text())
+        if settings["vocab_size"] is None and data_vocab_size is None:
+            settings["vocab_size"] = self.vocab_size
+        model = parse_model(settings, data_vocab_size)
+        return model if self.context_length is None else dataclasses.replace(model, context_length=self.context_length)
+
+    def global_batch_size(self, data_parallel_size: int) -> int:
+        """Samples per optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * data_parallel_size
+
+    def training(self, data_parallel_size: int) -> TrainConfig:
+        """What the engine is told; nothing is saved, validated or followed."""
+        return TrainConfig(
+            model={},
+            data_dir=self.data_dir or "",
+            run_dir="",
+            init_from=None,
+            max_steps=1,
+            global_batch_size=self.global_batch_size(data_parallel_size),
+            micro_batch_size=self.micro_batch_size,
+            seed=0,
+            precision=self.precision,
+            resume="never",
+            max_nonfinite_steps=1,
+            log_every=self.steps,
+            peak_tflops=self.peak_tflops,
+            watchdog_seconds=0,
+            optim=self.optim,
+            schedule=ScheduleConfig("constant", warmup_steps=0, min_ratio=1.0, decay_steps=1),
+            parallel=self.parallel,
+            engine=self.engine,
+            checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),
+            validation=ValidationConfig(every=0, samples=1),
+            tracking=TrackingConfig("off", project="", entity=None, name=None, group=None, tags=()),
+        )
+
+
+def model_names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml")))

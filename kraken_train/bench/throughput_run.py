@@ -1,0 +1,242 @@
+"""Real training steps of several models in turns, on this rank.
+
+Everything that is compared takes a few steps in each round, in an order that is the same on all ranks and another each
+round: what changes on the machine meanwhile changes for all, and the ratios of a round hold. R rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from kraken_train.architectures import build_model, even_share
+from kraken_train.bench.plain_engine import PlainEngine
+from kraken_train.bench.plan import usable_bytes
+from kraken_train.bench.throughput_config import DEEPSPEED, TORCH, Entry, ThroughputConfig
+from kraken_train.data import Samples, TokenStream, TrainingData
+from kraken_train.distributed_exchange import make_exchange
+from kraken_train.engine import Engine
+from kraken_train.loader import BatchLoader
+from kraken_train.mesh import ParallelMesh
+from kraken_train.model_config import ModelConfig
+from kraken_train.phases import DATA, OTHER, Phases
+from kraken_train.runtime import Runtime
+
+WARMUP_STEPS = 3  # at least 2
+RANDOM_SAMPLES = 64  # of random tokens in memory, read again and again
+STATE_BYTES = 20  # per parameter, at most: weights, masters, gradients, their sums, two moments
+ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine}
+
+ALLOCATED, TRACKED = "torch.cuda.max_memory_allocated", "tensors (torch.distributed._tools.mem_tracker)"
+UNKNOWN = "not measured (on a CPU compiled parts do not say what they allocate)"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One contender's part of a round, on one rank."""
+
+    seconds: float  # per step, by the wall clock
+    phases: Mapping[str, float]  # seconds per step
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one contender."""
+
+    rounds: Sequence[Round]  # of the slowest rank in each
+    peak_bytes: int | None  # of memory on the fullest device, during a step
+    memory_kind: str
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Per step, (R,)."""
+        return np.array([part.seconds for part in self.rounds])
+
+    @property
+    def median_round(self) -> Round:
+        """Of an even number of rounds the faster one of the two in the middle."""
+        return sorted(self.rounds, key=lambda part: part.seconds)[(len(self.rounds) - 1) // 2]
+
+
+class Contender:
+    """A model in training, ready for its next step."""
+
+    def __init__(
+        self, entry: Entry, config: ThroughputConfig, samples: Samples, mesh: ParallelMesh, runtime: Runtime
+    ) -> None:
+        self.runtime = runtime
+        self.phases = Phases(runtime.device)
+        self.lr = config.optim.lr
+        on_gpu = runtime.device.type == "cuda"
+        self.memory_kind = ALLOCATED if on_gpu else UNKNOWN if config.engine.compile else TRACKED
+        self.tracker = MemTracker() if self.memory_kind == TRACKED else None
+        self.peak_bytes: int | None = None
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        with self.tracked():
+            self.engine = self.make_engine(entry, config, mesh)
+            self.batches = BatchLoader(samples, ranges_of_rank(config, mesh), runtime.device).__enter__()
+            self.step()  # the first one may create the optimizer's state
+        with self.tracked():  # from here on the peak is that of a step
+            self.step()
+        if self.tracker is not None:
+            self.peak_bytes = int(self.tracker.get_tracker_snapshot("peak")[runtime.device]["Total"])
+            self.tracker = None
+        for _ in range(WARMUP_STEPS - 2):
+            self.step()
+        self.engine.results()
+        self.resident = torch.cuda.memory_allocated() - before if on_gpu else 0  # between steps
+
+    def make_engine(self, entry: Entry, config: ThroughputConfig, mesh: ParallelMesh) -> Any:
+        exchange = make_exchange(config.parallel, mesh, self.phases)
+        units, vocabulary = even_share(entry.model, mesh.model_rank, config.parallel.vocab_parallel)
+        model = build_model(entry.model, 0, units, exchange, vocabulary)
+        return ENGINES[entry.engine](model, config.training(mesh.data_size), mesh, self.runtime, self.phases)
+
+    def tracked(self) -> AbstractContextManager[Any]:
+        return self.tracker or nullcontext()
+
+    def step(self) -> None:
+        for _ in range(self.engine.accumulation_steps):
+            with self.phases.phase(DATA):
+                batch = next(self.batches)
+            if self.tracker is not None:
+                self.tracker.reset_mod_stats()  # without which it takes the second micro-batch for an error
+            self.engine.accumulate(*batch)
+        self.engine.step(self.lr)
+
+    def measure(self, steps: int) -> Round:
+        """Time `steps` steps, after one that is not timed so that what ran before favours nothing."""
+        on_gpu = self.runtime.device.type == "cuda"
+        self.step()
+        self.engine.results()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.runtime.sum([0.0])  # the ranks begin together
+        self.phases.active = True
+        begin = time.perf_counter()
+        with self.phases.phase(OTHER):
+            for _ in range(steps):
+                self.step()
+            self.engine.results()  # as training reads them now and then
+        self.synchronize()
+        seconds = time.perf_counter() - begin
+        self.phases.active = False
+        if on_gpu:
+            others = torch.cuda.memory_allocated() - self.resident
+            self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated() - others)
+        return Round(seconds / steps, {name: of / steps for name, of in self.phases.take().items()})
+
+    def synchronize(self) -> None:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        self.batches.__exit__(None, None, None)
+        if isinstance(self.engine, Engine):
+            self.engine.deepspeed.destroy()
+
+
+def measure_all(
+    entries: Sequence[Entry], config: ThroughputConfig, runtime: Runtime, data: TrainingData | None
+) -> dict[Entry, Measured]:
+    """Train all entries in turns. What does not fit into memory together is built anew for each round."""
+    mesh = ParallelMesh(
+        runtime.device.type,
+        config.parallel.data_parallel_size(runtime.world_size),
+        config.parallel.sub_layer_parallel_size,
+    )
+
+    def make(entry: Entry) -> Contender:
+        return Contender(entry, config, make_samples(entry.model, data), mesh, runtime)
+
+    rounds: dict[Entry, list[Round]] = {entry: [] for entry in entries}
+    peaks: dict[Entry, int | None] = {}
+    kinds: dict[Entry, str] = {}
+    together = fit_together(entries, config, usable_bytes(runtime.device, runtime))
+    with ExitStack() as held, one_compilation_each(len(entries) * (1 if together else config.rounds)):
+        kept = {entry: held.enter_context(closing(make(entry))) for entry in entries} if together else {}
+        for number in range(config.rounds):
+            for entry in random.Random(number).sample(list(entries), len(entries)):
+                with nullcontext(kept[entry]) if together else closing(make(entry)) as contender:
+                    rounds[entry].append(contender.measure(config.steps))
+                    peaks[entry], kinds[entry] = contender.peak_bytes, contender.memory_kind
+                    del contender
+            if runtime.is_first:
+                print(f"round {number + 1}/{config.rounds}", flush=True)
+    found = {}
+    for entry in entries:
+        of_ranks = runtime.gather((rounds[entry], peaks[entry]))
+        slowest = [
+            max(parts, key=lambda part: part.seconds) for parts in zip(*(own for own, _ in of_ranks), strict=True)
+        ]
+        peak = None if peaks[entry] is None else max(own for _, own in of_ranks if own is not None)
+        found[entry] = Measured(slowest, peak, kinds[entry])
+    return found
+
+
+@contextmanager
+def closing(contender: Contender) -> Iterator[Contender]:
+    try:
+        yield contender
+    finally:
+        contender.close()
+        del contender
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def one_compilation_each(contenders: int) -> Iterator[None]:
+    """Compile for the shapes of each model, as a run with one model does.
+
+    The models share the code of their parts, and PyTorch would take a second model's shapes as a sign that more come.
+    """
+    compilations = 16 * contenders  # more than the parts of a model, with and without gradients
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False,
+        recompile_limit=compilations,
+        accumulated_recompile_limit=compilations,
+        fail_on_recompile_limit_hit=True,
+    ):
+        yield
+
+
+def make_samples(model: ModelConfig, data: TrainingData | None) -> Samples:
+    if data is not None:
+        return data.samples(model.context_length, seed=0)
+    size = RANDOM_SAMPLES * model.context_length + 1
+    tokens = np.random.default_rng(0).integers(model.vocab_size, size=size)
+    return Samples([TokenStream([tokens.astype(np.int32)], "random tokens")], model.context_length, seed=0)
+
+
+def ranges_of_rank(config: ThroughputConfig, mesh: ParallelMesh) -> Iterator[range]:
+    """The samples of each micro-batch of this rank's copy, without end."""
+    for number in count(mesh.data_rank, mesh.data_size):
+        yield range(number * config.micro_batch_size, (number + 1) * config.micro_batch_size)
+
+
+def fit_together(entries: Sequence[Entry], config: ThroughputConfig, usable: int) -> bool:
+    """Whether the states of all and the activations of the largest fit into `usable` bytes, by a generous estimate."""
+    states = sum(STATE_BYTES * entry.model.num_parameters for entry in entries)
+    return states + max(activation_bytes(entry.model, config) for entry in entries) <= usable
+
+
+def activation_bytes(model: ModelConfig, config: ThroughputConfig) -> int:
+    """Of a micro-batch on one rank, at most: what autograd keeps of each layer, and all logits."""
+    tokens, bytes_per_value = config.micro_batch_size * model.context_length, 2 if config.precision == "bf16" else 4
+    width = model.attention_width
+    inner = width // model.hidden_size * model.ffn_size
+    layers = model.num_layers * (8 * width + 3 * inner) * bytes_per_value // config.parallel.sub_layer_parallel_size
+    return tokens * (layers + 10 * model.vocab_size)  # bytes: logits in 16 and twice in 32 bits

@@ -1,0 +1,162 @@
+"""Memory, time and the best choices, before anything is started: python -m kraken_train.plan model=NAME cluster=NAME"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kraken_train.bench.output import open_output
+from kraken_train.cli import run_entry
+from kraken_train.config import EngineConfig
+from kraken_train.errors import ConfigError
+from kraken_train.model_config import ModelConfig, parse_model
+from kraken_train.parsing import to_dict
+from kraken_train.planning.choices import DTYPES
+from kraken_train.planning.cluster import Cluster, measured
+from kraken_train.planning.figure import draw
+from kraken_train.planning.prediction import Prediction
+from kraken_train.planning.search import GB, Plan, Wishes, describe, reasons, search, why_slower
+from kraken_train.planning.traffic import Collective
+from kraken_train.rules import require_choice, require_positive
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """See conf/plan.yaml."""
+
+    model: dict[str, Any]
+    cluster: Cluster
+    nodes: int
+    global_batch_size: int
+    vocab_size: int | None
+    sub_layer_parallel_size: int | None
+    micro_batch_size: int | None
+    zero_stage: int | None
+    activation_checkpointing: bool | None
+    vocab_parallel: bool | None
+    precision: str
+    shown: int
+    output: str | None
+    output_dir: str | None
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        self.cluster.validate()
+        for name in (
+            "nodes",
+            "global_batch_size",
+            "shown",
+            "vocab_size",
+            "sub_layer_parallel_size",
+            "micro_batch_size",
+        ):
+            if getattr(self, name) is not None:
+                require_positive(name, getattr(self, name))
+        require_choice("precision", self.precision, tuple(DTYPES))
+        if self.zero_stage is not None:
+            EngineConfig(self.zero_stage, activation_checkpointing=False, compile=True).validate()
+
+    @property
+    def wishes(self) -> Wishes:
+        return Wishes(
+            self.sub_layer_parallel_size, self.micro_batch_size, self.zero_stage, self.activation_checkpointing,
+            self.vocab_parallel, self.precision,
+        )  # fmt: skip
+
+    def model_config(self) -> ModelConfig:
+        """Raises ConfigError where the vocabulary is open."""
+        if self.model.get("vocab_size") is None and self.vocab_size is None:
+            raise ConfigError("model.vocab_size is null, which takes it from the data; give vocab_size=NUMBER, the "
+                              "tokenizer's")  # fmt: skip
+        return parse_model(self.model, self.vocab_size)
+
+
+def as_table(plan: Plan, shown: int, title: str) -> Table:
+    table = Table(title=title, caption="predicted; ms of an optimizer step, GB of a device at its largest moment")
+    for name in ("choice", "micro-\nbatch", "steps", "GB", "ms", "tokens/s", "MFU", "against the first"):
+        table.add_column(name, justify="left" if name in ("choice", "against the first") else "right")
+    for place, prediction in enumerate(plan.ranked[:shown]):
+        choices = prediction.choices
+        table.add_row(
+            describe(choices), str(choices.micro_batch_size), str(choices.accumulation_steps),
+            f"{prediction.memory.total / GB:.1f}", f"{1e3 * prediction.time.total:.1f}",
+            f"{prediction.tokens_per_second:,.0f}", f"{prediction.mfu:.1%}",
+            why_slower(prediction, plan.best) if place else "",
+        )  # fmt: skip
+    return table
+
+
+def memory_table(best: Prediction) -> Table:
+    table = Table(title=f"Memory of a device at the largest moment: {best.memory.moment}")
+    for name in best.memory.parts:
+        table.add_column(name, justify="right")
+    table.add_column("total", justify="right")
+    table.add_column("usable", justify="right")
+    sizes = [*best.memory.parts.values(), best.memory.total, best.usable_bytes]
+    table.add_row(*(f"{size / GB:.2f} GB" for size in sizes))
+    return table
+
+
+def time_table(best: Prediction) -> Table:
+    parts = best.time.parts
+    table = Table(title=f"Optimizer step, {1e3 * best.time.total:.1f} ms")
+    for name in parts:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{1e3 * seconds:.1f} ms" for seconds in parts.values()))
+    return table
+
+
+def traffic_table(traffic: tuple[Collective, ...]) -> Table:
+    table = Table(title="Collectives of an optimizer step, those of at least 10 kB")
+    for name in ("what", "kind", "among", "number", "each", "behind attention"):
+        table.add_column(name, justify="right" if name in ("number", "each") else "left")
+    for collective in traffic:
+        if collective.size < 1e4:
+            continue
+        table.add_row(
+            collective.purpose, collective.kind, collective.group, str(collective.count),
+            f"{collective.size / 1e6:,.2f} MB", "yes" if collective.hides else "no",
+        )  # fmt: skip
+    return table
+
+
+def main(config: PlanConfig) -> None:
+    if config.output_dir is not None:
+        open_output(Path(config.output_dir))
+    if config.output is not None:
+        open_output(Path(config.output).parent)
+    model = config.model_config()
+    cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
+    plan = search(model, cluster, config.nodes, config.global_batch_size, config.wishes)
+    devices = plan.best.choices.devices
+    title = f"{model.num_parameters:,} parameters on {devices} devices of {cluster.name}"
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(as_table(plan, config.shown, title))
+    console.print(memory_table(plan.best))
+    console.print(time_table(plan.best))
+    if plan.best.traffic:
+        console.print(traffic_table(plan.best.traffic))
+    said = reasons(plan, cluster, model)
+    for line in (*said, *plan.refused):
+        print(f"- {line}")
+    print(f"to train so: {plan.best.choices.overrides} engine.compile=true")
+    if config.output is not None:
+        record = {
+            "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": said,
+            "refused": list(plan.refused), "ranked": [prediction.as_dict() for prediction in plan.ranked],
+        }  # fmt: skip
+        Path(config.output).write_text(json.dumps(record, indent=2) + "\n")
+        print(f"written: {config.output}")
+    if config.output_dir is not None:
+        path = Path(config.output_dir) / "memory.png"
+        draw(plan.ranked[: config.shown], title, path)
+        print(f"drawn: {path}")
+
+
+if __name__ == "__main__":
+    run_entry(main, PlanConfig, "plan", path_keys=("output", "output_dir"))

@@ -1,0 +1,164 @@
+"""Bytes on each device at the moment of a step that needs most, by what they are for.
+
+The forward and backward passes are rehearsed (`planning.rehearsal`). What stays between them, and what reducing the
+gradients and updating the weights need besides, are counted as DeepSpeed 0.19.8 does it, with E parameters on this
+device, in groups, D copies of the model and w bytes per weight:
+
+| | bf16, ZeRO-1 (BF16_Optimizer) | bf16, ZeRO-2 | fp32 (both DeepSpeedZeroOptimizer) |
+| --- | --- | --- | --- |
+| weights | 2 E | 2 E | 4 E |
+| fp32 masters and two moments | 12 E / D | 12 E / D | 12 E / D |
+| gradients between micro-batches | 4 E | 4 E / D | 4 E and a bucket; ZeRO-2: 4 E / D |
+| to reduce them | nothing | a bucket of 2 E, 2 E + 4 E to sum | a bucket of 4 E, 4 E to sum |
+
+Parameters that lie across the border of two partitions count in both where gradients are kept by parameter (fp32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kraken_train.model_config import ModelConfig
+from kraken_train.optim import LARGEST_BUCKET, parameter_groups
+from kraken_train.planning.choices import Choices
+from kraken_train.planning.rehearsal import fake_model, rehearse
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the largest moment of a step."""
+
+    weights: int
+    optimizer: int  # fp32 masters and moments
+    gradients: int  # what is kept of them from one micro-batch, or step, to the next
+    activations: int  # kept for the backward pass
+    working: int  # what is needed besides at that moment: logits, gradients on their way, copies
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        names = ("weights", "optimizer", "gradients", "activations", "working")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The parameters of one device, in the optimizer's groups, and how ZeRO cuts these."""
+
+    groups: tuple[tuple[int, ...], ...]  # elements of each parameter
+    shared: tuple[bool, ...]  # by group: whether all devices of a model copy hold all of it
+    copies: int
+
+    @property
+    def elements(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @property
+    def padded(self) -> list[int]:
+        """Elements of each group, rounded up so that every copy's part begins on 4 bytes in bf16."""
+        unit = 2 * self.copies
+        return [-(-sum(group) // unit) * unit for group in self.groups]
+
+    @property
+    def parts(self) -> list[int]:
+        """Elements of each group that this rank updates."""
+        return [size // self.copies for size in self.padded]
+
+    @property
+    def overlapping(self) -> int:
+        """Elements of all parameters of which the first rank updates something."""
+        total = 0
+        for group, part in zip(self.groups, self.parts, strict=True):
+            begin = 0
+            for size in group:
+                if begin < part:
+                    total += size
+                begin += size
+        return total
+
+    @property
+    def bucket(self) -> int:
+        """Elements of the buffer for reduction, see `optim.reduce_bucket_elements`."""
+        return min(LARGEST_BUCKET, self.elements)
+
+
+@lru_cache(maxsize=256)
+def shards(config: ModelConfig, choices: Choices) -> Shards:
+    with FakeTensorMode():
+        groups = parameter_groups(fake_model(config, choices), weight_decay=0.1)
+        sizes = tuple(tuple(parameter.numel() for parameter in group["params"]) for group in groups)
+    return Shards(sizes, tuple(group["shared"] for group in groups), choices.data_parallel_size)
+
+
+def predict_memory(config: ModelConfig, choices: Choices) -> Memory:
+    """Of the first device; all hold the same within a few rows of padding."""
+    own, rehearsal = shards(config, choices), rehearse(config, choices)
+    # A bucket that is too small for all gradients is reduced while the backward pass goes on.
+    besides = new_bucket(own, choices) + (0 if own.elements <= LARGEST_BUCKET else reduction_bytes(own, choices))
+    kept = rehearsal.kept
+    moments = [
+        ("loss", kept, rehearsal.loss - kept),
+        ("backward pass of the last layer", kept, rehearsal.last_layer - kept + besides),
+        ("backward pass of a layer", min(kept, rehearsal.layers), max(0, rehearsal.layers - kept) + besides),
+        ("backward pass of the embedding", 0, rehearsal.embedding + besides),
+        ("reduction of the gradients", 0, reduction_bytes(own, choices)),
+        ("update of the weights", 0, update_bytes(own, choices)),
+    ]
+    moment, activations, working = max(moments, key=lambda candidate: candidate[1] + candidate[2])
+    return Memory(
+        weights=sum(own.padded) * choices.width,
+        optimizer=3 * FP32 * sum(own.parts),
+        gradients=gradients_between(own, choices),
+        activations=activations,
+        working=working,
+        moment=moment,
+    )
+
+
+def new_bucket(own: Shards, choices: Choices) -> int:
+    """Bytes of the bucket that a backward pass makes; in fp32 at stage 1 it is made once and counts as gradients."""
+    once = choices.accumulation_steps == 1
+    makes_one = choices.zero_stage > 1 or (choices.precision == "fp32" and once)
+    return choices.width * own.bucket if makes_one else 0
+
+
+def gradients_between(own: Shards, choices: Choices) -> int:
+    """Bytes that are there when a later micro-batch of a step begins; those of BF16_Optimizer always."""
+    if choices.keeps_accumulator:
+        return FP32 * sum(own.padded)
+    if choices.accumulation_steps == 1:
+        return 0
+    if choices.precision == "bf16":
+        return FP32 * sum(own.parts)
+    return FP32 * (own.overlapping if choices.zero_stage > 1 else own.elements + own.bucket)
+
+
+def reduction_bytes(own: Shards, choices: Choices) -> int:
+    """To sum the gradients over the copies, beside what is counted as gradients."""
+    if choices.keeps_accumulator:
+        return 0
+    if choices.precision == "bf16":
+        first_part = 0 if choices.accumulation_steps > 1 else FP32 * sum(own.parts)
+        return (choices.width + choices.width + FP32) * own.bucket + first_part
+    if choices.zero_stage > 1 or choices.accumulation_steps == 1:
+        return 2 * FP32 * own.bucket
+    return 0  # the copy takes the place of gradients that have moved into the bucket
+
+
+def update_bytes(own: Shards, choices: Choices) -> int:
+    """To update the weights with a fused AdamW, beside what is counted as gradients."""
+    if choices.precision == "bf16":
+        return 0 if choices.keeps_accumulator or choices.accumulation_steps > 1 else FP32 * sum(own.parts)
+    if choices.zero_stage == 1 and choices.accumulation_steps > 1:
+        return 0  # the bucket is gone by then, and larger
+    held = 0 if choices.accumulation_steps > 1 else FP32 * own.overlapping
+    return held + FP32 * max(own.parts)  # a flat copy of the group that is updated

@@ -1,0 +1,63 @@
+"""What training a model takes on a cluster, for given choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kraken_train.config import ParallelConfig
+from kraken_train.flops import training_flops_per_token
+from kraken_train.model_config import ModelConfig
+from kraken_train.planning.choices import Choices
+from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.memory import Memory, predict_memory
+from kraken_train.planning.roofline import StepTime, predict_time
+from kraken_train.planning.traffic import Collective, predict_traffic
+
+
+@dataclass(frozen=True)
+class Prediction:
+    choices: Choices
+    memory: Memory  # of each device
+    traffic: tuple[Collective, ...]
+    time: StepTime
+    tokens: int  # of an optimizer step, over all devices
+    mfu: float
+    usable_bytes: int  # of each device
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.usable_bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.time.total
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: bytes, seconds, tokens per second."""
+        return {
+            "choices": {**vars(self.choices), "global_batch_size": self.choices.global_batch_size},
+            "memory": {**self.memory.parts, "total": self.memory.total, "moment": self.memory.moment},
+            "usable_bytes": self.usable_bytes,
+            "fits": self.fits,
+            "traffic": [{**vars(collective), "bytes": collective.bytes} for collective in self.traffic],
+            "seconds": {**self.time.parts, "total": self.time.total, "hidden exchange": self.time.hidden},
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "overrides": self.choices.overrides,
+        }
+
+
+def predict(config: ModelConfig, choices: Choices, cluster: Cluster) -> Prediction:
+    """Memory is counted as the engine takes it; time is what the cluster's figures promise.
+
+    Raises ConfigError where the devices of a copy cannot share the model.
+    """
+    ParallelConfig(choices.sub_layer_parallel_size, choices.vocab_parallel, None, 0).require_fits(config)
+    traffic = predict_traffic(config, choices)
+    time = predict_time(config, choices, cluster, traffic)
+    tokens = choices.global_batch_size * config.context_length
+    peak = cluster.peak_flops(choices.precision) * choices.devices
+    mfu = training_flops_per_token(config) * tokens / time.total / peak
+    memory = predict_memory(config, choices)
+    return Prediction(choices, memory, tuple(traffic), time, tokens, mfu, cluster.usable_bytes)

@@ -1,0 +1,189 @@
+"""Seconds of an optimizer step, from what each part has to compute, to move and to say.
+
+A part takes as long as its arithmetic at the device's achievable rate or its bytes at the memory's, whichever is
+longer. Counted is the compiled model (`engine.compile=true`), in which element-wise operations between two products
+are one pass over memory.
+
+Shapes of a product: m rows (tokens) x k inner x n columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kraken_train.model_config import KrakenConfig, ModelConfig
+from kraken_train.planning.choices import Choices
+from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.memory import FP32, shards
+from kraken_train.planning.traffic import COPY, Collective, loss_chunks
+
+PADDED_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of which FlashAttention-2 has kernels; it computes the next larger
+# Passes over (tokens, width) of the compiled parts, reads and writes, forward and backward.
+NORM = (2, 5)  # x in, normed out; its gradient, x and what has been added up in, gradient out and added
+JOIN_HEADS = (2, 2)
+RESIDUAL = (4, 3)  # of Kraken: streams, attended and FFN in, streams out
+ADD = (2, 2)  # of the baselines, whose norm makes the sum
+GELU = (2, 3)
+SUM_OF_STREAMS = (1, 1)
+LOSS = 6  # bytes per logit: read for its sum, read and written as gradient, in bf16
+UPDATE = 28  # bytes per weight of a fused AdamW: master, moments and gradient in, the first three out
+
+
+@dataclass(frozen=True)
+class Product:
+    """`batch` products of m x k and k x n."""
+
+    m: int
+    k: int
+    n: int
+    batch: int = 1
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.batch * self.m * self.k * self.n
+
+    def bytes(self, width: int) -> int:
+        return width * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+
+    def seconds(self, cluster: Cluster, choices: Choices) -> float:
+        rate = cluster.peak_flops(choices.precision) * cluster.matrix_fraction
+        rate *= alignment(cluster, (self.k, self.n), choices.width)
+        return max(self.flops / rate, self.bytes(choices.width) / cluster.bandwidth)
+
+
+def alignment(cluster: Cluster, row_lengths: Sequence[int], width: int) -> float:
+    """What is left of the rate where rows do not begin on boundaries that matrix units read at once."""
+    sizes = [length * width for length in row_lengths]
+    if all(size % 128 == 0 for size in sizes):
+        return 1.0
+    return cluster.rows_of_16_bytes if all(size % 16 == 0 for size in sizes) else cluster.other_rows
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step on each device."""
+
+    matrices: float
+    attention: float
+    element_wise: float
+    loss: float  # what the head does beside its products
+    recomputation: float
+    exchange: float  # exposed
+    reduction: float  # of gradients over the copies, and handing out weights
+    update: float
+    hidden: float  # exchange behind attention, not part of the total
+
+    @property
+    def parts(self) -> dict[str, float]:
+        names = ("matrices", "attention", "element_wise", "loss", "recomputation", "exchange", "reduction", "update")
+        return {name.replace("_", "-"): getattr(self, name) for name in names}
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def predict_time(config: ModelConfig, choices: Choices, cluster: Cluster, traffic: Sequence[Collective]) -> StepTime:
+    """`traffic` is that of `predict_traffic`."""
+    steps, layers = choices.accumulation_steps, config.num_layers
+    tokens = choices.micro_batch_size * config.context_length
+    attention_products, ffn_products, once = products(config, choices)
+
+    def of(some: Sequence[Product]) -> float:
+        return sum(product.seconds(cluster, choices) for product in some)
+
+    # Backward, each product becomes two of the same size; fused attention computes its scores again, 5 for 2.
+    matrices = 3 * (layers * (of(attention_products) + of(ffn_products)) + of(once))
+    attend = attention_seconds(config, choices, cluster)
+    passes = [passes_of_part * choices.width * tokens / cluster.bandwidth for passes_of_part in widths(config, choices)]
+    attention_element_wise, ffn_element_wise = passes[:2], passes[2:]
+    recomputed = of(attention_products) + of(ffn_products) + attend[0] + attention_element_wise[0] + ffn_element_wise[0]
+
+    forward = of(attention_products) + attend[0] + attention_element_wise[0]
+    backward = 2 * of(attention_products) + attend[1] + attention_element_wise[1]
+    backward += forward if choices.activation_checkpointing else 0.0
+    exchange, hidden, reduction = 0.0, 0.0, 0.0
+    for collective in traffic:
+        one = collective.seconds(choices, cluster)
+        if collective.group != COPY:
+            reduction += collective.count * one
+        elif not collective.hides:
+            exchange += collective.count * one
+        else:  # as many forward as backward
+            exposed = max(0.0, one - forward) + max(0.0, one - backward)
+            exchange += collective.count / 2 * exposed
+            hidden += collective.count / 2 * (2 * one - exposed)
+    return StepTime(
+        matrices=steps * matrices,
+        attention=steps * layers * sum(attend),
+        element_wise=steps * layers * sum(passes),
+        loss=steps * loss_bytes(config, choices) / cluster.bandwidth,
+        recomputation=steps * layers * recomputed if choices.activation_checkpointing else 0.0,
+        exchange=exchange,
+        reduction=reduction,
+        update=update_bytes(config, choices) / cluster.bandwidth,
+        hidden=hidden,
+    )
+
+
+def products(config: ModelConfig, choices: Choices) -> tuple[list[Product], list[Product], list[Product]]:
+    """Forward on one device: of a layer's attention, of its FFN, and of what there is once."""
+    ranks, tokens = choices.sub_layer_parallel_size, choices.micro_batch_size * config.context_length
+    d = config.hidden_size
+    head = Product(tokens, d, config.vocab_size // (ranks if choices.vocab_parallel else 1))
+    if isinstance(config, KrakenConfig):
+        here = config.num_sub_layers // ranks
+        attention = [Product(tokens, d, d + 2 * config.kv_size, here), Product(tokens, d, d, here)]
+        ffn = [Product(tokens, d, config.ffn_size, here), Product(tokens, config.ffn_size, d, here)]
+        return attention, ffn, [Product(tokens, d, d, here), head]
+    attention = [Product(tokens, d, (d + 2 * config.kv_size) // ranks), Product(tokens, d // ranks, d)]
+    ffn = [Product(tokens, d, config.ffn_size // ranks), Product(tokens, config.ffn_size // ranks, d)]
+    return attention, ffn, [head]
+
+
+def attention_seconds(config: ModelConfig, choices: Choices, cluster: Cluster) -> tuple[float, float]:
+    """Forward and backward of a layer's scores and weighted sums on one device."""
+    padded = next((size for size in PADDED_HEAD_DIMS if size >= config.head_dim), config.head_dim)
+    width = config.attention_width / choices.sub_layer_parallel_size * padded / config.head_dim
+    flops = 2.0 * choices.micro_batch_size * config.context_length**2 * width  # the causal half of two products
+    fraction = cluster.attention_fraction or 0.0
+    if config.head_dim > 128:
+        fraction *= cluster.wide_head_fraction
+    rate = cluster.peak_flops(choices.precision) * fraction
+    return flops / rate, 2.5 * flops / rate
+
+
+def widths(config: ModelConfig, choices: Choices) -> list[float]:
+    """Values per token that the element-wise operations of a layer move: attention forward, backward; FFN likewise."""
+    ranks, d = choices.sub_layer_parallel_size, config.hidden_size
+
+    def of(*parts: tuple[tuple[int, int], float]) -> Iterator[float]:
+        return (sum(passes[way] * width for passes, width in parts) for way in (0, 1))
+
+    if isinstance(config, KrakenConfig):
+        own = config.num_sub_layers // ranks * d
+        ffn = config.num_sub_layers // ranks * config.ffn_size
+        return [*of((NORM, own), (JOIN_HEADS, own), (SUM_OF_STREAMS, own + d)),
+                *of((NORM, own), (SUM_OF_STREAMS, d), (RESIDUAL, own), (GELU, ffn))]  # fmt: skip
+    added_norm = ((NORM, d), (ADD, d))
+    ffn_part = (GELU, config.ffn_size / ranks)
+    before_ffn = added_norm if config.architecture == "standard" else ((ADD, d),)
+    return [*of(*added_norm, (JOIN_HEADS, d / ranks)), *of(*before_ffn, ffn_part)]
+
+
+def loss_bytes(config: ModelConfig, choices: Choices) -> float:
+    """Of a micro-batch: the logits, and the weight's gradient, to which each chunk adds in fp32."""
+    tokens = choices.micro_batch_size * config.context_length
+    rows = config.vocab_size // (choices.sub_layer_parallel_size if choices.vocab_parallel else 1)
+    weight = rows * config.hidden_size
+    chunks = loss_chunks(config, choices)
+    return LOSS / 2 * choices.width * tokens * rows + weight * (chunks * (2 * choices.width + 2 * FP32) + 4 * FP32)
+
+
+def update_bytes(config: ModelConfig, choices: Choices) -> float:
+    """Of a step: each micro-batch's gradients become fp32 and are added; their mean, their norm, and the update."""
+    own = shards(config, choices)
+    added = choices.accumulation_steps * own.elements * (choices.width + 4 * FP32)
+    averaged = (FP32 + (2 * FP32 if choices.data_parallel_size > 1 else 0)) * own.elements  # cleared; divided
+    return added + averaged + sum(own.parts) * (UPDATE + FP32 + choices.width)

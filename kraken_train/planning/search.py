@@ -1,0 +1,259 @@
+"""The best way to use a cluster, among all that fit, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kraken_train.errors import ConfigError
+from kraken_train.model_config import ModelConfig
+from kraken_train.planning.choices import Choices
+from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.memory import Memory, predict_memory
+from kraken_train.planning.prediction import Prediction, predict
+from kraken_train.rules import divisors
+
+ENOUGH_TOKENS = 65_536  # of a micro-batch and device; more would not fill it better
+ALIKE = 0.01  # what is predicted that close is told apart by simplicity
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user has fixed; None: the search chooses."""
+
+    sub_layer_parallel_size: int | None = None
+    micro_batch_size: int | None = None
+    zero_stage: int | None = None
+    activation_checkpointing: bool | None = None
+    vocab_parallel: bool | None = None
+    precision: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions of all that fits, the best first; `refused` says of the others why not."""
+
+    ranked: tuple[Prediction, ...]
+    refused: tuple[str, ...]
+
+    @property
+    def best(self) -> Prediction:
+        return self.ranked[0]
+
+
+def search(
+    config: ModelConfig, cluster: Cluster, nodes: int, global_batch_size: int, wishes: Wishes | None = None
+) -> Plan:
+    """Raises ConfigError where nothing fits, or the devices can share neither the model nor the batch."""
+    wishes = wishes or Wishes()
+    devices = nodes * int(cluster.devices_per_node or 1)
+    refused: list[str] = []
+    found: list[Prediction] = []
+    too_large: list[tuple[Choices, Memory]] = []
+    for size in sizes(config, devices, global_batch_size, wishes, refused):
+        copies = devices // size
+        batches = micro_batches(config, global_batch_size // copies, wishes)
+        for choices in variants(size, copies, wishes):
+            if beside_the_point(choices, found, batches, wishes):
+                continue
+            largest = largest_that_fits(config, choices, batches, global_batch_size // copies, cluster)
+            if isinstance(largest, Choices):
+                found.append(predict(config, largest, cluster))
+            else:
+                too_large.append(largest)
+    refused += [
+        f"{describe(choices)} needs {memory.total / GB:.1f} GB even with micro-batches of {choices.micro_batch_size}"
+        for choices, memory in too_large
+    ]
+    if too_large and not found:
+        raise ConfigError(describe_too_large(config, cluster, too_large))
+    if not found:
+        raise ConfigError(f"no way to use {devices} devices: {'; '.join(refused)}")
+    return Plan(tuple(ranked(found)), tuple(refused))
+
+
+def sizes(
+    config: ModelConfig, devices: int, global_batch_size: int, wishes: Wishes, refused: list[str]
+) -> Iterator[int]:
+    """Devices that can share a model copy; what speaks against others goes into `refused`."""
+    name, units = config.parallel_units
+    wished = wishes.sub_layer_parallel_size
+    if wished is not None and units % wished:
+        raise ConfigError(f"sub_layer_parallel_size={wished} does not divide {name}={units}; use "
+                          f"{' or '.join(divisors(units))}")  # fmt: skip
+    for size in range(1, devices + 1) if wished is None else [wished]:
+        if units % size:
+            if size in (2, 4, 8, 16) and devices % size == 0:  # what one would ask about
+                refused.append(f"P={size} does not divide {name}={units}")
+        elif devices % size:
+            refused.append(f"P={size} does not divide the {devices} devices")
+        elif global_batch_size % (devices // size):
+            refused.append(f"P={size} leaves {devices // size} copies, which do not divide "
+                           f"global_batch_size={global_batch_size}")  # fmt: skip
+        else:
+            yield size
+
+
+def micro_batches(config: ModelConfig, of_copy: int, wishes: Wishes) -> list[int]:
+    """Divisors of a copy's share of the batch, from the smallest. Raises ConfigError."""
+    wished = wishes.micro_batch_size
+    if wished is not None:
+        if of_copy % wished:
+            raise ConfigError(
+                f"micro_batch_size={wished} does not divide the {of_copy} samples of a copy and step; use "
+                f"{' or '.join(divisors(of_copy)[:12])}"
+            )
+        return [wished]
+    enough = max(1, ENOUGH_TOKENS // config.context_length)
+    return [size for size in map(int, divisors(of_copy)) if size <= enough]
+
+
+def variants(size: int, copies: int, wishes: Wishes) -> Iterator[Choices]:
+    """From the simplest."""
+    for checkpointing in (
+        (False, True) if wishes.activation_checkpointing is None else (wishes.activation_checkpointing,)
+    ):
+        for stage in (1, 2) if wishes.zero_stage is None else (wishes.zero_stage,):
+            for cut in (False, True) if wishes.vocab_parallel is None else (wishes.vocab_parallel,):
+                if cut and size == 1 and wishes.vocab_parallel is None:
+                    continue
+                if stage == 2 and copies == 1 and wishes.zero_stage is None:
+                    continue
+                yield Choices(size, copies, 1, 1, stage, checkpointing, cut, wishes.precision)
+
+
+def beside_the_point(choices: Choices, found: Sequence[Prediction], batches: list[int], wishes: Wishes) -> bool:
+    """Whether it only saves memory that is not needed: a simpler choice already fits the largest micro-batch."""
+    return any(
+        prediction.choices.sub_layer_parallel_size == choices.sub_layer_parallel_size
+        and prediction.choices.micro_batch_size == batches[-1]
+        and prediction.choices.vocab_parallel == choices.vocab_parallel
+        and (
+            (choices.activation_checkpointing and wishes.activation_checkpointing is None)
+            or (choices.zero_stage == 2 and wishes.zero_stage is None)
+        )
+        for prediction in found
+    )
+
+
+def largest_that_fits(
+    config: ModelConfig, choices: Choices, batches: list[int], of_copy: int, cluster: Cluster
+) -> Choices | tuple[Choices, Memory]:
+    """With the largest of `batches` whose memory fits; or with the smallest, and what that would take."""
+
+    def sized(batch: int) -> Choices:
+        return replace(choices, micro_batch_size=batch, accumulation_steps=of_copy // batch)
+
+    def memory(batch: int) -> Memory:
+        return predict_memory(config, sized(batch))
+
+    if memory(batches[-1]).total <= cluster.usable_bytes:
+        return sized(batches[-1])
+    smallest = memory(batches[0])
+    if smallest.total > cluster.usable_bytes:
+        return sized(batches[0]), smallest
+    fits, fails = 0, len(batches) - 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if memory(batches[middle]).total <= cluster.usable_bytes:
+            fits = middle
+        else:
+            fails = middle
+    return sized(batches[fits])
+
+
+def ranked(found: Sequence[Prediction]) -> list[Prediction]:
+    """The simplest of the fastest first, the others by speed."""
+    by_speed = sorted(found, key=lambda prediction: -prediction.tokens_per_second)
+    alike = [p for p in by_speed if p.tokens_per_second > (1 - ALIKE) * by_speed[0].tokens_per_second]
+    best = min(alike, key=lambda prediction: complexity(prediction.choices))
+    return [best, *(prediction for prediction in by_speed if prediction is not best)]
+
+
+def complexity(choices: Choices) -> tuple[int, bool, int, bool]:
+    return (
+        choices.sub_layer_parallel_size, choices.activation_checkpointing, choices.zero_stage, choices.vocab_parallel,
+    )  # fmt: skip
+
+
+def describe(choices: Choices) -> str:
+    parts = [
+        f"P={choices.sub_layer_parallel_size} x {choices.data_parallel_size} copies",
+        f"ZeRO-{choices.zero_stage}",
+        "checkpointing" if choices.activation_checkpointing else "",
+        "cut vocabulary" if choices.vocab_parallel else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def describe_too_large(config: ModelConfig, cluster: Cluster, too_large: list[tuple[Choices, Memory]]) -> str:
+    """Which part is too large, and what would fit."""
+    choices, memory = min(too_large, key=lambda pair: pair[1].total)
+    part, size = max(memory.parts.items(), key=lambda item: item[1])
+    message = (
+        f"nothing fits into the {cluster.usable_bytes / GB:.1f} GB that a device of cluster={cluster.name} has for "
+        f"tensors: the least is {describe(choices)}, micro_batch_size={choices.micro_batch_size} with "
+        f"{memory.total / GB:.1f} GB, of which {size / GB:.1f} GB are {part}"
+    )
+    ways = []
+    for times in (2, 4, 8, 16, 32, 64):
+        more = replace(choices, data_parallel_size=choices.data_parallel_size * times)
+        if predict_memory(config, more).total <= cluster.usable_bytes:
+            ways.append(f"{times} times as many devices")
+            break
+    thrifty = replace(choices, activation_checkpointing=True, zero_stage=2, accumulation_steps=1, micro_batch_size=1)
+    if thrifty != choices and predict_memory(config, thrifty).total <= cluster.usable_bytes:
+        ways.append("micro_batch_size=1 zero_stage=2 activation_checkpointing=true")
+    return f"{message}; use {' or '.join(ways) or 'a smaller model, or devices with more memory'}"
+
+
+def reasons(plan: Plan, cluster: Cluster, config: ModelConfig) -> list[str]:
+    """Why the best is the best, in words."""
+    best = plan.best
+    choices, time = best.choices, best.time
+    sentences = []
+    size, per_node = choices.sub_layer_parallel_size, int(cluster.devices_per_node or 1)
+    if size > per_node:
+        sentences.append(
+            f"warning: a copy of {size} devices crosses nodes of {per_node}; its exchange takes {cluster.inter_node}"
+        )
+    if size > 1:
+        exposed, behind = 1e3 * time.exchange, 1e3 * time.hidden
+        sentences.append(f"P={size}: {behind:.1f} ms of its exchange hide behind attention, {exposed:.1f} ms do not")
+    else:
+        sentences.append("P=1: each device has the whole model, so nothing is exchanged within a micro-batch")
+    others = [p for p in plan.ranked[1:] if p.choices.sub_layer_parallel_size != size]
+    if others:
+        sentences.append(f"P={others[0].choices.sub_layer_parallel_size} {why_slower(others[0], best)}")
+    sentences.append(describe_micro_batch(best, config))
+    if choices.activation_checkpointing:
+        sentences.append(f"checkpointing costs {time.recomputation / time.total:.0%} of the step and makes room for it")
+    return sentences
+
+
+def describe_micro_batch(best: Prediction, config: ModelConfig) -> str:
+    choices, memory = best.choices, best.memory
+    besides = memory.weights + memory.optimizer + memory.gradients
+    of_copy = choices.micro_batch_size * choices.accumulation_steps
+    if choices.accumulation_steps == 1:
+        why = "is all of a copy's share of the batch"
+    elif choices.micro_batch_size * 2 * config.context_length > ENOUGH_TOKENS:
+        why = "fills a device"
+    else:
+        why = f"is the largest divisor of a copy's {of_copy} samples that fits"
+    passes = memory.activations + memory.working
+    return (
+        f"micro_batch_size={choices.micro_batch_size} {why}: {passes / GB:.1f} GB beside {besides / GB:.1f} GB of "
+        f"weights, gradients and optimizer state; {best.usable_bytes / GB:.1f} GB are usable"
+    )
+
+
+def why_slower(other: Prediction, best: Prediction) -> str:
+    """What takes longer than in the best, most first."""
+    slower = other.time.total - best.time.total
+    differences = {name: seconds - best.time.parts[name] for name, seconds in other.time.parts.items()}
+    name, most = max(differences.items(), key=lambda item: item[1])
+    if slower < ALIKE * best.time.total:
+        return "is as fast, and less simple"
+    return f"takes {1e3 * slower:.1f} ms longer, most of it {name} ({1e3 * most:+.1f} ms)"

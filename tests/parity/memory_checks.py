@@ -1,0 +1,154 @@
+"""On ranks: trains small models through the real engine; what PyTorch's tracker of memory saw, and who said how much.
+
+`kraken_train.planning` predicts both. The bytes and collectives are those of the first rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kraken_train.architectures import build_model, even_share
+from kraken_train.distributed_exchange import make_exchange
+from kraken_train.engine import Engine
+from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.planning.choices import Choices
+from kraken_train.runtime import Runtime
+from parity.common import make_mesh, settings
+
+COMMON = {"num_layers": 4, "context_length": 128, "vocab_size": 4096}
+KRAKEN = KrakenConfig(num_sub_layers=4, hidden_size=128, heads_per_sub_layer=2, **COMMON)
+STANDARD = GPTConfig(hidden_size=256, num_heads=4, **COMMON)
+PARALLEL = replace(STANDARD, architecture="parallel")
+SHORT = replace(KRAKEN, context_length=16)  # so that activations are next to nothing
+KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "broadcast_": "broadcast"}  # PyTorch's names
+LEAST_BYTES = 2048  # of the collectives that are counted
+
+
+@dataclass(frozen=True)
+class Case:
+    model: ModelConfig
+    ranks: int
+    sub_layer_parallel_size: int = 1
+    zero_stage: int = 1
+    activation_checkpointing: bool = False
+    precision: str = "bf16"
+    vocab_parallel: bool = False
+    micro_batch_size: int = 4
+    accumulation_steps: int = 2
+
+    @property
+    def choices(self) -> Choices:
+        return Choices(
+            self.sub_layer_parallel_size, self.ranks // self.sub_layer_parallel_size, self.micro_batch_size,
+            self.accumulation_steps, self.zero_stage, self.activation_checkpointing, self.vocab_parallel,
+            self.precision,
+        )  # fmt: skip
+
+
+SHORT_CASE = {"model": SHORT, "micro_batch_size": 1}
+CASES = {
+    "kraken": Case(KRAKEN, 1),
+    "kraken-recompute": Case(KRAKEN, 1, activation_checkpointing=True),
+    "standard-fp32": Case(STANDARD, 1, precision="fp32", accumulation_steps=1),
+    "short": Case(ranks=1, **SHORT_CASE),
+    "short-fp32": Case(ranks=1, precision="fp32", **SHORT_CASE),
+    "kraken-2": Case(KRAKEN, 2, 2),
+    "kraken-2-copies-zero2": Case(KRAKEN, 2, 1, zero_stage=2),
+    "kraken-2-recompute-zero2": Case(KRAKEN, 2, 2, zero_stage=2, activation_checkpointing=True),
+    "kraken-2-vocabulary": Case(KRAKEN, 2, 2, vocab_parallel=True, micro_batch_size=2),
+    "standard-2": Case(STANDARD, 2, 2),
+    "standard-2-copies-zero2-fp32": Case(STANDARD, 2, 1, zero_stage=2, precision="fp32"),
+    "standard-2-recompute": Case(STANDARD, 2, 2, activation_checkpointing=True),
+    "parallel-2-recompute": Case(PARALLEL, 2, 2, activation_checkpointing=True),
+    "short-2-copies": Case(ranks=2, **SHORT_CASE),
+    "short-2-copies-zero2": Case(ranks=2, zero_stage=2, **SHORT_CASE),
+    "short-2-copies-zero2-once": Case(ranks=2, zero_stage=2, accumulation_steps=1, **SHORT_CASE),
+    "short-2-copies-fp32": Case(ranks=2, precision="fp32", **SHORT_CASE),
+    "short-2-copies-fp32-once": Case(ranks=2, precision="fp32", accumulation_steps=1, **SHORT_CASE),
+    "short-2-copies-zero2-fp32": Case(ranks=2, zero_stage=2, precision="fp32", **SHORT_CASE),
+    "kraken-4": Case(KRAKEN, 4, 4),
+    "kraken-4-of-2-zero2": Case(KRAKEN, 4, 2, zero_stage=2, vocab_parallel=True),
+    "kraken-4-of-2-fp32-recompute": Case(KRAKEN, 4, 2, precision="fp32", activation_checkpointing=True),
+    "standard-4-of-2-recompute": Case(STANDARD, 4, 2, activation_checkpointing=True),
+    "parallel-4": Case(PARALLEL, 4, 4),
+}
+QUICK = (
+    "kraken-2-copies-zero2", "standard-2", "standard-2-recompute",
+    "kraken-4", "kraken-4-of-2-zero2", "kraken-4-of-2-fp32-recompute",
+)  # fmt: skip
+
+
+def run(runtime: Runtime, quick: bool) -> dict[str, Any]:
+    here = [name for name, case in CASES.items() if case.ranks == runtime.world_size and (name in QUICK) == quick]
+    return {name: measure(runtime, CASES[name]) for name in here}
+
+
+def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
+    choices = case.choices
+    plain = settings(
+        case.precision, case.zero_stage, case.sub_layer_parallel_size, choices.data_parallel_size, case.vocab_parallel,
+        activation_checkpointing=case.activation_checkpointing,
+    )  # fmt: skip
+    train = replace(plain, micro_batch_size=case.micro_batch_size, global_batch_size=choices.global_batch_size)
+    gc.collect()
+    before = alive()
+    mesh = make_mesh(runtime, case.sub_layer_parallel_size)
+    units, vocabulary = even_share(case.model, mesh.model_rank, case.vocab_parallel)
+    model = build_model(case.model, 0, units, make_exchange(train.parallel, mesh), vocabulary)
+    engine = Engine(model, train, mesh, runtime)
+    tokens = torch.randint(case.model.vocab_size, (case.micro_batch_size, case.model.context_length + 1))
+    gc.collect()
+    tracker, spoken = MemTracker(), Spoken()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tracker.track_external(*(tensor for place, tensor in alive().items() if place not in before))
+        held = total(tracker, "current")
+        with tracker, spoken:
+            for _ in range(case.accumulation_steps):
+                tracker.reset_mod_stats()  # of its modules; the peak stays
+                engine.accumulate(tokens[:, :-1], tokens[:, 1:])
+            engine.step(1e-3)
+    return {
+        "state": held,
+        "peak": total(tracker, "peak"),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "collectives": sorted([*key, number] for key, number in spoken.count.items()),
+    }
+
+
+class Spoken(TorchDispatchMode):
+    """Counts collectives by kind and bytes: of the result, which of an all-gather is the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("c10d::"):
+            kind = KINDS.get(name.removeprefix("c10d::"), name)
+            first = args[0]
+            size = sum(tensor.nbytes for tensor in (first if isinstance(first, list | tuple) else [first]))
+            if size >= LEAST_BYTES:
+                self.count[kind, size] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def alive() -> dict[int, torch.Tensor]:
+    """A tensor for each storage that is in use, by its address."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.device.type == "cpu"}
+
+
+def total(tracker: MemTracker, which: str) -> int:
+    return sum(parts["Total"] for parts in tracker.get_tracker_snapshot(which).values())

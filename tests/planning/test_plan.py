@@ -1,0 +1,118 @@
+"""The search and the command: what is chosen and why, what is refused and how."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import run_here, user_error
+
+from kraken_train.cli import CONF_DIR
+from kraken_train.errors import ConfigError
+from kraken_train.model_config import GPTConfig, KrakenConfig
+from kraken_train.planning.cluster import load_cluster
+from kraken_train.planning.prediction import Prediction
+from kraken_train.planning.search import Wishes, reasons, search
+
+H100 = load_cluster("dgx_h100")
+SMALL = KrakenConfig(4, num_layers=4, hidden_size=256, heads_per_sub_layer=2, vocab_size=4096, context_length=256)
+HUGE = GPTConfig(num_layers=10, hidden_size=16384, num_heads=64, vocab_size=50304, context_length=2048)
+PROFILES = sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml"))
+
+
+def test_profiles() -> None:
+    assert PROFILES == ["dgx_a100", "dgx_h100", "h200_node", "l40s_pcie", "this"]
+    for name in PROFILES:
+        cluster = load_cluster(name)
+        cluster.validate()
+        assert cluster.name == name and cluster.source
+        assert cluster.peak_flops("bf16") > 0 and cluster.bandwidth > 0 and cluster.usable_bytes > 0
+    assert load_cluster("dgx_a100").peak_flops("bf16") == 312e12
+
+
+def test_groups_within_and_between_nodes() -> None:
+    assert H100.interconnect(8, 1).name == H100.interconnect(2, 4).name == "h100_nvswitch"
+    # Between nodes every device has a link: all eight of a node together, or each for a group of its own.
+    assert H100.interconnect(16, 1).bus_bandwidth == 8 * 46
+    assert H100.interconnect(2, 8).bus_bandwidth == 46
+
+
+def test_what_fits_is_ranked() -> None:
+    plan = search(SMALL, H100, nodes=1, global_batch_size=256)
+    speeds = [prediction.tokens_per_second for prediction in plan.ranked]
+    assert speeds[0] > 0.98 * max(speeds) and all(a >= b for a, b in itertools.pairwise(speeds[1:]))
+    for prediction in plan.ranked:
+        choices = prediction.choices
+        assert choices.devices == 8 and choices.global_batch_size == 256
+        assert prediction.fits and 0 < prediction.mfu < 1
+    assert {prediction.choices.sub_layer_parallel_size for prediction in plan.ranked} == {1, 2, 4}
+    assert "P=8 does not divide model.num_sub_layers=4" in plan.refused
+    assert any("micro_batch_size=" in reason for reason in reasons(plan, H100, SMALL))
+
+
+def test_less_memory_changes_the_choice() -> None:
+    wishes = Wishes(sub_layer_parallel_size=1, zero_stage=1, activation_checkpointing=False)
+
+    def best(memory_gb: float) -> Prediction:
+        return search(SMALL, replace(H100, memory_gb=memory_gb), 1, 128, wishes).best
+
+    roomy, tight = best(85.0), best(4.5)
+    assert tight.choices.micro_batch_size < roomy.choices.micro_batch_size
+    assert tight.memory.total <= tight.usable_bytes < roomy.memory.total
+    assert tight.tokens_per_second <= roomy.tokens_per_second
+
+
+def test_what_the_user_fixes_stays() -> None:
+    wishes = Wishes(2, micro_batch_size=4, zero_stage=2, activation_checkpointing=True, vocab_parallel=True)
+    (only,) = search(SMALL, H100, 1, 256, wishes).ranked
+    choices = only.choices
+    assert (choices.sub_layer_parallel_size, choices.micro_batch_size, choices.accumulation_steps) == (2, 4, 16)
+    assert choices.zero_stage == 2 and choices.activation_checkpointing and choices.vocab_parallel
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match=r"nothing fits into the 81.0 GB .* of which .* GB are .*; use "):
+        search(HUGE, H100, 1, 8, Wishes(sub_layer_parallel_size=1, micro_batch_size=1, vocab_parallel=False))
+    for wishes, message in (
+        (Wishes(sub_layer_parallel_size=3), "sub_layer_parallel_size=3 does not divide model.num_sub_layers=4; use 1"),
+        (Wishes(micro_batch_size=7), "micro_batch_size=7 does not divide the 32 samples of a copy"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            search(SMALL, H100, 1, 256, wishes)
+    with pytest.raises(ConfigError, match="which do not divide global_batch_size=3"):
+        search(SMALL, H100, 1, 3)
+
+
+def test_command(tmp_path: Path) -> None:
+    done = run_here(
+        "kraken_train.plan", "model=kraken-tiny-4way", "vocab_size=300", "cluster=l40s_pcie", "nodes=2",
+        "global_batch_size=32", f"output={tmp_path}/plan.json", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "to train so: parallel.sub_layer_parallel_size=" in done.stdout
+    record = json.loads((tmp_path / "plan.json").read_text())
+    best = record["ranked"][0]
+    assert (
+        sum(best["memory"][part] for part in ("weights", "optimizer", "gradients", "activations", "working"))
+        == (best["memory"]["total"])
+    )
+    assert best["choices"]["data_parallel_size"] * best["choices"]["sub_layer_parallel_size"] == 16
+    assert (tmp_path / "memory.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=kraken-tiny-4way"], "give vocab_size=NUMBER"),
+        (["zero_stage=3"], "engine.zero_stage=3 is not supported"),
+        (["cluster=dgx"], "cluster=dgx is not known; use one of dgx_a100"),
+        (["nodes=0"], "nodes=0 must be greater than 0"),
+        (["cluster.matrix_fraction=2"], "cluster.matrix_fraction=2.0 must be greater than 0 and at most 1"),
+        (["micro_batch=3"], "micro_batch is not a setting (did you mean micro_batch_size?)"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str) -> None:
+    assert message in user_error(run_here("kraken_train.plan", *arguments))
