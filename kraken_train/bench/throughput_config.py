@@ -9,16 +9,12 @@ from typing import Any
 import yaml
 
 from kraken_train.bench.grid import require_axis
-from kraken_train.cli import CONF_DIR
+from kraken_train.cli import CONF_DIR, compose_command
 from kraken_train.config import (
-    CheckpointConfig,
     EngineConfig,
     OptimConfig,
     ParallelConfig,
-    ScheduleConfig,
-    TrackingConfig,
     TrainConfig,
-    ValidationConfig,
 )
 from kraken_train.errors import ConfigError
 from kraken_train.inference.device import DEVICES
@@ -113,29 +109,16 @@ class ThroughputConfig:
         return self.micro_batch_size * self.gradient_accumulation_steps * data_parallel_size
 
     def training(self, data_parallel_size: int) -> TrainConfig:
-        """What the engine is told; nothing is saved, validated or followed."""
-        return TrainConfig(
-            model={},
-            data_dir=self.data_dir or "",
-            run_dir="",
-            init_from=None,
-            max_steps=1,
+        """What the engine is told, the rest as in conf/train.yaml: nothing is saved, validated or followed."""
+        defaults = compose_command(["data_dir=none", "run_dir=none"], TrainConfig, "train")
+        return dataclasses.replace(
+            defaults,
             global_batch_size=self.global_batch_size(data_parallel_size),
             micro_batch_size=self.micro_batch_size,
-            seed=0,
             precision=self.precision,
-            resume="never",
-            max_nonfinite_steps=1,
-            log_every=self.steps,
-            peak_tflops=self.peak_tflops,
-            watchdog_seconds=0,
             optim=self.optim,
-            schedule=ScheduleConfig("constant", warmup_steps=0, min_ratio=1.0, decay_steps=1),
             parallel=self.parallel,
             engine=self.engine,
-            checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),
-            validation=ValidationConfig(every=0, samples=1),
-            tracking=TrackingConfig("off", project="", entity=None, name=None, group=None, tags=()),
         )
 
 
