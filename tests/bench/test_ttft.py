@@ -68,7 +68,7 @@ def test_simulated(tmp_path: Path) -> None:
     collectives = {"kraken": 2, "standard": 4, "parallel": 2}
     assert set(results) == set(collectives)
     for name, result in results.items():
-        ttft = seconds(result, "ttft", "simulated")
+        assert seconds(result, "ttft", "simulated") > 0.7 * result["asked_of_interconnect"]["seconds"]
         assert seconds(result, "compute_alone", "measured") > 0
         exposed, hidden = (seconds(result, f"{kind}_communication", "simulated") for kind in ("exposed", "hidden"))
         asked = result["asked_of_interconnect"]
@@ -87,7 +87,7 @@ def test_simulated(tmp_path: Path) -> None:
         token = seconds(result, "time_per_output_token", "simulated")
         assert token > asked["seconds"]
         parts = {part: figure["seconds"] for part, figure in result["breakdown"].items()}
-        assert parts.pop("hidden_all_reduce") >= 0 and sum(parts.values()) > 0.5 * ttft
+        assert parts.pop("hidden_all_reduce") >= 0 and sum(parts.values()) > 0.5 * asked["seconds"]
         assert parts["exposed_all_reduce"] > 0.5 * 0.025 * collectives[name]
         assert result["scaled_from_layers"] is None and result["interleaved"]
     faster = record["summary"]["kraken"]["speed_up_over_standard"]["value"]
