@@ -13,6 +13,7 @@ from kraken_train.model_config import ModelConfig
 BF16_PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -26,6 +27,7 @@ BF16_PEAK_TFLOPS = {
 FP32_PEAK_TFLOPS = {
     "GB200": 80.0,
     "B200": 80.0,
+    "H200 NVL": 60.0,
     "H200": 67.0,
     "H100 PCIe": 51.0,
     "H100 NVL": 60.0,

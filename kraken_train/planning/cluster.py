@@ -118,19 +118,21 @@ def load_cluster(name: str) -> Cluster:
 def measured(cluster: Cluster) -> Cluster:
     """The profile with what it leaves open measured on the device of this process: GPU or CPU (about two seconds)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peaks = {precision: device_peak_flops(device, precision) for precision in ("bf16", "fp32")}
-    for precision, peak in peaks.items():
-        if peak is None and getattr(cluster, f"{precision}_tflops") is None:
+    tflops: dict[str, float] = {}
+    for precision in ("bf16", "fp32"):
+        given, peak = getattr(cluster, f"{precision}_tflops"), device_peak_flops(device, precision)
+        if given is None and peak is None:
             raise ConfigError(
                 f"the peak of {torch.cuda.get_device_name(device)} is not known; give cluster.{precision}_tflops=NUMBER"
             )
+        tflops[precision] = (peak or 0.0) / 1e12 if given is None else given
     fallback: dict[str, Callable[[], Any]] = {
         "devices_per_node": lambda: torch.cuda.device_count() if device.type == "cuda" else 1,
         "memory_gb": lambda: device_memory(device) / 1e9,
         "bandwidth_gb": lambda: copy_bandwidth(device) / 1e9,
-        "bf16_tflops": lambda: (peaks["bf16"] or 0) / 1e12,
-        "fp32_tflops": lambda: (peaks["fp32"] or 0) / 1e12,
-        "attention_fraction": lambda: min(1.0, attention_flops(device) / (peaks["bf16"] or 1)),
+        "bf16_tflops": lambda: tflops["bf16"],
+        "fp32_tflops": lambda: tflops["fp32"],
+        "attention_fraction": lambda: min(1.0, attention_flops(device) / (tflops["bf16"] * 1e12)),
     }
     return replace(cluster, **{name: find() for name, find in fallback.items() if getattr(cluster, name) is None})
 

@@ -11,6 +11,7 @@ device, in groups, D copies of the model and w bytes per weight:
 | gradients between micro-batches | 4 E | 4 E / D | 4 E and a bucket; ZeRO-2: 4 E / D |
 | to reduce them | nothing | a bucket of 2 E, 2 E + 4 E to sum | a bucket of 4 E, 4 E to sum |
 
+Without accumulation bf16 at ZeRO-1 also has the 2 E of bf16 gradients until the weights are updated.
 Parameters that lie across the border of two partitions count in both where gradients are kept by parameter (fp32).
 """
 
@@ -110,6 +111,7 @@ def predict_memory(config: ModelConfig, choices: Choices) -> Memory:
         ("backward pass of the last layer", kept, rehearsal.last_layer - kept + besides),
         ("backward pass of a layer", min(kept, rehearsal.layers), max(0, rehearsal.layers - kept) + besides),
         ("backward pass of the embedding", 0, rehearsal.embedding + besides),
+        ("sum of the gradients in fp32", 0, summation_bytes(own, choices)),
         ("reduction of the gradients", 0, reduction_bytes(own, choices)),
         ("update of the weights", 0, update_bytes(own, choices)),
     ]
@@ -140,6 +142,16 @@ def gradients_between(own: Shards, choices: Choices) -> int:
     if choices.precision == "bf16":
         return FP32 * sum(own.parts)
     return FP32 * (own.overlapping if choices.zero_stage > 1 else own.elements + own.bucket)
+
+
+def summation_bytes(own: Shards, choices: Choices) -> int:
+    """For BF16_Optimizer to add the gradients of an only micro-batch to its own: all in bf16, and one in fp32.
+
+    Those of several micro-batches are added, and gone, as they come (`rehearsal.add_to_sum`).
+    """
+    if not choices.keeps_accumulator or choices.accumulation_steps > 1:
+        return 0
+    return choices.width * own.elements + FP32 * max(map(max, own.groups))
 
 
 def reduction_bytes(own: Shards, choices: Choices) -> int:

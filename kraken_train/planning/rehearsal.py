@@ -56,10 +56,10 @@ def rehearse(config: ModelConfig, choices: Choices) -> Rehearsal:
     """A micro-batch of full length on the first device of a model copy.
 
     Complete gradients take no place here: they are added to those of the micro-batch before, or copied into a bucket,
-    which both count elsewhere. Only in fp32 at stage 1 and without accumulation do they appear and stay.
+    which both count elsewhere. Only at stage 1 and without accumulation do they appear and stay.
     """
     treat: Treatment | None = add_to_sum if choices.keeps_accumulator else move_away
-    if choices.precision == "fp32" and choices.zero_stage == 1 and choices.accumulation_steps == 1:
+    if choices.zero_stage == 1 and choices.accumulation_steps == 1:
         treat = None
     alike = replace(choices, data_parallel_size=1, zero_stage=1, accumulation_steps=1)  # what matters no further
     if config.num_layers <= DEEP:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kraken_train.model_config import KrakenConfig, ModelConfig
 from kraken_train.planning.choices import Choices
-from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.cluster import Cluster, known
 from kraken_train.planning.memory import FP32, shards
 from kraken_train.planning.traffic import COPY, Collective, loss_chunks
 
@@ -147,7 +147,7 @@ def attention_seconds(config: ModelConfig, choices: Choices, cluster: Cluster) -
     padded = next((size for size in PADDED_HEAD_DIMS if size >= config.head_dim), config.head_dim)
     width = config.attention_width / choices.sub_layer_parallel_size * padded / config.head_dim
     flops = 2.0 * choices.micro_batch_size * config.context_length**2 * width  # the causal half of two products
-    fraction = cluster.attention_fraction or 0.0
+    fraction = known("attention_fraction", cluster.attention_fraction)
     if config.head_dim > 128:
         fraction *= cluster.wide_head_fraction
     rate = cluster.peak_flops(choices.precision) * fraction

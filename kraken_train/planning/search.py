@@ -55,7 +55,8 @@ def search(
         copies = devices // size
         batches = micro_batches(config, global_batch_size // copies, wishes)
         for choices in variants(size, copies, wishes):
-            if beside_the_point(choices, found, batches, wishes):
+            cannot_cut = choices.vocab_parallel and config.vocab_size % size > 0
+            if cannot_cut or beside_the_point(choices, found, batches, wishes):
                 continue
             largest = largest_that_fits(config, choices, batches, global_batch_size // copies, cluster)
             if isinstance(largest, Choices):
@@ -91,6 +92,9 @@ def sizes(
         elif global_batch_size % (devices // size):
             refused.append(f"P={size} leaves {devices // size} copies, which do not divide "
                            f"global_batch_size={global_batch_size}")  # fmt: skip
+        elif wishes.vocab_parallel and config.vocab_size % size:
+            refused.append(f"P={size} does not divide model.vocab_size={config.vocab_size}, which vocab_parallel=true "
+                           "divides too")  # fmt: skip
         else:
             yield size
 

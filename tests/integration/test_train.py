@@ -63,6 +63,7 @@ def test_a_finished_run_is_left_alone(data: Path, reference: Path) -> None:
     assert learned(reference) == before
 
 
+@pytest.mark.slow  # tests/parity has copies too
 def test_two_copies(data: Path, reference: Path, tmp_path: Path) -> None:
     """The same samples, losses and validation over two data-parallel ranks."""
     run = tmp_path / "run"

@@ -59,6 +59,7 @@ CASES = {
     "kraken-recompute": Case(KRAKEN, 1, activation_checkpointing=True),
     "standard-fp32": Case(STANDARD, 1, precision="fp32", accumulation_steps=1),
     "short": Case(ranks=1, **SHORT_CASE),
+    "short-once": Case(ranks=1, accumulation_steps=1, **SHORT_CASE),
     "short-fp32": Case(ranks=1, precision="fp32", **SHORT_CASE),
     "kraken-2": Case(KRAKEN, 2, 2),
     "kraken-2-copies-zero2": Case(KRAKEN, 2, 1, zero_stage=2),
@@ -80,10 +81,7 @@ CASES = {
     "standard-4-of-2-recompute": Case(STANDARD, 4, 2, activation_checkpointing=True),
     "parallel-4": Case(PARALLEL, 4, 4),
 }
-QUICK = (
-    "kraken-2-copies-zero2", "standard-2", "standard-2-recompute",
-    "kraken-4", "kraken-4-of-2-zero2", "kraken-4-of-2-fp32-recompute",
-)  # fmt: skip
+QUICK = ("kraken-2-copies-zero2", "standard-2-recompute", "kraken-4-of-2-zero2")
 
 
 def run(runtime: Runtime, quick: bool) -> dict[str, Any]:

@@ -80,3 +80,14 @@ def test_shares() -> None:
     assert share.activations < 0.5 * one.activations
     assert memory(activation_checkpointing=True).activations < 0.5 * one.activations
     assert memory(micro_batch_size=8).activations == pytest.approx(4 * one.activations, rel=0.05)
+
+
+def test_bf16_gradients_of_an_only_micro_batch() -> None:
+    """They are all there when BF16_Optimizer adds them to its sums; of several micro-batches each goes as it comes."""
+    short = replace(KRAKEN, context_length=4)
+    several = replace(ALONE, precision="bf16", micro_batch_size=1, accumulation_steps=2)
+    once = predict_memory(short, replace(several, accumulation_steps=1))
+    assert once.moment == "sum of the gradients in fp32"
+    qkv = 4 * 3 * KRAKEN.hidden_size**2  # elements of the largest parameter
+    assert once.working == 2 * shards(short, several).elements + 4 * qkv
+    assert predict_memory(short, several).total < once.total

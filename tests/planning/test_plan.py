@@ -84,6 +84,11 @@ def test_refusals() -> None:
             search(SMALL, H100, 1, 256, wishes)
     with pytest.raises(ConfigError, match="which do not divide global_batch_size=3"):
         search(SMALL, H100, 1, 3)
+    odd = replace(SMALL, vocab_size=4097)
+    with pytest.raises(ConfigError, match=r"P=2 does not divide model\.vocab_size=4097"):
+        search(odd, H100, 1, 256, Wishes(sub_layer_parallel_size=2, vocab_parallel=True))
+    plan = search(odd, H100, 1, 256, Wishes(sub_layer_parallel_size=2, micro_batch_size=4))
+    assert not any(prediction.choices.vocab_parallel for prediction in plan.ranked)
 
 
 def test_command(tmp_path: Path) -> None:
