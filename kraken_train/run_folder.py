@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -46,6 +47,7 @@ from kraken_train.run_layout import (
 METRICS_FILE = "metrics.jsonl"
 EXPORTS_FILE = "exports.jsonl"
 SUBMISSIONS = "submissions"
+LOCK_PATIENCE = 1.0  # seconds: who only looks at a run (`run_state.is_alive`) holds its lock for a moment
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,10 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from writing to the folder. Raises CheckpointError if one does."""
     with (path / LOCK_FILE).open("a") as file:
-        if not try_lock(file.fileno()):
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while not (ours := try_lock(file.fileno())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not ours:
             raise CheckpointError(
                 f"run_dir={path} is being written by another process ({(path / LOCK_FILE).read_text() or 'unknown'}); "
                 "stop it first"

@@ -93,6 +93,8 @@ def read_state(path: Path) -> RunState:
         why = f"{IDENTITY_FILE} is missing" if any(path.iterdir()) else "it is empty"
         raise DataError(f"{path} holds no run ({why}); name the run_dir of a training run that has started")
     alive = is_alive(path, events)
+    if not alive:
+        events = read_events(path / EVENTS_FILE)  # it may have ended just now
     starts = read_starts(path, events, alive)
     state, reason = judge(events, starts, alive)
     config = read_mapping(path / CONFIG_FILE)

@@ -28,7 +28,7 @@ COLLECTIVES = {
 }
 # ... and, on a GPU, which waits in the host's place, in what the host waits for its GPU.
 WAITS_FOR_DEVICE = {"kraken_train.engine", "kraken_train.phases", "kraken_train.replicas"}
-WATCHERS = ("watchdog-", "life-signs")  # names of threads that only look on
+WATCHERS = ("watchdog-", "life-signs", "tracking")  # names of threads that only look on
 MOST_NAMED = 4  # ranks in a message
 
 

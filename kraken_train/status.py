@@ -160,7 +160,7 @@ def next_step(state: RunState) -> str:
     if state.state == FINISHED:
         return f"python -m checkpoints.export run_dir={run} output_dir=EXPORT"
     if state.state == WAITING:
-        return f"wait; squeue --job {state.job} says for what"
+        return f"wait; squeue --job {state.job} says for what, or {run}/submissions/*/*.out how it has ended"
     if state.state == NOT_STARTED:
         return f"start it: python -m kraken_train.train run_dir={run} ..."
     if state.state == FAILED and state.errors and not any(error.restart_helps for error in state.errors):

@@ -33,6 +33,7 @@ from kraken_train.stacks import Place, describe_stall, where_is_main_thread, wri
 
 BEAT_SECONDS = 2.0
 STARTING_SECONDS = 120.0  # more than the timeout, for a rank that has not beaten yet
+NOTING_SECONDS = 30.0  # for a rank to note why it ends: a disk that hangs may be what ends it
 FAILED_SECONDS = 10.0  # for a job to end by itself once a rank has failed
 LEAVING_SECONDS = 10.0  # how long the rank that holds the store stays for the others at the end
 FAILED_EXIT_CODE = 1
@@ -227,7 +228,8 @@ class Watchdog:
             self.placed = True
             store.set(f"place/{self.rank}", encode(self.own_place()))
             self.asks = store.add("stalled", 1) == 1
-            write_stacks(f"rank {self.rank} has completed no step for too long, or another rank has not", self.log)
+            reason = f"rank {self.rank} has completed no step for too long, or another rank has not"
+            begin(lambda: write_stacks(reason, self.log))
         if not self.asks or self.found is not None:
             return
         places = {rank: read_place(store, rank) for rank in range(self.world_size)}
@@ -343,18 +345,29 @@ class Watchdog:
 
     def end_job(self, verdict: Verdict, speaks: bool = True) -> None:
         """Does not return. `speaks` says that this rank is the one that tells why."""
+        self.verdict = verdict  # from now on the talking thread tells it
+        noting = begin(lambda: self.note_end(verdict, speaks))
+        # For all to read and note it before they see a process end.
+        time.sleep(BEATS_TO_LEAVE * self.interval)
+        noting.join(NOTING_SECONDS)
+        if verdict.culprit is not None:
+            verdict.culprit.kill()
+        os._exit(FAILED_EXIT_CODE)
+
+    def note_end(self, verdict: Verdict, speaks: bool) -> None:
         if speaks:
             tell(f"error: {verdict.message}; the job is ended. The same command continues from the newest checkpoint")
-        self.verdict = verdict  # from now on the talking thread tells it
         if not self.placed:
             self.placed = True
             write_stacks(f"rank {self.rank} is ended", self.log)
         self.on_end(verdict.message, self.rank not in verdict.ranks)
-        # For all to read and note it before they see a process end.
-        time.sleep(BEATS_TO_LEAVE * self.interval)
-        if verdict.culprit is not None:
-            verdict.culprit.kill()
-        os._exit(FAILED_EXIT_CODE)
+
+
+def begin(write: Callable[[], None]) -> threading.Thread:
+    """Writing, in a thread of its own: with a disk that hangs it may never end."""
+    thread = threading.Thread(target=write, name="watchdog-write", daemon=True)
+    thread.start()
+    return thread
 
 
 def tell(message: str) -> None:

@@ -44,8 +44,10 @@ EXPORTED = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW", "LD_LIBRARY_PATH", "DS_", 
             "WANDB_", "TIKTOKEN_")  # fmt: skip
 ENVIRONMENT_FILE = ".deepspeed_env"  # DeepSpeed's: further ones, NAME=VALUE, in the home folder or here
 # What a host answers when it is asked whether it can start ranks: a port that is free there, and its addresses.
+ANSWER = "the port and the addresses:"
 CHECK = (
-    "import socket, subprocess, launch.node; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1]); "
+    "import socket, subprocess, launch.node; s = socket.socket(); s.bind(('', 0)); "
+    f"print('{ANSWER}', s.getsockname()[1]); "
     "print(subprocess.run(['hostname', '-I'], capture_output=True, text=True).stdout)"
 )
 
@@ -211,7 +213,8 @@ def check_host(host: str, ssh: list[str]) -> Answer:
     except subprocess.TimeoutExpired:
         return Answer(f"host {host} does not answer within {CHECK_SECONDS:.0f} s; repair it, or --exclude it")
     if result.returncode == 0:
-        port, *addresses = result.stdout.split()
+        # What the shell there says first is not for us.
+        port, *addresses = result.stdout.rpartition(ANSWER)[2].split()
         return Answer(port=int(port), addresses=addresses)
     reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
     if here or result.returncode != 255:

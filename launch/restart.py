@@ -1,6 +1,6 @@
 """What the batch script of a training job asks before its ranks start and after they have ended.
 
-    python -m launch.restart before OVERRIDES...
+    python -m launch.restart before --ranks NUMBER OVERRIDES...
     python -m launch.restart after --exit-code CODE --told REASON --max-restarts NUMBER OVERRIDES...
 
 `before` checks settings, data and run folder on one process; exit code 2 means that starting is of no use. `after`
@@ -10,7 +10,7 @@ reads from the run folder how the ranks have ended and says with its own exit co
     75    the job should be requeued, which the script does (RESTART_EXIT_CODE)
     2     no restart would help: the error that says so has been printed
     1     restarts have not helped
-    143   somebody has asked the ranks to end, and it was not Slurm's time limit
+    143   somebody has asked the ranks to end, and it was not Slurm
 
 The exit code of srun is the highest of its tasks', so that of a killed rank may hide the one that tells: 143 of a
 bystander is more than 2. So 2 can be believed, but what is not 2 says little, and the run folder is asked first.
@@ -37,7 +37,8 @@ from kraken_train.runtime import slurm_job
 from launch.preflight import check_training, train_config
 
 RESTART_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-TIME_LIMIT = "limit"
+# What Slurm may have told the script, or the ranks, and why that is a reason to requeue.
+TOLD = {"": None, "limit": "the time limit is near", "preempted": "Slurm has preempted the job"}
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a batch script of training asks before and after its ranks.")
     actions = parser.add_subparsers(dest="action", required=True)
     before = actions.add_parser("before")
+    # SLURM_NTASKS is that of the step where srun has started this process, as it does with a container.
+    before.add_argument("--ranks", required=True, help="that will be started")
     after = actions.add_parser("after")
     after.add_argument("--exit-code", type=int, required=True, help="of srun")
-    after.add_argument("--told", choices=("", TIME_LIMIT), required=True, help="what Slurm has told the script")
+    after.add_argument("--told", choices=TOLD, required=True, help="what Slurm has told the job")
     after.add_argument("--max-restarts", type=int, required=True, help="in a row without a newer checkpoint")
     for action in (before, after):
         action.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of kraken_train.train")
     arguments = parser.parse_args()
     with user_errors(Path.cwd()):
         if arguments.action == "before":
-            prepare_start(arguments.overrides)
+            prepare_start(arguments.overrides, arguments.ranks)
             return
         run_dir = Path(train_config(arguments.overrides).run_dir)
         earlier, attempt = split_attempt(read_events(run_dir / EVENTS_FILE))
         errors = errors_of_attempt(run_dir, attempt)
-        time_limit = arguments.told == TIME_LIMIT
-        decision = decide(earlier, attempt, errors, arguments.exit_code, time_limit, arguments.max_restarts)
+        told = TOLD[arguments.told]
+        decision = decide(earlier, attempt, errors, arguments.exit_code, told, arguments.max_restarts)
         if decision.exit_code == RESTART_EXIT_CODE:
             record_restart(run_dir / EVENTS_FILE, decision.message)
             print(f"requeued: {decision.message}", flush=True)
@@ -78,9 +81,8 @@ def main() -> None:
     sys.exit(decision.exit_code)
 
 
-def prepare_start(overrides: Sequence[str]) -> None:
+def prepare_start(overrides: Sequence[str], ranks: str) -> None:
     """Check that ranks can start, and note that they will. Raises KrakenError, with nothing changed."""
-    ranks = os.environ.get("SLURM_NTASKS", "")
     if not ranks.isdigit():
         raise ConfigError(
             f"SLURM_NTASKS={ranks} is not the number of ranks; run this in a job with #SBATCH --ntasks-per-node=RANKS"
@@ -138,28 +140,28 @@ def decide(
     attempt: Sequence[Event],
     errors: Sequence[RankError],
     exit_code: int,
-    time_limit: bool,
+    told: str | None,
     max_restarts: int,
 ) -> Decision:
     """How the job goes on.
 
     `earlier` and `attempt` are what has happened before and in this attempt, `errors` those of its ranks, `exit_code`
-    is srun's, and `time_limit` says that Slurm has announced the end of the job.
+    is srun's, and `told` is why Slurm has announced the end of the job, if it has.
     """
     ended = next((event for event in attempt if event["event"] == "ended"), None)
     outcome = ended and ended["outcome"]
-    if outcome == FINISHED or (exit_code == 0 and not time_limit):
+    if outcome == FINISHED or (exit_code == 0 and told is None):
         return Decision(0, "the run is finished")
     hopeless = [error for error in errors if not error.follows and not error.restart_helps]
     if hopeless:
         causes = "; ".join(f"{error}: {error.message}" for error in root_causes(hopeless))
         return Decision(USER_ERROR_EXIT_CODE, f"{causes} (no restart would help, so the job ends)")
-    if outcome == INTERRUPTED and not time_limit:
+    if outcome == INTERRUPTED and told is None:
         return Decision(INTERRUPTED_EXIT_CODE, f"the ranks were asked to end: {ended and ended['reason']}")
     if exit_code == USER_ERROR_EXIT_CODE:
         return Decision(exit_code, "a rank has ended with an error that no restart would help, see above; the job ends")
     events = [*earlier, *attempt]
-    reason = "the time limit is near" if time_limit else describe_fault(errors, exit_code)
+    reason = told or describe_fault(errors, exit_code)
     restarts = sum(event["event"] == "requeued" for event in events[last_index(events, "saved") + 1 :])
     if restarts >= max_restarts:
         return Decision(

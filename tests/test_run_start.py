@@ -5,17 +5,31 @@ from __future__ import annotations
 import io
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from kraken_train.errors import CheckpointError, ConfigError, RankLostError
 from kraken_train.events import EventLog, read_events
+from kraken_train.files import try_lock
 from kraken_train.interruption import Interrupted
 from kraken_train.rank_errors import read_errors
-from kraken_train.run_layout import ERRORS, LOGS
+from kraken_train.run_folder import locked
+from kraken_train.run_layout import ERRORS, LOCK_FILE, LOGS
 from kraken_train.run_start import Tee, recorded
 from kraken_train.runtime import Runtime
+
+
+def test_who_only_looks_is_waited_for(tmp_path: Path) -> None:
+    """`status` holds the lock of a run for a moment, which must not end a start."""
+    lock = (tmp_path / LOCK_FILE).open("a")
+    assert try_lock(lock.fileno(), shared=True)
+    with pytest.raises(CheckpointError, match="is being written by another process"), locked(tmp_path):
+        pass
+    threading.Timer(0.2, lock.close).start()
+    with locked(tmp_path):
+        assert lock.closed
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from helpers import REPOSITORY
 from kraken_train import watchdog
 from kraken_train.interruption import StopRequest
 from kraken_train.runtime import Runtime, free_port
-from kraken_train.stacks import Place
+from kraken_train.stacks import Place, where_is_main_thread
 from kraken_train.watchdog import DONE, FAILED, RUNNING, Beat, Silence, Verdict, Watchdog, encode
 
 SCRIPT = Path(__file__).with_name("watched_rank.py")
@@ -46,6 +47,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Ended(verdict.message if speaks else None)
 
     monkeypatch.setattr(Watchdog, "end_job", end)
+    monkeypatch.setattr(watchdog, "write_stacks", lambda reason, log: None)
 
 
 def build(rank: int = 0, world_size: int = 3) -> tuple[Watchdog, dist.Store]:
@@ -194,6 +196,42 @@ def test_steps_and_other_signs_of_life(ends: None) -> None:
     stand(dog, "data.py:120 read", waits=False)
     with pytest.raises(Ended, match=r"no step for 10 s: rank 0 \(process 17 on node3\) is in data.py:120 read"):
         dog.watch_steps(81.5)
+
+
+def test_what_the_main_thread_waits_for() -> None:
+    """The thread that it has asked, and not one that only looks on."""
+    gate, places = threading.Event(), []
+
+    def look_on() -> None:
+        while not gate.is_set():
+            time.sleep(0.01)
+
+    def read_slowly() -> None:
+        while not gate.is_set():
+            time.sleep(0.01)
+
+    def ask() -> None:
+        time.sleep(0.2)
+        places.append(where_is_main_thread())
+        gate.set()
+
+    for name, function in (("tracking", look_on), ("watchdog-talk", ask), ("data", read_slowly)):
+        thread = threading.Thread(target=function, name=name)
+        thread.start()
+    thread.join()
+    ((where, waits),) = places
+    assert where.endswith(" read_slowly") and not waits
+
+
+def test_a_disk_that_hangs_does_not_keep_a_job_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    dog, disk, order = build()[0], threading.Event(), []
+    dog.placed, dog.interval = True, 0.01
+    dog.on_end = lambda message, follows: order.append("noted") if disk.wait(60) else None
+    monkeypatch.setattr(watchdog, "NOTING_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: order.append(f"exit {code}"))
+    dog.end_job(Verdict("no step", None, (0,)), speaks=False)
+    disk.set()
+    assert order[0] == "exit 1"
 
 
 def test_off() -> None:

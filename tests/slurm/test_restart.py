@@ -11,7 +11,7 @@ from integration.training import overrides
 
 from kraken_train.events import Event, read_events
 from kraken_train.rank_errors import RankError
-from launch.restart import RESTART_EXIT_CODE, decide
+from launch.restart import RESTART_EXIT_CODE, TOLD, decide
 
 STARTED = {"event": "started", "step": 0}
 SAVED = {"event": "saved", "step": 4}
@@ -25,46 +25,47 @@ HOPELESS = RankError("3", 2, "node-3", 8, "the disk is full", None, follows=Fals
 
 
 @pytest.mark.parametrize(
-    ("earlier", "attempt", "errors", "exit_code", "time_limit", "expected", "words"),
+    ("earlier", "attempt", "errors", "exit_code", "told", "expected", "words"),
     [
-        ([], [STARTED, SAVED, FINISHED], [], 0, False, 0, "finished"),
-        ([], [STARTED, SAVED, FINISHED], [], 1, True, 0, "finished"),  # and then something else
-        ([], [STARTED, SAVED, INTERRUPTED], [], 143, True, RESTART_EXIT_CODE, "the time limit is near"),
-        ([], [], [], 0, True, RESTART_EXIT_CODE, "the time limit is near"),  # before there were ranks
-        ([], [STARTED, SAVED, INTERRUPTED], [], 143, False, 143, "asked to end: SIGTERM"),
-        ([], [STARTED, FAILED], [FOLLOWS], 143, False, RESTART_EXIT_CODE, "a rank was killed"),
+        ([], [STARTED, SAVED, FINISHED], [], 0, "", 0, "finished"),
+        ([], [STARTED, SAVED, FINISHED], [], 1, "limit", 0, "finished"),  # and then something else
+        ([], [STARTED, SAVED, INTERRUPTED], [], 143, "limit", RESTART_EXIT_CODE, "the time limit is near"),
+        ([], [], [], 0, "limit", RESTART_EXIT_CODE, "the time limit is near"),  # before there were ranks
+        ([], [STARTED, SAVED, INTERRUPTED], [], 143, "", 143, "asked to end: SIGTERM"),
+        ([], [STARTED, SAVED, INTERRUPTED], [], 143, "preempted", RESTART_EXIT_CODE, "Slurm has preempted the job"),
+        ([], [STARTED, FAILED], [FOLLOWS], 143, "", RESTART_EXIT_CODE, "a rank was killed"),
         (
             [],
             [STARTED, FAILED],
             [OWN, FOLLOWS],
             143,
-            False,
+            "",
             RESTART_EXIT_CODE,
             "rank 1 (process 7 on node-2): a device",
         ),
         # 143 of a bystander hides the 2 of the rank that tells; what this has written does not.
-        ([], [STARTED, FAILED], [HOPELESS, FOLLOWS], 143, False, 2, "rank 2 (process 8 on node-3): the disk is full"),
-        ([], [STARTED, FAILED], [OWN, HOPELESS], 1, True, 2, "the disk is full"),
-        ([], [], [], 2, False, 2, "no restart would help"),  # as on a full disk, which takes no error's file
-        ([STARTED, SAVED], [], [], 1, False, RESTART_EXIT_CODE, "a rank has failed"),
+        ([], [STARTED, FAILED], [HOPELESS, FOLLOWS], 143, "", 2, "rank 2 (process 8 on node-3): the disk is full"),
+        ([], [STARTED, FAILED], [OWN, HOPELESS], 1, "limit", 2, "the disk is full"),
+        ([], [], [], 2, "", 2, "no restart would help"),  # as on a full disk, which takes no error's file
+        ([STARTED, SAVED], [], [], 1, "", RESTART_EXIT_CODE, "a rank has failed"),
         # Three restarts in a row without a newer checkpoint are enough; one with it begins anew.
-        ([REQUEUED] * 2, [STARTED], [], 137, False, RESTART_EXIT_CODE, "a rank was killed"),
-        ([REQUEUED] * 3, [STARTED], [], 137, False, 1, "3 restarts in a row have saved no newer checkpoint"),
-        ([REQUEUED] * 3, [STARTED, SAVED], [], 137, False, RESTART_EXIT_CODE, "a rank was killed"),
-        ([SAVED, *[REQUEUED] * 3], [STARTED], [], 143, True, 1, "the last time the time limit is near"),
+        ([REQUEUED] * 2, [STARTED], [], 137, "", RESTART_EXIT_CODE, "a rank was killed"),
+        ([REQUEUED] * 3, [STARTED], [], 137, "", 1, "3 restarts in a row have saved no newer checkpoint"),
+        ([REQUEUED] * 3, [STARTED, SAVED], [], 137, "", RESTART_EXIT_CODE, "a rank was killed"),
+        ([SAVED, *[REQUEUED] * 3], [STARTED], [], 143, "limit", 1, "the last time the time limit is near"),
     ],
 )
 def test_decision(
-    earlier: list[Event], attempt: list[Event], errors: list[RankError], exit_code: int, time_limit: bool,
+    earlier: list[Event], attempt: list[Event], errors: list[RankError], exit_code: int, told: str,
     expected: int, words: str,
 ) -> None:  # fmt: skip
-    decision = decide(earlier, attempt, errors, exit_code, time_limit, max_restarts=3)
+    decision = decide(earlier, attempt, errors, exit_code, TOLD[told], max_restarts=3)
     assert decision.exit_code == expected and words in decision.message
 
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "here"}.items():
+    for name, value in {"SLURM_JOB_ID": "71", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "here"}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -79,11 +80,15 @@ def test_before_and_after(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         return result.returncode, result.stdout + result.stderr
 
     bad = "parallel.sub_layer_parallel_size=4"
-    assert "does not divide the 2 ranks" in user_error(run_here("launch.restart", "before", *settings, bad))
-    assert "does not exist" in user_error(run_here("launch.restart", "before", *overrides(tmp_path / "none", run)))
+    assert "does not divide the 2 ranks" in user_error(
+        run_here("launch.restart", "before", "--ranks", "2", *settings, bad)
+    )
+    assert "does not exist" in user_error(
+        run_here("launch.restart", "before", "--ranks", "2", *overrides(tmp_path / "none", run))
+    )
     assert not run.exists()
 
-    assert run_here("launch.restart", "before", *settings).returncode == 0
+    assert run_here("launch.restart", "before", "--ranks", "2", *settings).returncode == 0
     errors = run / "starts" / "0001" / "errors"
     errors.mkdir(parents=True)
     assert after(137)[0] == RESTART_EXIT_CODE
