@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kraken_train.bench.output import open_output
 from kraken_train.cli import run_entry
 from kraken_train.config import EngineConfig
 from kraken_train.errors import ConfigError
 from kraken_train.model_config import ModelConfig, parse_model
+from kraken_train.output import open_output
 from kraken_train.parsing import to_dict
 from kraken_train.planning.choices import DTYPES
 from kraken_train.planning.cluster import Cluster, measured

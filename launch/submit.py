@@ -25,11 +25,11 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from kraken_train.bench.interconnect import Interconnect
 from kraken_train.cli import CONF_DIR, exit_with_message, run_entry
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError, ConfigError, KrakenError
 from kraken_train.events import EventLog, read_events
+from kraken_train.interconnect import Interconnect
 from kraken_train.model_config import KrakenConfig, ModelConfig
 from kraken_train.parsing import to_yaml
 from kraken_train.rules import require_at_least, require_positive

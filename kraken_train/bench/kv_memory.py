@@ -23,7 +23,6 @@ from kraken_train.architectures import build_model
 from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
 from kraken_train.bench.kv_memory_figure import draw
 from kraken_train.bench.memory_row import GIB, MemoryRow
-from kraken_train.bench.output import open_output
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
 from kraken_train.inference.device import DEVICES, choose_device
@@ -31,6 +30,7 @@ from kraken_train.inference.kv_cache import KeyValueCache
 from kraken_train.inference.loading import served_config, share_model
 from kraken_train.inference.memory import free_memory, serving_memory
 from kraken_train.model_config import KrakenConfig, ModelConfig
+from kraken_train.output import open_output
 from kraken_train.placement import Placement
 from kraken_train.rules import require_choice, require_positive
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from kraken_train.bench.interconnect import Interconnect
+from kraken_train.interconnect import Interconnect
 from kraken_train.placement import ModelRank
 
 ALL_REDUCE, ALL_GATHER = "all_reduce", "all_gather"

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from kraken_train.bench.output import open_output
 from kraken_train.bench.throughput_config import Entry, ThroughputConfig
 from kraken_train.cli import run_entry
 from kraken_train.data import TrainingData
 from kraken_train.files import replace_synced
 from kraken_train.flops import device_peak_flops, training_flops_per_token
 from kraken_train.inference.device import choose_device
+from kraken_train.output import open_output
 from kraken_train.parsing import to_dict
 from kraken_train.runtime import Runtime, read_runtime
 

@@ -26,8 +26,6 @@ from rich.console import Console
 
 from kraken_train.bench import figures
 from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
-from kraken_train.bench.interconnect import Interconnect
-from kraken_train.bench.output import open_output
 from kraken_train.bench.plan import Plan, make_plan, usable_bytes
 from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_table, summarize, summary_lines
 from kraken_train.bench.simulated_exchange import Link, SimulatedExchange, make_link
@@ -39,7 +37,9 @@ from kraken_train.exchange import Exchange
 from kraken_train.files import replace_synced
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.inference.ranks import connect, started_ranks
+from kraken_train.interconnect import Interconnect
 from kraken_train.model_config import ModelConfig
+from kraken_train.output import open_output
 from kraken_train.parsing import to_dict
 from kraken_train.placement import ModelRank
 from kraken_train.rules import require_at_least, require_choice, require_positive

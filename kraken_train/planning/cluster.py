@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from kraken_train.bench.interconnect import Interconnect
 from kraken_train.cli import CONF_DIR
 from kraken_train.errors import ConfigError
 from kraken_train.flops import BF16_PEAK_TFLOPS, FP32_PEAK_TFLOPS, device_peak_flops
+from kraken_train.interconnect import Interconnect
 from kraken_train.rules import require_at_least, require_choice, require_positive
 
 INTERCONNECTS = tuple(sorted(path.stem for path in (CONF_DIR / "interconnect").glob("*.yaml")))

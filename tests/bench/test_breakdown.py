@@ -25,8 +25,8 @@ from kraken_train.bench.breakdown import (
     parse_trace,
     record,
 )
-from kraken_train.bench.interconnect import Interconnect
 from kraken_train.bench.simulated_exchange import SimulatedExchange, ThreadLink
+from kraken_train.interconnect import Interconnect
 from kraken_train.placement import ModelRank
 
 # As CUPTI names them on an H100 with PyTorch 2.

@@ -12,11 +12,11 @@ from helpers import random_ids
 
 from kraken_train.architectures import build_model
 from kraken_train.bench.grid import SIZES, model_config
-from kraken_train.bench.interconnect import Interconnect
 from kraken_train.bench.simulated_exchange import SimulatedExchange, ThreadLink, Wait
 from kraken_train.bench.timing import Conditions, Contender
 from kraken_train.bench.ttft import FREE, simulated_exchange
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT
+from kraken_train.interconnect import Interconnect
 from kraken_train.placement import ModelRank
 
 SLOW = Interconnect("slow", latency_us=30_000.0, bus_bandwidth=1.0, source="")

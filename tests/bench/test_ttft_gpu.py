@@ -12,8 +12,8 @@ import torch
 from helpers import run_here
 
 from kraken_train.bench.breakdown import EXPOSED, GEMM, HIDDEN, break_down, record
-from kraken_train.bench.interconnect import Interconnect
 from kraken_train.bench.simulated_exchange import ALL_REDUCE, SimulatedExchange, make_link
+from kraken_train.interconnect import Interconnect
 from kraken_train.placement import ModelRank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

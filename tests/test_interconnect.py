@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from kraken_train.bench.interconnect import Interconnect
 from kraken_train.cli import CONF_DIR
 from kraken_train.errors import ConfigError
+from kraken_train.interconnect import Interconnect
 
 PROFILES = sorted(path.stem for path in (CONF_DIR / "interconnect").glob("*.yaml"))
 REFERENCE = Interconnect("h100_nvswitch", latency_us=12.0, bus_bandwidth=380.0, source="")
