@@ -83,6 +83,7 @@ def test_prompts_are_padded_to_given_lengths() -> None:
     assert [width for width in widths if width > 1] == [72, 8, 4, 9]
 
 
+@pytest.mark.slow
 def test_compiled_once() -> None:
     """The same logits, and no compilation after the first token: none for later tokens, one for further lengths."""
     config = CONFIGS["kraken-gqa"]

@@ -108,6 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_pa
     assert error.startswith(f"no checkpoint in {run}/checkpoints is whole"), "a run must not start afresh in silence"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run(data: Path, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(data, run, "max_steps=2").returncode == 0

@@ -15,7 +15,7 @@ Report = dict[str, Any]
 
 SLOW_RANKS = 6  # more than the cores of a small machine
 GRIDS = {  # checks by number of ranks; a number of a check is the ranks per model copy
-    1: ["modes:1", "trajectories:kraken-4/1/plain,kraken-4/1/compile", "save:1"],
+    1: ["modes:1", "trajectories:kraken-4/1/plain", "save:1"],
     2: [
         "modes:1,2",
         "trajectories:kraken-4/2/plain,kraken-6/2/plain,kraken-4/2/compile,kraken-4/2/compile-recompute-bf16,"
@@ -26,7 +26,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "memory",
     ],
     4: [
-        "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
+        "trajectories:kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
         "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
         "standard/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab",
         "exchange:2,4",
