@@ -26,7 +26,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "memory",
     ],
     4: [
-        "trajectories:kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
+        "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
         "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
         "standard/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab",
         "exchange:2,4",
