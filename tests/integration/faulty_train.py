@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -31,7 +32,6 @@ from kraken_train.train import Trainer, main
 
 SLOW_STEPS = 10
 BAD_STEPS = 3
-SKIPPED_STEPS = 5
 SAVE_PHASES = {  # phase: (function, the rank that calls it, calls per save, whether it strikes before it)
     "before the tensors": ("write_tensors", 1, 1, True),
     "after the tensors": ("write_tensors", 1, 1, False),
@@ -155,12 +155,12 @@ def poison_once(trainer: Trainer) -> None:
     trainer.engine.step = last_step  # type: ignore[method-assign]
 
 
-def skip_samples(first: int) -> None:
-    """No fault: the data of a run in which those of steps `first` to `first` + SKIPPED_STEPS - 1 do not exist."""
+def skip_samples(first: int, steps: int) -> None:
+    """No fault: the data of a run in which those of so many steps from step `first` on do not exist."""
     original = Samples.batch
 
     def batch(self: Samples, numbers: range) -> Any:
-        return original(self, [k + 4 * SKIPPED_STEPS if k >= 4 * (first - 1) else k for k in numbers])
+        return original(self, [k + 4 * steps if k >= 4 * (first - 1) else k for k in numbers])
 
     Samples.batch = batch  # type: ignore[method-assign, assignment]
 
@@ -237,8 +237,8 @@ def arrange(fault: str, when: int) -> None:
         before_bad_data(when, raise_loss, bad_steps=1000)
     elif fault == "spikes and dies":
         die_after_rollback(when)
-    elif fault == "skips samples":
-        skip_samples(when)
+    elif skips := re.fullmatch(r"skips the data of (\d+) steps", fault):
+        skip_samples(when, int(skips[1]))
     elif fault in TRAINER_FAULTS:
         before_step(when, TRAINER_FAULTS[fault])
     else:

@@ -42,7 +42,7 @@ def train(data: Path) -> Train:
 def without_bad_data(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that is expected after a rollback from step 9 to step 4: the samples of steps 5 to 9 do not exist."""
     run = tmp_path_factory.mktemp("without") / "run"
-    result = train(run, ["skips samples", "0", "5"])
+    result = train(run, ["skips the data of 5 steps", "0", "5"])
     assert result.returncode == 0, result.stderr
     return run
 
@@ -81,6 +81,18 @@ def test_back_from_a_spike(train: Train, without_bad_data: Path, tmp_path: Path)
     assert records(run)[-1]["tokens"] == records(without_bad_data)[-1]["tokens"] + 20 * 32
 
 
+@pytest.mark.slow  # 8 s
+def test_back_from_a_spike_that_is_seen_late(train: Train, tmp_path: Path) -> None:
+    """Results are read after steps 8 and 10, so the data of step 10 are skipped with those of the spike."""
+    late = "log_every=5"
+    result = train(tmp_path / "run", ["spikes", "0", "7"], "health.loss_spike=rollback", late)
+    assert result.returncode == 0, result.stderr
+    (event,) = events(tmp_path / "run", "rolled_back")
+    assert (event["step"], event["to_step"], event["skipped_samples"]) == (10, 4, 24)
+    assert train(tmp_path / "without", ["skips the data of 6 steps", "0", "5"], late).returncode == 0
+    assert of_steps(tmp_path / "run") == of_steps(tmp_path / "without")
+
+
 @pytest.mark.slow  # 4 s, and 4 s if it is alone
 def test_back_from_nan(train: Train, without_bad_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -117,7 +129,7 @@ def test_two_ranks_go_back_together(train: Train, tmp_path: Path) -> None:
     shared = "parallel.sub_layer_parallel_size=2"
     result = train(tmp_path / "run", ["spikes", "1", "7"], "health.loss_spike=rollback", shared, ranks=2)
     assert result.returncode == 0, result.stderr
-    assert train(tmp_path / "without", ["skips samples", "all", "5"], shared, ranks=2).returncode == 0
+    assert train(tmp_path / "without", ["skips the data of 5 steps", "all", "5"], shared, ranks=2).returncode == 0
     assert of_steps(tmp_path / "run") == of_steps(tmp_path / "without")
 
 
