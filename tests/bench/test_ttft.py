@@ -79,14 +79,19 @@ def test_simulated(tmp_path: Path) -> None:
             assert result[figure]["low"] <= result[figure]["seconds"] <= result[figure]["high"]
         assert result["exposed_communication"]["low"] < result["exposed_communication"]["high"]  # noise is never zero
         assert "aten::scaled_dot_product_attention" in result["attention_kernels"]
-        # Bounds from below: what else the machine does only adds, and the simulation itself is checked elsewhere.
+        # Bounds from below: what else the machine does makes single rounds wrong, and the simulation itself is checked
+        # elsewhere. All of it is waited for, since the attention of a tiny model hides little.
+        waited = result["exposed_communication"]["high"] + result["hidden_communication"]["high"]
+        assert waited > 0.7 * asked["seconds"]
         assert (hidden == 0) == (name != "kraken")
         assert set(result["ttft_variants"]) == {"overlapped", "silent"} | ({"blocking"} if name == "kraken" else set())
         # A further token waits as often as the first.
         token = seconds(result, "time_per_output_token", "simulated")
         assert token > asked["seconds"]
         parts = {part: figure["seconds"] for part, figure in result["breakdown"].items()}
-        assert parts.pop("hidden_all_reduce") >= 0 and sum(parts.values()) > 0.5 * asked["seconds"]
+        assert parts.pop("hidden_all_reduce") >= 0 and sum(parts.values()) > 0.5 * max(
+            asked["seconds"], result["ttft"]["low"]
+        )
         assert parts["exposed_all_reduce"] > 0.5 * 0.025 * collectives[name]
         assert result["scaled_from_layers"] is None and result["interleaved"]
     faster = record["summary"]["kraken"]["speed_up_over_standard"]["value"]
