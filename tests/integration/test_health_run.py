@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from helpers import REPOSITORY
 
+from checkpoints.store import find_good_checkpoint
 from integration.training import learned, overrides, records
 from kraken_train.events import read_events
 from kraken_train.rank_errors import read_errors
@@ -101,6 +102,16 @@ def test_back_from_nan(train: Train, without_bad_data: Path, tmp_path: Path) -> 
     assert told(result) == [{"step": 4, "equal": True, "tensors": 48}]
     assert events(run, "rolled_back")[0]["reason"] == "the loss or a gradient was not finite in steps 7 to 9"
     assert of_steps(run) == of_steps(without_bad_data)
+
+
+def test_skipped_steps_are_no_updates(train: Train, tmp_path: Path) -> None:
+    """AdamW's correction goes by the updates, so a run that resumes must know their number."""
+    result = train(tmp_path, ["sees NaNs", "0", "7"], "max_nonfinite_steps=9", "log_every=4")
+    assert result.returncode == 0, result.stderr
+    skipped = [event["step"] for event in events(tmp_path, "skipped")]
+    assert skipped[0] == 7 and len(skipped) < 5
+    checkpoint, _ = find_good_checkpoint(tmp_path / "checkpoints")
+    assert (checkpoint.step, checkpoint.metadata["updates"]) == (12, 12 - len(skipped))
 
 
 @pytest.mark.slow  # 12 s
