@@ -8,19 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from checkpoints.export_folder import require_unused, write_export
 from checkpoints.model_card import Training, write_card
 from checkpoints.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.precision import DTYPES
 from kraken_train.rules import require_at_least, require_choice
 from kraken_train.run_folder import read_identity, record_export
 from kraken_train.tracking.artifact import log_artifact, read_wandb_run
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
 
 

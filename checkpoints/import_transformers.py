@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.export import DTYPES
 from checkpoints.export_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -33,6 +32,7 @@ from data_prep.tokenizers import HuggingFaceTokenizer
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.model_config import MODEL_CONFIGS, ModelConfig, parse_model
+from kraken_train.precision import DTYPES
 from kraken_train.rules import require_choice
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -17,6 +17,8 @@ from kraken_train.errors import ConfigError
 from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.rules import divisors, require_at_least, require_choice, require_positive
 
+AUTO = "auto"
+PRECISIONS = (AUTO, "bf16", "fp32")
 PATH_KEYS = ("data_dir", "run_dir", "init_from")  # the settings of TrainConfig that are paths
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
@@ -201,7 +203,7 @@ class TrainConfig:
     global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks and micro-batches
     micro_batch_size: int  # samples per rank and forward pass
     seed: int
-    precision: str  # bf16 (with fp32 master weights and accumulation) | fp32
+    precision: str  # auto: as the run began, else bf16 where all devices have it natively; bf16 (fp32 masters) | fp32
     resume: str  # auto: continue if the run folder has a checkpoint; never; must
     max_nonfinite_steps: int  # this many skipped steps in a row stop the run, when their results are read
     log_every: int  # optimizer steps after which results are read from the device, as they are at validations and saves
@@ -224,7 +226,7 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
         self.data_shares  # noqa: B018 (checks the weights)
-        require_choice("precision", self.precision, ("bf16", "fp32"))
+        require_choice("precision", self.precision, PRECISIONS)
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:
             require_positive("peak_tflops", self.peak_tflops)

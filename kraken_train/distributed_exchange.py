@@ -26,11 +26,10 @@ from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.mesh import ParallelMesh
 from kraken_train.phases import EXCHANGE, Phases
 from kraken_train.placement import ModelRank
+from kraken_train.precision import DTYPES
 
 # Newer PyTorch has another name for it, which older ones lack.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-
-REDUCE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
 
 
 @dataclass
@@ -122,7 +121,7 @@ def make_exchange(parallel: ParallelConfig, mesh: ParallelMesh, phases: Phases |
     """What connects this rank with the others of its model copy."""
     if mesh.model_rank.size == 1:
         return LocalExchange()
-    dtype = REDUCE_DTYPES[parallel.reduce_dtype]
+    dtype = None if parallel.reduce_dtype is None else DTYPES[parallel.reduce_dtype]
     return DistributedExchange(mesh.get_model_parallel_group(), dtype, phases=phases)
 
 

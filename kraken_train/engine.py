@@ -33,6 +33,7 @@ from kraken_train.model import LanguageModel
 from kraken_train.optim import parameter_groups, reduce_bucket_elements
 from kraken_train.phases import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Phases
 from kraken_train.placement import Partition, partitions
+from kraken_train.precision import DTYPES
 from kraken_train.replicas import require_equal_replicas
 from kraken_train.runtime import Rendezvous, Runtime, connect_ranks, launcher_holds_store
 
@@ -348,7 +349,7 @@ class LossModule(nn.Module):
 
 
 def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elements: int) -> dict[str, Any]:
-    bf16, stage = config.precision == "bf16", config.engine.zero_stage
+    bf16, stage = DTYPES[config.precision] == torch.bfloat16, config.engine.zero_stage
     accumulation_steps = config.gradient_accumulation_steps(data_parallel_size)
     return {
         "train_batch_size": config.global_batch_size,

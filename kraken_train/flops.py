@@ -21,7 +21,7 @@ BF16_PEAK_TFLOPS = {
     "A100": 312.0,
     "L40S": 362.0,
     "A10": 125.0,
-    "V100": 125.0,
+    "V100": 15.7,  # has no bf16 units, so as in fp32
 }
 # Without TF32, fp32 matrix products run on the ordinary cores.
 FP32_PEAK_TFLOPS = {

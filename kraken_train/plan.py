@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kraken_train.cli import run_entry
-from kraken_train.config import EngineConfig
+from kraken_train.config import AUTO, PRECISIONS, EngineConfig
 from kraken_train.errors import ConfigError
 from kraken_train.model_config import ModelConfig, parse_model
 from kraken_train.output import open_output
 from kraken_train.parsing import to_dict
-from kraken_train.planning.choices import DTYPES
 from kraken_train.planning.cluster import Cluster, measured
 from kraken_train.planning.figure import draw
 from kraken_train.planning.prediction import Prediction
@@ -57,15 +56,15 @@ class PlanConfig:
         ):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
-        require_choice("precision", self.precision, tuple(DTYPES))
+        require_choice("precision", self.precision, PRECISIONS)
         if self.zero_stage is not None:
             EngineConfig(self.zero_stage, activation_checkpointing=False, compile=True).validate()
 
-    @property
-    def wishes(self) -> Wishes:
+    def wishes(self, cluster: Cluster) -> Wishes:
+        precision = cluster.faster_precision if self.precision == AUTO else self.precision
         return Wishes(
             self.sub_layer_parallel_size, self.micro_batch_size, self.zero_stage, self.activation_checkpointing,
-            self.vocab_parallel, self.precision,
+            self.vocab_parallel, precision,
         )  # fmt: skip
 
     def model_config(self) -> ModelConfig:
@@ -132,7 +131,7 @@ def main(config: PlanConfig) -> None:
         open_output(Path(config.output).parent)
     model = config.model_config()
     cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
-    plan = search(model, cluster, config.nodes, config.global_batch_size, config.wishes)
+    plan = search(model, cluster, config.nodes, config.global_batch_size, config.wishes(cluster))
     devices = plan.best.choices.devices
     title = f"{model.num_parameters:,} parameters on {devices} devices of {cluster.name}"
     console = Console(width=None if Console().is_terminal else 160)

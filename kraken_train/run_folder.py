@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from checkpoints.store import find_good_checkpoint, has_checkpoints
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.config import TrainConfig
@@ -166,6 +168,22 @@ def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
         "data_fingerprint": metadata["data_fingerprint"],
         "seed": metadata["config"]["seed"],
     }
+
+
+def recorded_precision(path: Path) -> str | None:
+    """The precision of the run in this folder, from its latest start or else its newest good checkpoint; None: no run.
+
+    Raises CheckpointError.
+    """
+    file, checkpoints = path / CONFIG_FILE, path / "checkpoints"
+    if (path / IDENTITY_FILE).is_file() and file.is_file():
+        try:
+            return str(yaml.safe_load(file.read_text(encoding="utf-8"))["precision"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{file} is damaged; restore the file, or give precision=bf16 or fp32") from error
+    if not has_checkpoints(checkpoints):
+        return None
+    return str(find_good_checkpoint(checkpoints)[0].metadata["config"]["precision"])
 
 
 def record_export(path: Path, export_dir: Path, step: int) -> None:

@@ -62,6 +62,7 @@ class RunState:
     reason: str | None
     step: int
     max_steps: int | None
+    precision: str | None  # of the newest start
     loss: float | None
     validation_loss: float | None
     tokens_per_second: float | None  # median of the last SPEED_RECORDS records
@@ -113,6 +114,7 @@ def read_state(path: Path) -> RunState:
         reason=reason,
         step=step,
         max_steps=max_steps,
+        precision=config.get("precision"),
         loss=last.get("loss"),
         validation_loss=next((r["validation_loss"] for r in reversed(records) if "validation_loss" in r), None),
         tokens_per_second=speed,

@@ -103,6 +103,8 @@ def describe(state: RunState) -> list[tuple[str, str]]:
         lines.append(("job", state.job))
     if state.max_steps is not None:
         lines.append(("step", f"{state.step} of {state.max_steps} ({state.step / state.max_steps:.1%})"))
+    if state.precision is not None:
+        lines.append(("precision", state.precision))
     if state.loss is not None:
         validation = "" if state.validation_loss is None else f", validation {state.validation_loss:.4f}"
         lines.append(("loss", f"{state.loss:.4f}{validation}"))

@@ -26,7 +26,7 @@ from checkpoints.store import (
 from checkpoints.writer import CheckpointWriter, go_back_to
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
-from kraken_train.config import PATH_KEYS, TrainConfig
+from kraken_train.config import AUTO, PATH_KEYS, TrainConfig
 from kraken_train.data import Samples, TrainingData
 from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
@@ -43,8 +43,9 @@ from kraken_train.optim import learning_rate
 from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.phases import DATA, FORWARD, Phases
+from kraken_train.precision import ChosenPrecision, choose_precision, has_native_bf16
 from kraken_train.rank_errors import record_error
-from kraken_train.run_folder import RunFolder, open_run_folder
+from kraken_train.run_folder import RunFolder, open_run_folder, recorded_precision
 from kraken_train.run_start import describe_error, recorded, write_environment
 from kraken_train.runtime import Runtime, another_rank_ended, read_runtime, slurm_job
 from kraken_train.stacks import stacks_on_signal
@@ -75,6 +76,9 @@ def train(config: TrainConfig) -> None:
     try:
         with ExitStack() as held:
             rendezvous = start_processes(runtime)
+            precision = find_precision(config, runtime)
+            config = replace(config, precision=precision.name)
+            config.validate()
             runtime.on_first(lambda: require_ready(config.tracking, os.environ))
             watchdog = held.enter_context(
                 Watchdog(
@@ -96,6 +100,8 @@ def train(config: TrainConfig) -> None:
                 held.enter_context(end_told(run, watchdog))
             held.enter_context(lost_ranks_told(watchdog))
             write_environment(run.start, runtime)
+            if runtime.is_first:
+                print(precision.describe(), flush=True)
             trainer = Trainer(config, model_config, data, samples, run, runtime, stop, watchdog)
             trainer.restore()
             with stop.on_sigterm():  # before there is a step, there is nothing to save
@@ -104,6 +110,12 @@ def train(config: TrainConfig) -> None:
         stop_processes(runtime)
         sys.exit(INTERRUPTED_EXIT_CODE)
     stop_processes(runtime)
+
+
+def find_precision(config: TrainConfig, runtime: Runtime) -> ChosenPrecision:
+    """What this start computes in, the same on all ranks. A collective. Raises CheckpointError."""
+    recorded = runtime.on_first(lambda: recorded_precision(Path(config.run_dir)) if config.precision == AUTO else None)
+    return choose_precision(config.precision, recorded, runtime.all_true(has_native_bf16(runtime.device)))
 
 
 @contextmanager
@@ -215,6 +227,7 @@ class Trainer:
             start=self.run.start_number,
             step=self.step,
             world_size=self.runtime.world_size,
+            precision=self.config.precision,
             **slurm_job(),
         )
         self.metrics = Metrics(self.config, self.run, self.step)

@@ -238,7 +238,7 @@ def warn_of_network(config: TrainConfig, model: ModelConfig, ranks_per_node: int
         return
     # Forward and backward, a Kraken and a parallel GPT have one all-reduce per layer each, a standard GPT two.
     sums = 2 if isinstance(model, KrakenConfig) or model.architecture == "parallel" else 4
-    bytes_per_number = 2 if config.precision == "bf16" else 4
+    bytes_per_number = 4 if config.precision == "fp32" else 2  # auto: nodes of GPUs
     message = config.micro_batch_size * model.context_length * model.hidden_size * bytes_per_number
     copies_in_batch = config.global_batch_size // config.micro_batch_size
     near, far = (

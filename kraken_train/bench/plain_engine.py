@@ -17,6 +17,7 @@ from kraken_train.model import LanguageModel
 from kraken_train.optim import parameter_groups
 from kraken_train.phases import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Phases
 from kraken_train.placement import partitions
+from kraken_train.precision import DTYPES
 from kraken_train.runtime import Runtime
 
 
@@ -26,7 +27,7 @@ class PlainEngine:
     def __init__(
         self, model: LanguageModel, config: TrainConfig, mesh: ParallelMesh, runtime: Runtime, phases: Phases
     ) -> None:
-        self.model = model.to(runtime.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self.model = model.to(runtime.device, DTYPES[config.precision])
         self.mesh = mesh
         self.device = runtime.device
         self.phases = phases

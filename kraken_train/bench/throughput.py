@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from kraken_train.flops import device_peak_flops, training_flops_per_token
 from kraken_train.inference.device import choose_device
 from kraken_train.output import open_output
 from kraken_train.parsing import to_dict
+from kraken_train.precision import choose_precision, has_native_bf16
 from kraken_train.runtime import Runtime, read_runtime
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ def main(config: ThroughputConfig) -> None:
     config.parallel.data_parallel_size(runtime.world_size)
     open_output(Path(config.output_dir))
     start_processes(runtime)
+    native_bf16 = runtime.all_true(has_native_bf16(runtime.device))
+    config = replace(config, precision=choose_precision(config.precision, None, native_bf16).name)
     results = run(config, entries, runtime, data)
     if runtime.is_first:
         report(results, config, runtime)

@@ -10,12 +10,7 @@ import yaml
 
 from kraken_train.bench.grid import require_axis
 from kraken_train.cli import CONF_DIR, compose_command
-from kraken_train.config import (
-    EngineConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from kraken_train.config import PRECISIONS, EngineConfig, OptimConfig, ParallelConfig, TrainConfig
 from kraken_train.errors import ConfigError
 from kraken_train.inference.device import DEVICES
 from kraken_train.model_config import ModelConfig, parse_model
@@ -74,7 +69,7 @@ class ThroughputConfig:
         for name in ("context_length", "peak_tflops"):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
-        require_choice("precision", self.precision, ("bf16", "fp32"))
+        require_choice("precision", self.precision, PRECISIONS)
         require_choice("device", self.device, DEVICES)
         if not self.output_dir:
             raise ConfigError("output_dir is empty; give output_dir=FOLDER")

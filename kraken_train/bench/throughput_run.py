@@ -30,6 +30,7 @@ from kraken_train.loader import BatchLoader
 from kraken_train.mesh import ParallelMesh
 from kraken_train.model_config import ModelConfig
 from kraken_train.phases import DATA, OTHER, Phases
+from kraken_train.precision import DTYPES
 from kraken_train.runtime import Runtime
 
 WARMUP_STEPS = 3  # at least 2
@@ -235,7 +236,7 @@ def fit_together(entries: Sequence[Entry], config: ThroughputConfig, usable: int
 
 def activation_bytes(model: ModelConfig, config: ThroughputConfig) -> int:
     """Of a micro-batch on one rank, at most: what autograd keeps of each layer, and all logits."""
-    tokens, bytes_per_value = config.micro_batch_size * model.context_length, 2 if config.precision == "bf16" else 4
+    tokens, bytes_per_value = config.micro_batch_size * model.context_length, DTYPES[config.precision].itemsize
     width = model.attention_width
     inner = width // model.hidden_size * model.ffn_size
     layers = model.num_layers * (8 * width + 3 * inner) * bytes_per_value // config.parallel.sub_layer_parallel_size

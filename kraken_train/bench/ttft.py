@@ -42,10 +42,10 @@ from kraken_train.model_config import ModelConfig
 from kraken_train.output import open_output
 from kraken_train.parsing import to_dict
 from kraken_train.placement import ModelRank
+from kraken_train.precision import DTYPES, has_native_bf16
 from kraken_train.rules import require_at_least, require_choice, require_positive
 from kraken_train.runtime import Runtime, read_runtime
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_DEGREES = (4, 8)
 FREE = Interconnect("free", latency_us=0.0, bus_bandwidth=None, source="")
 JSON_FILE, SPEED_UP_FILE, BREAKDOWN_FILE = "ttft.json", "speed_up.png", "breakdown.png"
@@ -111,7 +111,7 @@ class TTFTConfig:
             raise ConfigError(f"cuda_graphs=true needs a GPU, and the device is {device.type}; use false or null")
         return Conditions(
             device=device,
-            dtype=DTYPES[self.dtype or ("bf16" if on_gpu else "fp32")],
+            dtype=DTYPES[self.dtype or ("bf16" if has_native_bf16(device) else "fp32")],
             compile=on_gpu if self.compile is None else self.compile,
             cuda_graphs=on_gpu if self.cuda_graphs is None else self.cuda_graphs,
             batch_size=self.batch_size,

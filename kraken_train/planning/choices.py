@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from kraken_train.precision import DTYPES
 
 
 @dataclass(frozen=True)

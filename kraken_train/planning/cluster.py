@@ -76,6 +76,11 @@ class Cluster:
             given = (BF16_PEAK_TFLOPS if precision == "bf16" else FP32_PEAK_TFLOPS)[self.device]
         return known(f"{precision}_tflops", given) * 1e12
 
+    @property
+    def faster_precision(self) -> str:
+        """What `precision=auto` chooses here: bf16 where its peak is higher, so where the devices have units for it."""
+        return "bf16" if self.peak_flops("bf16") > self.peak_flops("fp32") else "fp32"
+
     def interconnect(self, ranks: int, stride: int) -> Interconnect:
         """What connects a group of `ranks` devices that are `stride` apart.
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoints import writer
 from checkpoints.store import Checkpoint, find_good_checkpoint, load_tensors
-from kraken_train import train
+from kraken_train import precision, train
 from kraken_train.data import Samples
 from kraken_train.loss_watch import Trouble
 from kraken_train.train import Trainer, main
@@ -56,6 +56,7 @@ def end_launcher() -> None:
     time.sleep(5)  # as if steps took long: these are so short that the run would be done before it has noticed
 
 
+PROCESSORS = {"has native bf16": {"avx512_bf16"}, "has no native bf16": {"avx512f"}}
 STEP_FAULTS: dict[str, Callable[[], None]] = {"stops": stop, "its launcher is told to end": end_launcher}
 
 
@@ -233,6 +234,8 @@ def arrange(fault: str, when: int) -> None:
         before_bad_data(when, DATA_FAULTS[fault])
         if os.environ["WORLD_SIZE"] == "1":
             check_rollbacks()
+    elif fault in PROCESSORS:
+        precision.cpu_flags = lambda: PROCESSORS[fault]
     elif fault == "only spikes":
         before_bad_data(when, raise_loss, bad_steps=1000)
     elif fault == "spikes and dies":
