@@ -42,6 +42,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: E402
+from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
@@ -50,6 +51,13 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_full_optimizer_state,
 )
 
+# Two habits of DeepSpeed cost seconds at each start. Its bf16 optimizer collects garbage ten times to print its memory
+# use. And ZeRO imports the Muon optimizer, to ask whether it is in use, which loads TorchInductor to compile it.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
+make_decorator, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
+compiler.compile = make_decorator
 # DeepSpeed calls it on every step; newer PyTorch has another name for it.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
