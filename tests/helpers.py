@@ -14,14 +14,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+from forked import REPOSITORY, run_forked
 
 from checkpoints.export_folder import write_export
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.architectures import build_model
 from kraken_train.model import LanguageModel
 from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.runtime import free_port
 
-REPOSITORY = Path(__file__).parent.parent
 TEXTS = [
     "The river bends where the old mill stood, and the wheel has long been still.",
     "Once upon a time a kraken slept below the ice; nobody had woken it.",
@@ -85,7 +86,12 @@ def write_small_export(folder: Path, config: ModelConfig, tokenizer_dir: Path | 
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m module arguments`, as a user would."""
+    """`python -m module arguments`, as a user would, in a fork (see `forked`)."""
+    return run_forked([["-m", module, *arguments]], [{"PYTHONPATH": str(REPOSITORY)}])[0]
+
+
+def run_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in a new interpreter."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -111,11 +117,19 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def launch_ranks(ranks: int, *program: str, device: str = "cpu") -> None:
     """Run a program (a script, or -m and a module) on `ranks` ranks of this machine; fails with its output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": device}
-    result = subprocess.run([*command, *program], capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    common = {"PYTHONPATH": path, "DS_ACCELERATOR": device}
+    if device == "cpu":
+        place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        common |= place | {"MASTER_PORT": str(free_port())}
+        own = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        results = run_forked([program] * ranks, own)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        environment = {**os.environ, **common}
+        results = [subprocess.run([*command, *program], capture_output=True, text=True, env=environment, check=False)]
+    output = "".join(f"{result.stdout[-2000:]}{result.stderr[-4000:]}" for result in results)
+    assert all(result.returncode == 0 for result in results), output
 
 
 def user_error(result: subprocess.CompletedProcess[str]) -> str:
