@@ -7,6 +7,7 @@ listed, and the newest is described and verified. Reads every byte of that one; 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def inspect(folder: Path) -> None:
 
 def is_checkpoint(folder: Path) -> bool:
     """Also one that was set aside or copied under another name; any other folder may have a manifest too."""
-    return STEP_FOLDER.match(folder.resolve().name) is not None or (folder / INDEX).exists()
+    return STEP_FOLDER.match(os.path.basename(os.path.realpath(folder))) is not None or (folder / INDEX).exists()
 
 
 def checkpoints_folder(folder: Path) -> Path:

@@ -9,6 +9,7 @@ What is saved is self-contained: it travels with the shards.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from data_prep.tokenizer_settings import KINDS, TokenizerSettings
 from data_prep.train_tokenizer import train_sentencepiece
 from data_prep.words import GPT2_WORDS, SENTENCEPIECE_WORDS, exact_pattern
 from kraken_train.errors import ConfigError, DataError
+from kraken_train.files import require_regular
 
 DESCRIPTION_NAME = "kraken_tokenizer.json"
 VERSION = 1
@@ -59,9 +61,9 @@ def build_tokenizer(settings: TokenizerSettings, texts: Callable[[], Iterable[st
         return SentencePieceTokenizer(train_sentencepiece(settings, texts()), "sentencepiece")
     if settings.kind == "gpt2":
         return GPT2Tokenizer.from_tiktoken()
-    path = Path(str(settings.path)).expanduser()
-    if not path.exists():
-        raise DataError(f"tokenizer.path={path} does not exist; name a {settings.kind} file or folder")
+    path = Path(os.path.expanduser(str(settings.path)))
+    if not path.is_dir():
+        require_regular(path, "tokenizer.path", DataError)
     if settings.kind == "sentencepiece_model":
         return SentencePieceTokenizer(_read(path), settings.kind, settings.end_of_document, str(path))
     return HuggingFaceTokenizer.from_path(path, settings.end_of_document)

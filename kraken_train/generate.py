@@ -13,6 +13,7 @@ from pathlib import Path
 from checkpoints.export_folder import DTYPES, read_export
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
+from kraken_train.files import require_regular
 from kraken_train.inference.device import DEVICES
 from kraken_train.inference.engine import ExecutionConfig
 from kraken_train.inference.generation import continue_prompts, require_servable
@@ -111,6 +112,7 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
     if config.prompt is not None:
         return {"prompt": config.prompt}
     path = Path(str(config.prompts_file))
+    require_regular(path, "prompts_file", ConfigError)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 from kraken_train.errors import ConfigError
+from kraken_train.files import require_regular
 
 Slots = dict[str, list[str]]  # host -> the numbers of its GPUs, in the order of the ranks
 
@@ -17,6 +18,7 @@ LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 def read_hostfile(path: Path) -> Slots:
     """The hosts of a file with lines such as `node-1 slots=8`. Raises ConfigError."""
+    require_regular(path, "--hostfile", ConfigError)
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
