@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.columns import holds_text, plain, plain_size
 from data_prep.documents import (
     BLOCK_BYTES,
     DEFAULT_MAX_DOCUMENT_BYTES,
@@ -193,6 +194,14 @@ class FilesSource(DocumentsOfBlocks):
                     else None,
                 )
                 return
+            kind = table.schema_arrow.field(names.index(self.text_field)).type
+            if not holds_text(kind):
+                what = f"the column {self.text_field} has the type {kind}, which is no text"
+                place = RejectedRecord(
+                    str(file), what, "choose another with text_field=COLUMN, or convert it to strings"
+                )
+                yield 1.0, place if span[0] <= 0 else None
+                return
             rows = table.metadata.num_rows
             row = 0
             for batch in self._batches(table):
@@ -210,7 +219,8 @@ class FilesSource(DocumentsOfBlocks):
             size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.text_field)
             at_once = max(1, min(MOST_ROWS, BLOCK_BYTES * metadata.num_rows // max(size, 1)))
             for batch in table.iter_batches(at_once, row_groups=[group], columns=[self.text_field], use_threads=False):
-                yield from _halved(batch)
+                for part in _halved(batch):
+                    yield pa.record_batch([plain(part.column(0))], [self.text_field])
 
     def _block_of_rows(self, file: Path, first_row: int, batch: pa.RecordBatch) -> Block:
         if batch.num_rows == 1 and batch.nbytes > self._line_limit:
@@ -263,7 +273,7 @@ def _next_line(data: bytes, bound: int) -> int:
 
 def _halved(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """`batch` in pieces of at most two blocks' size, or of one row."""
-    if batch.num_rows <= 1 or batch.nbytes <= 2 * BLOCK_BYTES:
+    if batch.num_rows <= 1 or plain_size(batch.column(0)) <= 2 * BLOCK_BYTES:
         yield batch
         return
     middle = batch.num_rows // 2
