@@ -160,7 +160,7 @@ def require_fitting_tokenizer(tokenizer_dir: Path, config: ModelConfig) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def generation_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def damaged_folders(checkpoints: Path) -> list[Path]:
 def describe_all(checkpoints: Path) -> list[tuple[str, str]]:
     """A line per checkpoint, oldest first, from the manifests alone."""
     pointer = checkpoints / POINTER
-    pointed = pointer.read_text().strip() if pointer.is_file() else None
+    pointed = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
     found = step_folders(checkpoints)
     lines = [("checkpoints", f"{len(found)} in {checkpoints}")]
     for path in found:

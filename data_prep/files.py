@@ -30,7 +30,7 @@ from data_prep.documents import (
 from data_prep.listing import list_folder
 from data_prep.records import Lines, Rows, WholeFile
 from kraken_train.errors import DataError
-from kraken_train.files import require_regular
+from kraken_train.files import in_utf8, require_regular
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -58,7 +58,7 @@ class FilesSource(DocumentsOfBlocks):
             require_regular(path, "source", DataError)
         self.path = path.resolve()
         self.name = path.absolute()  # what a link leads to may have no ending, as in the cache of Hugging Face
-        self.location = str(self.path)
+        self.location = in_utf8(self.path)
         self.text_field = text_field
         self.max_document_bytes = max_document_bytes
         self.fraction = 0.0
@@ -85,7 +85,7 @@ class FilesSource(DocumentsOfBlocks):
         for file in self.files:
             state = file.stat()
             total += state.st_size
-            entry = [os.path.relpath(file, self.path), state.st_size, state.st_mtime_ns]
+            entry = [in_utf8(os.path.relpath(file, self.path)), state.st_size, state.st_mtime_ns]
             listing.update(json.dumps(entry).encode() + b"\n")
         return {
             "kind": self.kind,

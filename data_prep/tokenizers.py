@@ -93,7 +93,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _save_description(folder: Path, kind: str, **details: Any) -> None:
     description = {"kind": kind, "version": VERSION} | details
-    (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n")
+    (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> bytes:
@@ -250,7 +250,7 @@ class HuggingFaceTokenizer:
         folder = path if path.is_dir() else path.parent
         file = path / cls.FILE if path.is_dir() else path
         try:
-            tokenizer_json = file.read_text() if file.is_file() else _convert_slow_tokenizer(folder)
+            tokenizer_json = file.read_text(encoding="utf-8") if file.is_file() else _convert_slow_tokenizer(folder)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read ({error}); name a tokenizer.json or its folder") from error
         end_token = end_token or _configured_end(folder)
@@ -272,7 +272,7 @@ class HuggingFaceTokenizer:
         return str(self.backend.normalizer.normalize_str(text)) if self.backend.normalizer else text
 
     def save(self, folder: Path) -> None:
-        (folder / self.FILE).write_text(self.backend.to_str())
+        (folder / self.FILE).write_text(self.backend.to_str(), encoding="utf-8")
         _save_description(folder, self.kind, end_of_document=self.end_token)
 
 
@@ -294,7 +294,7 @@ def _configured_end(folder: Path) -> str | None:
     """`eos_token` of the folder's tokenizer_config.json, which is a string or an object with its content."""
     path = folder / "tokenizer_config.json"
     try:
-        token = json.loads(path.read_text())["eos_token"] if path.is_file() else None
+        token = json.loads(path.read_text(encoding="utf-8"))["eos_token"] if path.is_file() else None
     except (ValueError, KeyError, TypeError):
         return None
     token = token.get("content") if isinstance(token, dict) else token

@@ -6,6 +6,7 @@ of what the user typed or gave us ends as one message and a non-zero exit code.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -42,6 +43,7 @@ def run_entry(
     as a sweep and a parenthesis as a function; of a path, `~` is expanded. Where a path may be `{FOLDER: WEIGHT, ...}`,
     that is left to Hydra.
     """
+    tolerate_terminal()
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
@@ -105,6 +107,7 @@ def user_errors(place: Path) -> Iterator[None]:
 
     For commands without Hydra. `place` is what an error of the system is about where it does not say so itself.
     """
+    tolerate_terminal()
     try:
         yield
         sys.stdout.flush()
@@ -114,6 +117,18 @@ def user_errors(place: Path) -> Iterator[None]:
         leave_unread()
     except OSError as error:
         exit_with_message(f"{error.filename or place} cannot be read or written: {error.strerror}")
+
+
+def tolerate_terminal() -> None:
+    """What is printed never fails for a character that the terminal's encoding lacks: it becomes an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def prints_unicode() -> bool:
+    """Whether standard output takes every character as it is."""
+    return sys.stdout.encoding.lower().replace("-", "") == "utf8"
 
 
 def leave_unread() -> None:
@@ -126,7 +141,7 @@ def quote_arguments(arguments: Iterable[str], path_keys: Iterable[str], text_key
     """Arguments as Hydra's grammar needs them, so that the values of these keys mean what was typed."""
     paths, literal = frozenset(path_keys), frozenset([*path_keys, *text_keys])
     return [
-        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal)
+        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal, paths)
         for argument in arguments
     ]
 
@@ -145,7 +160,7 @@ def is_mapping(argument: str, path_keys: frozenset[str]) -> bool:
     return key.lstrip("+") in path_keys and re.fullmatch(r"\{.*:.*\}", value) is not None
 
 
-def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
+def quote_literal(argument: str, literal_keys: frozenset[str], path_keys: frozenset[str] = frozenset()) -> str:
     """`prompt=Hello, world` -> `prompt='Hello, world'` for a key in `literal_keys`; other arguments unchanged.
 
     The value means what was typed, its own quotes included; only `null` keeps its meaning.
@@ -154,6 +169,8 @@ def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
     if not separator or key.lstrip("+") not in literal_keys or value == "null":
         return argument
     # In Hydra's quoted strings backslashes are special only before a quote and at the end.
+    if key.lstrip("+") not in path_keys:
+        value = value.encode(errors="surrogateescape").decode(errors="surrogateescape")  # UTF-8 in another locale
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", escape_interpolations(value))
     escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
     return f"{key}='{escaped}'"

@@ -27,6 +27,11 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
+def in_utf8(path: str | Path) -> str:
+    """`path` as text that is the same in all locales."""
+    return os.fsencode(path).decode(errors="surrogateescape")
+
+
 def kind_of(path: Path) -> str | None:
     """In words what `path` leads to; None if nothing has that name."""
     try:
@@ -54,7 +59,7 @@ def require_regular(path: Path, name: str, kind: type[KrakenError]) -> None:
 
 def write_synced(path: Path, text: str) -> None:
     """Write `text` and wait until the disk has it."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

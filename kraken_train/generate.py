@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.export_folder import DTYPES, read_export
-from kraken_train.cli import run_entry
+from kraken_train.cli import prints_unicode, run_entry
 from kraken_train.errors import ConfigError
 from kraken_train.files import require_regular
 from kraken_train.inference.device import DEVICES
@@ -104,7 +104,9 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
         )
         for row in rows if runtime.is_first else []:
             text = tokenizer.decode([token for token in row if token != tokenizer.end_of_document])
-            print(text if config.prompt is not None else json.dumps(text, ensure_ascii=False), flush=True)
+            print(
+                text if config.prompt is not None else json.dumps(text, ensure_ascii=not prints_unicode()), flush=True
+            )
 
 
 def read_prompts(config: GenerateConfig) -> dict[str, str]:

@@ -20,7 +20,7 @@ def read_hostfile(path: Path) -> Slots:
     """The hosts of a file with lines such as `node-1 slots=8`. Raises ConfigError."""
     require_regular(path, "--hostfile", ConfigError)
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(

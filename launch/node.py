@@ -273,7 +273,7 @@ def rank_of(process: psutil.Process) -> int | None:
 def exit_code_of_dead(pid: int) -> int | None:
     """The exit code of a process that has ended and that its parent has not collected yet."""
     try:
-        status = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[49])
+        status = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[49])
     except (OSError, ValueError, IndexError):
         return None
     return os.waitstatus_to_exitcode(status)
