@@ -30,7 +30,7 @@ from data_prep.documents import (
 from data_prep.listing import list_folder
 from data_prep.records import Lines, Rows, WholeFile
 from kraken_train.errors import DataError
-from kraken_train.files import in_utf8, require_regular
+from kraken_train.files import require_regular
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -58,7 +58,7 @@ class FilesSource(DocumentsOfBlocks):
             require_regular(path, "source", DataError)
         self.path = path.resolve()
         self.name = path.absolute()  # what a link leads to may have no ending, as in the cache of Hugging Face
-        self.location = in_utf8(self.path)
+        self.location = str(self.path)
         self.text_field = text_field
         self.max_document_bytes = max_document_bytes
         self.fraction = 0.0
@@ -85,7 +85,7 @@ class FilesSource(DocumentsOfBlocks):
         for file in self.files:
             state = file.stat()
             total += state.st_size
-            entry = [in_utf8(os.path.relpath(file, self.path)), state.st_size, state.st_mtime_ns]
+            entry = [os.path.relpath(file, self.path), state.st_size, state.st_mtime_ns]
             listing.update(json.dumps(entry).encode() + b"\n")
         return {
             "kind": self.kind,
@@ -180,7 +180,11 @@ class FilesSource(DocumentsOfBlocks):
 
     def _rows(self, file: Path, span: Span) -> Iterator[tuple[float, Block | None]]:
         size = file.stat().st_size
-        with _reading(file), pq.ParquetFile(file, buffer_size=BLOCK_BYTES) as table:
+        with (
+            _reading(file),
+            pa.OSFile(os.fsencode(file)) as raw,  # of which a str must be valid Unicode
+            pq.ParquetFile(raw, buffer_size=BLOCK_BYTES) as table,
+        ):
             names = table.schema_arrow.names
             if self.text_field not in names:
                 yield (

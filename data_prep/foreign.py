@@ -37,7 +37,7 @@ from data_prep.output import attempt, finished_result
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256, in_utf8, real_path
+from kraken_train.files import file_sha256, real_path
 from kraken_train.rules import require_choice
 
 NANOGPT_DTYPE = np.dtype("<u2")
@@ -82,12 +82,9 @@ def accept(config: ForeignConfig) -> Manifest:
     request = {
         "source": {
             "kind": config.format,
-            "files": {
-                in_utf8(shard.path.name): file_size(shard.path) for shards in splits.values() for shard in shards
-            },
+            "files": {shard.path.name: file_size(shard.path) for shards in splits.values() for shard in shards},
         },
-        "tokenizer": asdict(config.tokenizer)
-        | {"path": in_utf8(config.tokenizer.path) if config.tokenizer.path else None},
+        "tokenizer": asdict(config.tokenizer),
         "append_end_of_document": False,  # documents end as their writer ended them
     }
     output = real_path(config.output_dir)
@@ -109,7 +106,7 @@ def accept(config: ForeignConfig) -> Manifest:
                 )
                 for split, shards in splits.items()
             },
-            source={"kind": config.format, "location": in_utf8(source)},
+            source={"kind": config.format, "location": str(source)},
             request=request,
         )
         manifest.save(folder)

@@ -39,7 +39,7 @@ from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer, 
 from data_prep.workers import EncoderSettings, encode_blocks
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256, in_utf8, real_path
+from kraken_train.files import file_sha256, real_path
 from kraken_train.rules import require_at_least, require_positive
 
 PATH_KEYS = ("source", "output_dir", "tokenizer.path")
@@ -150,11 +150,9 @@ def prepare(config: PrepareConfig) -> Manifest:
 def describe_request(config: PrepareConfig, source: Source) -> dict[str, Any]:
     """All that the result depends on: with an equal request there is nothing to do again."""
     tokenizer = dataclasses.asdict(config.tokenizer)
-    if config.tokenizer.path:
-        tokenizer["path"] = in_utf8(config.tokenizer.path)
     if config.tokenizer.path and (path := real_path(config.tokenizer.path)).exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        tokenizer["files"] = {in_utf8(file.name): file_sha256(file) for file in files if file.is_file()}
+        tokenizer["files"] = {file.name: file_sha256(file) for file in files if file.is_file()}
     settings = {name: getattr(config, name) for name in default_settings()}
     return {"source": source.identity(), "tokenizer": tokenizer} | settings
 

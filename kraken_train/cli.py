@@ -6,7 +6,6 @@ of what the user typed or gave us ends as one message and a non-zero exit code.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from kraken_train.config import setting_names
 from kraken_train.errors import ConfigError, KrakenError
+from kraken_train.locales import use_unicode
 from kraken_train.parsing import COMPOSITION_ERRORS, describe_composition_error, escape_interpolations, from_hydra
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -43,7 +43,7 @@ def run_entry(
     as a sweep and a parenthesis as a function; of a path, `~` is expanded. Where a path may be `{FOLDER: WEIGHT, ...}`,
     that is left to Hydra.
     """
-    tolerate_terminal()
+    use_unicode()
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
@@ -107,7 +107,7 @@ def user_errors(place: Path) -> Iterator[None]:
 
     For commands without Hydra. `place` is what an error of the system is about where it does not say so itself.
     """
-    tolerate_terminal()
+    use_unicode()
     try:
         yield
         sys.stdout.flush()
@@ -117,18 +117,6 @@ def user_errors(place: Path) -> Iterator[None]:
         leave_unread()
     except OSError as error:
         exit_with_message(f"{error.filename or place} cannot be read or written: {error.strerror}")
-
-
-def tolerate_terminal() -> None:
-    """What is printed never fails for a character that the terminal's encoding lacks: it becomes an escape."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def prints_unicode() -> bool:
-    """Whether standard output takes every character as it is."""
-    return sys.stdout.encoding.lower().replace("-", "") == "utf8"
 
 
 def leave_unread() -> None:
@@ -141,7 +129,7 @@ def quote_arguments(arguments: Iterable[str], path_keys: Iterable[str], text_key
     """Arguments as Hydra's grammar needs them, so that the values of these keys mean what was typed."""
     paths, literal = frozenset(path_keys), frozenset([*path_keys, *text_keys])
     return [
-        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal, paths)
+        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal)
         for argument in arguments
     ]
 
@@ -160,7 +148,7 @@ def is_mapping(argument: str, path_keys: frozenset[str]) -> bool:
     return key.lstrip("+") in path_keys and re.fullmatch(r"\{.*:.*\}", value) is not None
 
 
-def quote_literal(argument: str, literal_keys: frozenset[str], path_keys: frozenset[str] = frozenset()) -> str:
+def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
     """`prompt=Hello, world` -> `prompt='Hello, world'` for a key in `literal_keys`; other arguments unchanged.
 
     The value means what was typed, its own quotes included; only `null` keeps its meaning.
@@ -169,8 +157,6 @@ def quote_literal(argument: str, literal_keys: frozenset[str], path_keys: frozen
     if not separator or key.lstrip("+") not in literal_keys or value == "null":
         return argument
     # In Hydra's quoted strings backslashes are special only before a quote and at the end.
-    if key.lstrip("+") not in path_keys:
-        value = value.encode(errors="surrogateescape").decode(errors="surrogateescape")  # UTF-8 in another locale
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", escape_interpolations(value))
     escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
     return f"{key}='{escaped}'"

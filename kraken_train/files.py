@@ -27,11 +27,6 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
-def in_utf8(path: str | Path) -> str:
-    """`path` as text that is the same in all locales."""
-    return os.fsencode(path).decode(errors="surrogateescape")
-
-
 def kind_of(path: Path) -> str | None:
     """In words what `path` leads to; None if nothing has that name."""
     try:

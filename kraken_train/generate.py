@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.export_folder import DTYPES, read_export
-from kraken_train.cli import prints_unicode, run_entry
+from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
 from kraken_train.files import require_regular
 from kraken_train.inference.device import DEVICES
@@ -20,6 +20,7 @@ from kraken_train.inference.generation import continue_prompts, require_servable
 from kraken_train.inference.ranks import device_speeds, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
+from kraken_train.locales import prints_unicode
 from kraken_train.rules import require_choice, require_positive
 from kraken_train.runtime import Runtime
 

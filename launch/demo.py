@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.export_folder import read_export
-from kraken_train.cli import tolerate_terminal
+from kraken_train.locales import use_unicode
 from kraken_train.runtime import free_port
 
 RANKS = 2
@@ -33,7 +33,7 @@ console = Console(highlight=False)
 
 
 def main() -> None:
-    tolerate_terminal()
+    use_unicode()
     parser = argparse.ArgumentParser(description="Run the main job end to end on a CPU.")
     parser.add_argument("folder", nargs="?", default="runs/demo", type=Path, help="where everything is written")
     folder: Path = parser.parse_args().folder

@@ -33,6 +33,7 @@ from kraken_train.interruption import (
     STARTED_BY_NODE,
     has_ended,
 )
+from kraken_train.locales import use_unicode
 from kraken_train.rank_errors import RankError, error_file, record_error
 from kraken_train.run_layout import start_folders
 
@@ -306,6 +307,7 @@ def read_plan() -> Plan:
 
 
 def main() -> None:
+    use_unicode()
     plan = read_plan()
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     sys.exit(Node(plan).run())
