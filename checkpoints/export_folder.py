@@ -30,7 +30,7 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.architectures import build_model
 from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.files import sync_folder
+from kraken_train.files import kind_of, real_path, sync_folder
 from kraken_train.model import LanguageModel
 from kraken_train.model_config import GPTConfig, ModelConfig, parse_model
 from kraken_train.parsing import to_dict
@@ -100,7 +100,7 @@ def write_export(
     """
     note = None
     require_unused(output_dir)
-    output_dir = output_dir.resolve()  # so that it has a name and a parent
+    output_dir = real_path(output_dir)  # so that it has a name and a parent
     require_matching_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, model_config, "the model")
     if tokenizer_dir is not None:
         require_fitting_tokenizer(tokenizer_dir, model_config)
@@ -131,6 +131,8 @@ def write_export(
 def require_unused(output_dir: Path) -> None:
     """Raises CheckpointError unless `output_dir` is free or an empty folder that can be replaced."""
     if not output_dir.exists():
+        if real_path(output_dir).is_symlink():
+            raise CheckpointError(f"output_dir={output_dir} is {kind_of(output_dir)}; name another")
         return
     if not output_dir.is_dir() or any(output_dir.iterdir()):
         raise CheckpointError(f"output_dir={output_dir} exists and is not an empty folder; name another or remove it")
@@ -158,7 +160,7 @@ def require_fitting_tokenizer(tokenizer_dir: Path, config: ModelConfig) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def generation_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from checkpoints.export_folder import require_unused, write_export
 from checkpoints.reference import convert_reference_state_dict
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError
+from kraken_train.files import require_regular
 from kraken_train.model_config import KrakenConfig
 from kraken_train.rules import require_positive
 
@@ -67,10 +68,9 @@ def import_reference(config: ImportConfig) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The file's dictionary with `model` (names to tensors) and `model_args`. Raises CheckpointError."""
+    require_regular(path, "checkpoint", CheckpointError)
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint={path} does not exist") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint={path} holds more than tensors and plain values, which only code in the file could restore; "

@@ -7,6 +7,7 @@ listed, and the newest is described and verified. Reads every byte of that one; 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def inspect(folder: Path) -> None:
 
 def is_checkpoint(folder: Path) -> bool:
     """Also one that was set aside or copied under another name; any other folder may have a manifest too."""
-    return STEP_FOLDER.match(folder.resolve().name) is not None or (folder / INDEX).exists()
+    return STEP_FOLDER.match(os.path.basename(os.path.realpath(folder))) is not None or (folder / INDEX).exists()
 
 
 def checkpoints_folder(folder: Path) -> Path:
@@ -81,7 +82,7 @@ def damaged_folders(checkpoints: Path) -> list[Path]:
 def describe_all(checkpoints: Path) -> list[tuple[str, str]]:
     """A line per checkpoint, oldest first, from the manifests alone."""
     pointer = checkpoints / POINTER
-    pointed = pointer.read_text().strip() if pointer.is_file() else None
+    pointed = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
     found = step_folders(checkpoints)
     lines = [("checkpoints", f"{len(found)} in {checkpoints}")]
     for path in found:

@@ -129,7 +129,7 @@ def verify_checkpoint(path: Path, runtime: Runtime | None = None) -> Checkpoint:
 def read_manifest(path: Path) -> Checkpoint:
     """The checkpoint in `path` as its manifest describes it, with no other file looked at. Raises CheckpointError."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         content = manifest["content"]
         intact = manifest["sha256"] == content_sha256(content)
         version = content["format_version"]

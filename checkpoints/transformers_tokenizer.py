@@ -60,7 +60,7 @@ def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path, context_len
     except DataError as error:
         return f"{error}; AutoTokenizer finds none in this export"
     end = backend.id_to_token(tokenizer.end_of_document)
-    (folder / "tokenizer.json").write_text(backend.to_str())
+    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
@@ -69,7 +69,7 @@ def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path, context_len
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     specials = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     texts = [text for text in comparison_texts(tokenizer) if not any(special in text for special in specials)]
     differing = differences(tokenizer, backend, texts)

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.columns import holds_text, plain, plain_size
 from data_prep.documents import (
     BLOCK_BYTES,
     DEFAULT_MAX_DOCUMENT_BYTES,
@@ -26,8 +27,10 @@ from data_prep.documents import (
     RejectedRecord,
     too_long,
 )
+from data_prep.listing import list_folder
 from data_prep.records import Lines, Rows, WholeFile
 from kraken_train.errors import DataError
+from kraken_train.files import require_regular
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -41,8 +44,7 @@ Span = tuple[int, int]  # positions [start, stop) in a file
 class FilesSource(DocumentsOfBlocks):
     """One file, or all files of a folder that we can read, in the order of their relative names.
 
-    Hidden files and folders are left out, other files that we cannot read as well (`ignored`). Raises DataError if
-    nothing is left.
+    `left_out` says what is not read (data_prep/listing.py). Raises DataError if nothing is left.
 
     The position of a record, which decides to what part of the source it belongs, is the number of bytes before it: in
     a compressed file those of its content, which is read once more to count them; in a Parquet file each row counts
@@ -52,30 +54,30 @@ class FilesSource(DocumentsOfBlocks):
     kind = "files"
 
     def __init__(self, path: Path, text_field: str, max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES) -> None:
+        if not path.is_dir():
+            require_regular(path, "source", DataError)
         self.path = path.resolve()
+        self.name = path.absolute()  # what a link leads to may have no ending, as in the cache of Hugging Face
         self.location = str(self.path)
         self.text_field = text_field
         self.max_document_bytes = max_document_bytes
         self.fraction = 0.0
-        self.ignored: list[Path] = []
+        self.left_out: list[str] = []
         self.files = self._find()
 
     def _find(self) -> list[Path]:
         known = f"known are {', '.join(SUFFIXES)}"
         if not self.path.is_dir():
-            if not self.path.name.endswith(SUFFIXES):
-                raise DataError(f"{self.path}: this kind of file is not known; {known}; convert or rename it")
-            return [self.path]
-        files = []
-        for folder, subfolders, names in os.walk(self.path):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            files += [Path(folder, name) for name in names if not name.startswith(".")]
-        files.sort(key=lambda file: file.relative_to(self.path).as_posix())
-        self.ignored = [file for file in files if not file.name.endswith(SUFFIXES)]
-        if len(files) == len(self.ignored):
-            found = f"{len(files)} other files" if files else "no files"
-            raise DataError(f"{self.path} holds {found} and none to read; {known}")
-        return [file for file in files if file.name.endswith(SUFFIXES)]
+            for name in (self.path, self.name):
+                if name.name.endswith(SUFFIXES):
+                    return [name]
+            raise DataError(f"{self.name}: this kind of file is not known; {known}; convert or rename it")
+        listing = list_folder(self.path, SUFFIXES)
+        self.left_out = listing.notes()
+        if not listing.files:
+            there = f"nothing to read: {'; '.join(self.left_out)}" if self.left_out else "no files"
+            raise DataError(f"source={self.path} holds {there}; {known}")
+        return listing.files
 
     def identity(self) -> dict[str, Any]:
         listing = hashlib.sha256()
@@ -178,7 +180,11 @@ class FilesSource(DocumentsOfBlocks):
 
     def _rows(self, file: Path, span: Span) -> Iterator[tuple[float, Block | None]]:
         size = file.stat().st_size
-        with _reading(file), pq.ParquetFile(file, buffer_size=BLOCK_BYTES) as table:
+        with (
+            _reading(file),
+            pa.OSFile(os.fsencode(file)) as raw,  # of which a str must be valid Unicode
+            pq.ParquetFile(raw, buffer_size=BLOCK_BYTES) as table,
+        ):
             names = table.schema_arrow.names
             if self.text_field not in names:
                 yield (
@@ -191,6 +197,14 @@ class FilesSource(DocumentsOfBlocks):
                     if span[0] <= 0
                     else None,
                 )
+                return
+            kind = table.schema_arrow.field(names.index(self.text_field)).type
+            if not holds_text(kind):
+                what = f"the column {self.text_field} has the type {kind}, which is no text"
+                place = RejectedRecord(
+                    str(file), what, "choose another with text_field=COLUMN, or convert it to strings"
+                )
+                yield 1.0, place if span[0] <= 0 else None
                 return
             rows = table.metadata.num_rows
             row = 0
@@ -209,7 +223,8 @@ class FilesSource(DocumentsOfBlocks):
             size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.text_field)
             at_once = max(1, min(MOST_ROWS, BLOCK_BYTES * metadata.num_rows // max(size, 1)))
             for batch in table.iter_batches(at_once, row_groups=[group], columns=[self.text_field], use_threads=False):
-                yield from _halved(batch)
+                for part in _halved(batch):
+                    yield pa.record_batch([plain(part.column(0))], [self.text_field])
 
     def _block_of_rows(self, file: Path, first_row: int, batch: pa.RecordBatch) -> Block:
         if batch.num_rows == 1 and batch.nbytes > self._line_limit:
@@ -262,7 +277,7 @@ def _next_line(data: bytes, bound: int) -> int:
 
 def _halved(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """`batch` in pieces of at most two blocks' size, or of one row."""
-    if batch.num_rows <= 1 or batch.nbytes <= 2 * BLOCK_BYTES:
+    if batch.num_rows <= 1 or plain_size(batch.column(0)) <= 2 * BLOCK_BYTES:
         yield batch
         return
     middle = batch.num_rows // 2

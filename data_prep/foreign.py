@@ -37,7 +37,7 @@ from data_prep.output import attempt, finished_result
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256
+from kraken_train.files import file_sha256, real_path
 from kraken_train.rules import require_choice
 
 NANOGPT_DTYPE = np.dtype("<u2")
@@ -75,7 +75,7 @@ class ForeignShard:
 
 def accept(config: ForeignConfig) -> Manifest:
     """Make the folder that `config` asks for, unless it is there already. Raises ConfigError or DataError."""
-    source = Path(config.source).expanduser().resolve()
+    source = real_path(config.source)
     splits = find_nanogpt(source) if config.format == "nanogpt" else find_megatron(source)
     tokenizer = build_tokenizer(config.tokenizer, lambda: iter(()))
     dtype = require_one_dtype(splits)
@@ -87,7 +87,7 @@ def accept(config: ForeignConfig) -> Manifest:
         "tokenizer": asdict(config.tokenizer),
         "append_end_of_document": False,  # documents end as their writer ended them
     }
-    output = Path(config.output_dir).expanduser().resolve()
+    output = real_path(config.output_dir)
     finished = finished_result(output, request, {})
     if finished:
         print(f"{output} already holds the result of this very request (fingerprint {finished.fingerprint})")
@@ -129,7 +129,7 @@ def find_nanogpt(source: Path) -> dict[str, list[ForeignShard]]:
     splits = {}
     for split, name in (("train", "train.bin"), ("validation", "val.bin")):
         path = source / name
-        if path.exists():
+        if os.path.lexists(path):
             if file_size(path) % NANOGPT_DTYPE.itemsize:
                 raise DataError(
                     f"{path} has {file_size(path)} bytes, an odd number, so it is not of uint16 tokens; "
@@ -144,6 +144,12 @@ def find_megatron(source: Path) -> dict[str, list[ForeignShard]]:
     if source.is_dir():
         require_foreign_folder(source)
         prefixes = sorted(path.with_suffix("") for path in source.glob("*.idx"))
+        alone = sorted({path.with_suffix("") for path in source.glob("*.bin")} - set(prefixes))
+        if prefixes and alone:
+            raise DataError(
+                f"{bin_path(alone[0])} has no index {idx_path(alone[0]).name}, so its documents cannot be found "
+                f"({len(alone)} such in source={source}); copy the index, or move the file elsewhere"
+            )
         if not prefixes:
             raise DataError(
                 f"source={source} holds no .idx file, which format=megatron needs; name a folder of .bin/.idx pairs"

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kraken_train.errors import DataError
-from kraken_train.files import sync_folder
+from kraken_train.files import kind_of, sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -315,8 +315,10 @@ def _read_index(path: Path) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
 
 def file_size(path: Path) -> int:
     """Bytes of a shard's file. Raises DataError if there is none or it is empty."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; copy the missing file or prepare the data again")
+    if (found := kind_of(path)) != "a file":
+        raise DataError(
+            f"{path} {f'is {found}' if found else 'does not exist'}; copy the missing file or prepare the data again"
+        )
     size = path.stat().st_size
     if size == 0:
         raise DataError(f"{path} is empty; copy it again or prepare the data again")

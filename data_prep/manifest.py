@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.indexed import bin_path, file_size, idx_path, idx_size
 from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256, replace_synced
+from kraken_train.files import file_sha256, kind_of, replace_synced
 from kraken_train.parsing import from_dict
 
 FORMAT = "kraken-data"
@@ -110,6 +110,8 @@ def load_manifest(data_dir: Path) -> Manifest:
     path = data_dir / MANIFEST_NAME
     if data_dir.is_file():
         raise DataError(f"{data_dir} is a file, not a folder of prepared data; prepare it with source={data_dir}")
+    if not data_dir.is_dir() and (found := kind_of(data_dir)):
+        raise DataError(f"{data_dir} is {found}, not a folder of prepared data; name the right folder")
     if not data_dir.is_dir():
         raise DataError(
             f"{data_dir} does not exist; prepare data with python -m data_prep.prepare output_dir={data_dir}"

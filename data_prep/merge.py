@@ -41,7 +41,7 @@ from data_prep.manifest import (
 from data_prep.output import attempt, finished_result
 from kraken_train.cli import user_errors
 from kraken_train.errors import DataError
-from kraken_train.files import BLOCK_BYTES
+from kraken_train.files import BLOCK_BYTES, real_path
 
 # In these parts may differ: shards may end anywhere, and the tokenizer is compared by its files.
 FREE_SETTINGS = ("source", "slice", "shard_tokens", "tokenizer")
@@ -74,7 +74,7 @@ def merge(paths: Sequence[Path], output: Path) -> Manifest:
     for part in parts[1:]:
         require_same_settings(parts[0], part)
     request = merged_request(parts)
-    output = output.expanduser().resolve()
+    output = real_path(output)
     finished = finished_result(output, request, {})
     if finished:
         print(f"{output} already holds these parts, merged (fingerprint {finished.fingerprint})")

@@ -19,7 +19,7 @@ from typing import Any
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, load_manifest, verify_quick
 from kraken_train.errors import DataError
-from kraken_train.files import replace_synced, sync_folder, try_lock
+from kraken_train.files import kind_of, replace_synced, sync_folder, try_lock
 
 JOURNAL_NAME = ".journal.json"
 JOURNAL_VERSION = 1
@@ -35,6 +35,8 @@ def finished_result(
     the folder holds anything else.
     """
     if not folder.exists():
+        if folder.is_symlink():
+            raise DataError(f"output_dir={folder} is {kind_of(folder)}; name a folder that does not exist yet")
         return None
     if not folder.is_dir():
         raise DataError(f"output_dir={folder} is a file; name a folder that does not exist yet")

@@ -39,7 +39,7 @@ from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer, 
 from data_prep.workers import EncoderSettings, encode_blocks
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256
+from kraken_train.files import file_sha256, real_path
 from kraken_train.rules import require_at_least, require_positive
 
 PATH_KEYS = ("source", "output_dir", "tokenizer.path")
@@ -108,14 +108,14 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Make the data that `config` asks for, unless they are there already. Raises ConfigError or DataError."""
     started = time.monotonic()
     source = open_source(config)
-    output = Path(config.output_dir).expanduser().resolve()
+    output = real_path(config.output_dir)
     request = describe_request(config, source)
     finished = finished_result(output, request, default_settings())
     if finished:
         print(f"{output} already holds the result of this very request (fingerprint {finished.fingerprint})")
         return finished
-    for file in getattr(source, "ignored", [])[:3]:
-        print(f"note: {file} is of no kind that is read, so it is left out")
+    for note in getattr(source, "left_out", []):
+        print(f"note: {note}", flush=True)
     if source.kind == HubSource.kind:
         print(
             f"{source.location} is no file or folder here; asking the Hugging Face Hub for a dataset of that name",
@@ -150,7 +150,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 def describe_request(config: PrepareConfig, source: Source) -> dict[str, Any]:
     """All that the result depends on: with an equal request there is nothing to do again."""
     tokenizer = dataclasses.asdict(config.tokenizer)
-    if config.tokenizer.path and (path := Path(config.tokenizer.path).expanduser()).exists():
+    if config.tokenizer.path and (path := real_path(config.tokenizer.path)).exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         tokenizer["files"] = {file.name: file_sha256(file) for file in files if file.is_file()}
     settings = {name: getattr(config, name) for name in default_settings()}

@@ -7,6 +7,7 @@ Readers are in data_prep/files.py, data_prep/hub.py and data_prep/embedded.py.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from data_prep.embedded import EmbeddedSource
 from data_prep.files import SUFFIXES, FilesSource
 from data_prep.hub import HubSource
 from kraken_train.errors import DataError
+from kraken_train.files import kind_of
 
 EMBEDDED = "embedded"
 WHAT_SOURCES_ARE = (
@@ -42,8 +44,8 @@ def open_source(settings: SourceSettings) -> Source:
     name = settings.source
     if name == EMBEDDED:
         return EmbeddedSource()
-    path = Path(name).expanduser()
-    if name and path.exists():
+    path = Path(os.path.expanduser(name))
+    if name and kind_of(path):
         return FilesSource(path, settings.text_field, settings.max_document_bytes)
     if not name or name.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise DataError(f"source={name}: {name or 'the empty name'} does not exist; {WHAT_SOURCES_ARE}")

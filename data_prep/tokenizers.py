@@ -9,6 +9,7 @@ What is saved is self-contained: it travels with the shards.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from data_prep.tokenizer_settings import KINDS, TokenizerSettings
 from data_prep.train_tokenizer import train_sentencepiece
 from data_prep.words import GPT2_WORDS, SENTENCEPIECE_WORDS, exact_pattern
 from kraken_train.errors import ConfigError, DataError
+from kraken_train.files import require_regular
 
 DESCRIPTION_NAME = "kraken_tokenizer.json"
 VERSION = 1
@@ -59,9 +61,9 @@ def build_tokenizer(settings: TokenizerSettings, texts: Callable[[], Iterable[st
         return SentencePieceTokenizer(train_sentencepiece(settings, texts()), "sentencepiece")
     if settings.kind == "gpt2":
         return GPT2Tokenizer.from_tiktoken()
-    path = Path(str(settings.path)).expanduser()
-    if not path.exists():
-        raise DataError(f"tokenizer.path={path} does not exist; name a {settings.kind} file or folder")
+    path = Path(os.path.expanduser(str(settings.path)))
+    if not path.is_dir():
+        require_regular(path, "tokenizer.path", DataError)
     if settings.kind == "sentencepiece_model":
         return SentencePieceTokenizer(_read(path), settings.kind, settings.end_of_document, str(path))
     return HuggingFaceTokenizer.from_path(path, settings.end_of_document)
@@ -91,7 +93,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _save_description(folder: Path, kind: str, **details: Any) -> None:
     description = {"kind": kind, "version": VERSION} | details
-    (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n")
+    (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> bytes:
@@ -248,7 +250,7 @@ class HuggingFaceTokenizer:
         folder = path if path.is_dir() else path.parent
         file = path / cls.FILE if path.is_dir() else path
         try:
-            tokenizer_json = file.read_text() if file.is_file() else _convert_slow_tokenizer(folder)
+            tokenizer_json = file.read_text(encoding="utf-8") if file.is_file() else _convert_slow_tokenizer(folder)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read ({error}); name a tokenizer.json or its folder") from error
         end_token = end_token or _configured_end(folder)
@@ -270,7 +272,7 @@ class HuggingFaceTokenizer:
         return str(self.backend.normalizer.normalize_str(text)) if self.backend.normalizer else text
 
     def save(self, folder: Path) -> None:
-        (folder / self.FILE).write_text(self.backend.to_str())
+        (folder / self.FILE).write_text(self.backend.to_str(), encoding="utf-8")
         _save_description(folder, self.kind, end_of_document=self.end_token)
 
 
@@ -292,7 +294,7 @@ def _configured_end(folder: Path) -> str | None:
     """`eos_token` of the folder's tokenizer_config.json, which is a string or an object with its content."""
     path = folder / "tokenizer_config.json"
     try:
-        token = json.loads(path.read_text())["eos_token"] if path.is_file() else None
+        token = json.loads(path.read_text(encoding="utf-8"))["eos_token"] if path.is_file() else None
     except (ValueError, KeyError, TypeError):
         return None
     token = token.get("content") if isinstance(token, dict) else token

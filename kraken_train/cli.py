@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from kraken_train.config import setting_names
 from kraken_train.errors import ConfigError, KrakenError
+from kraken_train.locales import use_unicode
 from kraken_train.parsing import COMPOSITION_ERRORS, describe_composition_error, escape_interpolations, from_hydra
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -42,6 +43,7 @@ def run_entry(
     as a sweep and a parenthesis as a function; of a path, `~` is expanded. Where a path may be `{FOLDER: WEIGHT, ...}`,
     that is left to Hydra.
     """
+    use_unicode()
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
@@ -105,6 +107,7 @@ def user_errors(place: Path) -> Iterator[None]:
 
     For commands without Hydra. `place` is what an error of the system is about where it does not say so itself.
     """
+    use_unicode()
     try:
         yield
         sys.stdout.flush()

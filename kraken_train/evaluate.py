@@ -137,7 +137,7 @@ def keep(config: EvaluateConfig, export: Export, record: dict[str, Any], suites:
 
 def write(name: str, path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{name}={path} cannot be written: {error.strerror}") from error
 

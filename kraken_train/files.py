@@ -6,14 +6,55 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 from pathlib import Path
 
+from kraken_train.errors import KrakenError
+
 BLOCK_BYTES = 1 << 20
+KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def real_path(path: str | Path) -> Path:
+    """`path` without links and `~`; of a circle of links, and of the home of nobody, what was given."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def kind_of(path: Path) -> str | None:
+    """In words what `path` leads to; None if nothing has that name."""
+    try:
+        return KINDS[stat.S_IFMT(path.stat().st_mode)]
+    except OSError as error:
+        if not path.is_symlink():
+            return (
+                None
+                if isinstance(error, FileNotFoundError | NotADirectoryError)
+                else f"out of reach ({error.strerror})"
+            )
+        missing = "leads around in a circle" if error.errno == errno.ELOOP else "does not exist"
+        return f"a link to {os.readlink(path)}, which {missing}"
+
+
+def require_regular(path: Path, name: str, kind: type[KrakenError]) -> None:
+    """Raises an error of `kind`, about the setting `name`, unless `path` is a file.
+
+    Opening a pipe or a socket would wait for ever, and a device may have no end.
+    """
+    found = kind_of(path)
+    if found != "a file":
+        raise kind(f"{name}={path} {f'is {found}, not a file' if found else 'does not exist'}; name a file")
 
 
 def write_synced(path: Path, text: str) -> None:
     """Write `text` and wait until the disk has it."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

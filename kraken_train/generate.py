@@ -13,12 +13,14 @@ from pathlib import Path
 from checkpoints.export_folder import DTYPES, read_export
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
+from kraken_train.files import require_regular
 from kraken_train.inference.device import DEVICES
 from kraken_train.inference.engine import ExecutionConfig
 from kraken_train.inference.generation import continue_prompts, require_servable
 from kraken_train.inference.ranks import device_speeds, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
+from kraken_train.locales import prints_unicode
 from kraken_train.rules import require_choice, require_positive
 from kraken_train.runtime import Runtime
 
@@ -103,7 +105,9 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
         )
         for row in rows if runtime.is_first else []:
             text = tokenizer.decode([token for token in row if token != tokenizer.end_of_document])
-            print(text if config.prompt is not None else json.dumps(text, ensure_ascii=False), flush=True)
+            print(
+                text if config.prompt is not None else json.dumps(text, ensure_ascii=not prints_unicode()), flush=True
+            )
 
 
 def read_prompts(config: GenerateConfig) -> dict[str, str]:
@@ -111,6 +115,7 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
     if config.prompt is not None:
         return {"prompt": config.prompt}
     path = Path(str(config.prompts_file))
+    require_regular(path, "prompts_file", ConfigError)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

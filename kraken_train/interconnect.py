@@ -56,7 +56,7 @@ class Interconnect:
         path = CONF_DIR / "interconnect" / f"{self.name}.yaml"
         if not path.is_file():
             return True
-        return Interconnect(**yaml.safe_load(path.read_text())) != self
+        return Interconnect(**yaml.safe_load(path.read_text(encoding="utf-8"))) != self
 
     def __str__(self) -> str:
         bandwidth = "unlimited" if self.bus_bandwidth is None else f"{self.bus_bandwidth:g} GB/s"

@@ -64,7 +64,7 @@ class Metrics:
     def open_after(self, step: int) -> TextIO:
         try:
             drop_records_after(self.run.metrics, step)
-            return self.run.metrics.open("a", buffering=1)
+            return self.run.metrics.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise TrainingError(f"{self.run.metrics} cannot be written: {error.strerror}") from error
 

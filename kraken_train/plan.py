@@ -149,7 +149,7 @@ def main(config: PlanConfig) -> None:
             "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": said,
             "refused": list(plan.refused), "ranked": [prediction.as_dict() for prediction in plan.ranked],
         }  # fmt: skip
-        Path(config.output).write_text(json.dumps(record, indent=2) + "\n")
+        Path(config.output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print(f"written: {config.output}")
     if config.output_dir is not None:
         path = Path(config.output_dir) / "memory.png"

@@ -34,7 +34,7 @@ def error_file(folder: Path, rank: int) -> Path:
 def record_error(folder: Path, error: RankError) -> None:
     """Keep it in the folder of its start; where that cannot be written, say so."""
     try:
-        error_file(folder, error.rank).write_text(json.dumps(asdict(error), indent=1))
+        error_file(folder, error.rank).write_text(json.dumps(asdict(error), indent=1), encoding="utf-8")
     except OSError as problem:
         print(f"note: rank {error.rank}'s error cannot be kept: {problem}", file=sys.stderr, flush=True)
 
@@ -44,7 +44,7 @@ def read_errors(folder: Path) -> list[RankError]:
     errors = []
     for path in (folder / ERRORS).glob("rank-*.json"):
         try:
-            errors.append(RankError(**json.loads(path.read_text())))
+            errors.append(RankError(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):  # cut short when its rank was killed
             continue
     return sorted(errors, key=lambda error: (error.follows, error.time))

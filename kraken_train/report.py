@@ -196,7 +196,7 @@ def compare(paths: Sequence[Path], output: Path, table: Path | None) -> None:
         else:
             parts = [f"{f'**{title}**' if title else ''}\n\n{markdown_table(h, r)}" for title, h, r in tables]
             text = "\n\n".join([*parts, *comparison.notes(entries)]).lstrip() + "\n"
-        table.write_text(text)
+        table.write_text(text, encoding="utf-8")
         print(f"wrote {table}")
     draw_comparison(entries, output)
     print(f"wrote {output}")

@@ -151,7 +151,7 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        identity = json.loads(file.read_text())
+        identity = json.loads(file.read_text(encoding="utf-8"))
         return {"id": identity["id"], **{key: identity[key] for key in ("model", "data_fingerprint", "seed")}}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged; use another run_dir, or restore the file") from error
@@ -188,7 +188,7 @@ def recorded_precision(path: Path) -> str | None:
 
 def record_export(path: Path, export_dir: Path, step: int) -> None:
     """Note in the run's folder that its checkpoint of `step` was exported. Raises OSError if it cannot be written."""
-    with (path / EXPORTS_FILE).open("a") as file:
+    with (path / EXPORTS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "path": str(export_dir.resolve())}) + "\n")
 
 
@@ -196,7 +196,7 @@ def read_exports(path: Path) -> list[dict[str, Any]]:
     """`step` and `path` of the exports that were made of the run, the newest last. Raises CheckpointError."""
     file = path / EXPORTS_FILE
     try:
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
         return [{"step": int(record["step"]), "path": str(record["path"])} for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); remove it, and name exports instead of the run") from error
@@ -227,15 +227,13 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from writing to the folder. Raises CheckpointError if one does."""
-    with (path / LOCK_FILE).open("a") as file:
+    with (path / LOCK_FILE).open("a", encoding="utf-8") as file:
         deadline = time.monotonic() + LOCK_PATIENCE
         while not (ours := try_lock(file.fileno())) and time.monotonic() < deadline:
             time.sleep(0.05)
         if not ours:
-            raise CheckpointError(
-                f"run_dir={path} is being written by another process ({(path / LOCK_FILE).read_text() or 'unknown'}); "
-                "stop it first"
-            )
+            holder = (path / LOCK_FILE).read_text(encoding="utf-8") or "unknown"
+            raise CheckpointError(f"run_dir={path} is being written by another process ({holder}); stop it first")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

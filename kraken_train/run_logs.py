@@ -44,7 +44,7 @@ def merged(folder: Path, last: int | None = None) -> Iterator[str]:
 def stamped(rank: int, path: Path) -> Iterator[tuple[str, int, str]]:
     """(time, rank, text) of each line; one without a time, as of a crash, has that of the line before it."""
     stamp = ""
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             stamp, text = split(line, stamp)
             yield stamp, rank, text

@@ -52,7 +52,7 @@ def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
         try:
             for name in (LOGS, ERRORS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            log = log_path.open("a", buffering=1)
+            log = log_path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         except OSError as error:
             raise CheckpointError(f"{log_path} cannot be written: {error.strerror}") from error
         held.callback(close_log, log)
@@ -162,11 +162,13 @@ def git_commit() -> str | None:
     here = Path(__file__).parent
     noted = here.parent / COMMIT_FILE
     if noted.is_file():
-        return noted.read_text().strip() or None
+        return noted.read_text(encoding="utf-8").strip() or None
 
     def git(*arguments: str) -> str | None:
         try:
-            result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+            result = subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, encoding="utf-8", errors="replace", check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return result.stdout.strip()

@@ -141,7 +141,7 @@ def is_alive(path: Path, events: list[Event]) -> bool:
     """Whether a start holds the run's lock, or, on another machine, where that may not show, has just touched it."""
     file = path / LOCK_FILE
     try:
-        with file.open() as lock:
+        with file.open(encoding="utf-8") as lock:
             if not try_lock(lock.fileno(), shared=True):
                 return True
             holder = HOLDER.fullmatch(lock.read())
@@ -261,7 +261,7 @@ def command_of(environment: dict[str, Any]) -> str | None:
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file; empty where it is missing or being written."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return {}

@@ -48,7 +48,7 @@ class Place:
 def write_stacks(reason: str, log: Path | None) -> None:
     """The Python stacks of all threads to this rank's log, if it is known, and to standard error."""
     if log is not None:
-        with suppress(OSError), log.open("a") as file:  # a full disk
+        with suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk
             faulthandler.dump_traceback(file, all_threads=True)
     with suppress(OSError, ValueError):  # closed, or no file
         print(f"{reason}; the stacks of its threads:", file=sys.stderr, flush=True)
@@ -58,7 +58,7 @@ def write_stacks(reason: str, log: Path | None) -> None:
 @contextmanager
 def stacks_on_signal(log: Path) -> Iterator[None]:
     """A context in which SIGNAL writes the stacks to `log`, even while the main thread waits in C."""
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         faulthandler.register(SIGNAL, file, all_threads=True)
         try:
             yield

@@ -161,7 +161,7 @@ def exported_environment() -> dict[str, str]:
     exported["PYTHONPATH"] = python_path()
     for folder in (Path.home(), Path.cwd()):
         file = folder / os.environ.get("DS_ENV_FILE", ENVIRONMENT_FILE)
-        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], start=1):
             name, separator, value = line.partition("=")
             if line.strip() and not separator:
                 raise ConfigError(f"{file}:{number}: {line!r} must be NAME=VALUE")
@@ -206,7 +206,13 @@ def check_host(host: str, ssh: list[str]) -> Answer:
     command = [sys.executable, "-c", CHECK] if here else [*ssh, host, remote_command("-c", CHECK)]
     try:
         result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=CHECK_SECONDS,
+            check=False,
         )
     except FileNotFoundError:
         return Answer("ssh is not installed on this machine; install OpenSSH's client")
@@ -235,9 +241,7 @@ class NodeProcess:
             sys.executable, "-u", "-m", "launch.node"
         ]  # fmt: skip
         # A session of its own: what the terminal sends is for us to pass on.
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=False, start_new_session=True
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self.tell(self.plan.to_line())
 
     def tell(self, message: bytes) -> None:

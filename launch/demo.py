@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.export_folder import read_export
+from kraken_train.locales import use_unicode
 from kraken_train.runtime import free_port
 
 RANKS = 2
@@ -32,6 +33,7 @@ console = Console(highlight=False)
 
 
 def main() -> None:
+    use_unicode()
     parser = argparse.ArgumentParser(description="Run the main job end to end on a CPU.")
     parser.add_argument("folder", nargs="?", default="runs/demo", type=Path, help="where everything is written")
     folder: Path = parser.parse_args().folder
@@ -59,7 +61,7 @@ def main() -> None:
     text = step("generate", [*python, "kraken_train.generate", f"export_dir={export}", f"prompt={PROMPT}",
                              "max_new_tokens=60", "temperature=0.7", "top_k=40", "seed=1", "device=cpu"],
                 capture=True)  # fmt: skip
-    summarize(data, run, export, json.loads(evaluation.read_text()), text, time.monotonic() - started)
+    summarize(data, run, export, json.loads(evaluation.read_text(encoding="utf-8")), text, time.monotonic() - started)
 
 
 def clear(folder: Path) -> None:
@@ -78,7 +80,9 @@ def step(title: str, command: list[str], capture: bool = False) -> str:
     shown = [*command]
     shown[0] = Path(command[0]).name
     console.print("$ " + shlex.join(shown), style="bold", markup=False, soft_wrap=True)
-    finished = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE if capture else None)
+    finished = subprocess.run(
+        command, check=False, encoding="utf-8", errors="replace", stdout=subprocess.PIPE if capture else None
+    )
     if finished.returncode:
         sys.exit(f"error: the step '{title}' failed with exit code {finished.returncode}; its message is above")
     if capture:
@@ -87,8 +91,8 @@ def step(title: str, command: list[str], capture: bool = False) -> str:
 
 
 def summarize(data: Path, run: Path, export: Path, evaluation: dict, text: str, seconds: float) -> None:
-    manifest = json.loads((data / "manifest.json").read_text())
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     model = read_export(export).config
     table = Table(title=f"kraken-train demo, {seconds:.0f} s", show_header=False, title_justify="left")
     totals = manifest["totals"]

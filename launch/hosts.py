@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 from kraken_train.errors import ConfigError
+from kraken_train.files import require_regular
 
 Slots = dict[str, list[str]]  # host -> the numbers of its GPUs, in the order of the ranks
 
@@ -17,8 +18,9 @@ LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 def read_hostfile(path: Path) -> Slots:
     """The hosts of a file with lines such as `node-1 slots=8`. Raises ConfigError."""
+    require_regular(path, "--hostfile", ConfigError)
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(

@@ -33,6 +33,7 @@ from kraken_train.interruption import (
     STARTED_BY_NODE,
     has_ended,
 )
+from kraken_train.locales import use_unicode
 from kraken_train.rank_errors import RankError, error_file, record_error
 from kraken_train.run_layout import start_folders
 
@@ -273,7 +274,7 @@ def rank_of(process: psutil.Process) -> int | None:
 def exit_code_of_dead(pid: int) -> int | None:
     """The exit code of a process that has ended and that its parent has not collected yet."""
     try:
-        status = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[49])
+        status = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[49])
     except (OSError, ValueError, IndexError):
         return None
     return os.waitstatus_to_exitcode(status)
@@ -306,6 +307,7 @@ def read_plan() -> Plan:
 
 
 def main() -> None:
+    use_unicode()
     plan = read_plan()
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     sys.exit(Node(plan).run())

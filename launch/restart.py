@@ -104,7 +104,9 @@ def job_id() -> str:
 
 def nodes() -> list[str]:
     try:
-        result = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            ["scontrol", "show", "hostnames"], capture_output=True, encoding="utf-8", errors="replace", check=True
+        )
     except (OSError, subprocess.CalledProcessError):  # in a container there may be no scontrol
         return [os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())]
     return result.stdout.split()

@@ -43,7 +43,9 @@ class Partition:
 def call(*command: str, given: str | None = None) -> str:
     """What a command of Slurm prints, `given` something to read. Raises SlurmError with what it complains about."""
     try:
-        result = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, input=given, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except FileNotFoundError as error:
         raise SlurmError(
             f"there is no {command[0]} on this machine; submit from a login node of the cluster, or look at the script "

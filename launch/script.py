@@ -29,7 +29,7 @@ def fill_in(name: str, options: Mapping[str, str | None], settings: Settings) ->
     for an option without a value.
     """
     lines, rest = [], dict(options)
-    text = (SCRIPTS / f"{name}.sbatch").read_text()
+    text = (SCRIPTS / f"{name}.sbatch").read_text(encoding="utf-8")
     for line in text.splitlines():
         if not line.startswith("#SBATCH "):
             lines.append(line)

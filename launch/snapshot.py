@@ -40,5 +40,5 @@ def write_snapshot(folder: Path) -> None:
                 target = folder / source.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-    (folder / "__main__.py").write_text(STARTER)
-    (folder / COMMIT_FILE).write_text((git_commit() or "") + "\n")
+    (folder / "__main__.py").write_text(STARTER, encoding="utf-8")
+    (folder / COMMIT_FILE).write_text((git_commit() or "") + "\n", encoding="utf-8")

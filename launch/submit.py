@@ -256,7 +256,7 @@ def warn_of_network(config: TrainConfig, model: ModelConfig, ranks_per_node: int
 
 
 def read_interconnect(name: str) -> Interconnect:
-    return Interconnect(**yaml.safe_load((CONF_DIR / "interconnect" / f"{name}.yaml").read_text()))
+    return Interconnect(**yaml.safe_load((CONF_DIR / "interconnect" / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -291,12 +291,16 @@ def write_submission(config: SubmitConfig, stages: Sequence[Stage], scripts: dic
     """The scripts, their arguments, these settings and the code. Raises CheckpointError if they cannot be written."""
     try:
         folder.mkdir(parents=True)
-        (folder / "submit.yaml").write_text(to_yaml(config))
+        (folder / "submit.yaml").write_text(to_yaml(config), encoding="utf-8")
         for stage in stages:
-            (folder / f"{stage.name}.sbatch").write_text(scripts[stage.name])
+            (folder / f"{stage.name}.sbatch").write_text(
+                scripts[stage.name], encoding="utf-8", errors="surrogateescape"
+            )
             for index, run in enumerate(stage.runs):
                 name = f"{stage.name}.{index}" if stage.is_array else f"{stage.name}.overrides"
-                (folder / name).write_text("".join(f"{argument}\n" for argument in run))
+                (folder / name).write_text(
+                    "".join(f"{argument}\n" for argument in run), encoding="utf-8", errors="surrogateescape"
+                )
         if config.snapshot:
             write_snapshot(folder / "code")
     except OSError as error:

@@ -49,7 +49,7 @@ def test_the_papers_models(name: str) -> None:
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
 def test_parameters_are_counted_as_built(path: Path) -> None:
-    settings = yaml.safe_load((path).read_text())
+    settings = yaml.safe_load((path).read_text(encoding="utf-8"))
     config = parse_model(settings, 4000 if settings["vocab_size"] is None else None)
     with torch.device("meta"):
         built = build_model(config)

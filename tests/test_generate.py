@@ -199,7 +199,7 @@ def test_command(export_dir: Path, tmp_path: Path) -> None:
     [
         ([], "give either prompt=TEXT or prompts_file=FILE"),
         (["prompt=a", "prompts_file=b"], "give either prompt=TEXT or prompts_file=FILE"),
-        (["prompts_file=nowhere"], "prompts_file=nowhere cannot be read: No such file or directory"),
+        (["prompts_file=nowhere"], "prompts_file=nowhere does not exist; name a file"),
         (["prompt=" + "Once upon a time" * 9], "leaves no room in the model's context of 64"),
         (["prompt=a", "devices=[1,1]"], "has the speeds of 2 devices, but there are 1 ranks; start 2 ranks"),
         (["prompt=a", "devices=[0]"], "devices=0.0 must be greater than 0"),

@@ -18,7 +18,7 @@ def record(step: int, **more: float) -> dict[str, Any]:
 
 
 def steps(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_one_record_per_step_across_restarts(tmp_path: Path) -> None:

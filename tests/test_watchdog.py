@@ -272,7 +272,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         environment = {key: value for key, value in os.environ.items() if key not in CLEAR}
         environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         environment |= {key: str(value) for key, value in variables.items()}
-        with open(tmp_path / f"{name}.err", "w") as errors:
+        with open(tmp_path / f"{name}.err", "w", encoding="utf-8") as errors:
             process = subprocess.Popen(command, env=environment, stderr=errors, stdout=errors, text=True)
         started.append(psutil.Process(process.pid))
         return process

@@ -186,7 +186,7 @@ def main(config: KVMemoryConfig) -> None:
         label += f"; {count} of {len(rows)} also measured on one {torch.cuda.get_device_name(device)}"
     Console(width=None if Console().is_terminal else 160).print(as_table(rows, label))
     record = {"label": label, "settings": asdict(config), "rows": [asdict(row) for row in rows]}
-    (output_dir / "kv_memory.json").write_text(json.dumps(record, indent=2) + "\n")
+    (output_dir / "kv_memory.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for size in config.sizes:
         path = output_dir / f"kv_memory_{size}.png"
         title = f"{size}: memory per device, {label}"

@@ -93,7 +93,7 @@ class ThroughputConfig:
         return found
 
     def parse(self, name: str, data_vocab_size: int | None) -> ModelConfig:
-        settings: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text())
+        settings: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
         if settings["vocab_size"] is None and data_vocab_size is None:
             settings["vocab_size"] = self.vocab_size
         model = parse_model(settings, data_vocab_size)

@@ -32,9 +32,11 @@ def write_task(folder: Path, name: str, definition: Path, stock: Mapping[str, An
         "dataset_kwargs": {"data_files": {splits[evaluated]: str(file.resolve())}},
         **{key: splits[key] if key == evaluated else None for key in splits},
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
 
 
 def write_group(folder: Path, name: str, definition: Path) -> None:
     """FOLDER/NAME.yaml: the group of tasks in `definition`, each of which has a file in `folder` as well."""
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(definition), "group": name}, sort_keys=False))
+    (folder / f"{name}.yaml").write_text(
+        yaml.safe_dump({"include": str(definition), "group": name}, sort_keys=False), encoding="utf-8"
+    )

@@ -108,14 +108,14 @@ def known(name: str, value: float | None) -> float:
 
 
 def load_interconnect(name: str) -> Interconnect:
-    return Interconnect(**yaml.safe_load((CONF_DIR / "interconnect" / f"{name}.yaml").read_text()))
+    return Interconnect(**yaml.safe_load((CONF_DIR / "interconnect" / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def load_cluster(name: str) -> Cluster:
     """A file of `conf/cluster`, measured where that is `this`. Raises ConfigError."""
     choices = tuple(sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml")))
     require_choice("cluster", name, choices)
-    cluster = Cluster(**yaml.safe_load((CONF_DIR / "cluster" / f"{name}.yaml").read_text()))
+    cluster = Cluster(**yaml.safe_load((CONF_DIR / "cluster" / f"{name}.yaml").read_text(encoding="utf-8")))
     cluster.validate()
     return measured(cluster) if cluster.name == "this" else cluster
 

@@ -45,7 +45,7 @@ def only_writer(run_dir: Path, mode: str, wait: bool) -> Iterator[None]:
 
     Raises CheckpointError if there is one, unless `wait` is set.
     """
-    with (run_dir / f".tracking-{mode}.lock").open("a") as file:
+    with (run_dir / f".tracking-{mode}.lock").open("a", encoding="utf-8") as file:
         while not try_lock(file.fileno()):
             if not wait:
                 raise CheckpointError(

@@ -34,8 +34,8 @@ class DescribedRun:
 def read_described_run(path: Path) -> DescribedRun:
     """The run in the folder `path`. Raises CheckpointError if there is none, ConfigError for its settings."""
     try:
-        identity = json.loads((path / IDENTITY_FILE).read_text())
-        settings = yaml.safe_load((path / CONFIG_FILE).read_text())
+        identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
+        settings = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
         run_id, model, tracking = identity["id"], identity["model"], settings["tracking"]
         facts = {
             "model": model,
@@ -44,7 +44,7 @@ def read_described_run(path: Path) -> DescribedRun:
         }
         environments = [start / ENVIRONMENT_FILE for start in start_folders(path)]
         for file in [file for file in environments if file.is_file()][-1:]:
-            facts["environment"] = json.loads(file.read_text())
+            facts["environment"] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(
             f"{path} cannot be read as the folder of a run ({error}); name the run_dir of a training run that has "

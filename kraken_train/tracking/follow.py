@@ -42,7 +42,7 @@ class Training:
 
     def __init__(self, finish_seconds: float) -> None:
         # This process's output is a log and the output that W&B shows; the pipe to training becomes `notes`.
-        self.notes = os.fdopen(os.dup(1), "w", buffering=1)
+        self.notes = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         os.dup2(2, 1)
         self.finish_seconds = finish_seconds
         self.exit_code = EXIT_CODES[FAILED]  # if it is killed

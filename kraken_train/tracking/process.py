@@ -41,11 +41,17 @@ class Follower:
         self.closing = False
         command = [sys.executable, "-m", "kraken_train.tracking.follow", str(run_dir), "--live"]
         logs.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             # In a session of its own, as an interruption from the keyboard is for training alone. Its input ends
             # with this process, however that happens.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
             )
         self.listener = threading.Thread(target=self.listen, name="tracking", daemon=True)
         self.listener.start()

@@ -102,7 +102,7 @@ def test_code_in_the_file_is_not_run(tmp_path: Path) -> None:
 
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     message = user_error(run_here("checkpoints.import_reference", "checkpoint=no.pt", f"output_dir={tmp_path}/e"))
-    assert message == "checkpoint=no.pt does not exist"
+    assert message == "checkpoint=no.pt does not exist; name a file"
     content = write_checkpoint(tmp_path / "ckpt.pt").read_bytes()
     for name, damaged in {"empty": b"", "cut": content[:-1000], "text": b"hello"}.items():
         (tmp_path / name).write_bytes(damaged)

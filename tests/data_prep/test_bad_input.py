@@ -133,8 +133,8 @@ def test_text_that_does_not_come_back_is_reported(
 
 
 def test_max_documents_counts_nothing_behind_the_last(config: Configure, corpus: Path, texts: list[str]) -> None:
-    lines = corpus.read_text().splitlines(keepends=True)
-    corpus.write_text("".join([*lines[:120], '{"text": ""}\n', "broken\n", *lines[120:]]))
+    lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
+    corpus.write_text("".join([*lines[:120], '{"text": ""}\n', "broken\n", *lines[120:]]), encoding="utf-8")
     manifest = prepare(config(max_documents=120))
     assert manifest.documents == 120 and manifest.skipped == {}
 

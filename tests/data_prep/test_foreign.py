@@ -146,6 +146,7 @@ def test_what_is_refused(tmp_path: Path, tokenizer: Tokenizer, model_file: Path)
     for name, dtype in (("a", "<u2"), ("b", "<i4")):
         with ShardWriter(old / name, np.dtype(dtype)) as writer:
             writer.append([1, 2])
+    (old / "train.bin").unlink()
     refuses(old, "holds uint16 tokens and .*b.bin int32", "megatron")
     (old / "a.bin").unlink()
     refuses(old, "a.bin does not exist", "megatron")

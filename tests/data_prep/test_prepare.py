@@ -137,7 +137,7 @@ def test_another_request_is_refused(config: Configure, corpus: Path) -> None:
     prepare(config())
     assert "validation_fraction is 0.1 there and 0.2 here" in refused(config(validation_fraction=0.2))
     assert "tokenizer.vocab_size is 330 there and 340 here" in refused(config(tokenizer={"vocab_size": 340}))
-    corpus.write_text(corpus.read_text() + '{"text": "new"}\n')
+    corpus.write_text(corpus.read_text(encoding="utf-8") + '{"text": "new"}\n', encoding="utf-8")
     assert "source.bytes is" in refused(config())
 
 
@@ -220,7 +220,7 @@ def test_file_without_bytes(config: Configure, tmp_path: Path) -> None:
 def test_broken_record_fails_or_is_skipped(
     config: Configure, corpus: Path, texts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    with open(corpus, "a") as file:
+    with open(corpus, "a", encoding="utf-8") as file:
         file.write('not json\n{"text": ""}\n')
     with pytest.raises(DataError, match=r"corpus.jsonl:201: the line is not JSON .*on_bad_record=skip"):
         prepare(config())

@@ -72,7 +72,10 @@ def test_mixed_folder_in_order(tmp_path: Path) -> None:
         f"{tmp_path}/b/2.txt",
         f"{tmp_path}/c.parquet row 1",
     ]
-    assert [path.name for path in source.ignored] == ["README.md"]  # type: ignore[attr-defined]
+    assert source.left_out == [  # type: ignore[attr-defined]
+        f"left out 1 entry of the source: hidden ({tmp_path}/.hidden)",
+        f"left out 1 entry of the source: of no kind that is read ({tmp_path}/README.md)",
+    ]
 
 
 BROKEN_LINES = {
@@ -159,10 +162,10 @@ def test_unknown_source(name: str) -> None:
 
 
 def test_folder_and_file_without_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no files and none to read"):
+    with pytest.raises(DataError, match="holds no files; known are"):
         open_source(SourceSettings(str(tmp_path)))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"holds 1 other files and none to read; known are .txt"):
+    with pytest.raises(DataError, match=r"holds nothing to read: left out 1 entry .*a.csv\); known are .txt"):
         open_source(SourceSettings(str(tmp_path)))
     with pytest.raises(DataError, match=r"a.csv: this kind of file is not known; known are .txt"):
         open_source(SourceSettings(str(tmp_path / "a.csv")))

@@ -120,7 +120,7 @@ def test_two_hosts_over_ssh(two_hosts: list[str], data: Path, tmp_path: Path) ->
     assert [event["outcome"] for event in outcomes if event["event"] == "ended"] == ["interrupted", "interrupted"]
 
     hosts = Path(two_hosts[1])
-    hosts.with_name("with-dead").write_text(hosts.read_text() + "node-dead slots=1\n")
+    hosts.with_name("with-dead").write_text(hosts.read_text(encoding="utf-8") + "node-dead slots=1\n")
     options = ["--hostfile", str(hosts.with_name("with-dead")), *two_hosts[2:]]
     process = started(tmp_path / "none", options, data)
     _, errors = process.communicate()

@@ -43,7 +43,7 @@ def main() -> None:
         if runtime.is_first:
             print(f"{check}: {time.monotonic() - started:.1f} s", flush=True)
     if runtime.is_first:
-        output.write_text(json.dumps(report))
+        output.write_text(json.dumps(report), encoding="utf-8")
     stop_processes(runtime)
 
 

@@ -106,7 +106,7 @@ def test_a_chain(tmp_path: Path, cluster_commands: Path) -> None:
     result = run_here("launch.submit", "ranks_per_node=1", "snapshot=false", *chain)
     assert result.returncode == 0, result.stderr
     folder = run / "submissions" / "0001"
-    assert cluster_commands.read_text().splitlines() == [
+    assert cluster_commands.read_text(encoding="utf-8").splitlines() == [
         f"--parsable {folder}/prepare.sbatch source=embedded output_dir={data}",
         f"--parsable --dependency=afterok:101 --kill-on-invalid-dep=yes {folder}/train.sbatch "
         f"{' '.join(training)} data_dir={data}",
