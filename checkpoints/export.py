@@ -16,8 +16,9 @@ from checkpoints.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.exports import record_export
 from kraken_train.rules import require_at_least, require_choice
-from kraken_train.run_folder import read_identity, record_export
+from kraken_train.run_folder import read_identity
 from kraken_train.tracking.artifact import log_artifact, read_wandb_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints.store import find_good_checkpoint, has_checkpoints
+from checkpoints.manifest import has_checkpoints
+from checkpoints.store import find_good_checkpoint
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError
@@ -45,7 +46,6 @@ from kraken_train.run_layout import (
 )
 
 METRICS_FILE = "metrics.jsonl"
-EXPORTS_FILE = "exports.jsonl"
 SUBMISSIONS = "submissions"
 LOCK_PATIENCE = 1.0  # seconds: who only looks at a run (`run_state.is_alive`) holds its lock for a moment
 
@@ -166,22 +166,6 @@ def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
         "data_fingerprint": metadata["data_fingerprint"],
         "seed": metadata["config"]["seed"],
     }
-
-
-def record_export(path: Path, export_dir: Path, step: int) -> None:
-    """Note in the run's folder that its checkpoint of `step` was exported. Raises OSError if it cannot be written."""
-    with (path / EXPORTS_FILE).open("a") as file:
-        file.write(json.dumps({"step": step, "path": str(export_dir.resolve())}) + "\n")
-
-
-def read_exports(path: Path) -> list[dict[str, Any]]:
-    """`step` and `path` of the exports that were made of the run, the newest last. Raises CheckpointError."""
-    file = path / EXPORTS_FILE
-    try:
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        return [{"step": int(record["step"]), "path": str(record["path"])} for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); remove it, and name exports instead of the run") from error
 
 
 def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:

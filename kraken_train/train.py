@@ -15,14 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints.initial import export_reader, open_initial_export
-from checkpoints.store import (
-    Checkpoint,
-    fill_tensors,
-    find_good_checkpoint,
-    has_checkpoints,
-    model_of,
-    set_aside_after,
-)
+from checkpoints.manifest import Checkpoint, has_checkpoints
+from checkpoints.store import fill_tensors, find_good_checkpoint, model_of, set_aside_after
 from checkpoints.writer import CheckpointWriter, go_back_to
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
