@@ -36,6 +36,7 @@ from kraken_train.events import EventLog
 from kraken_train.files import replace_synced, try_lock
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
+from kraken_train.recorded import recorded_model
 from kraken_train.run_layout import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -170,7 +171,7 @@ def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
 
 def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:
     """The model, the data and the seed of a run are fixed. Raises CheckpointError naming what differs."""
-    there, here = existing["model"], identity["model"]
+    there, here = recorded_model(existing["model"]), identity["model"]
     for name in [*here, *(name for name in there if name not in here)]:
         if there.get(name) != here.get(name):
             raise CheckpointError(

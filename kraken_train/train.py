@@ -38,6 +38,7 @@ from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.phases import DATA, FORWARD, Phases
 from kraken_train.rank_errors import record_error
+from kraken_train.recorded import recorded_settings
 from kraken_train.run_folder import RunFolder, open_run_folder
 from kraken_train.run_start import describe_error, recorded, write_environment
 from kraken_train.runtime import Runtime, another_rank_ended, read_runtime, slurm_job
@@ -472,7 +473,7 @@ class Trainer:
 
     def require_steps_to_go(self, checkpoint: Checkpoint) -> None:
         """Tell which settings differ from the checkpoint's. Raises CheckpointError if they come too late to matter."""
-        changes = differences(checkpoint.metadata["config"], to_dict(self.config))
+        changes = differences(recorded_settings(checkpoint.metadata["config"]), to_dict(self.config))
         for change in changes:
             self.say(f"changed since the checkpoint: {change}")
         others = "; ".join(change for change in changes if not change.startswith("max_steps"))
