@@ -33,7 +33,7 @@ from kraken_train.loss_watch import LossWatch, Trouble
 from kraken_train.mesh import ParallelMesh
 from kraken_train.metrics import Metrics, Record
 from kraken_train.model_config import ModelConfig, parse_model
-from kraken_train.optim import learning_rate
+from kraken_train.optim import describe_jump, learning_rate
 from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.phases import DATA, FORWARD, Phases
@@ -473,7 +473,8 @@ class Trainer:
 
     def require_steps_to_go(self, checkpoint: Checkpoint) -> None:
         """Tell which settings differ from the checkpoint's. Raises CheckpointError if they come too late to matter."""
-        changes = differences(recorded_settings(checkpoint.metadata["config"]), to_dict(self.config))
+        before, now = recorded_settings(checkpoint.metadata["config"]), to_dict(self.config)
+        changes = differences(before, now)
         for change in changes:
             self.say(f"changed since the checkpoint: {change}")
         others = "; ".join(change for change in changes if not change.startswith("max_steps"))
@@ -483,6 +484,9 @@ class Trainer:
                 f"{f' with other settings ({others})' if others else ''}, and max_steps={self.config.max_steps}; "
                 "raise max_steps, or use another run_dir"
             )
+        jump = describe_jump(before, now, checkpoint.step)
+        if jump is not None and checkpoint.step < self.config.max_steps:
+            self.say(f"note: {jump}")
 
     # ----------------------------------------------------------------------------------------------------------
     # Words

@@ -113,6 +113,7 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_pa
     assert result.stdout.count("passed over a damaged checkpoint") == 2
     assert len(list((run / "checkpoints").glob("step-*.damaged"))) == 2
     assert f"resumed from {run}/checkpoints/step-00000004" in result.stdout
+    assert "the learning rate jumps" not in result.stdout
     assert learned(run) == learned(reference)
 
     for file in (run / "checkpoints").glob("*/manifest.json"):
@@ -155,6 +156,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data: Path, tmp_pa
     result = train(data, run, *diverging, "log_every=5")  # and so found when more steps have been taken
     error = user_error(result)
     assert "was not finite in steps" in error and "max_nonfinite_steps=2" in error
+    assert "note: the learning rate jumps at step 5: 0.0001 by the settings of the checkpoint, " in result.stdout
     assert find_good_checkpoint(run / "checkpoints")[0].path == good
     assert records(run)[-1]["loss"] is None
 
