@@ -14,9 +14,10 @@ from checkpoints.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.exports import record_export
 from kraken_train.precision import DTYPES
 from kraken_train.rules import require_at_least, require_choice
-from kraken_train.run_folder import read_identity, record_export
+from kraken_train.run_folder import read_identity
 from kraken_train.tracking.artifact import log_artifact, read_wandb_run
 
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")

@@ -12,16 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.store import (
-    POINTER,
-    STEP_FOLDER,
-    WEIGHT_PREFIX,
-    Checkpoint,
-    read_manifest,
-    step_folders,
-    stored_tensors,
-    verify_checkpoint,
-)
+from checkpoints.manifest import POINTER, STEP_FOLDER, Checkpoint, read_manifest, step_folders
+from checkpoints.store import WEIGHT_PREFIX, stored_tensors, verify_checkpoint
 from kraken_train.cli import user_errors
 from kraken_train.errors import CheckpointError
 

@@ -1,19 +1,15 @@
 """Training checkpoints on disk: complete or absent, verified before use, and independent of the ranks that wrote them.
 
-A run's `checkpoints/` folder holds one `step-NNNNNNNN/` per checkpoint and a pointer `latest`. A checkpoint is a
-`torch.distributed.checkpoint` directory plus `manifest.json`, which lists every file with size and SHA-256. It is
-written under a temporary name, synced, renamed, and only then pointed to, so that being killed at any moment leaves
-the previous checkpoint as it was (`checkpoints.writer`). This file finds, verifies and reads them.
+A checkpoint is a `torch.distributed.checkpoint` directory plus a manifest (`checkpoints.manifest`). It is written under
+a temporary name, synced, renamed, and only then pointed to, so that being killed at any moment leaves the previous
+checkpoint as it was (`checkpoints.writer`). This file verifies and reads them.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import pickle
-import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -26,31 +22,18 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from checkpoints.manifest import Checkpoint, find_size_problem, read_manifest, step_folders
 from kraken_train.errors import CheckpointError
 from kraken_train.files import file_sha256
 from kraken_train.model_config import GPTConfig, ModelConfig, parse_model
 from kraken_train.runtime import Runtime
 
-FORMAT_VERSION = 1
-STEP_FOLDER = re.compile(r"step-(\d{8})")
-MANIFEST = "manifest.json"
-POINTER = "latest"
 WEIGHT_PREFIX = "model."
 ALONE = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 # A single process saves and loads without a process group. Set here and not around the calls: a thread saves, and
 # warnings.catch_warnings changes the filters of all threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint folder; `metadata` is what the run stored beside the tensors."""
-
-    path: Path
-    step: int
-    metadata: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
 
 
 @dataclass(frozen=True)
@@ -61,17 +44,6 @@ class TrainedWeights:
     weights: dict[str, Tensor]
     metadata: dict[str, Any]
     passed_over: list[str]  # why newer checkpoints of the run were not taken
-
-
-def has_checkpoints(folder: Path) -> bool:
-    return bool(step_folders(folder))
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Checkpoints under their final names, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
 
 def find_good_checkpoint(
@@ -126,34 +98,12 @@ def verify_checkpoint(path: Path, runtime: Runtime | None = None) -> Checkpoint:
     return checkpoint
 
 
-def read_manifest(path: Path) -> Checkpoint:
-    """The checkpoint in `path` as its manifest describes it, with no other file looked at. Raises CheckpointError."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        content = manifest["content"]
-        intact = manifest["sha256"] == content_sha256(content)
-        version = content["format_version"]
-        checkpoint = Checkpoint(path, content["step"], content["metadata"], content["files"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path / MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged") from error
-    except OSError as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
-    if not intact:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its content does not match its checksum")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}")
-    return checkpoint
-
-
 def find_problem(file: Path, expected: dict[str, Any]) -> str | None:
     """How `file` differs from what the manifest lists of it; a file that cannot be read is a problem, no error."""
+    problem = find_size_problem(file, expected)
+    if problem is not None:
+        return problem
     try:
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
         if file_sha256(file) != expected["sha256"]:
             return f"{file} is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
@@ -235,10 +185,6 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     """Shape and type of each tensor in the checkpoint."""
     stored = read_index(checkpoint.path).state_dict_metadata
     return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-def content_sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def root_message(error: BaseException) -> str:

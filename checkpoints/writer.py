@@ -20,16 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoints.store import (
-    FORMAT_VERSION,
-    MANIFEST,
-    POINTER,
-    Checkpoint,
-    content_sha256,
-    read_index,
-    root_message,
-    step_folders,
-)
+from checkpoints.manifest import FORMAT_VERSION, MANIFEST, POINTER, Checkpoint, content_sha256, step_folders
+from checkpoints.store import read_index, root_message
 from kraken_train.errors import CheckpointError
 from kraken_train.files import file_sha256, replace_synced, sync_folder, write_synced
 from kraken_train.runtime import Runtime

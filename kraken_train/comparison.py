@@ -27,8 +27,9 @@ from kraken_train.evaluation.results import (
     average,
     read_results,
 )
+from kraken_train.exports import read_exports
 from kraken_train.model_config import KrakenConfig, ModelConfig, parse_model
-from kraken_train.run_folder import METRICS_FILE, read_exports, read_identity
+from kraken_train.run_folder import METRICS_FILE, read_identity
 from kraken_train.run_metrics import Run, read_run
 
 UNKNOWN = "-"

@@ -14,6 +14,7 @@ This is the only file that imports deepspeed. Which of its modes are used, and w
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -55,8 +56,7 @@ from deepspeed.utils import (  # noqa: E402
 # use. And ZeRO imports the Muon optimizer, to ask whether it is in use, which loads TorchInductor to compile it.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
 make_decorator, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
-
+importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 compiler.compile = make_decorator
 # DeepSpeed calls it on every step; newer PyTorch has another name for it.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)

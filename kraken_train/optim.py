@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from kraken_train.vocabulary import Vocabulary
 
 DECAYED_MODULES = (nn.Linear, nn.Embedding, QKVLinear, StackedLinear, Vocabulary)
 UNDECAYED_MODULES = (nn.LayerNorm, StackedLayerNorm)
+SMALLEST_JUMP = 0.01  # of a learning rate, relative
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 
 
@@ -63,3 +65,16 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, max_steps: i
         remaining = max(0, max_steps - step)
         return floor + (peak - floor) * min(1.0, remaining / schedule.decay_steps)
     return peak
+
+
+def describe_jump(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
+    """How the rate changes at a resumption after `step` steps, for settings of a TrainConfig; None where it goes on."""
+    rates = [learning_rate(schedule_of(s), s["optim"]["lr"], step, s["max_steps"]) for s in (before, now)]
+    if math.isclose(*rates, rel_tol=SMALLEST_JUMP):
+        return None
+    old, new = (f"{rate:.3g}" for rate in rates)
+    return f"the learning rate jumps at step {step + 1}: {old} by the settings of the checkpoint, {new} by those of now"
+
+
+def schedule_of(settings: dict[str, Any]) -> ScheduleConfig:
+    return ScheduleConfig(**{field.name: settings["schedule"][field.name] for field in fields(ScheduleConfig)})

@@ -29,7 +29,8 @@ from typing import Any
 
 import yaml
 
-from checkpoints.store import find_good_checkpoint, has_checkpoints
+from checkpoints.manifest import has_checkpoints
+from checkpoints.store import find_good_checkpoint
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError
@@ -37,6 +38,7 @@ from kraken_train.events import EventLog
 from kraken_train.files import replace_synced, try_lock
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
+from kraken_train.recorded import recorded_model
 from kraken_train.run_layout import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -47,7 +49,6 @@ from kraken_train.run_layout import (
 )
 
 METRICS_FILE = "metrics.jsonl"
-EXPORTS_FILE = "exports.jsonl"
 SUBMISSIONS = "submissions"
 LOCK_PATIENCE = 1.0  # seconds: who only looks at a run (`run_state.is_alive`) holds its lock for a moment
 
@@ -186,25 +187,9 @@ def recorded_precision(path: Path) -> str | None:
     return str(find_good_checkpoint(checkpoints)[0].metadata["config"]["precision"])
 
 
-def record_export(path: Path, export_dir: Path, step: int) -> None:
-    """Note in the run's folder that its checkpoint of `step` was exported. Raises OSError if it cannot be written."""
-    with (path / EXPORTS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "path": str(export_dir.resolve())}) + "\n")
-
-
-def read_exports(path: Path) -> list[dict[str, Any]]:
-    """`step` and `path` of the exports that were made of the run, the newest last. Raises CheckpointError."""
-    file = path / EXPORTS_FILE
-    try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        return [{"step": int(record["step"]), "path": str(record["path"])} for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); remove it, and name exports instead of the run") from error
-
-
 def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:
     """The model, the data and the seed of a run are fixed. Raises CheckpointError naming what differs."""
-    there, here = existing["model"], identity["model"]
+    there, here = recorded_model(existing["model"]), identity["model"]
     for name in [*here, *(name for name in there if name not in here)]:
         if there.get(name) != here.get(name):
             raise CheckpointError(

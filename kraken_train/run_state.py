@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -12,12 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from checkpoints.manifest import MANIFEST, find_complete_checkpoint
 from kraken_train.errors import DataError
 from kraken_train.events import FAILED, Event, read_events
 from kraken_train.files import try_lock
 from kraken_train.rank_errors import RankError, read_errors, root_causes
+from kraken_train.run_files import (
+    Export,
+    command_again,
+    data_folders,
+    find_exports,
+    folder_problems,
+    identity_is_usable,
+    missing_inputs,
+    read_mapping,
+)
 from kraken_train.run_layout import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -29,9 +37,7 @@ from kraken_train.run_layout import (
 )
 from kraken_train.run_metrics import METRICS_FILE, parse_record
 
-RUNNING, WAITING, DIED, NOT_STARTED = "running", "waiting", "died", "not started"
-# As in checkpoints.store, which imports torch.
-CHECKPOINT_FOLDER, MANIFEST = re.compile(r"step-(\d{8})"), "manifest.json"
+RUNNING, WAITING, DIED, NOT_STARTED, UNKNOWN = "running", "waiting", "died", "not started", "not known"
 HOLDER = re.compile(r"process (\d+) on (\S+)")  # what is in the lock's file
 TAIL_BYTES = 1 << 18  # of the metrics: hundreds of steps
 SPEED_RECORDS = 20  # that the speed is the median of
@@ -49,7 +55,7 @@ class Start:
     number: int
     from_step: int | None  # None: it did not come to its first step
     to_step: int | None
-    outcome: str  # finished, interrupted, failed, died or running
+    outcome: str  # finished, interrupted, failed, died, running or not known
     reason: str | None
     time: str | None
     hosts: tuple[str, ...]
@@ -58,7 +64,7 @@ class Start:
 @dataclass(frozen=True)
 class RunState:
     path: str
-    state: str  # running, waiting, finished, interrupted, failed, died or not started
+    state: str  # running, waiting, finished, interrupted, failed, died, not started or not known
     reason: str | None
     step: int
     max_steps: int | None
@@ -68,9 +74,16 @@ class RunState:
     tokens_per_second: float | None  # median of the last SPEED_RECORDS records
     trend: float | None  # that over the median of as many records before, less 1
     seconds_left: float | None  # at that speed, for a run that is running
-    checkpoint_step: int | None  # of the newest complete checkpoint
+    checkpoint_step: int | None  # of the newest checkpoint whose files have the sizes that its manifest lists
     checkpoint_age: float | None  # seconds
-    unfinished_checkpoints: tuple[str, ...]  # folders without a manifest
+    checkpoint_files: int
+    damaged_checkpoints: tuple[str, ...]  # what is wrong with newer ones, the newest first
+    saved_step: int | None  # the last one of which the events tell that it was saved
+    problems: tuple[str, ...]  # what else is missing or damaged in the run's folder
+    identity_usable: bool | None  # whether run.json can be used; None: it is missing
+    missing_inputs: tuple[str, ...]  # what its command needs and does not find
+    data_dir: str | None  # the first of its data folders that is there
+    exports: tuple[Export, ...]  # the newest last
     starts: tuple[Start, ...]
     requeues: int
     job: str | None  # Slurm's
@@ -78,7 +91,7 @@ class RunState:
     rollbacks: int
     tracking: str | None
     errors: tuple[RankError, ...]  # root causes of the newest start's failure
-    command: str | None  # that started it
+    command: str | None  # that started it, as it must be to continue this folder
     folder: str | None  # in which
 
     def to_json(self) -> dict[str, Any]:
@@ -98,16 +111,18 @@ def read_state(path: Path) -> RunState:
         events = read_events(path / EVENTS_FILE)  # it may have ended just now
     starts = read_starts(path, events, alive)
     state, reason = judge(events, starts, alive)
-    config = read_mapping(path / CONFIG_FILE)
+    newest = path / "starts" / f"{starts[-1].number if starts else 0:04d}"
+    config = read_mapping(path / CONFIG_FILE) or read_mapping(newest / CONFIG_FILE)
     records = last_records(path)
     last = records[-1] if records else {}
     step = max([int(last.get("step", 0)), *(start.to_step or 0 for start in starts[-1:])])
     speed, trend = speed_of(records)
-    checkpoint = newest_checkpoint(path)
-    newest = path / "starts" / f"{starts[-1].number if starts else 0:04d}"
+    checkpoint, damaged = find_complete_checkpoint(path / "checkpoints")
     environment = read_mapping(newest / ENVIRONMENT_FILE)
     max_steps = config.get("max_steps")
     running = state == RUNNING and max_steps is not None
+    folder = environment.get("folder")
+    exports, export_problems = find_exports(path)
     return RunState(
         path=str(path),
         state=state,
@@ -120,11 +135,16 @@ def read_state(path: Path) -> RunState:
         tokens_per_second=speed,
         trend=trend,
         seconds_left=seconds_left(records, max_steps, speed) if running and max_steps is not None else None,
-        checkpoint_step=None if checkpoint is None else step_of(checkpoint),
-        checkpoint_age=None if checkpoint is None else time.time() - (checkpoint / MANIFEST).stat().st_mtime,
-        unfinished_checkpoints=tuple(
-            folder.name for folder in checkpoint_folders(path) if not (folder / MANIFEST).exists()
-        ),
+        checkpoint_step=None if checkpoint is None else checkpoint.step,
+        checkpoint_age=None if checkpoint is None else age_of(checkpoint.path / MANIFEST),
+        checkpoint_files=0 if checkpoint is None else len(checkpoint.files),
+        damaged_checkpoints=tuple(damaged),
+        saved_step=next((event.get("step") for event in reversed(events) if event["event"] == "saved"), None),
+        problems=(*folder_problems(path, checkpoint is not None), *export_problems),
+        identity_usable=identity_is_usable(path),
+        missing_inputs=tuple(missing_inputs(config, folder, checkpoint is not None)),
+        data_dir=next((str(data) for data in data_folders(config, folder) if data.is_dir()), None),
+        exports=tuple(exports),
         starts=tuple(starts),
         requeues=sum(event["event"] == "requeued" for event in events),
         job=next((str(event["job"]) for event in reversed(events) if event.get("job") is not None), None),
@@ -132,8 +152,8 @@ def read_state(path: Path) -> RunState:
         rollbacks=sum(event["event"] == "rolled_back" for event in events),
         tracking=describe_tracking(path, config, events),
         errors=tuple(root_causes(read_errors(newest))) if state in (FAILED, DIED) else (),
-        command=command_of(environment),
-        folder=environment.get("folder"),
+        command=command_again(path, config, environment, checkpoint is not None),
+        folder=folder,
     )
 
 
@@ -163,7 +183,7 @@ def read_starts(path: Path, events: list[Event], alive: bool) -> list[Start]:
         ended = next((e for e in reversed(events) if e["event"] == "ended" and e.get("start") == number), None)
         folder = path / "starts" / f"{number:04d}"
         hosts = read_mapping(folder / ENVIRONMENT_FILE).get("hosts") or ()
-        outcome, reason = DIED, None
+        outcome, reason = DIED if events else UNKNOWN, None
         if ended is not None:
             outcome, reason = ended.get("outcome", FAILED), ended.get("reason")
         elif alive and number == max(numbers):
@@ -225,19 +245,12 @@ def seconds_left(records: list[dict[str, Any]], max_steps: int, speed: float | N
     return max(0, max_steps - last["step"]) * last["tokens"] / last["step"] / speed
 
 
-def checkpoint_folders(path: Path) -> list[Path]:
-    return sorted(
-        folder for folder in (path / "checkpoints").glob("step-*") if CHECKPOINT_FOLDER.fullmatch(folder.name)
-    )
-
-
-def newest_checkpoint(path: Path) -> Path | None:
-    """The newest folder with a manifest, which is written last."""
-    return next((f for f in reversed(checkpoint_folders(path)) if (f / MANIFEST).exists()), None)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def age_of(file: Path) -> float | None:
+    """Seconds since it was written; None where it is gone."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return None
 
 
 def describe_tracking(path: Path, config: dict[str, Any], events: list[Event]) -> str | None:
@@ -250,19 +263,3 @@ def describe_tracking(path: Path, config: dict[str, Any], events: list[Event]) -
         words += f"; to upload: wandb sync {path}/wandb/offline-run-*"
     notes = [event["note"] for event in events if event["event"] == "tracking" and event.get("note")]
     return f"{words}; {notes[-1]}" if notes else words
-
-
-def command_of(environment: dict[str, Any]) -> str | None:
-    """That of launch.deepspeed, the outermost launcher's, or the program's where there was none."""
-    launchers = environment.get("launchers") or [environment.get("command")]
-    return environment.get("launch_command") or launchers[-1]
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file; empty where it is missing or being written."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}

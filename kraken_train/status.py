@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,17 +17,9 @@ from rich.table import Table
 
 from kraken_train.cli import user_errors
 from kraken_train.errors import CheckpointError
-from kraken_train.events import FAILED, FINISHED, INTERRUPTED
+from kraken_train.next_step import next_step
 from kraken_train.run_logs import follow, logs_of, merged
-from kraken_train.run_state import (
-    DIED,
-    NOT_STARTED,
-    RUNNING,
-    WAITING,
-    RunState,
-    Start,
-    read_state,
-)
+from kraken_train.run_state import RUNNING, UNKNOWN, RunState, Start, read_state
 
 LABEL_WIDTH = 12
 STARTS_SHOWN = 5
@@ -113,6 +104,12 @@ def describe(state: RunState) -> list[tuple[str, str]]:
         left = "" if state.seconds_left is None else f", {duration(state.seconds_left)} left"
         lines.append(("speed", f"{state.tokens_per_second:,.0f} tokens/s{trend}{left}"))
     lines.append(("checkpoint", describe_checkpoint(state)))
+    lines += [
+        ("export", f"step {export.step} in {export.path}{'' if export.is_there else ', which is gone'}")
+        for export in state.exports
+    ]
+    lines += [("problem", problem) for problem in state.problems]
+    lines += [("missing", missing) for missing in state.missing_inputs]
     for what, number in (("skipped", state.skipped_steps), ("rolled back", state.rollbacks)):
         if number:
             lines.append((what, f"{number} {'steps' if what == 'skipped' else 'times'}"))
@@ -127,15 +124,21 @@ def describe(state: RunState) -> list[tuple[str, str]]:
 
 
 def describe_checkpoint(state: RunState) -> str:
-    if state.checkpoint_step is None:
-        return "none yet"
-    text = f"step {state.checkpoint_step}, {duration(state.checkpoint_age or 0)} old, complete"
-    if state.unfinished_checkpoints:
-        text += f"; damaged, without a manifest: {', '.join(state.unfinished_checkpoints)}"
-    return text
+    if state.checkpoint_step is not None:
+        text = (
+            f"step {state.checkpoint_step}, {duration(state.checkpoint_age or 0)} old, its {state.checkpoint_files} "
+            "files have their listed sizes"
+        )
+    elif state.damaged_checkpoints:
+        text = "none is whole"
+    else:
+        text = "none yet" if state.saved_step is None else f"none is left; step {state.saved_step} was saved"
+    return "; damaged: ".join([text, *state.damaged_checkpoints])
 
 
 def describe_start(start: Start) -> str:
+    if start.outcome == UNKNOWN:
+        return f"{start.number}: there are no events of it"
     steps = "before its first step" if start.from_step is None else f"from step {start.from_step}"
     if start.from_step is not None and start.to_step is not None:
         steps += f" to {start.to_step}"
@@ -147,27 +150,6 @@ def describe_start(start: Start) -> str:
 def age_of(time_stamp: str) -> float:
     """Seconds since an event's time."""
     return (datetime.now(timezone.utc) - datetime.fromisoformat(time_stamp)).total_seconds()
-
-
-def next_step(state: RunState) -> str:
-    """What to do."""
-    run = shlex.quote(state.path)
-    again = "the command that started it"
-    if state.command is not None:
-        again = state.command if state.folder is None else f"cd {shlex.quote(state.folder)} && {state.command}"
-    if state.job is not None and state.state in (FAILED, DIED, INTERRUPTED):
-        again = f"submit it again, as job {state.job} was, or: {again}"
-    if state.state == RUNNING:
-        return f"python -m kraken_train.status {run} --log --follow"
-    if state.state == FINISHED:
-        return f"python -m checkpoints.export run_dir={run} output_dir=EXPORT"
-    if state.state == WAITING:
-        return f"wait; squeue --job {state.job} says for what, or {run}/submissions/*/*.out how it has ended"
-    if state.state == NOT_STARTED:
-        return f"start it: python -m kraken_train.train run_dir={run} ..."
-    if state.state == FAILED and state.errors and not any(error.restart_helps for error in state.errors):
-        return f"do what the error says, then: {again}"
-    return f"the same command continues: {again}"
 
 
 def print_table(states: list[RunState]) -> None:

@@ -15,14 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints.initial import export_reader, open_initial_export
-from checkpoints.store import (
-    Checkpoint,
-    fill_tensors,
-    find_good_checkpoint,
-    has_checkpoints,
-    model_of,
-    set_aside_after,
-)
+from checkpoints.manifest import Checkpoint, has_checkpoints
+from checkpoints.store import fill_tensors, find_good_checkpoint, model_of, set_aside_after
 from checkpoints.writer import CheckpointWriter, go_back_to
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
@@ -39,12 +33,13 @@ from kraken_train.loss_watch import LossWatch, Trouble
 from kraken_train.mesh import ParallelMesh
 from kraken_train.metrics import Metrics, Record
 from kraken_train.model_config import ModelConfig, parse_model
-from kraken_train.optim import learning_rate
+from kraken_train.optim import describe_jump, learning_rate
 from kraken_train.parsing import to_dict
 from kraken_train.perplexity import perplexity, token_losses
 from kraken_train.phases import DATA, FORWARD, Phases
 from kraken_train.precision import ChosenPrecision, choose_precision, has_native_bf16
 from kraken_train.rank_errors import record_error
+from kraken_train.recorded import recorded_settings
 from kraken_train.run_folder import RunFolder, open_run_folder, recorded_precision
 from kraken_train.run_start import describe_error, recorded, write_environment
 from kraken_train.runtime import Runtime, another_rank_ended, read_runtime, slurm_job
@@ -491,7 +486,8 @@ class Trainer:
 
     def require_steps_to_go(self, checkpoint: Checkpoint) -> None:
         """Tell which settings differ from the checkpoint's. Raises CheckpointError if they come too late to matter."""
-        changes = differences(checkpoint.metadata["config"], to_dict(self.config))
+        before, now = recorded_settings(checkpoint.metadata["config"]), to_dict(self.config)
+        changes = differences(before, now)
         for change in changes:
             self.say(f"changed since the checkpoint: {change}")
         others = "; ".join(change for change in changes if not change.startswith("max_steps"))
@@ -501,6 +497,9 @@ class Trainer:
                 f"{f' with other settings ({others})' if others else ''}, and max_steps={self.config.max_steps}; "
                 "raise max_steps, or use another run_dir"
             )
+        jump = describe_jump(before, now, checkpoint.step)
+        if jump is not None and checkpoint.step < self.config.max_steps:
+            self.say(f"note: {jump}")
 
     # ----------------------------------------------------------------------------------------------------------
     # Words

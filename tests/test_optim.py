@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from helpers import small_configs
@@ -10,7 +11,7 @@ from torch import nn
 
 from kraken_train.architectures import build_model
 from kraken_train.config import ScheduleConfig
-from kraken_train.optim import learning_rate, parameter_groups
+from kraken_train.optim import describe_jump, learning_rate, parameter_groups
 from kraken_train.placement import partitions
 
 
@@ -62,3 +63,39 @@ def test_constant_and_no_warmup() -> None:
     assert {learning_rate(schedule, 0.5, step, 10) for step in range(10)} == {0.5}
     cosine = ScheduleConfig("cosine", warmup_steps=0, min_ratio=0.1, decay_steps=1)
     assert learning_rate(cosine, 0.5, 0, 10) == 0.5
+
+
+def settings_of(name: str = "cosine", lr: float = 1.0, max_steps: int = 100, **schedule: Any) -> dict[str, Any]:
+    schedule = {"name": name, "warmup_steps": 10, "min_ratio": 0.1, "decay_steps": 20, **schedule}
+    return {"optim": {"lr": lr}, "schedule": schedule, "max_steps": max_steps, "global_batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "step", "rates"),
+    [
+        (settings_of(), settings_of(max_steps=190), 100, ("0.1", "0.55")),  # a cosine that was at its end
+        (settings_of(), settings_of(max_steps=190), 10, None),  # at the peak of both
+        (settings_of(), settings_of(max_steps=190), 5, None),  # within the warm-up
+        (settings_of(), settings_of(), 55, None),
+        (settings_of(), settings_of(max_steps=101), 20, None),  # hardly another rate
+        (settings_of(), settings_of(min_ratio=0.2), 100, ("0.1", "0.2")),
+        (settings_of(), settings_of("constant"), 55, ("0.55", "1")),
+        (settings_of(), settings_of("wsd"), 55, ("0.55", "1")),
+        (settings_of("wsd"), settings_of("wsd", max_steps=200), 90, ("0.55", "1")),
+        (settings_of("wsd"), settings_of("wsd", max_steps=200), 80, None),
+        (settings_of("wsd", min_ratio=0.0), settings_of("wsd", max_steps=110, min_ratio=0.0), 100, ("0", "0.5")),
+        (settings_of("wsd", decay_steps=1), settings_of("wsd", decay_steps=40), 80, ("1", "0.55")),
+        (settings_of("constant"), settings_of("constant", max_steps=200, min_ratio=0.5), 99, None),
+        (settings_of("constant"), settings_of("constant", lr=3e-4), 99, ("1", "0.0003")),
+        (settings_of(), settings_of(warmup_steps=20), 9, ("1", "0.5")),
+    ],
+)
+def test_a_jump_at_a_resumption_is_told(
+    before: dict[str, Any], now: dict[str, Any], step: int, rates: tuple[str, str] | None
+) -> None:
+    told = describe_jump(before, now, step)
+    if rates is None:
+        assert told is None
+    else:
+        assert told is not None
+        assert f"at step {step + 1}: {rates[0]} by the settings of the checkpoint, {rates[1]} by those of now" in told

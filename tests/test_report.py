@@ -13,9 +13,9 @@ from PIL import Image
 from kraken_train.architectures import build_model
 from kraken_train.errors import DataError
 from kraken_train.evaluation.results import Score, SuiteResult, TaskResult, record_results
+from kraken_train.exports import record_export
 from kraken_train.parsing import to_dict
 from kraken_train.report import main
-from kraken_train.run_folder import record_export
 from kraken_train.run_metrics import read_run
 
 

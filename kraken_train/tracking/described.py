@@ -13,6 +13,7 @@ from kraken_train.config import TrackingConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.model_config import parse_model
 from kraken_train.parsing import from_dict
+from kraken_train.recorded import recorded_settings
 from kraken_train.run_layout import CONFIG_FILE, IDENTITY_FILE, start_folders
 
 ENVIRONMENT_FILE = "environment.json"  # in the folder of a start
@@ -36,7 +37,7 @@ def read_described_run(path: Path) -> DescribedRun:
     try:
         identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
         settings = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        run_id, model, tracking = identity["id"], identity["model"], settings["tracking"]
+        run_id, model, tracking = identity["id"], identity["model"], recorded_settings(settings)["tracking"]
         facts = {
             "model": model,
             "num_parameters": parse_model(model, model["vocab_size"]).num_parameters,

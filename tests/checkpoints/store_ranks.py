@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints import store, writer
-from checkpoints.store import fill_tensors, find_good_checkpoint, step_folders
+from checkpoints.manifest import step_folders
+from checkpoints.store import fill_tensors, find_good_checkpoint
 from checkpoints.writer import CheckpointWriter
 from kraken_train.errors import CheckpointError
 from kraken_train.files import file_sha256

@@ -14,15 +14,8 @@ import torch
 from helpers import launch_ranks, small_configs
 
 from checkpoints import store
-from checkpoints.store import (
-    ALONE,
-    Checkpoint,
-    fill_tensors,
-    find_good_checkpoint,
-    load_tensors,
-    model_of,
-    verify_checkpoint,
-)
+from checkpoints.manifest import MANIFEST, POINTER, Checkpoint, content_sha256
+from checkpoints.store import ALONE, fill_tensors, find_good_checkpoint, load_tensors, model_of, verify_checkpoint
 from checkpoints.writer import save_checkpoint
 from kraken_train.errors import CheckpointError
 from kraken_train.parsing import to_dict
@@ -54,7 +47,7 @@ def flip_byte(path: Path, position: int = 0) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != store.POINTER)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != POINTER)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -115,9 +108,9 @@ def test_missing_and_truncated_files(tmp_path: Path, damage: object, message: st
 
 def test_newer_format(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    manifest = tmp_path / "step-00000001" / store.MANIFEST
+    manifest = tmp_path / "step-00000001" / MANIFEST
     content = json.loads(manifest.read_text())["content"] | {"format_version": 99}
-    manifest.write_text(json.dumps({"content": content, "sha256": store.content_sha256(content)}))
+    manifest.write_text(json.dumps({"content": content, "sha256": content_sha256(content)}))
     with pytest.raises(CheckpointError, match="format version 99, this program reads up to 1"):
         find_good_checkpoint(tmp_path)
 

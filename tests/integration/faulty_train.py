@@ -24,7 +24,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from checkpoints import writer
-from checkpoints.store import Checkpoint, find_good_checkpoint, load_tensors
+from checkpoints.manifest import Checkpoint
+from checkpoints.store import find_good_checkpoint, load_tensors
 from kraken_train import precision, train
 from kraken_train.data import Samples
 from kraken_train.loss_watch import Trouble

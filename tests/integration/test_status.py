@@ -17,10 +17,12 @@ import pytest
 from helpers import REPOSITORY, run_here, user_error
 
 from integration.training import overrides, records
+from kraken_train.exports import record_export
+from kraken_train.next_step import next_step
 from kraken_train.rank_errors import RankError, record_error
 from kraken_train.run_logs import follow, merged
 from kraken_train.run_state import RunState, read_state
-from kraken_train.status import duration, next_step
+from kraken_train.status import duration
 
 ENOUGH_STEPS = 8  # the validation after step 6 included
 
@@ -172,10 +174,124 @@ def test_what_is_half_written(changed: Callable[..., Path]) -> None:
     (run / "checkpoints" / "step-00999999").mkdir()
     state = read_state(run)
     assert (state.state, state.step, state.loss) == (before.state, before.step, before.loss)
-    assert state.max_steps is None and state.command is None
+    assert state.max_steps == 100_000 and state.command is None  # from the settings of its start
     assert state.checkpoint_step == before.checkpoint_step
-    assert state.unfinished_checkpoints == ("step-00999999",)
+    assert state.damaged_checkpoints == (f"{run}/checkpoints/step-00999999/manifest.json is missing",)
     assert run_here("kraken_train.status", str(run)).returncode == 0
+
+
+def finished(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*events[:-2], events[-1] | {"outcome": "finished", "reason": None}]
+
+
+def newest(run: Path, name: str) -> Path:
+    return max((run / "checkpoints").glob("step-*")) / name
+
+
+def truncate_all(run: Path) -> None:
+    for file in (run / "checkpoints").glob("*/*.distcp"):
+        os.truncate(file, 100)
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+EXPORT, AGAIN, FROM_START = "python -m checkpoints.export run_dir={run} ", "do the steps after {before} again: cd", (
+    "there is no checkpoint, so the same command trains from the start: cd"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem", "step", "then"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), None, None, FROM_START),
+        (lambda run: newest(run, "__0_0.distcp").write_bytes(b""), "has 0 bytes instead of", "before", AGAIN),
+        (lambda run: os.truncate(newest(run, ".metadata"), 9), "has 9 bytes instead of", "before", AGAIN),
+        (lambda run: newest(run, "__0_0.distcp").unlink(), "__0_0.distcp is missing", "before", AGAIN),
+        (lambda run: newest(run, "manifest.json").write_bytes(b""), "manifest.json is damaged", "before", AGAIN),
+        (lambda run: replace_by_folder(newest(run, "manifest.json")), "json cannot be read", "before", AGAIN),
+        (truncate_all, "has 100 bytes instead of", None, "first restore a checkpoint from a copy, or mv {run}/checkp"),
+        (lambda run: (run / "checkpoints" / "latest").write_text("step-00099999"), None, "last", EXPORT),
+        (lambda run: (run / "run.json").unlink(), "{run}/run.json is missing", "last", EXPORT),
+        (lambda run: (run / "run.json").write_bytes(b""), "{run}/run.json is damaged", "last", "first rm {run}/run."),
+        (lambda run: (run / "metrics.jsonl").unlink(), "{run}/metrics.jsonl is missing", "last", EXPORT),
+        (lambda run: (run / "config.yaml").unlink(), "{run}/config.yaml is missing", "last", EXPORT),
+    ],
+)  # fmt: skip
+def test_it_says_what_is_there(
+    changed: Callable[..., Path], damage: Callable[[Path], object], problem: str | None, step: str | None, then: str
+) -> None:
+    """Of a finished run, and what can be done with it."""
+    run = changed(finished)
+    before, last = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))[-2:]
+    damage(run)
+    state = read_state(run)
+    assert state.state == "finished"
+    assert state.checkpoint_step == {"before": before, "last": last, None: None}[step]
+    told = [*state.damaged_checkpoints, *state.problems]
+    assert len(told) == (0 if problem is None else 3 if damage is truncate_all else 1), told
+    shown = run_here("kraken_train.status", str(run)).stdout
+    assert problem is None or problem.format(run=run) in shown
+    assert next_step(state).startswith(then.format(run=run, before=before))
+    if then in (EXPORT, AGAIN):
+        command = next_step(state).rpartition("python -m ")[2].split()
+        exported = run_here(command[0], *command[1:-1], f"output_dir={run.with_name('export')}")
+        assert f"exported step {state.checkpoint_step}" in exported.stdout, exported.stderr
+
+
+def test_the_command_that_is_told_continues_the_copy(changed: Callable[..., Path]) -> None:
+    """Not the folder that it was copied from; also where its settings would refuse to."""
+    run = changed(finished)
+    shutil.rmtree(run / "checkpoints")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("resume: auto", "resume: must"))
+    told = next_step(read_state(run)).partition("from the start: ")[2]
+    assert told.endswith(f" run_dir={run} resume=auto")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(f"{told} max_steps=1", shell=True, env=environment, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    state = read_state(run)
+    assert (state.state, state.step, state.checkpoint_step) == ("finished", 1, 1)
+
+
+def test_what_was_exported(changed: Callable[..., Path], data: Path) -> None:
+    run = changed(finished)
+    step = read_state(run).step
+    record_export(run, run / "gone", step)
+    shown = run_here("kraken_train.status", str(run)).stdout
+    assert f"export      step {step} in {run}/gone, which is gone" in shown
+    assert "next        python -m checkpoints.export" in shown
+    export = run / "export"
+    export.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (export / name).touch()
+    record_export(run, export, step)
+    shutil.rmtree(run / "checkpoints")
+    assert next_step(read_state(run)) == f"python -m kraken_train.evaluate export_dir={export} data_dir={data}"
+    (run / "exports.jsonl").write_text("{")
+    assert "exports.jsonl is damaged" in " ".join(read_state(run).problems)
+
+
+def test_what_the_command_needs(changed: Callable[..., Path], data: Path) -> None:
+    run = changed(lambda events: events)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(data), "/gone/data"))
+    assert "missing     data_dir=/gone/data" in run_here("kraken_train.status", str(run)).stdout
+    assert next_step(read_state(run)).startswith("first bring back data_dir=/gone/data; the same command continues: ")
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    assert next_step(read_state(run)).startswith(f"first restore {run}/run.json from a copy of the run; first bring")
+
+
+def test_without_events_the_end_is_not_known(changed: Callable[..., Path]) -> None:
+    run = changed(lambda events: events)
+    (run / "events.jsonl").unlink()
+    state = read_state(run)
+    assert (state.state, state.starts[-1].outcome) == ("not known", "not known")
+    shown = run_here("kraken_train.status", str(run)).stdout
+    assert "1: there are no events of it" in shown and f"problem     {run}/events.jsonl is missing" in shown
 
 
 def test_folders_without_a_run(tmp_path: Path) -> None:

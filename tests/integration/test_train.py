@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from unittest import mock
 import pytest
 from helpers import REPOSITORY, launch_ranks, run_here, run_module, user_error
 
+from checkpoints.manifest import content_sha256
 from checkpoints.store import find_good_checkpoint, read_weights
 from integration.training import STEPS, learned, overrides, records
 
@@ -55,12 +58,22 @@ def test_checkpoints_and_folder(reference: Path) -> None:
     assert (reference / "tokenizer" / "tokenizer.model").is_file()
 
 
-def test_a_finished_run_is_left_alone(data: Path, reference: Path) -> None:
-    before = learned(reference)
-    result = train(data, reference)
-    assert result.returncode == 0
-    assert "0 steps to go" in result.stdout
-    assert learned(reference) == before
+def test_a_finished_run_is_left_alone(data: Path, reference: Path, tmp_path: Path) -> None:
+    """Also one of an older program, whose records lack settings that have come since."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    identity = json.loads((run / "run.json").read_text())
+    del identity["model"]["ffn_multiplier"]
+    (run / "run.json").write_text(json.dumps(identity))
+    for manifest in (run / "checkpoints").glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())["content"]
+        del content["metadata"]["model"]["ffn_multiplier"], content["metadata"]["config"]["optim"]["eps"]
+        del content["metadata"]["config"]["health"], content["metadata"]["config"]["schedule"]["decay_steps"]
+        manifest.write_text(json.dumps({"content": content, "sha256": content_sha256(content)}))
+    result = train(data, run)
+    assert result.returncode == 0, result.stderr
+    assert "0 steps to go" in result.stdout and "changed since" not in result.stdout
+    assert learned(run) == learned(reference)
 
 
 @pytest.mark.slow  # tests/parity has copies too
@@ -100,6 +113,7 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_pa
     assert result.stdout.count("passed over a damaged checkpoint") == 2
     assert len(list((run / "checkpoints").glob("step-*.damaged"))) == 2
     assert f"resumed from {run}/checkpoints/step-00000004" in result.stdout
+    assert "the learning rate jumps" not in result.stdout
     assert learned(run) == learned(reference)
 
     for file in (run / "checkpoints").glob("*/manifest.json"):
@@ -142,6 +156,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data: Path, tmp_pa
     result = train(data, run, *diverging, "log_every=5")  # and so found when more steps have been taken
     error = user_error(result)
     assert "was not finite in steps" in error and "max_nonfinite_steps=2" in error
+    assert "note: the learning rate jumps at step 5: 0.0001 by the settings of the checkpoint, " in result.stdout
     assert find_good_checkpoint(run / "checkpoints")[0].path == good
     assert records(run)[-1]["loss"] is None
 
