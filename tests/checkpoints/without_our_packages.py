@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib.abc
 import json
+import re
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -235,18 +238,42 @@ def check_refusals(folder: Path) -> dict[str, float]:
     return found
 
 
-def check_too_long(model: Any) -> dict[str, float]:
-    """More tokens than the context, at once and while generating; a GPU would end the process."""
-    limit = model.config.max_position_embeddings
+def check_prompts(model: Any) -> dict[str, float]:
+    """Prompts that cannot be read are refused with one message; some are read on."""
+    limit, words, end = model.config.context_length, model.config.vocab_size, model.generation_config.eos_token_id
+    ids, some, none = torch.full((2, 3), 5), torch.tensor([[1, 1, 1], [0, 0, 1]]), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    wrong = {
+        "too long": (f"{limit + 1} tokens are more than .*context_length={limit}", torch.full((1, limit + 1), 5), None),
+        "empty": (r"input_ids has the shape \(1, 0\).*tokenizer.eos_token_id", ids[:1, :0], ids[:1, :0]),
+        "empty row": ("row 1 of attention_mask is padding only", ids, none),
+        "flat": (r"input_ids has the shape \(3,\)", ids[0], None),
+        "negative": (f"token -1, and the model's vocabulary has the tokens 0 to {words - 1}", ids - 6, None),
+        "unknown": (f"token {words}, and the model's vocabulary", ids - 5 + words, None),
+    }
     found = {}
-    for name, tokens in (("too long", limit + 1), ("too long to generate", limit - 1)):
-        try:
-            model.generate(torch.full((1, tokens), 5), max_new_tokens=4, min_new_tokens=4)
-        except ValueError as error:
-            found[name] = float(f"context_length={limit}" not in str(error))
-        else:
-            found[name] = 1.0
+    for name, (message, prompt, mask) in wrong.items():
+        found[name] = refusal(message, lambda p=prompt, m=mask: model.generate(p, attention_mask=m, max_new_tokens=4))
+        if name != "empty row":
+            found[f"{name}, forward"] = refusal(message, lambda p=prompt: model(p))
+    long = {"max_new_tokens": 2 * limit, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        whole = model.generate(ids, attention_mask=some, **long)  # the first row is without padding
+        padded = model.generate(ids[1:], attention_mask=some[1:], **long)  # this one has two more places
+        embedded = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **long)
+    found["context"] = float((whole.shape[1], padded.shape[1], embedded.shape[1]) != (limit, limit + 2, limit - 3))
+    found["context, warning"] = float(sum("context of" in str(warning.message) for warning in warned) != 3)
+    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    found["no prompt"] = difference(model.generate(**greedy), model.generate(torch.tensor([[end]]), **greedy))
     return found
+
+
+def refusal(message: str, call: Callable[[], Any]) -> float:
+    try:
+        call()
+    except ValueError as error:
+        return float(re.search(message, str(error)) is None)
+    return 1.0
 
 
 def main(cases: Path) -> None:
@@ -265,7 +292,7 @@ def main(cases: Path) -> None:
         results |= check_training(model, ids, expected)
         if (folder / "tokens.json").exists():
             results |= check_tokenizer(folder) | check_saving(model, folder, ids, logits)
-            results |= check_refusals(folder) | check_too_long(model)
+            results |= check_refusals(folder) | check_prompts(model)
         found[folder.name] = results
     assert not any(name.partition(".")[0] in OURS for name in sys.modules)
     print(json.dumps(found))
