@@ -96,6 +96,36 @@ def check_padding(model: Any, ids: Tensor, expected: Tensor) -> dict[str, float]
     }
 
 
+@torch.no_grad()
+def check_batch_sizes(model: Any) -> dict[str, float]:
+    """Log-probabilities of 32 texts of several lengths, in batches of 8 and 32 against one by one.
+
+    Padded on the right without a mask, as lm-evaluation-harness does, and on the left with one.
+    """
+    limit, generator = model.config.context_length, torch.Generator().manual_seed(1)
+    texts = [torch.randint(model.config.vocab_size, (2 + 5 * i % (limit - 1),), generator=generator) for i in range(32)]
+
+    def scores(batch_size: int, left: bool) -> Tensor:
+        found = []
+        for first in range(0, len(texts), batch_size):
+            rows = texts[first : first + batch_size]
+            width = max(map(len, rows))
+            pads = [(width - len(row), 0) if left else (0, width - len(row)) for row in rows]
+            batch = torch.stack([F.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+            mask = torch.stack([F.pad(torch.ones_like(row), pad) for row, pad in zip(rows, pads, strict=True)])
+            logits = model(batch, attention_mask=mask if left else None).logits.log_softmax(-1)
+            for row, of_row, (start, _) in zip(rows, logits, pads, strict=True):
+                found.append(of_row[start : start + len(row) - 1].gather(-1, row[1:, None]).sum() / len(row))
+        return torch.stack(found)
+
+    alone = scores(1, left=False)
+    return {
+        f"{'left' if left else 'right'}, batches of {size}": difference(scores(size, left), alone)
+        for left in (False, True)
+        for size in (8, 32)
+    }
+
+
 def check_generation(model: Any, ids: Tensor, expected: Tensor) -> dict[str, float]:
     """Greedily, and that beams are the same with and without a cache, whose rows they reorder."""
     prompt = ids[:, :5]
@@ -287,10 +317,16 @@ def main(cases: Path) -> None:
             results = check_logits(model, ids, logits)
             results["fp32"] = difference(load(folder / "e", torch.float32)(ids).logits, logits)
             if "greedy" in expected:
-                results |= check_padding(model, ids, logits) | check_backends(folder / "e", ids, logits)
+                results |= (
+                    check_padding(model, ids, logits)
+                    | check_batch_sizes(model)
+                    | check_backends(folder / "e", ids, logits)
+                )
                 results |= check_generation(model, ids, expected["greedy"])
         results |= check_training(model, ids, expected)
         if (folder / "tokens.json").exists():
+            single = check_batch_sizes(load(folder / "e", torch.float32))
+            results |= {f"fp32, {name}": value for name, value in single.items()}
             results |= check_tokenizer(folder) | check_saving(model, folder, ids, logits)
             results |= check_refusals(folder) | check_prompts(model)
         found[folder.name] = results
