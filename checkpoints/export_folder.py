@@ -164,10 +164,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def generation_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """What `generate` of transformers goes by: where text ends, and which rows of the embedding are no tokens."""
+    """What `generate` of transformers goes by: where text ends, and which rows of the embedding are no tokens.
+
+    Without a prompt it begins a document, behind the end of another, as in training.
+    """
     end = tokenizer.end_of_document
     padding = list(range(tokenizer.vocab_size, config.vocab_size))
-    return {"eos_token_id": end, "pad_token_id": end, **({"suppress_tokens": padding} if padding else {})}
+    return {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        **({"suppress_tokens": padding} if padding else {}),
+    }
 
 
 def describe(config: ModelConfig, metadata: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -18,13 +18,22 @@ the baselines), G <= H key-value heads, K head dimension, V vocabulary size.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -438,6 +447,7 @@ class KrakenModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            self.require_tokens(input_ids)  # type: ignore[arg-type]
             inputs_embeds = self.token_embedding(input_ids)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
@@ -482,6 +492,25 @@ class KrakenModel(PreTrainedModel):
             attentions=tuple(all_weights) if keep_weights and all_weights[0] is not None else None,
         )
 
+    def require_tokens(self, ids: Tensor, on_gpu: bool = False) -> None:
+        """Raises ValueError unless these are token ids (B, T) of the vocabulary, of one token at least.
+
+        Ids on a GPU are looked at only if asked for, since that makes the host wait for it.
+        """
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(
+                f"input_ids has the shape {tuple(ids.shape)}, and the model reads rows of at least one token, (B, T); "
+                "to begin a text, give the token that ends documents (tokenizer.eos_token_id)"
+            )
+        if torch.compiler.is_compiling() or not (on_gpu or ids.device.type == "cpu"):
+            return
+        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(wrong):
+            raise ValueError(
+                f"input_ids has the token {int(wrong[0])}, and the model's vocabulary has the tokens 0 to "
+                f"{self.config.vocab_size - 1}; use the tokenizer in the model's folder"
+            )
+
     def find_positions(self, embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
         """Positions (B or 1, T) of new tokens that follow those of the cache; padding does not count."""
         tokens = embeds.shape[1]
@@ -500,7 +529,10 @@ class KrakenModel(PreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             tokens = attention_mask.shape[1]
         if tokens > self.config.context_length and bool(positions.max() >= self.config.context_length):
-            raise ValueError(f"these are more tokens than the model's context_length={self.config.context_length}")
+            raise ValueError(
+                f"{int(positions.max()) + 1} tokens are more than the model's context_length="
+                f"{self.config.context_length}; shorten the text, for example by truncation=True of the tokenizer"
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -514,6 +546,24 @@ class KrakenModel(PreTrainedModel):
             depth = self.config.num_layers * self.config.streams
             for projection in (module.attention.out, module.ffn.down):
                 init.normal_(projection.weight, mean=0.0, std=INITIAL_STD / math.sqrt(2 * depth))
+
+
+class ContextEnd(StoppingCriteria):
+    """Ends a generation when the longest of its sequences fills the context.
+
+    `uncounted` are the tokens of that sequence that `generate` has not in its ids, less the padding that it has.
+    """
+
+    def __init__(self, context_length: int, uncounted: int) -> None:
+        self.context_length = context_length
+        self.uncounted = uncounted
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        full = input_ids.shape[1] + self.uncounted >= self.context_length
+        if full:
+            message = f"generation ends here: the model's context of {self.context_length} tokens is full"
+            warnings.warn(message, stacklevel=2)
+        return torch.full((len(input_ids),), full, device=input_ids.device)
 
 
 class KrakenForCausalLM(KrakenModel, GenerationMixin):
@@ -531,6 +581,37 @@ class KrakenForCausalLM(KrakenModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
+
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the library has it, but the prompts are checked first, and a sequence that fills the context is the end.
+
+        Raises ValueError for prompts that are empty or not of the vocabulary.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        uncounted = 0
+        if embeds is None and ids is not None:
+            self.require_tokens(ids, on_gpu=True)
+        elif embeds is not None and (ids is None or ids.shape[1] == 0):
+            uncounted = embeds.shape[1]
+        if mask is not None and mask.dim() == 2:
+            lengths = mask.ne(0).sum(dim=-1).tolist()
+            if 0 in lengths:
+                raise ValueError(
+                    f"row {lengths.index(0)} of attention_mask is padding only, so its prompt is empty; to begin a "
+                    "text, give the token that ends documents (tokenizer.eos_token)"
+                )
+            uncounted -= mask.shape[1] - max(lengths)
+        criteria = [*(stopping_criteria or []), ContextEnd(self.config.context_length, uncounted)]
+        arguments = (inputs, generation_config, logits_processor, StoppingCriteriaList(criteria))
+        return super().generate(*arguments, **kwargs)  # type: ignore[misc]
 
     @can_return_tuple
     def forward(

@@ -218,6 +218,7 @@ def suite_run(config: EvaluateConfig) -> SuiteRun:
         limit=config.limit,
         batch_size=config.batch_size,
         device=choose_device(config.device).type,
+        dtype=str(DTYPES[config.dtype]).removeprefix("torch."),
     )
 
 

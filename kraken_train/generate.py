@@ -53,8 +53,6 @@ class GenerateConfig:
         require_choice("device", self.device, DEVICES)
         if (self.prompt is None) == (self.prompts_file is None):
             raise ConfigError("give either prompt=TEXT or prompts_file=FILE, with one prompt a line")
-        if self.prompt == "":
-            raise ConfigError("prompt is empty; give prompt=TEXT")
         if self.prompt is not None and any("\ud800" <= character <= "\udfff" for character in self.prompt):
             raise ConfigError("prompt is not valid UTF-8")
         self.sampling.validate()
@@ -81,6 +79,8 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
     tokenizer = export.load_tokenizer()
     texts = read_prompts(config)
     prompts = [list(ids) for ids in tokenizer.encode_batch(list(texts.values()))]
+    if config.prompt == "":
+        prompts = [[tokenizer.end_of_document]]  # behind the end of another a document begins, as in training
     for name, prompt in zip(texts, prompts, strict=True):
         require_servable(prompt, config.max_new_tokens, export.config, name)
     engine = start_engine(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import random_ids, rough_model, run_here, small_configs, user_error, write_small_export
 
+from checkpoints.export_folder import read_export
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.inference import serving
 from kraken_train.inference.engine import InferenceEngine
@@ -192,6 +193,16 @@ def test_command(export_dir: Path, tmp_path: Path) -> None:
     first, second, third = map(json.loads, texts[0].removesuffix("\n").split("\n"))
     assert first + "\n" == sampled
     assert second.startswith("The\u2028river") and third.startswith("The\u2028river") and second != third
+
+
+def test_an_empty_prompt_begins_a_document(export_dir: Path) -> None:
+    export = read_export(export_dir)
+    tokenizer = export.load_tokenizer()
+    (row,) = generate(export.load_model(), [[tokenizer.end_of_document]], 8, vocab_size=tokenizer.vocab_size)
+    result = run_here(
+        "kraken_train.generate", f"export_dir={export_dir}", "prompt=", "max_new_tokens=8", "temperature=0"
+    )
+    assert (result.returncode, result.stdout) == (0, tokenizer.decode(row[1:]) + "\n"), result.stderr
 
 
 @pytest.mark.parametrize(

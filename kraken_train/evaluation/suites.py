@@ -1,7 +1,9 @@
 """Suites of tasks, run by lm-evaluation-harness on an export as transformers loads it.
 
-What is run is `lm_eval --model hf --model_args pretrained=EXPORT,trust_remote_code=True`, by its Python interface; the
-harness is an optional dependency (the extra `eval`).
+What is run is `lm_eval --model hf --model_args pretrained=EXPORT,trust_remote_code=True,dtype=float32`, by its Python
+interface; the harness is an optional dependency (the extra `eval`). Not in bf16, even if the export is stored in it:
+the harness adds up log-probabilities in the model's type, so many answers would be equally likely after rounding, and
+what is rounded depends on the batch size.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class SuiteRun:
     limit: int | None  # documents per task, to try something out
     batch_size: int
     device: str
+    dtype: str  # that the model computes in: float32 or float64
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def run_suite(export: Export, suite: Suite, run: SuiteRun) -> SuiteResult:
             try:
                 found = lm_eval.simple_evaluate(
                     model="hf",
-                    model_args={"pretrained": str(export.folder), "trust_remote_code": True},
+                    model_args={"pretrained": str(export.folder), "trust_remote_code": True, "dtype": run.dtype},
                     tasks=[loaded.task for loaded in tasks.values()],
                     batch_size=run.batch_size,
                     device=run.device,

@@ -54,7 +54,9 @@ def require_servable(prompt: Sequence[int], max_new_tokens: int, config: ModelCo
     tokens, context_length = len(prompt), config.context_length
     possible = context_length - tokens
     if tokens == 0:
-        raise ConfigError(f"{name} has no tokens, and a model continues at least one; give a text")
+        raise ConfigError(
+            f"{name} has no tokens, and a model continues at least one; give a text, or prompt='' to begin a document"
+        )
     if not all(0 <= token < config.vocab_size for token in prompt):
         wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
         raise ConfigError(

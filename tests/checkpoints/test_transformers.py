@@ -42,7 +42,11 @@ CONFIGS: dict[str, ModelConfig] = {
     },
 }
 WITH_TOKENIZER = {"kraken-4-2": 320, "standard-3": 384}  # vocabulary; the second has rows that are no tokens
-LIMITS = {"fp32": 1e-5, "loss": 1e-5, "gradients": 1e-5, "gradient checkpointing": 1e-9, "bf16": 0.02}  # others: 1e-11
+LIMITS = {"loss": 1e-5, "gradients": 1e-5, "gradient checkpointing": 1e-9, "bf16": 0.02}
+
+
+def limit(check: str) -> float:
+    return LIMITS.get(check, 1e-5 if check.startswith("fp32") else 1e-11)
 
 
 def fine_model(config: ModelConfig) -> LanguageModel:
@@ -113,8 +117,8 @@ def found(cases: Path) -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("name", [*CONFIGS, "golden"])
 def test_equal(name: str, found: dict[str, dict[str, float]]) -> None:
-    assert len(found[name]) == (33 if name in WITH_TOKENIZER else 20), [*found[name]]
-    wrong = {check: value for check, value in found[name].items() if not value <= LIMITS.get(check, 1e-11)}
+    assert len(found[name]) == (53 if name in WITH_TOKENIZER else 24), [*found[name]]
+    wrong = {check: value for check, value in found[name].items() if not value <= limit(check)}
     assert not wrong
 
 
@@ -217,4 +221,5 @@ def test_the_file_that_travels_is_of_this_format() -> None:
         "torch",
         "transformers",
         "typing",
+        "warnings",
     }

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib.abc
 import json
+import re
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,36 @@ def check_padding(model: Any, ids: Tensor, expected: Tensor) -> dict[str, float]
         "left padding, cache": max(difference(chunked[r, width - n :], expected[0, :n]) for r, n in enumerate(lengths)),
         "right padding": difference(right[0, :3], expected[0, :3]),
         "padded generation": difference(together, torch.stack(alone)),
+    }
+
+
+@torch.no_grad()
+def check_batch_sizes(model: Any) -> dict[str, float]:
+    """Log-probabilities of 32 texts of several lengths, in batches of 8 and 32 against one by one.
+
+    Padded on the right without a mask, as lm-evaluation-harness does, and on the left with one.
+    """
+    limit, generator = model.config.context_length, torch.Generator().manual_seed(1)
+    texts = [torch.randint(model.config.vocab_size, (2 + 5 * i % (limit - 1),), generator=generator) for i in range(32)]
+
+    def scores(batch_size: int, left: bool) -> Tensor:
+        found = []
+        for first in range(0, len(texts), batch_size):
+            rows = texts[first : first + batch_size]
+            width = max(map(len, rows))
+            pads = [(width - len(row), 0) if left else (0, width - len(row)) for row in rows]
+            batch = torch.stack([F.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+            mask = torch.stack([F.pad(torch.ones_like(row), pad) for row, pad in zip(rows, pads, strict=True)])
+            logits = model(batch, attention_mask=mask if left else None).logits.log_softmax(-1)
+            for row, of_row, (start, _) in zip(rows, logits, pads, strict=True):
+                found.append(of_row[start : start + len(row) - 1].gather(-1, row[1:, None]).sum() / len(row))
+        return torch.stack(found)
+
+    alone = scores(1, left=False)
+    return {
+        f"{'left' if left else 'right'}, batches of {size}": difference(scores(size, left), alone)
+        for left in (False, True)
+        for size in (8, 32)
     }
 
 
@@ -235,18 +268,42 @@ def check_refusals(folder: Path) -> dict[str, float]:
     return found
 
 
-def check_too_long(model: Any) -> dict[str, float]:
-    """More tokens than the context, at once and while generating; a GPU would end the process."""
-    limit = model.config.max_position_embeddings
+def check_prompts(model: Any) -> dict[str, float]:
+    """Prompts that cannot be read are refused with one message; some are read on."""
+    limit, words, end = model.config.context_length, model.config.vocab_size, model.generation_config.eos_token_id
+    ids, some, none = torch.full((2, 3), 5), torch.tensor([[1, 1, 1], [0, 0, 1]]), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    wrong = {
+        "too long": (f"{limit + 1} tokens are more than .*context_length={limit}", torch.full((1, limit + 1), 5), None),
+        "empty": (r"input_ids has the shape \(1, 0\).*tokenizer.eos_token_id", ids[:1, :0], ids[:1, :0]),
+        "empty row": ("row 1 of attention_mask is padding only", ids, none),
+        "flat": (r"input_ids has the shape \(3,\)", ids[0], None),
+        "negative": (f"token -1, and the model's vocabulary has the tokens 0 to {words - 1}", ids - 6, None),
+        "unknown": (f"token {words}, and the model's vocabulary", ids - 5 + words, None),
+    }
     found = {}
-    for name, tokens in (("too long", limit + 1), ("too long to generate", limit - 1)):
-        try:
-            model.generate(torch.full((1, tokens), 5), max_new_tokens=4, min_new_tokens=4)
-        except ValueError as error:
-            found[name] = float(f"context_length={limit}" not in str(error))
-        else:
-            found[name] = 1.0
+    for name, (message, prompt, mask) in wrong.items():
+        found[name] = refusal(message, lambda p=prompt, m=mask: model.generate(p, attention_mask=m, max_new_tokens=4))
+        if name != "empty row":
+            found[f"{name}, forward"] = refusal(message, lambda p=prompt: model(p))
+    long = {"max_new_tokens": 2 * limit, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        whole = model.generate(ids, attention_mask=some, **long)  # the first row is without padding
+        padded = model.generate(ids[1:], attention_mask=some[1:], **long)  # this one has two more places
+        embedded = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **long)
+    found["context"] = float((whole.shape[1], padded.shape[1], embedded.shape[1]) != (limit, limit + 2, limit - 3))
+    found["context, warning"] = float(sum("context of" in str(warning.message) for warning in warned) != 3)
+    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    found["no prompt"] = difference(model.generate(**greedy), model.generate(torch.tensor([[end]]), **greedy))
     return found
+
+
+def refusal(message: str, call: Callable[[], Any]) -> float:
+    try:
+        call()
+    except ValueError as error:
+        return float(re.search(message, str(error)) is None)
+    return 1.0
 
 
 def main(cases: Path) -> None:
@@ -260,12 +317,18 @@ def main(cases: Path) -> None:
             results = check_logits(model, ids, logits)
             results["fp32"] = difference(load(folder / "e", torch.float32)(ids).logits, logits)
             if "greedy" in expected:
-                results |= check_padding(model, ids, logits) | check_backends(folder / "e", ids, logits)
+                results |= (
+                    check_padding(model, ids, logits)
+                    | check_batch_sizes(model)
+                    | check_backends(folder / "e", ids, logits)
+                )
                 results |= check_generation(model, ids, expected["greedy"])
         results |= check_training(model, ids, expected)
         if (folder / "tokens.json").exists():
+            single = check_batch_sizes(load(folder / "e", torch.float32))
+            results |= {f"fp32, {name}": value for name, value in single.items()}
             results |= check_tokenizer(folder) | check_saving(model, folder, ids, logits)
-            results |= check_refusals(folder) | check_too_long(model)
+            results |= check_refusals(folder) | check_prompts(model)
         found[folder.name] = results
     assert not any(name.partition(".")[0] in OURS for name in sys.modules)
     print(json.dumps(found))

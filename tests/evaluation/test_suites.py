@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TEXTS, run_here, small_configs, user_error, write_small_export
+from helpers import TEXTS, rough_model, run_here, small_configs, user_error, write_small_export
 
+from checkpoints.export_folder import read_export, write_export
 from data_prep.tokenizers import Tokenizer
 from kraken_train.cli import CONF_DIR
 from kraken_train.errors import ConfigError, DataError
 from kraken_train.evaluation.results import read_results
 from kraken_train.evaluation.squad import compute_exact, compute_f1
-from kraken_train.evaluation.suites import Suite, SuiteRun, SuiteTask, load_tasks, require_harness
+from kraken_train.evaluation.suites import Suite, SuiteRun, SuiteTask, load_tasks, require_harness, run_suite
 from kraken_train.model import LanguageModel
 from kraken_train.parsing import from_dict
 
@@ -87,19 +89,24 @@ def read_suite(name: str) -> Suite:
 
 def settings(folder: Path, tmp_path: Path, **changed: Any) -> SuiteRun:
     return SuiteRun(**{"tasks": None, "data_dir": folder, "skip_missing": False, "task_dir": tmp_path, "limit": None,
-                       "batch_size": 4, "device": "cpu", **changed})  # fmt: skip
+                       "batch_size": 4, "device": "cpu", "dtype": "float32", **changed})  # fmt: skip
 
 
 @torch.no_grad()
-def chosen(model: LanguageModel, tokenizer: Tokenizer, prompt: str, answers: list[str]) -> int:
-    """The answer that our own model finds most likely after the prompt."""
+def likelihoods(model: LanguageModel, tokenizer: Tokenizer, prompt: str, answers: list[str]) -> list[float]:
+    """How likely our own model finds the answers after the prompt."""
     scores = []
     for answer in answers:
         before, ids = tokenizer.encode_batch([prompt, prompt + answer])
         tokens = torch.tensor([ids])
         losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])
         scores.append(-losses[0, len(before) - 1 :].double().sum().item())
-    return int(np.argmax(scores))
+    return scores
+
+
+def chosen(model: LanguageModel, tokenizer: Tokenizer, prompt: str, answers: list[str]) -> int:
+    """The answer that our own model finds most likely after the prompt."""
+    return int(np.argmax(likelihoods(model, tokenizer, prompt, answers)))
 
 
 def test_suite_equals_our_own_model(harness: None, files: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -159,11 +166,42 @@ def read_stock(task_dir: Path, export: Path) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     manager = TaskManager(include_path=str(task_dir), include_defaults=False)
-    arguments = f"pretrained={export},trust_remote_code=True"
+    arguments = f"pretrained={export},trust_remote_code=True,dtype=float32"
     found = lm_eval.simple_evaluate(
         "hf", arguments, manager.all_subtasks, task_manager=manager, batch_size=8, device="cpu"
     )
     return found["results"]
+
+
+def test_likelihoods_do_not_depend_on_the_batch_size(
+    harness: None, files: Path, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on the type of the stored weights: sums in bf16 would be multiples of 1/16 or more."""
+    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+
+    config = small_configs(vocab_size=320, context_length=256)["kraken"]
+    weights = rough_model(config, torch.float32).state_dict()
+    write_export(tmp_path / "e", config, weights, tokenizer_dir=tokenizer_dir, metadata={}, dtype=torch.bfloat16)
+    export = read_export(tmp_path / "e")
+    run, compute = settings(files, tmp_path, tasks=["boolq"]), HFLM.loglikelihood
+    seen: list[list[float]] = []
+
+    def keep(self: HFLM, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        answers = compute(self, requests, **options)
+        seen.append([likelihood for likelihood, _ in answers])
+        return answers
+
+    monkeypatch.setattr(HFLM, "loglikelihood", keep)
+    for size in (1, 8, 32):
+        run_suite(export, read_suite("superglue"), dataclasses.replace(run, batch_size=size))
+    model, tokenizer = export.load_model(torch.float64), export.load_tokenizer()
+    expected = []
+    for document in superglue()["boolq"]:
+        prompt = f"{document['passage']}\nQuestion: {document['question']}?\nAnswer:"
+        expected += likelihoods(model, tokenizer, prompt, [" no", " yes"])
+    assert len(seen) == 3
+    for found in seen:
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_squad_metrics() -> None:
