@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from data_prep.documents import TextRules
 from data_prep.encoding import BlockEncoder
 from data_prep.gpt2_ranks import NUM_RANKS
 from data_prep.records import Values
+from data_prep.recovery import Recovery
 from data_prep.tokenizer_settings import TokenizerSettings
 from data_prep.tokenizers import (
     END_OF_DOCUMENT,
@@ -116,7 +118,7 @@ def metaspace_bpe() -> Backend:
     """As Llama 2's, without bytes."""
     backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", END_OF_DOCUMENT], show_progress=False)
     backend.train_from_iterator(TEXTS * 20, trainer)
     return backend
@@ -159,6 +161,11 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
+ALL_IS_IN_THE_IDS = (
+    "bpe", "unigram", "gpt2", "byte-level", "byte-level with dropout", "byte-level with its own pattern",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_and_prompts(kind: str, tmp_path: Path) -> None:
     """What preparation writes is what `generate` makes of a prompt, from the files that travel with both."""
@@ -176,3 +183,28 @@ def test_shards_and_prompts(kind: str, tmp_path: Path) -> None:
 
     settings(max_examples=60, deadline=None)(given(st.lists(TEXT, max_size=5))(check))()
     check(["a" * 100_000, " " * 5000 + "x", "Ж " * 20_000])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_without_their_text(kind: str) -> None:
+    """`data_prep.verify` finds a text that gives a document's ids, or says that it cannot tell."""
+    tokenizer = KINDS[kind]()
+    recovery = Recovery(tokenizer)
+    found: Counter[bool] = Counter()
+
+    def check(text: str) -> None:
+        ids = [int(token) for token in tokenizer.encode_batch([text])[0]]
+        recovered = recovery.text_of(ids)
+        found[recovered is not None] += 1
+        if recovered is not None:
+            assert [int(token) for token in tokenizer.encode_batch([recovered])[0]] == ids
+        if recovery.loses_nothing:
+            assert recovered == text
+
+    settings(max_examples=100, deadline=None)(given(TEXT)(check))()
+    assert recovery.loses_nothing == (kind in ALL_IS_IN_THE_IDS)
+    assert found[False] == 0 or not recovery.loses_nothing
+    found.clear()
+    for text in TEXTS:
+        check(text)
+    assert not found[False]
