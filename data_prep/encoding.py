@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,10 @@ DIFFERENCE_SHOWN = 20  # characters
 
 @dataclass
 class RoundTrips:
-    """How many documents were decoded again, and how many of them did not come back."""
+    """How many documents were encoded and decoded again, and how many of them did not come back as text.
+
+    Other ids than those of the whole text end the preparation.
+    """
 
     checked: int = 0
     failed: int = 0
@@ -70,7 +73,7 @@ class BlockEncoder:
     def encode(self, block: Block, limit: int | None = None, check_all: bool = False) -> EncodedBlock:
         """The documents of `block`; with a `limit`, of the records up to the document of that number.
 
-        With `check_all` each document is decoded again, not only a sample.
+        With `check_all` each document is encoded and decoded again, not only a sample.
         """
         started = time.process_time()
         bad_records = BadRecords(self.rules)
@@ -120,7 +123,13 @@ class BlockEncoder:
         if len(document.text) > LONGEST_CHECKED:
             return
         round_trips.checked += 1
-        decoded = self.tokenizer.decode(ids.tolist())
+        again = [int(token) for token in self.tokenizer.encode_batch([document.text])[0]]
+        if again != ids.tolist():
+            raise RuntimeError(
+                f"{document.place}: {difference_of_ids(ids.tolist(), again, self.tokenizer)}; this is a fault of this "
+                "program, please report it with the document"
+            )
+        decoded = self.tokenizer.decode(again)
         if decoded == document.text:
             return
         expected = self.tokenizer.normalized(document.text)
@@ -146,3 +155,14 @@ def difference(expected: str, found: str) -> str:
     )
     shown = slice(max(0, at - DIFFERENCE_SHOWN // 2), at + DIFFERENCE_SHOWN)
     return f"{expected[shown]!r} became {found[shown]!r} at character {at}"
+
+
+def difference_of_ids(found: Sequence[int], expected: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Where the ids of a document begin to differ from those that the tokenizer gives."""
+    pairs = enumerate(zip_longest(found, expected))
+    at, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    before = tokenizer.decode(list(expected[max(0, at - DIFFERENCE_SHOWN) : at]))[-DIFFERENCE_SHOWN:]
+    return (
+        f"token {at}, after {before!r}, is {'missing' if here is None else here}, but the tokenizer gives "
+        f"{'none' if there is None else there}"
+    )

@@ -40,6 +40,7 @@ from kraken_train.errors import ConfigError, DataError
 from kraken_train.files import file_sha256, real_path
 from kraken_train.rules import require_choice
 
+FORMATS = ("nanogpt", "megatron")
 NANOGPT_DTYPE = np.dtype("<u2")
 TOKENS_AT_ONCE = 1 << 23
 SAMPLE_TOKENS = 40
@@ -56,7 +57,7 @@ class ForeignConfig:
 
     def validate(self) -> None:
         """Raises ConfigError if a setting breaks a rule."""
-        require_choice("format", self.format, ("nanogpt", "megatron"))
+        require_choice("format", self.format, FORMATS)
         if self.tokenizer.kind == "sentencepiece":
             raise ConfigError(
                 "tokenizer=sentencepiece would train a new one, but the tokens exist already; name the one that made "

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 import tiktoken
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 from data_prep.gpt2_ranks import find_ranks, read_ranks, write_ranks
 from data_prep.tokenizer_settings import KINDS, TokenizerSettings
@@ -34,11 +36,14 @@ END_OF_DOCUMENT = "<|endoftext|>"
 class Tokenizer(Protocol):
     kind: str
     vocab_size: int  # largest id + 1
-    end_of_document: int  # the id that ends each document; `encode_batch` never gives it for text
+    end_of_document: int  # the id that ends each document; not given for text, unless a foreign model has it as a piece
     words: re.Pattern[str] | None  # finds the parts of a text that are encoded independently, if that is known
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """Token ids of each text, without begin, end or other added tokens; what looks like one is text."""
+        """Token ids of each text, without begin, end or other added tokens; what looks like one is text.
+
+        All that becomes ids passes through here, or through `WordEncoder`, which gives the same.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -104,7 +109,10 @@ def _read(path: Path) -> bytes:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model: any, or one trained by us (kind "sentencepiece"), for which decode(encode(x)) == x."""
+    """A SentencePiece model: any, or one trained by us (kind "sentencepiece").
+
+    `loses_nothing`: decode(encode(x)) == x, which holds for one trained by us with byte_fallback.
+    """
 
     FILE = "tokenizer.model"
     SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece, so as text it would come back as a space
@@ -124,11 +132,17 @@ class SentencePieceTokenizer:
         mark = [f"<0x{byte:02X}>" for byte in self.SPACE_MARK.encode()]
         ids = [self.processor.piece_to_id(piece) for piece in mark]
         has_bytes = all(self.processor.is_byte(i) for i in ids)
-        self._space_mark_ids = ids if kind == "sentencepiece" and has_bytes else None
-        self.words = self._find_words() if kind == "sentencepiece" else None
+        # Of our own training, and unknown characters become bytes.
+        self.loses_nothing = kind == "sentencepiece" and has_bytes
+        self._space_mark_ids = ids if self.loses_nothing else None
+        self.words = self._find_words() if self.loses_nothing else None
 
     def _find_words(self) -> re.Pattern[str] | None:
-        """Only of BPE: unigram's sums of scores are rounded differently in a part than in the whole."""
+        """Only of BPE: unigram's sums of scores are rounded differently in a part than in the whole.
+
+        Without bytes a run of unknown characters is one token, and a space mark in the text is a space: both join what
+        the patterns separate, so such a model encodes whole texts.
+        """
         processor = self.processor
         ids = [i for i in range(self.vocab_size) if not (processor.is_byte(i) or processor.is_control(i))]
         ids.remove(processor.unk_id())
@@ -167,7 +181,7 @@ class SentencePieceTokenizer:
         return str(self.processor.decode([int(i) for i in ids]))
 
     def normalized(self, text: str) -> str:
-        if self.kind == "sentencepiece":
+        if self.loses_nothing:
             return text
         plain = str(self.processor.normalize(text)).replace(self.SPACE_MARK, " ")
         adds_prefix = str(self.processor.normalize("a")).startswith(self.SPACE_MARK)
@@ -233,15 +247,21 @@ class HuggingFaceTokenizer:
             self.backend = Backend.from_str(tokenizer_json)
         except Exception as error:  # the library raises nothing more specific
             raise DataError(f"{origin} is no Hugging Face tokenizer ({error}); name another file") from error
-        # A file may ask for padding and truncation to its model's context; text that names special tokens is text.
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.backend.encode_special_tokens = True
-        self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_token = end_token
         end = self.backend.token_to_id(end_token)
         if end is None:
             raise ConfigError(f"tokenizer.end_of_document={end_token} is no token of {origin}; name another")
+        # A file may ask for padding, truncation to its model's context, and merges left out at random (dropout).
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        if isinstance(self.backend.model, BPE):
+            self.backend.model.dropout = None
+        # Text that spells special tokens is text, and what ends a document is special, whatever the file says.
+        self.backend.encode_special_tokens = True
+        known = self.backend.get_added_tokens_decoder().get(end)
+        if known is None or not known.special:
+            self.backend.add_special_tokens([AddedToken(end_token, normalized=False, special=True)])
+        self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_token = end_token
         self.end_of_document: int = end
         self.words = GPT2_WORDS if _is_like_gpt2(json.loads(self.backend.to_str())) else None
 

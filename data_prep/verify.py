@@ -3,6 +3,10 @@
 Training only probes the tokens when it starts. This reads every byte, for example after copying a data set. What it
 prints as a split's content depends on the documents alone: splits with equal contents read the same, however their
 documents are divided among shards.
+
+A sample of each shard's documents is turned into text and encoded again, and the ids are compared; recovery.py says
+when that proves something, and how many documents could not be compared is printed. Other ids are an error in data that
+were prepared here, and only told of data that another program has encoded, since it may have had other rules.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.encoding import difference_of_ids
+from data_prep.foreign import FORMATS as FOREIGN_FORMATS
 from data_prep.indexed import Shard, bin_path
 from data_prep.manifest import (
     MANIFEST_NAME,
@@ -26,12 +32,15 @@ from data_prep.manifest import (
     require_same_content,
     verify_quick,
 )
+from data_prep.recovery import Recovery
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.cli import user_errors
 from kraken_train.errors import DataError
 
 BLOCK_BYTES = 1 << 24  # read at once; a multiple of every token's size
 SAMPLE_CHARACTERS = 200
+COMPARED_DOCUMENTS = 100  # of each shard, about; their ids are compared
+LONGEST_COMPARED = 1 << 20  # tokens
 AGAIN = "prepare the data again"
 
 
@@ -50,6 +59,7 @@ def verify(data_dir: Path) -> Manifest:
             verify_shard(data_dir, entry, manifest, content)
             print(f"{entry.name}: {entry.documents:,} documents, {entry.tokens:,} tokens, good", flush=True)
         print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, content {content.hexdigest()}")
+    print(compare_ids(data_dir, manifest, tokenizer))
     for name, split in manifest.splits.items():
         for number, document in sample_documents(data_dir, split):
             print(f"{name} document {number:,} begins: {beginning(document, tokenizer)!r}")
@@ -131,6 +141,38 @@ def verify_ends(path: Path, shard: Shard, lengths: NDArray, end_of_document: int
             f"{path}: document {document} ends with the token {shard.document(document)[-1]} and not with "
             f"{end_of_document}, which ends documents; its index belongs to other data; {AGAIN}"
         )
+
+
+def compare_ids(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> str:
+    """Encode a sample of all shards' documents again; returns what came of it.
+
+    Raises DataError for the first document with other ids than the tokenizer gives, if it was prepared here.
+    """
+    recovery = Recovery(tokenizer)
+    compared = unknown = differing = 0
+    example = ""
+    for entry in (entry for split in manifest.splits.values() for entry in split.shards):
+        shard = Shard(data_dir / entry.name)
+        for number in range(0, entry.documents, max(1, entry.documents // COMPARED_DOCUMENTS)):
+            ids = shard.document(number)[: LONGEST_COMPARED + 2].tolist()
+            ids = ids[:-1] if ids and ids[-1] == tokenizer.end_of_document else ids
+            text = recovery.text_of(ids) if len(ids) <= LONGEST_COMPARED else None
+            if text is None:
+                unknown += 1
+                continue
+            compared += 1
+            again = [int(token) for token in tokenizer.encode_batch([text])[0]]
+            if again == ids:
+                continue
+            differing += 1
+            example = example or f"{entry.name}: document {number}: {difference_of_ids(ids, again, tokenizer)}"
+            if manifest.source.get("kind") not in FOREIGN_FORMATS:
+                raise DataError(f"{data_dir / example}; {AGAIN}")
+    result = (
+        f"{differing:,} have other ids than the tokenizer gives: {example}" if differing else "all have the same ids"
+    )
+    rest = f"; {unknown:,} more were too long or do not say what text they were" if unknown else ""
+    return f"of {compared:,} documents encoded again, {result}{rest}"
 
 
 def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, NDArray]]:

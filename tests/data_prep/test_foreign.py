@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,23 @@ def test_nanogpt(tmp_path: Path, tokenizer: Tokenizer, model_file: Path, capsys:
     assert "already holds" in capsys.readouterr().out
     batch = TrainingData({tmp_path / "new": 1}).samples(8, seed=0).batch(range(3))
     assert batch.shape == (3, 9)
+
+
+def test_what_the_tokenizer_would_not_give_is_told(
+    tmp_path: Path, tokenizer: Tokenizer, model_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another program may have encoded otherwise, so it is no error; a wrong tokenizer shows in it at once."""
+    texts = ["a kraken slept", "nobody had woken it for years \U0001f991"]
+    docs = [[*ids, tokenizer.end_of_document] for ids in tokenizer.encode_batch(texts)]
+    for name, content in (("right", docs), ("wrong", [docs[0], *documents(9, tokenizer)])):
+        write_nanogpt(tmp_path / name / "train.bin", content)
+        accept(config(tmp_path / name, tmp_path / f"new {name}", model_file))
+        verify(tmp_path / f"new {name}")
+    printed = capsys.readouterr().out
+    assert "of 2 documents encoded again, all have the same ids\n" in printed
+    assert re.search(
+        r"encoded again, \d have other ids than the tokenizer gives: train_00000: document \d: tok", printed
+    )
 
 
 def test_megatron(tmp_path: Path, tokenizer: Tokenizer, model_file: Path) -> None:

@@ -166,6 +166,17 @@ def test_huggingface(tmp_path: Path) -> None:
     assert_lossless(round_trip(tokenizer, tmp_path / "saved"), HARD_TEXTS)
 
 
+def test_huggingface_end_is_never_text(tmp_path: Path) -> None:
+    """Also of a file that lists it as an added token like any other."""
+    backend = Backend(models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    backend.add_tokens(["<end>"])
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    tokenizer = build(kind="huggingface", path=str(tmp_path), end_of_document="<end>")
+    assert tokenizer.end_of_document == 2
+    assert tokenizer.encode_batch(["a <end> a"]) == [[1, 0, 1]]
+
+
 def test_huggingface_folder_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no tokenizer that can be read"):
         build(kind="huggingface", path=str(tmp_path), end_of_document="x")

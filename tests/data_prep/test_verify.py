@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 from data_helpers import make_texts, write_jsonl
 from helpers import run_here, user_error
 
+from data_prep import encoding, workers
 from data_prep.indexed import Shard
 from data_prep.manifest import Manifest, load_manifest, probe_sha256, verify_quick
 from data_prep.prepare import PrepareConfig, prepare
+from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.verify import Content, verify
+from data_prep.words import SENTENCEPIECE_WORDS
 from kraken_train.errors import DataError
 
 
@@ -50,6 +54,7 @@ def test_good_data(data: Path, texts: list[str]) -> None:
         for entry in split.shards:
             assert next(lines) == f"{entry.name}: {entry.documents:,} documents, {entry.tokens:,} tokens, good"
         assert next(lines).startswith(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, content ")
+    assert next(lines) == f"of {manifest.documents} documents encoded again, all have the same ids"
     for name, split in manifest.splits.items():
         for number in (0, split.documents // 2, split.documents - 1):
             sample = next(lines).removeprefix(f"{name} document {number} begins: ")
@@ -111,6 +116,44 @@ def test_token_outside_the_vocabulary(data: Path) -> None:
     save_with(data, bin_sha256=digest, bin_probe_sha256=probe_sha256(path))
     with pytest.raises(DataError, match=r"holds the token 330, but the tokenizer has only those from 0 to 329"):
         verify(data)
+
+
+def words_apart(folder: Path) -> Tokenizer:
+    """As before words were only looked up where that is exact: a run of unknown characters is cut where words are."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.words = SENTENCEPIECE_WORDS[0]
+    return tokenizer
+
+
+def test_other_ids_are_found(
+    config: Callable[..., PrepareConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """When preparing, if the document is in the sample, and by `verify` in data of which all else is right."""
+    texts = make_texts(300)
+    texts[42] = "the sea 日本🦑日本 is deep"
+    tokenizer = {"vocab_size": 80, "byte_fallback": False, "character_coverage": 0.98}
+    source = write_jsonl(tmp_path / "unknown.jsonl", texts)
+    settings = config(tokenizer, source=str(source), validation_fraction=0.0)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(workers, "load_tokenizer", words_apart)
+        faulty.setattr(encoding, "CHECKED_ONE_IN", 1)
+        with pytest.raises(
+            RuntimeError, match=r"unknown.jsonl:43: token \d+, after '.*', is 0, but .* this is a fault"
+        ):
+            prepare(settings)
+        faulty.setattr(encoding.BlockEncoder, "_check", lambda *_: None)
+        prepare(settings)
+    data = Path(settings.output_dir)
+    verify_quick(data)
+    with pytest.raises(DataError, match=r"train_00000: document 42: token \d+, after '.*', is 0, but .*; prepare the"):
+        verify(data)
+    prepare(dataclasses.replace(settings, output_dir=str(tmp_path / "again")))
+    capsys.readouterr()
+    verify(tmp_path / "again")
+    assert re.search(r"^of \d+ documents encoded again, all have the same ids$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_manifest_with_other_counts(data: Path) -> None:
