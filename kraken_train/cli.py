@@ -161,11 +161,12 @@ def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
 
 def exit_with_message(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
     """Print `error: message` to standard error, once per machine, and exit."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    if rank and (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")) != "0":
         # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
         # this rank alone has seen is still told.
         time.sleep(3)
-        message = f"[rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}] {message}"
+        message = f"[rank {rank}] {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         # Among other ranks the interpreter's own end can abort in the threads of a process group that is still up.

@@ -206,6 +206,7 @@ class TrainConfig:
     max_nonfinite_steps: int  # this many skipped steps in a row stop the run, when their results are read
     log_every: int  # optimizer steps after which results are read from the device, as they are at validations and saves
     peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
+    rendezvous_seconds: float  # for all ranks to start; then those that are there name the others, and end
     watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: never
     optim: OptimConfig
     schedule: ScheduleConfig
@@ -228,6 +229,7 @@ class TrainConfig:
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:
             require_positive("peak_tflops", self.peak_tflops)
+        require_positive("rendezvous_seconds", self.rendezvous_seconds)
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.checkpoint, self.validation, self.tracking,

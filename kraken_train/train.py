@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> None:
     stop = StopRequest()
     try:
         with ExitStack() as held:
-            rendezvous = start_processes(runtime)
+            rendezvous = start_processes(runtime, config.rendezvous_seconds)
             runtime.on_first(lambda: require_ready(config.tracking, os.environ))
             watchdog = held.enter_context(
                 Watchdog(
