@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import FilePath, Name
 from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.rules import divisors, require_at_least, require_choice, require_positive
 
-PATH_KEYS = ("data_dir", "run_dir", "init_from")  # the settings of TrainConfig that are paths
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
@@ -173,12 +173,12 @@ class TrackingConfig:
 
     kind: str  # wandb | tensorboard
     mode: str  # online | offline | off
-    project: str
-    entity: str | None
-    name: str | None
-    group: str | None
-    tags: tuple[str, ...]
-    notes: str | None
+    project: Name
+    entity: Name | None
+    name: Name | None
+    group: Name | None
+    tags: tuple[Name, ...]
+    notes: Name | None
     finish_seconds: float  # at the end of training, for the copy to become complete
 
     def validate(self) -> None:
@@ -194,9 +194,9 @@ class TrainConfig:
     """A training run; see conf/train.yaml for the defaults."""
 
     model: dict[str, Any]  # parsed with the data's vocabulary by `parse_model`
-    data_dir: str | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
-    run_dir: str
-    init_from: str | None  # an export whose weights a new run starts with; null: they are drawn from the seed
+    data_dir: FilePath | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
+    run_dir: FilePath
+    init_from: FilePath | None  # an export whose weights a new run starts with; null: they are drawn from the seed
     max_steps: int  # optimizer steps
     global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks and micro-batches
     micro_batch_size: int  # samples per rank and forward pass

@@ -26,7 +26,7 @@ from checkpoints.store import (
 from checkpoints.writer import CheckpointWriter, go_back_to
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
-from kraken_train.config import PATH_KEYS, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.data import Samples, TrainingData
 from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
@@ -56,7 +56,7 @@ LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "pre
 
 
 def main() -> None:
-    run_entry(train, TrainConfig, "train", path_keys=PATH_KEYS)
+    run_entry(train, TrainConfig, "train")
 
 
 def train(config: TrainConfig) -> None:

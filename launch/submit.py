@@ -29,6 +29,7 @@ from kraken_train.cli import CONF_DIR, exit_with_message, run_entry
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError, ConfigError, KrakenError
 from kraken_train.events import EventLog, read_events
+from kraken_train.free_text import FilePath, Name
 from kraken_train.interconnect import Interconnect
 from kraken_train.model_config import KrakenConfig, ModelConfig
 from kraken_train.parsing import to_yaml
@@ -53,7 +54,7 @@ class JobConfig:
     time: str | int  # a bare number is of minutes
     cpus_per_task: int | None
     mem: str | None
-    partition: str | None
+    partition: Name | None
 
     def validate(self) -> None:
         scheduler.seconds(str(self.time))
@@ -73,14 +74,14 @@ class SubmitConfig:
     time: str | int  # a bare number is of minutes
     signal_seconds: int
     max_restarts: int
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
+    partition: Name | None
+    account: Name | None
+    qos: Name | None
+    constraint: Name | None
     sbatch_options: tuple[str, ...]
-    venv: str | None
+    venv: FilePath | None
     setup: tuple[str, ...]
-    container: str | None
+    container: FilePath | None
     srun_options: tuple[str, ...]
     snapshot: bool
     prepare: JobConfig
@@ -115,7 +116,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     sys.argv[1:], stages = arguments[:split], arguments[split:]
-    run_entry(lambda config: submit(config, stages), SubmitConfig, "submit", ("venv", "container"))
+    run_entry(lambda config: submit(config, stages), SubmitConfig, "submit")
 
 
 def submit(config: SubmitConfig, arguments: Sequence[str]) -> None:

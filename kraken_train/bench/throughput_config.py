@@ -17,6 +17,7 @@ from kraken_train.config import (
     TrainConfig,
 )
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import FilePath
 from kraken_train.inference.device import DEVICES
 from kraken_train.model_config import ModelConfig, parse_model
 from kraken_train.rules import require_choice, require_positive
@@ -51,8 +52,8 @@ class ThroughputConfig:
     precision: str
     steps: int
     rounds: int
-    data_dir: str | None
-    output_dir: str
+    data_dir: FilePath | None
+    output_dir: FilePath
     device: str
     peak_tflops: float | None
     optim: OptimConfig
