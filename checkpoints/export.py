@@ -15,6 +15,7 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.exports import record_export
+from kraken_train.free_text import FilePath, Name
 from kraken_train.precision import DTYPES
 from kraken_train.rules import require_at_least, require_choice
 from kraken_train.run_folder import read_identity
@@ -27,11 +28,11 @@ EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
 class ExportConfig:
     """See conf/export.yaml."""
 
-    run_dir: str
-    output_dir: str
+    run_dir: FilePath
+    output_dir: FilePath
     step: int | None  # null: the newest good checkpoint
     dtype: str  # fp32 | bf16
-    license: str | None  # of the model card
+    license: Name | None  # of the model card
     log_artifact: bool  # add the export to the run in Weights & Biases
 
     def validate(self) -> None:
@@ -87,4 +88,4 @@ def export(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(export, ExportConfig, "export", path_keys=("run_dir", "output_dir"))
+    run_entry(export, ExportConfig, "export")

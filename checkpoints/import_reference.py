@@ -22,6 +22,7 @@ from checkpoints.reference import convert_reference_state_dict
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError
 from kraken_train.files import require_regular
+from kraken_train.free_text import FilePath
 from kraken_train.model_config import KrakenConfig
 from kraken_train.rules import require_positive
 
@@ -39,9 +40,9 @@ VISIBLE_DIMENSIONS = {
 class ImportConfig:
     """See conf/import_reference.yaml."""
 
-    checkpoint: str
-    output_dir: str
-    tokenizer_dir: str | None
+    checkpoint: FilePath
+    output_dir: FilePath
+    tokenizer_dir: FilePath | None
     heads_per_sub_layer: int | None  # null: as the checkpoint says
 
     def validate(self) -> None:
@@ -126,4 +127,4 @@ def infer_config(
 
 
 if __name__ == "__main__":
-    run_entry(import_reference, ImportConfig, "import_reference", ("checkpoint", "output_dir", "tokenizer_dir"))
+    run_entry(import_reference, ImportConfig, "import_reference")

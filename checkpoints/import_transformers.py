@@ -31,6 +31,7 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import HuggingFaceTokenizer
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.free_text import FilePath
 from kraken_train.model_config import MODEL_CONFIGS, ModelConfig, parse_model
 from kraken_train.precision import DTYPES
 from kraken_train.rules import require_choice
@@ -43,9 +44,9 @@ HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
 class ImportConfig:
     """See conf/import_transformers.yaml."""
 
-    model_dir: str
-    output_dir: str
-    tokenizer_dir: str | None
+    model_dir: FilePath
+    output_dir: FilePath
+    tokenizer_dir: FilePath | None
     dtype: str  # fp32 | bf16
 
     def validate(self) -> None:
@@ -156,5 +157,4 @@ def find_tokenizer(setting: str | None, model_dir: Path, held: ExitStack) -> Pat
 
 
 if __name__ == "__main__":
-    paths = ("model_dir", "output_dir", "tokenizer_dir")
-    run_entry(import_transformers, ImportConfig, "import_transformers", path_keys=paths)
+    run_entry(import_transformers, ImportConfig, "import_transformers")

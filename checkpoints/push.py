@@ -21,6 +21,7 @@ from checkpoints.export_folder import (
 )
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.free_text import FilePath, Name
 
 CARD_FILE = "README.md"
 MESSAGE = "Upload an export of kraken-train"
@@ -30,8 +31,8 @@ MESSAGE = "Upload an export of kraken-train"
 class PushConfig:
     """See conf/push.yaml."""
 
-    export_dir: str
-    repo: str
+    export_dir: FilePath
+    repo: Name
     private: bool
     dry_run: bool
 
@@ -105,4 +106,4 @@ def readable(size: float) -> str:
 
 
 if __name__ == "__main__":
-    run_entry(push, PushConfig, "push", path_keys=("export_dir",))
+    run_entry(push, PushConfig, "push")

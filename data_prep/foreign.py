@@ -38,6 +38,7 @@ from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError, DataError
 from kraken_train.files import file_sha256, real_path
+from kraken_train.free_text import FilePath
 from kraken_train.rules import require_choice
 
 FORMATS = ("nanogpt", "megatron")
@@ -50,9 +51,9 @@ SAMPLE_TOKENS = 40
 class ForeignConfig:
     """See conf/foreign.yaml."""
 
-    source: str
+    source: FilePath
     format: str  # nanogpt | megatron
-    output_dir: str
+    output_dir: FilePath
     tokenizer: TokenizerSettings
 
     def validate(self) -> None:
@@ -260,6 +261,4 @@ def main(config: ForeignConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(
-        main, ForeignConfig, "foreign", ("source", "output_dir", "tokenizer.path"), ("tokenizer.end_of_document",)
-    )
+    run_entry(main, ForeignConfig, "foreign")

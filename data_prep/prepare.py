@@ -40,19 +40,15 @@ from data_prep.workers import EncoderSettings, encode_blocks
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError, DataError
 from kraken_train.files import file_sha256, real_path
+from kraken_train.free_text import FilePath, Text
 from kraken_train.rules import require_at_least, require_positive
-
-PATH_KEYS = ("source", "output_dir", "tokenizer.path")
-TEXT_KEYS = (
-    "text_field", "dataset_config", "dataset_split", "dataset_revision", "slice", "tokenizer.end_of_document",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(SourceSettings):
     """conf/prepare.yaml, which says what each setting means."""
 
-    output_dir: str
+    output_dir: FilePath
     tokenizer: TokenizerSettings
     validation_fraction: float = 0.005
     max_documents: int | None = None
@@ -63,7 +59,7 @@ class PrepareConfig(SourceSettings):
     min_length: int = 1
     drop_duplicates: bool = False
     append_end_of_document: bool = True
-    slice: str | None = None
+    slice: Text | None = None
     num_workers: int | None = None
     resume: bool = True
 
@@ -231,4 +227,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, PrepareConfig, "prepare", PATH_KEYS, TEXT_KEYS)
+    run_entry(main, PrepareConfig, "prepare")

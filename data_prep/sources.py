@@ -18,6 +18,7 @@ from data_prep.files import SUFFIXES, FilesSource
 from data_prep.hub import HubSource
 from kraken_train.errors import DataError
 from kraken_train.files import kind_of
+from kraken_train.free_text import FilePath, Text
 
 EMBEDDED = "embedded"
 WHAT_SOURCES_ARE = (
@@ -30,11 +31,11 @@ WHAT_SOURCES_ARE = (
 class SourceSettings:
     """The settings that say what to read (conf/prepare.yaml)."""
 
-    source: str
-    text_field: str = "text"
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    dataset_revision: str | None = None
+    source: FilePath
+    text_field: Text = "text"
+    dataset_config: Text | None = None
+    dataset_split: Text = "train"
+    dataset_revision: Text | None = None
     dataset_streaming: bool = True
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES  # of UTF-8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import FilePath, Text
 from kraken_train.rules import require_choice, require_positive
 
 KINDS = ("sentencepiece", "sentencepiece_model", "gpt2", "huggingface")
@@ -15,8 +16,8 @@ class TokenizerSettings:
     """conf/tokenizer/KIND.yaml lists those that belong to a kind."""
 
     kind: str
-    path: str | None = None  # sentencepiece_model: model file; huggingface: tokenizer.json or its folder
-    end_of_document: str | None = None  # token that ends a document; None takes the tokenizer's own
+    path: FilePath | None = None  # sentencepiece_model: model file; huggingface: tokenizer.json or its folder
+    end_of_document: Text | None = None  # token that ends a document; None takes the tokenizer's own
     vocab_size: int = 8000  # tokens, end of document and bytes included
     model_type: str = "bpe"
     byte_fallback: bool = True

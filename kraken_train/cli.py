@@ -7,7 +7,6 @@ of what the user typed or gave us ends as one message and a non-zero exit code.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +19,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 from kraken_train.config import setting_names
 from kraken_train.errors import ConfigError, KrakenError
+from kraken_train.free_text import quote_arguments
 from kraken_train.locales import use_unicode
-from kraken_train.parsing import COMPOSITION_ERRORS, describe_composition_error, escape_interpolations, from_hydra
+from kraken_train.parsing import COMPOSITION_ERRORS, describe_composition_error, from_hydra
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 USER_ERROR_EXIT_CODE = 2
@@ -34,20 +34,16 @@ def run_entry(
     main: Callable[[Config], None],
     schema: type[Config],
     config_name: str,
-    path_keys: Iterable[str] = (),
-    text_keys: Iterable[str] = (),
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line's overrides and call `main` with a `schema` object.
 
-    The values of `path_keys` and `text_keys` reach the program as typed, although Hydra's grammar would read a comma
-    as a sweep and a parenthesis as a function; of a path, `~` is expanded. Where a path may be `{FOLDER: WEIGHT, ...}`,
-    that is left to Hydra.
+    The values of settings that `schema` marks as free text reach the program as typed (`kraken_train.free_text`).
     """
     use_unicode()
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
-    sys.argv[1:] = quote_arguments(sys.argv[1:], path_keys, text_keys)
+    sys.argv[1:] = quote_arguments(sys.argv[1:], schema)
     # Hydra would otherwise print a shortened traceback and exit by itself; the message is ours to write.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -76,14 +72,12 @@ def compose_command(
     arguments: Iterable[str],
     schema: type[Config],
     config_name: str,
-    path_keys: Iterable[str] = (),
-    text_keys: Iterable[str] = (),
 ) -> Config:
     """What `run_entry` would call `main` with, given these arguments: to check a command that runs elsewhere.
 
     Raises ConfigError.
     """
-    quoted = quote_arguments(arguments, path_keys, text_keys)
+    quoted = quote_arguments(arguments, schema)
     for argument in quoted:
         if argument.startswith("-"):
             raise ConfigError(f"{argument} cannot be read as key=value; options of Hydra cannot be used here")
@@ -125,50 +119,14 @@ def leave_unread() -> None:
     sys.exit(1)
 
 
-def quote_arguments(arguments: Iterable[str], path_keys: Iterable[str], text_keys: Iterable[str]) -> list[str]:
-    """Arguments as Hydra's grammar needs them, so that the values of these keys mean what was typed."""
-    paths, literal = frozenset(path_keys), frozenset([*path_keys, *text_keys])
-    return [
-        argument if is_mapping(argument, paths) else quote_literal(expand_home(argument, paths), literal)
-        for argument in arguments
-    ]
-
-
-def expand_home(argument: str, path_keys: frozenset[str]) -> str:
-    """`run_dir=~/run` -> `run_dir=/home/me/run`: not every shell does it after `=`."""
-    key, separator, value = argument.partition("=")
-    if key.lstrip("+") not in path_keys or not value.startswith("~"):
-        return argument
-    return key + separator + os.path.expanduser(value)
-
-
-def is_mapping(argument: str, path_keys: frozenset[str]) -> bool:
-    """Whether it is `data_dir={data/web: 0.7, data/books: 0.3}`."""
-    key, _, value = argument.partition("=")
-    return key.lstrip("+") in path_keys and re.fullmatch(r"\{.*:.*\}", value) is not None
-
-
-def quote_literal(argument: str, literal_keys: frozenset[str]) -> str:
-    """`prompt=Hello, world` -> `prompt='Hello, world'` for a key in `literal_keys`; other arguments unchanged.
-
-    The value means what was typed, its own quotes included; only `null` keeps its meaning.
-    """
-    key, separator, value = argument.partition("=")
-    if not separator or key.lstrip("+") not in literal_keys or value == "null":
-        return argument
-    # In Hydra's quoted strings backslashes are special only before a quote and at the end.
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escape_interpolations(value))
-    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
-    return f"{key}='{escaped}'"
-
-
 def exit_with_message(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
     """Print `error: message` to standard error, once per machine, and exit."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    if rank and (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")) != "0":
         # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
         # this rank alone has seen is still told.
         time.sleep(3)
-        message = f"[rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}] {message}"
+        message = f"[rank {rank}] {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         # Among other ranks the interpreter's own end can abort in the threads of a process group that is still up.

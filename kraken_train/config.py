@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import FilePath, Name
 from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.rules import divisors, require_at_least, require_choice, require_positive
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
-PATH_KEYS = ("data_dir", "run_dir", "init_from")  # the settings of TrainConfig that are paths
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
@@ -175,12 +175,12 @@ class TrackingConfig:
 
     kind: str  # wandb | tensorboard
     mode: str  # online | offline | off
-    project: str
-    entity: str | None
-    name: str | None
-    group: str | None
-    tags: tuple[str, ...]
-    notes: str | None
+    project: Name
+    entity: Name | None
+    name: Name | None
+    group: Name | None
+    tags: tuple[Name, ...]
+    notes: Name | None
     finish_seconds: float  # at the end of training, for the copy to become complete
 
     def validate(self) -> None:
@@ -196,9 +196,9 @@ class TrainConfig:
     """A training run; see conf/train.yaml for the defaults."""
 
     model: dict[str, Any]  # parsed with the data's vocabulary by `parse_model`
-    data_dir: str | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
-    run_dir: str
-    init_from: str | None  # an export whose weights a new run starts with; null: they are drawn from the seed
+    data_dir: FilePath | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
+    run_dir: FilePath
+    init_from: FilePath | None  # an export whose weights a new run starts with; null: they are drawn from the seed
     max_steps: int  # optimizer steps
     global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks and micro-batches
     micro_batch_size: int  # samples per rank and forward pass
@@ -208,6 +208,7 @@ class TrainConfig:
     max_nonfinite_steps: int  # this many skipped steps in a row stop the run, when their results are read
     log_every: int  # optimizer steps after which results are read from the device, as they are at validations and saves
     peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
+    rendezvous_seconds: float  # for all ranks to start; then those that are there name the others, and end
     watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: never
     optim: OptimConfig
     schedule: ScheduleConfig
@@ -230,6 +231,7 @@ class TrainConfig:
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:
             require_positive("peak_tflops", self.peak_tflops)
+        require_positive("rendezvous_seconds", self.rendezvous_seconds)
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.checkpoint, self.validation, self.tracking,

@@ -35,8 +35,9 @@ from kraken_train.optim import parameter_groups, reduce_bucket_elements
 from kraken_train.phases import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Phases
 from kraken_train.placement import Partition, partitions
 from kraken_train.precision import DTYPES
+from kraken_train.rendezvous import RENDEZVOUS_SECONDS, Rendezvous, connect_ranks, launcher_holds_store
 from kraken_train.replicas import require_equal_replicas
-from kraken_train.runtime import Rendezvous, Runtime, connect_ranks, launcher_holds_store
+from kraken_train.runtime import Runtime
 
 # DeepSpeed looks for its accelerator, and logs, while it is imported.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -74,10 +75,13 @@ class StepResult:
     stop: bool  # some rank has been asked to stop
 
 
-def start_processes(runtime: Runtime) -> Rendezvous:
-    """Join the ranks of the run and claim this rank's device. Raises ConfigError where the ranks cannot meet."""
+def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
+    """Join the ranks of the run, within `seconds`, and claim this rank's device.
+
+    Raises ConfigError where the ranks cannot meet.
+    """
     runtime.configure_device()
-    store = connect_ranks(runtime)
+    store = connect_ranks(runtime, seconds)
     # On a CPU it would compile a kernel for half a minute that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False)

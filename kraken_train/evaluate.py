@@ -37,6 +37,7 @@ from kraken_train.evaluation.results import (
 )
 from kraken_train.evaluation.suites import Suite, SuiteRun, require_harness, run_suite
 from kraken_train.files import file_sha256
+from kraken_train.free_text import FilePath
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.inference.ranks import started_ranks
 from kraken_train.perplexity import MODES, evaluate, read_sequences
@@ -44,29 +45,28 @@ from kraken_train.rules import require_choice, require_positive
 from kraken_train.runtime import Runtime, read_runtime
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-PATH_KEYS = ("export_dir", "data_dir", "output", "table", "suite_data", "task_dir")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """See conf/evaluate.yaml."""
 
-    export_dir: str
+    export_dir: FilePath
     batch_size: int  # windows or requests
     device: str  # auto | cpu | cuda
-    output: str | None  # JSON file
-    table: str | None  # Markdown file
+    output: FilePath | None  # JSON file
+    table: FilePath | None  # Markdown file
     record: bool
-    data_dir: str | None
+    data_dir: FilePath | None
     split: str
     mode: str  # stream | documents
     stride: int | None  # tokens
     dtype: str  # fp32 | fp64
-    suite_data: str | None  # folder of JSONL files
+    suite_data: FilePath | None  # folder of JSONL files
     tasks: list[str] | None
     missing: str  # error | skip
     limit: int | None  # documents per task
-    task_dir: str | None
+    task_dir: FilePath | None
     suite: Suite | None = None
 
     def validate(self) -> None:
@@ -232,9 +232,4 @@ def print_suite(result: SuiteResult) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(
-        main,
-        EvaluateConfig,
-        "evaluate",
-        path_keys=PATH_KEYS,
-    )
+    run_entry(main, EvaluateConfig, "evaluate")

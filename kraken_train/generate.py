@@ -14,6 +14,7 @@ from checkpoints.export_folder import DTYPES, read_export
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
 from kraken_train.files import require_regular
+from kraken_train.free_text import FilePath, Text
 from kraken_train.inference.device import DEVICES
 from kraken_train.inference.engine import ExecutionConfig
 from kraken_train.inference.generation import continue_prompts, require_servable
@@ -29,9 +30,9 @@ from kraken_train.runtime import Runtime
 class GenerateConfig:
     """See conf/generate.yaml."""
 
-    export_dir: str
-    prompt: str | None
-    prompts_file: str | None
+    export_dir: FilePath
+    prompt: Text | None
+    prompts_file: FilePath | None
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -129,6 +130,4 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run_entry(
-        main, GenerateConfig, "generate", path_keys=("export_dir", "prompts_file"), text_keys=("prompt",)
-    )  # fmt: skip
+    run_entry(main, GenerateConfig, "generate")

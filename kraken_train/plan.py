@@ -13,6 +13,7 @@ from rich.table import Table
 from kraken_train.cli import run_entry
 from kraken_train.config import AUTO, PRECISIONS, EngineConfig
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import FilePath
 from kraken_train.model_config import ModelConfig, parse_model
 from kraken_train.output import open_output
 from kraken_train.parsing import to_dict
@@ -40,8 +41,8 @@ class PlanConfig:
     vocab_parallel: bool | None
     precision: str
     shown: int
-    output: str | None
-    output_dir: str | None
+    output: FilePath | None
+    output_dir: FilePath | None
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -158,4 +159,4 @@ def main(config: PlanConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, PlanConfig, "plan", path_keys=("output", "output_dir"))
+    run_entry(main, PlanConfig, "plan")

@@ -1,7 +1,7 @@
 """The processes of a run: who this one is, and how all of them agree on something.
 
 Reads the launcher's environment once (deepspeed and torchrun set RANK and friends, Slurm SLURM_PROCID and friends);
-nothing else in the package does.
+nothing else in the package does, but for the address where the ranks meet (`kraken_train.rendezvous`).
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from kraken_train.errors import ConfigError, KrakenError, RendezvousError
+from kraken_train.errors import ConfigError, KrakenError
 from kraken_train.run_layout import LAUNCH_COMMAND
 
 Result = TypeVar("Result")
 
-RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all ranks to start
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest of what ranks wait for: a save or a read on a slow disk
 # What gloo and NCCL say to the ranks that are left when one has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
-# (rank, local rank, number of ranks, number of ranks on this machine), in order of preference.
-LAUNCHER_VARIABLES = (
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    # Set by srun for each task; the variables of the job itself are also there in a batch script, which is no task.
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ("SLURM_STEP_TASKS_PER_NODE",)),
-)
+# What torchrun and deepspeed set for each rank, by the fields of Runtime. Some have two names for the last.
+LAUNCHER_VARIABLES = {
+    "rank": ("RANK",),
+    "local_rank": ("LOCAL_RANK",),
+    "world_size": ("WORLD_SIZE",),
+    "local_world_size": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+}
+# Set by srun for each task; the variables of the job itself are also there in a batch script, which is no task.
+SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
 
 
 @dataclass(frozen=True)
@@ -130,22 +130,61 @@ class Runtime:
         return self.sum([0.0 if flag else 1.0])[0] == 0.0
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the ranks met: a store that all of them can read and write."""
-
-    store: dist.Store
-    store_rank: int | None  # the rank whose process holds it; None: the launcher does
-
-
 def read_runtime() -> Runtime:
-    """This process's place as the launcher tells it; a process on its own without one. Raises ConfigError."""
-    for rank, local_rank, world_size, local_world_size in LAUNCHER_VARIABLES:
-        if rank in os.environ and world_size in os.environ:
-            world = read_integer(world_size)
-            local = next((read_integer(name) for name in local_world_size if os.environ.get(name)), world)
-            return Runtime(read_integer(rank), read_integer(local_rank), world, local)
-    return Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    """This process's place as the launcher tells it; a process on its own without one.
+
+    Raises ConfigError where the variables of a launcher contradict each other or some are missing, as when a container
+    has left some of them: a rank that believed them could wait for others that nobody starts.
+    """
+    given = {name: read_integer(name) for names in LAUNCHER_VARIABLES.values() for name in names if is_set(name)}
+    if "RANK" in given:
+        runtime = runtime_of_launcher(given)
+    elif is_set(SRUN_VARIABLES[0]) and is_set(SRUN_VARIABLES[2]):
+        rank, local_rank, world, local_world = map(read_integer, SRUN_VARIABLES)
+        runtime = Runtime(rank, local_rank, world, local_world)
+        for name in LAUNCHER_VARIABLES["local_world_size"]:
+            given.pop(name, None)  # it can differ between machines, and Slurm's list begins with that of the first
+    else:
+        runtime = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    for field, names in LAUNCHER_VARIABLES.items():
+        for name in names:
+            expected = getattr(runtime, field)
+            if given.get(name, expected) != expected:
+                raise contradiction(given, f"this process is {describe(runtime)}, so {name} must be {expected}")
+    return runtime
+
+
+def runtime_of_launcher(given: dict[str, int]) -> Runtime:
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in given]
+    if missing:
+        raise contradiction(given, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    rank, local_rank, world = given["RANK"], given["LOCAL_RANK"], given["WORLD_SIZE"]
+    local_world = next((given[name] for name in LAUNCHER_VARIABLES["local_world_size"] if name in given), world)
+    for name, number, limit_name, limit in (
+        ("RANK", rank, "WORLD_SIZE", world),
+        ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world),
+    ):
+        if number >= limit:
+            raise contradiction(given, f"{name} must be less than {limit_name}")
+    if local_world > world:
+        raise contradiction(given, "LOCAL_WORLD_SIZE must not be more than WORLD_SIZE")
+    return Runtime(rank, local_rank, world, local_world)
+
+
+def is_set(name: str) -> bool:
+    return bool(os.environ.get(name))
+
+
+def describe(runtime: Runtime) -> str:
+    return "alone" if runtime.world_size == 1 else f"rank {runtime.rank} of {runtime.world_size}"
+
+
+def contradiction(given: dict[str, int], rule: str) -> ConfigError:
+    values = " ".join(f"{name}={value}" for name, value in given.items())
+    return ConfigError(
+        f"the environment has {values} of a launcher, but {rule}; start ranks with launch.deepspeed, torchrun or srun, "
+        f"or unset these variables for a process alone: unset {' '.join(given)}"
+    )
 
 
 def read_integer(name: str) -> int:
@@ -153,8 +192,8 @@ def read_integer(name: str) -> int:
     number = re.match(r"\d+(?=$|[(,])", value)  # Slurm writes 2(x3),1 for two tasks on each of three nodes, then one
     if number is None:
         raise ConfigError(
-            f"the launcher's environment variable {name}={value!r} is not a number; start ranks with the deepspeed "
-            "launcher, torchrun or srun"
+            f"the launcher's environment variable {name}={value!r} is not a number from 0 on; start ranks with "
+            f"launch.deepspeed, torchrun or srun, or for a process alone: unset {name}"
         )
     return int(number.group())
 
@@ -171,76 +210,14 @@ def slurm_job() -> dict[str, str | int]:
     return {"job": os.environ["SLURM_JOB_ID"], "requeues": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
 
 
-def export_rendezvous(runtime: Runtime) -> None:
-    """Set what `torch.distributed` and DeepSpeed read from the environment, where the launcher has not."""
-    for name, value in (
-        ("RANK", runtime.rank),
-        ("LOCAL_RANK", runtime.local_rank),
-        ("WORLD_SIZE", runtime.world_size),
-    ):
-        os.environ.setdefault(name, str(value))
-    if runtime.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise ConfigError(
-            f"{runtime.world_size} ranks need MASTER_ADDR and MASTER_PORT (the first host and a free port on it); "
-            "the deepspeed launcher and torchrun set them, under srun export them in the batch script"
-        )
-
-
 def gpu_is_usable() -> bool:
     """Whether there is a GPU, and the environment does not forbid it."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def connect_ranks(runtime: Runtime) -> dist.Store:
-    """The process group of all ranks, through the store that is returned.
-
-    Raises RendezvousError where they cannot meet, ConfigError where they would share a GPU.
-    """
-    export_rendezvous(runtime)
-    # A sum that hides behind other work must not wait for that work's kernels to leave room.
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).splitlines()[0]
-        raise RendezvousError(
-            f"the ranks could not meet at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT="
-            f"{os.environ['MASTER_PORT']}: {reason}; name the first host and a free port on it (the launchers have "
-            "--master_addr and --master_port)"
-        ) from error
-    dist.init_process_group(runtime.backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-    require_own_gpus(runtime)
-    return store
-
-
-def require_own_gpus(runtime: Runtime) -> None:
-    """Raises ConfigError, on all ranks, where two of them have the same GPU; NCCL says so later and less clearly."""
-    if runtime.device.type != "cuda" or runtime.world_size == 1:
-        return
-    properties = torch.cuda.get_device_properties(runtime.device)
-    own = (socket.gethostname(), str(properties.uuid))
-    holders: dict[tuple[str, str], list[int]] = {}
-    for rank, gpu in enumerate(runtime.gather(own)):
-        holders.setdefault(gpu, []).append(rank)
-    for (host, _), ranks in holders.items():
-        if len(ranks) > 1:
-            raise ConfigError(
-                f"ranks {', '.join(map(str, ranks))} on {host} would share one GPU; start as many ranks per machine as "
-                "it has GPUs"
-            )
-
-
 def another_rank_ended(error: Exception) -> bool:
     """Whether a collective failed because a rank is gone, whose own message says why."""
     return any(words in str(error) for words in PEER_LOST)
-
-
-def launcher_holds_store() -> bool:
-    """Whether the store through which the ranks meet is torchrun's rather than rank 0's."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ from checkpoints.store import fill_tensors, find_good_checkpoint, model_of, set_
 from checkpoints.writer import CheckpointWriter, go_back_to
 from kraken_train.architectures import build_model, even_share
 from kraken_train.cli import run_entry
-from kraken_train.config import AUTO, PATH_KEYS, TrainConfig
+from kraken_train.config import AUTO, TrainConfig
 from kraken_train.data import Samples, TrainingData
 from kraken_train.distributed_exchange import make_exchange
 from kraken_train.engine import Engine, start_processes, stop_processes
@@ -52,7 +52,7 @@ LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "pre
 
 
 def main() -> None:
-    run_entry(train, TrainConfig, "train", path_keys=PATH_KEYS)
+    run_entry(train, TrainConfig, "train")
 
 
 def train(config: TrainConfig) -> None:
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> None:
     stop = StopRequest()
     try:
         with ExitStack() as held:
-            rendezvous = start_processes(runtime)
+            rendezvous = start_processes(runtime, config.rendezvous_seconds)
             precision = find_precision(config, runtime)
             config = replace(config, precision=precision.name)
             config.validate()

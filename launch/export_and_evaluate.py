@@ -16,7 +16,7 @@ from checkpoints.export_folder import read_export
 from checkpoints.store import find_good_checkpoint
 from kraken_train.cli import compose_command, user_errors
 from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.evaluate import PATH_KEYS, EvaluateConfig
+from kraken_train.evaluate import EvaluateConfig
 from kraken_train.evaluate import main as evaluate
 
 EXPORT_FOLDER = "export"
@@ -45,8 +45,8 @@ def parse(arguments: Sequence[str]) -> ExportAndEvaluate:
     others = [argument for argument in arguments if argument.partition("=")[0] not in ("run_dir", "export_dir")]
     paths = [f"run_dir={run_dir}", f"output_dir={export_dir}"]
     return ExportAndEvaluate(
-        compose_command(paths, ExportConfig, "export", ("run_dir", "output_dir")),
-        compose_command([f"export_dir={export_dir}", *others], EvaluateConfig, "evaluate", PATH_KEYS),
+        compose_command(paths, ExportConfig, "export"),
+        compose_command([f"export_dir={export_dir}", *others], EvaluateConfig, "evaluate"),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from checkpoints.initial import open_initial_export
 from kraken_train.cli import compose_command
-from kraken_train.config import PATH_KEYS, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.data import TrainingData
 from kraken_train.model_config import ModelConfig, parse_model
 from kraken_train.run_folder import check_run_folder
@@ -17,7 +17,7 @@ ANY_VOCABULARY = 64  # tokens, where the data do not exist yet
 
 def train_config(overrides: Sequence[str]) -> TrainConfig:
     """What `kraken_train.train` makes of these arguments. Raises ConfigError."""
-    return compose_command(overrides, TrainConfig, "train", PATH_KEYS)
+    return compose_command(overrides, TrainConfig, "train")
 
 
 def check_training(config: TrainConfig, ranks: int, coming: Collection[Path] = ()) -> ModelConfig:

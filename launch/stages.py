@@ -18,9 +18,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from data_prep import prepare
-from kraken_train.cli import compose_command, quote_arguments
-from kraken_train.config import PATH_KEYS, TrainConfig
+from kraken_train.cli import compose_command
+from kraken_train.config import TrainConfig
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import quote_arguments
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import describe_composition_error
 from launch import export_and_evaluate
@@ -87,9 +88,7 @@ def check_stages(named: Sequence[tuple[str, list[str]]], ranks: int) -> tuple[li
     for name, arguments in named:
         runs = [tuple(arguments)]
         if name == PREPARE:
-            prepared = compose_command(
-                arguments, prepare.PrepareConfig, "prepare", prepare.PATH_KEYS, prepare.TEXT_KEYS
-            )
+            prepared = compose_command(arguments, prepare.PrepareConfig, "prepare")
             data = prepared.output_dir
             coming.append(Path(data))
         elif name == TRAIN:
@@ -127,7 +126,7 @@ def expand_sweeps(arguments: Sequence[str]) -> list[tuple[str, ...]]:
     Raises ConfigError.
     """
     try:
-        overrides = OverridesParser.create().parse_overrides(quote_arguments(arguments, PATH_KEYS, ()))
+        overrides = OverridesParser.create().parse_overrides(quote_arguments(arguments, TrainConfig))
     except HydraException as error:
         raise ConfigError(describe_composition_error(error)) from error
     choices: list[list[str]] = []

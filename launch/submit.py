@@ -29,6 +29,7 @@ from kraken_train.cli import CONF_DIR, exit_with_message, run_entry
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError, ConfigError, KrakenError
 from kraken_train.events import EventLog, read_events
+from kraken_train.free_text import FilePath, Name
 from kraken_train.interconnect import Interconnect
 from kraken_train.model_config import KrakenConfig, ModelConfig
 from kraken_train.parsing import to_yaml
@@ -41,6 +42,8 @@ from launch.script import Settings, fill_in
 from launch.snapshot import write_snapshot
 from launch.stages import EVALUATE, PREPARE, TRAIN, Stage, Training, check_stages, split_stages
 
+# From a job's start to the request to save: starting takes a minute or two, and Slurm may be 60 s early.
+LEAST_SECONDS = 240
 NEAR, FAR = "h100_nvswitch", "ethernet_100g"  # of conf/interconnect: within a node, and between nodes
 
 console = Console(highlight=False, soft_wrap=True)
@@ -53,7 +56,7 @@ class JobConfig:
     time: str | int  # a bare number is of minutes
     cpus_per_task: int | None
     mem: str | None
-    partition: str | None
+    partition: Name | None
 
     def validate(self) -> None:
         scheduler.seconds(str(self.time))
@@ -73,14 +76,14 @@ class SubmitConfig:
     time: str | int  # a bare number is of minutes
     signal_seconds: int
     max_restarts: int
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
+    partition: Name | None
+    account: Name | None
+    qos: Name | None
+    constraint: Name | None
     sbatch_options: tuple[str, ...]
-    venv: str | None
+    venv: FilePath | None
     setup: tuple[str, ...]
-    container: str | None
+    container: FilePath | None
     srun_options: tuple[str, ...]
     snapshot: bool
     prepare: JobConfig
@@ -95,11 +98,7 @@ class SubmitConfig:
         for name in ("gpus_per_node", "max_restarts"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 0)
-        if self.signal_seconds >= scheduler.seconds(str(self.time)):
-            raise ConfigError(
-                f"signal_seconds={self.signal_seconds} is not shorter than time={self.time}, so the job would be told "
-                "to save as it starts"
-            )
+        self.require_time_to_train()
         self.prepare.validate()
         self.evaluate.validate()
         for option in self.sbatch_options:
@@ -110,12 +109,24 @@ class SubmitConfig:
         if self.venv is not None and not (Path(self.venv).expanduser() / "bin" / "python").exists():
             raise ConfigError(f"venv={self.venv} is not a Python environment (there is no bin/python in it)")
 
+    def require_time_to_train(self) -> None:
+        whole = scheduler.seconds(str(self.time))
+        left = whole - self.signal_seconds
+        if left >= LEAST_SECONDS:
+            return
+        shorter = f", or signal_seconds={whole - LEAST_SECONDS} at most" if whole > LEAST_SECONDS else ""
+        raise ConfigError(
+            f"time={self.time} is {whole} s, and signal_seconds={self.signal_seconds} before its end the job is told "
+            f"to save: that leaves {max(left, 0)} s to start and to train, and it needs {LEAST_SECONDS} s; use "
+            f"time={-(-(self.signal_seconds + LEAST_SECONDS) // 60)} (minutes) or longer{shorter}"
+        )
+
 
 def main() -> None:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     sys.argv[1:], stages = arguments[:split], arguments[split:]
-    run_entry(lambda config: submit(config, stages), SubmitConfig, "submit", ("venv", "container"))
+    run_entry(lambda config: submit(config, stages), SubmitConfig, "submit")
 
 
 def submit(config: SubmitConfig, arguments: Sequence[str]) -> None:
@@ -177,11 +188,15 @@ def with_resources(config: SubmitConfig, names: set[str]) -> SubmitConfig:
 
 def job_options(config: SubmitConfig, stage: Stage, folder: Path) -> dict[str, str | None]:
     """Options of sbatch; None for those that the shipped script has and this job has not."""
+    if "\\" in str(folder):
+        raise ConfigError(f"{folder}: Slurm cannot write a job's output to a folder with a backslash in its name; use "
+                          "another run_dir")  # fmt: skip
+    output = f"{str(folder).replace('%', '%%')}/{stage.name}-%{'A_%a' if stage.is_array else 'j'}.out"
     common = {
         "account": config.account,
         "qos": config.qos,
         "constraint": config.constraint,
-        "output": str(folder / f"{stage.name}-%{'A_%a' if stage.is_array else 'j'}.out"),
+        "output": output,
         "array": f"0-{len(stage.runs) - 1}" if stage.is_array else None,
     }
     for option in config.sbatch_options:
@@ -333,8 +348,8 @@ def hand_over(stages: Sequence[Stage], trainings: Sequence[Training], folder: Pa
             EventLog(run_dir / EVENTS_FILE).write("submitted", job=number, submission=str(folder))
     console.print(f"  squeue --jobs {','.join(jobs)}", markup=False)
     for training in trainings:
-        console.print(f"  python -m kraken_train.status {training.config.run_dir}", markup=False)
-    console.print(f"  tail -F {folder}/*.out", markup=False)
+        console.print(f"  python -m kraken_train.status {shlex.quote(training.config.run_dir)}", markup=False)
+    console.print(f"  tail -F {shlex.quote(str(folder))}/*.out", markup=False)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from helpers import REPOSITORY, run_here, run_module, user_error
@@ -12,13 +14,32 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from kraken_train.cli import quote_literal, run_entry
+from kraken_train.cli import compose_command, run_entry
+from kraken_train.config import TrainConfig
+from kraken_train.free_text import FilePath, Name, Text, free_text_settings, quote_arguments
 from kraken_train.generate import GenerateConfig
+from launch.submit import SubmitConfig
 
 PIECES = st.sampled_from(
     ["\\", "'", '"', "$", "{", "}", "${", "${oc.env:HOME}", ",", "(", ")", "[", ":", "=", "#", "@", "~", " ", "\n",
      "\t", "é", "🦑", "null", "true", "1e5", "a"]
 )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Settings:
+    prompt: Text
+    folder: FilePath | dict[str, Any]
+    name: Name | None
+    tags: tuple[Name, ...]
+    count: int
+
+
+def through_hydra(*arguments: str) -> dict[str, Any]:
+    """What a program with `Settings` makes of its arguments."""
+    overrides = OverridesParser.create().parse_overrides(quote_arguments(arguments, Settings))
+    composed = OmegaConf.create({override.key_or_group: override.value() for override in overrides})
+    return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
 
 
 @settings(max_examples=150, deadline=None)
@@ -30,18 +51,65 @@ PIECES = st.sampled_from(
 @example("\\'${x}\\")
 @example("")
 def test_free_text_through_hydras_grammar(text: str) -> None:
-    if text == "null":
-        return
-    override = OverridesParser.create().parse_override(quote_literal(f"prompt={text}", frozenset({"prompt"})))
-    composed = OmegaConf.create({"prompt": override.value()})
-    assert OmegaConf.to_container(composed, resolve=True) == {"prompt": text}
+    if text != "null":
+        assert through_hydra(f"prompt={text}") == {"prompt": text}
+        assert through_hydra(f"name=.{text}") == {"name": f".{text}"}
+    if "," not in text:
+        assert through_hydra(f"tags=[.{text}.,b]") == {"tags": [f".{text}.", "b"]}
 
 
 def test_other_arguments_are_left_alone() -> None:
-    keys = frozenset({"prompt"})
-    for argument in ("seed=1", "prompt=null", "--help", "+extra=a,b", "prompt"):
-        assert quote_literal(argument, keys) == argument
-    assert quote_literal("prompt=a=b", keys) == "prompt='a=b'"
+    for argument in ("seed=1", "prompt=null", "--help", "+extra=a,b", "prompt", "count=1,2", "folder={a/b: 0.7}"):
+        assert quote_arguments([argument], Settings) == [argument]
+    assert quote_arguments(["prompt=a=b", "++prompt=a"], Settings) == ["prompt='a=b'", "++prompt='a'"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("name='see this'", "see this"),
+        ('name="a, b"', "a, b"),
+        (r"name='it\'s'", "it's"),
+        ("name='a' and 'b'", "'a' and 'b'"),
+        ("name=42", "42"),
+        ("name=null", None),
+        ("tags=[]", []),
+        ("tags=[a, 'b, c' ,\"d\",70%, 1e5, me@lab#1]", ["a", "b, c", "d", "70%", "1e5", "me@lab#1"]),
+        ("folder={a/b: 0.7, c: 1}", {"a/b": 0.7, "c": 1}),
+        ("folder={a,b}", "{a,b}"),
+    ],
+)
+def test_what_users_quote_by_themselves(argument: str, value: object) -> None:
+    assert list(through_hydra(argument).values()) == [value]
+
+
+def test_the_text_of_every_command() -> None:
+    """A setting that is a string is either free text or one of a few words that Hydra's grammar knows."""
+    typed = ["tracking.name=me@lab#1", "tracking.notes=see 70%", "tracking.group=a b, c", "run_dir=a=b,c {x}"]
+    config = compose_command([*typed, "data_dir=d,(e)", "tracking.tags=[a#1, b c]"], TrainConfig, "train")
+    tracking = config.tracking
+    assert (tracking.name, tracking.notes, tracking.group) == ("me@lab#1", "see 70%", "a b, c")
+    assert (config.run_dir, config.data_dir, tracking.tags) == ("a=b,c {x}", "d,(e)", ("a#1", "b c"))
+    assert strings(TrainConfig) - set(free_text_settings(TrainConfig)) == {
+        "precision", "resume", "schedule.name", "parallel.reduce_dtype", "tracking.kind", "tracking.mode",
+        "health.nonfinite", "health.loss_spike",
+    }  # fmt: skip
+    assert strings(GenerateConfig) - set(free_text_settings(GenerateConfig)) == {"dtype", "device"}
+    assert strings(SubmitConfig) - set(free_text_settings(SubmitConfig)) == {
+        "mem", "time", "sbatch_options", "setup", "srun_options", "prepare.time", "prepare.mem", "evaluate.time",
+        "evaluate.mem",
+    }  # fmt: skip
+
+
+def strings(schema: type, prefix: str = "") -> set[str]:
+    """Names of the settings that can be a string, or a list of strings."""
+    found: set[str] = set()
+    for name, kind in get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            found |= strings(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif str in (kind, *get_args(kind)) and name != "model":
+            found.add(prefix + name)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -51,7 +119,7 @@ def test_free_text_reaches_the_program(text: str, monkeypatch: pytest.MonkeyPatc
     received: list[GenerateConfig] = []
     monkeypatch.setattr(sys, "argv", ["program", "export_dir=a,b (c)", f"prompt={text}"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by run_entry; this restores it afterwards
-    run_entry(received.append, GenerateConfig, "generate", path_keys=("export_dir",), text_keys=("prompt",))
+    run_entry(received.append, GenerateConfig, "generate")
     assert received[0].prompt == text and received[0].export_dir == "a,b (c)"
 
 

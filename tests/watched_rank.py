@@ -23,7 +23,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
-from kraken_train.runtime import Runtime, launcher_holds_store, read_runtime
+from kraken_train.rendezvous import launcher_holds_store
+from kraken_train.runtime import Runtime, read_runtime
 from kraken_train.stacks import stacks_on_signal
 from kraken_train.watchdog import Watchdog
 

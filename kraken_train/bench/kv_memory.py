@@ -25,6 +25,7 @@ from kraken_train.bench.kv_memory_figure import draw
 from kraken_train.bench.memory_row import GIB, MemoryRow
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import FilePath
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.inference.kv_cache import KeyValueCache
 from kraken_train.inference.loading import served_config, share_model
@@ -52,7 +53,7 @@ class KVMemoryConfig:
     vocab_size: int
     dtype: str
     device: str  # auto | cpu | cuda
-    output_dir: str
+    output_dir: FilePath
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -195,4 +196,4 @@ def main(config: KVMemoryConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, KVMemoryConfig, "kv_memory", path_keys=("output_dir",))
+    run_entry(main, KVMemoryConfig, "kv_memory")

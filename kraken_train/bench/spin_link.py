@@ -41,7 +41,7 @@ KERNELS = {ALL_REDUCE: all_reduce_spin, ALL_GATHER: all_gather_spin}
 class SpinLink:
     """Transfers that nobody waits for yet run on a stream of high priority, the others where the computation runs.
 
-    The streams of NCCL are of high priority too (`kraken_train.runtime.connect_ranks`).
+    The streams of NCCL are of high priority too (`kraken_train.rendezvous.connect_ranks`).
     """
 
     def __init__(self, device: torch.device, blocks: int) -> None:

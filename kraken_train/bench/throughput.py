@@ -144,4 +144,4 @@ def describe(config: ThroughputConfig, runtime: Runtime, results: Sequence[Resul
 
 
 if __name__ == "__main__":
-    run_entry(main, ThroughputConfig, "throughput", path_keys=("output_dir", "data_dir"))
+    run_entry(main, ThroughputConfig, "throughput")

@@ -12,6 +12,7 @@ from kraken_train.bench.grid import require_axis
 from kraken_train.cli import CONF_DIR, compose_command
 from kraken_train.config import PRECISIONS, EngineConfig, OptimConfig, ParallelConfig, TrainConfig
 from kraken_train.errors import ConfigError
+from kraken_train.free_text import FilePath
 from kraken_train.inference.device import DEVICES
 from kraken_train.model_config import ModelConfig, parse_model
 from kraken_train.rules import require_choice, require_positive
@@ -46,8 +47,8 @@ class ThroughputConfig:
     precision: str
     steps: int
     rounds: int
-    data_dir: str | None
-    output_dir: str
+    data_dir: FilePath | None
+    output_dir: FilePath
     device: str
     peak_tflops: float | None
     optim: OptimConfig

@@ -35,6 +35,7 @@ from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
 from kraken_train.exchange import Exchange
 from kraken_train.files import replace_synced
+from kraken_train.free_text import FilePath
 from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.inference.ranks import connect, started_ranks
 from kraken_train.interconnect import Interconnect
@@ -63,7 +64,7 @@ class TTFTConfig:
     output_tokens: int
     vocab_size: int
     repeats: int
-    output_dir: str
+    output_dir: FilePath
     device: str  # auto | cpu | cuda
     dtype: str | None  # bf16 | fp32
     compile: bool | None
@@ -275,4 +276,4 @@ def draw(results: list[Result], title: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, TTFTConfig, "ttft", path_keys=("output_dir",))
+    run_entry(main, TTFTConfig, "ttft")

@@ -14,8 +14,9 @@ from kraken_train.distributed_exchange import DistributedExchange
 from kraken_train.errors import ConfigError, KrakenError
 from kraken_train.exchange import Exchange, LocalExchange
 from kraken_train.inference.device import choose_device
+from kraken_train.rendezvous import connect_ranks
 from kraken_train.rules import require_positive
-from kraken_train.runtime import Runtime, another_rank_ended, connect_ranks, read_runtime
+from kraken_train.runtime import Runtime, another_rank_ended, read_runtime
 
 Result = TypeVar("Result")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import threading
@@ -94,5 +95,5 @@ class Follower:
     def tell_missing(self, problem: str) -> None:
         self.note(
             f"{SERVICES[self.tracking.kind]}: {problem} (see {self.log}). What is missing there comes with the next "
-            f"start, or with `python -m kraken_train.tracking.follow {self.run_dir}`"
+            f"start, or with `python -m kraken_train.tracking.follow {shlex.quote(str(self.run_dir))}`"
         )

@@ -263,7 +263,7 @@ def test_a_changed_source_is_refused(
 COMMAND = (
     "import sys, data_prep.assembly as a, data_prep.files as f, data_prep.prepare as p; "
     "a.PIECE_SECONDS = 0; f.BLOCK_BYTES = 20_000; "
-    "from kraken_train.cli import run_entry; run_entry(p.main, p.PrepareConfig, 'prepare', p.PATH_KEYS, p.TEXT_KEYS)"
+    "from kraken_train.cli import run_entry; run_entry(p.main, p.PrepareConfig, 'prepare')"
 )
 
 

@@ -76,6 +76,7 @@ def settings(
         max_nonfinite_steps=3,
         log_every=1,
         peak_tflops=None,
+        rendezvous_seconds=600,
         watchdog_seconds=0,
         optim=OptimConfig(lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=MAX_GRAD_NORM),
         schedule=ScheduleConfig(name="constant", warmup_steps=0, min_ratio=1.0, decay_steps=1),

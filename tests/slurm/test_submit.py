@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from helpers import REPOSITORY, run_here, user_error
 from integration.training import overrides
 
 from launch import scheduler
+from launch.preflight import train_config
+from launch.script import FIRST, LAST
 from launch.snapshot import write_snapshot
 from launch.stages import expand_sweeps
 
@@ -79,7 +82,16 @@ def test_dry_run(data: Path, tmp_path: Path) -> None:
         (["gpus_per_node=16"], [], "gpus_per_node=16 is more than a node of partition gpu has; use at most 8"),
         (["time=3-00:00:00"], [], "time=3-00:00:00 is longer than partition gpu allows; use at most 2-00:00:00"),
         (["time=1:2:3:4"], [], "time=1:2:3:4 is not a time of Slurm"),
-        (["time=5"], [], "signal_seconds=300 is not shorter than time=5"),
+        (["time=5"], [], "that leaves 0 s to start and to train, and it needs 240 s; use time=9 (minutes) or longer"),
+        (
+            ["time=6:00"],
+            [],
+            "time=6:00 is 360 s, and signal_seconds=300 before its end the job is told to save: that "
+            "leaves 60 s to start and to train, and it needs 240 s; use time=9 (minutes) or longer, "
+            "or signal_seconds=120 at most",
+        ),
+        (["time=2", "signal_seconds=60"], [], "use time=5 (minutes) or longer"),
+        (["ranks_per_node=1"], ["run_dir=a\\b"], "Slurm cannot write a job's output to a folder with a backslash"),
         (["partition=gpus"], [], "partition=gpus is not known here; use gpu or cpu (did you mean gpu?)"),
         (["partition=cpu", "account=me"], [], "account=me cannot use partition cpu; use lab or class"),
         (["qos=nope"], ["global_batch_size=16"], "sbatch has refused: Invalid qos"),
@@ -116,6 +128,34 @@ def test_a_chain(tmp_path: Path, cluster_commands: Path) -> None:
     assert "job 102 (1 run)" in result.stdout and '"job": "102"' in (run / "events.jsonl").read_text()
     again = run_here("launch.submit", "ranks_per_node=1", "snapshot=false", *chain)
     assert "has job 102, which still waits or runs" in user_error(again)
+
+
+@pytest.mark.parametrize("sweep", [[], ["seed=1,2"]])
+def test_awkward_names_reach_the_job(data: Path, tmp_path: Path, cluster_commands: Path, sweep: list[str]) -> None:
+    """A folder's name that Hydra, the shell and Slurm would each read in another way, and other free text."""
+    run = tmp_path / "a=b,c {x} 70%j 'q' #1"
+    text = ["tracking.name=me@lab#1", "tracking.group=a b, c", "tracking.notes=see 70% $HOME"]
+    result = run_here("launch.submit", "ranks_per_node=1", "snapshot=false", "--", *overrides(data, run, *text), *sweep)
+    assert result.returncode == 0, result.stderr
+    folder = run / "submissions" / "0001"
+    script = (folder / "train.sbatch").read_text()
+    (output,) = (line for line in option_lines(script) if line.startswith("--output"))
+    number = "%A_%a" if sweep else "%j"
+    assert shlex.split(output) == [f"--output={str(folder).replace('%', '%%')}/train-{number}.out"]
+    settings = script[script.index(FIRST) : script.index(LAST)]
+    arguments = subprocess.run(
+        ["bash", "-c", f'{settings}\nprintf "%s\\n" "$@"', "script", *overrides(data, run, *text)],
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    config = train_config(arguments)
+    assert config.run_dir == str(run / "seed=2" if sweep else run) and config.seed == (2 if sweep else 0)
+    tracking = config.tracking
+    assert (tracking.name, tracking.group, tracking.notes) == ("me@lab#1", "a b, c", "see 70% $HOME")
+    if not sweep:
+        assert (
+            cluster_commands.read_text(encoding="utf-8") == f"--parsable {folder}/train.sbatch {' '.join(arguments)}\n"
+        )
+    assert f"kraken_train.status {shlex.quote(config.run_dir)}" in result.stdout
 
 
 def test_sweeps() -> None:
