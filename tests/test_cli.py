@@ -21,7 +21,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(PIECES, max_size=10).map("".join))
 @example("Hello, (world)")
 @example("  spaces around  ")

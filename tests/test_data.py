@@ -24,7 +24,7 @@ def make_stream(sizes: list[int]) -> tuple[TokenStream, np.ndarray]:
     return TokenStream(np.split(tokens, np.cumsum(sizes)[:-1])), tokens.astype(np.int64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_stream_crosses_shards(data: st.DataObject, sizes: list[int]) -> None:
     stream, tokens = make_stream(sizes)
@@ -66,7 +66,7 @@ def test_batches_do_not_depend_on_how_they_are_divided() -> None:
 SHARES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data(), SHARES, st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_a_blend_is_its_sets_one_after_the_other(
     data: st.DataObject, shares: list[int], context: int, seed: int

@@ -24,7 +24,7 @@ def test_order_is_frozen() -> None:
     assert SampleOrder(1_000_000, seed=0)[123_456] == FROZEN_IN_LARGE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3000), st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(0, 10**9))
 def test_each_epoch_reads_each_sample_once(num_samples: int, seed: int, stream: int, epoch: int) -> None:
     k = np.arange(num_samples * epoch, num_samples * (epoch + 1))
