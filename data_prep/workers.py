@@ -132,7 +132,7 @@ def _alive(worker: _Worker) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        worker.process.join(5)
+        worker.process.join(60)  # its end of the connection is closed a moment before it is dead
         code = worker.process.exitcode
         how = f"signal {-code}, {signal.strsignal(-code)}" if code and code < 0 else f"exit code {code}"
         memory = "; most often the system's memory ran out, so try a smaller num_workers" if code == -9 else ""

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 from helpers import save_tokenizer, small_tokenizer
+from hypothesis import HealthCheck, settings
+
+# Examples may take as long as the machine needs.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,11 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import numpy as np
@@ -23,6 +26,8 @@ from kraken_train.model import LanguageModel
 from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.runtime import free_port
 
+PATIENCE = 900.0  # seconds that nothing takes on the slowest machine: a limit for what hangs
+Result = TypeVar("Result")
 TEXTS = [
     "The river bends where the old mill stood, and the wheel has long been still.",
     "Once upon a time a kraken slept below the ice; nobody had woken it.",
@@ -113,6 +118,21 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         except SystemExit as error:
             code = int(error.code or 0)
     return subprocess.CompletedProcess([module, *arguments], code, stdout.getvalue(), stderr.getvalue())
+
+
+def wait_until(condition: Callable[[], Result], describe: Callable[[], object] = lambda: "") -> Result:
+    """The first result of `condition` that is true; fails with `describe()` where it never comes."""
+    deadline = time.monotonic() + PATIENCE
+    while not (result := condition()):
+        assert time.monotonic() < deadline, describe()
+        time.sleep(0.05)
+    return result
+
+
+def wait_for_stop(process: subprocess.Popen[str]) -> None:
+    """Wait until a process has stopped itself with SIGSTOP: what follows happens at that moment of its work."""
+    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert found is not None and found.si_code == os.CLD_STOPPED, "it has ended before"
 
 
 def launch_ranks(ranks: int, *program: str, device: str = "cpu") -> None:

@@ -15,7 +15,7 @@ from kraken_train.errors import ConfigError
 SHARES = st.lists(st.integers(1, 400), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHARES)
 def test_shares_hold_all_along_the_run(shares: list[int]) -> None:
     blend = Blend(shares)
@@ -27,7 +27,7 @@ def test_shares_hold_all_along_the_run(shares: list[int]) -> None:
     assert blend.counts(len(sets)) == counts[-1].tolist() and blend.counts(0) == [0] * len(shares)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SHARES, st.integers(0, 10**12))
 def test_far_along_it_is_the_same(shares: list[int], k: int) -> None:
     blend = Blend(shares)

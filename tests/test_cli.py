@@ -42,7 +42,7 @@ def through_hydra(*arguments: str) -> dict[str, Any]:
     return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(PIECES, max_size=10).map("".join))
 @example("Hello, (world)")
 @example("  spaces around  ")

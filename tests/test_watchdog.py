@@ -10,16 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch.distributed as dist
-from helpers import REPOSITORY
+from helpers import PATIENCE, REPOSITORY, wait_until
 
 from kraken_train import watchdog
-from kraken_train.interruption import StopRequest
+from kraken_train.interruption import StopRequest, has_ended
 from kraken_train.runtime import Runtime, free_port
 from kraken_train.stacks import Place, where_is_main_thread
 from kraken_train.watchdog import DONE, FAILED, RUNNING, Beat, Silence, Verdict, Watchdog, encode
@@ -198,27 +200,63 @@ def test_steps_and_other_signs_of_life(ends: None) -> None:
         dog.watch_steps(81.5)
 
 
+@pytest.mark.parametrize(("pauses", "ends_it"), [([2.0, 1000.0, 2.0, 2.0], False), ([2.0] * 6, True)])
+def test_time_in_which_it_was_stopped_itself_counts_for_nobody(
+    ends: None, monkeypatch: pytest.MonkeyPatch, pauses: list[float], ends_it: bool
+) -> None:
+    """Seconds between its looks at a neighbour that answers no more; the limit is 10."""
+    dog, store = build()
+    store.set("beat/1", encode(beat(1)))
+    dog.exchange(store)
+    dog.watch_ranks(awake=0.0)
+    now, left = 0.0, list(pauses)
+
+    def wait(seconds: float) -> bool:
+        """Whether it is to leave."""
+        nonlocal now
+        if not left:
+            return True
+        now += left.pop(0)
+        dog.exchange(store)
+        return False
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(dog.leaving, "wait", wait)
+    monkeypatch.setattr(dog, "watch_launchers", lambda awake: None)
+    with pytest.raises(Ended) if ends_it else nullcontext():
+        dog.watch()
+
+
 def test_what_the_main_thread_waits_for() -> None:
     """The thread that it has asked, and not one that only looks on."""
-    gate, places = threading.Event(), []
+    places: list[tuple[str, bool]] = []
 
     def look_on() -> None:
-        while not gate.is_set():
+        while not places:
             time.sleep(0.01)
 
     def read_slowly() -> None:
-        while not gate.is_set():
+        while not places:
             time.sleep(0.01)
 
-    def ask() -> None:
-        time.sleep(0.2)
-        places.append(where_is_main_thread())
-        gate.set()
+    def function_of(thread: threading.Thread) -> str | None:
+        frame = sys._current_frames().get(thread.ident or 0)
+        return frame and frame.f_code.co_name
 
-    for name, function in (("tracking", look_on), ("watchdog-talk", ask), ("data", read_slowly)):
-        thread = threading.Thread(target=function, name=name)
+    def ask() -> None:
+        joining = ("join", "_wait_for_tstate_lock")
+        while function_of(threading.main_thread()) not in joining or function_of(reader) != "read_slowly":
+            time.sleep(0.001)
+        places.append(where_is_main_thread())
+
+    reader = threading.Thread(target=read_slowly, name="data")
+    for thread in (
+        threading.Thread(target=look_on, name="tracking"),
+        threading.Thread(target=ask, name="watchdog-talk"),
+    ):
         thread.start()
-    thread.join()
+    reader.start()
+    reader.join()
     ((where, waits),) = places
     assert where.endswith(" read_slowly") and not waits
 
@@ -226,7 +264,7 @@ def test_what_the_main_thread_waits_for() -> None:
 def test_a_disk_that_hangs_does_not_keep_a_job_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     dog, disk, order = build()[0], threading.Event(), []
     dog.placed, dog.interval = True, 0.01
-    dog.on_end = lambda message, follows: order.append("noted") if disk.wait(60) else None
+    dog.on_end = lambda message, follows: order.append("noted") if disk.wait() else None
     monkeypatch.setattr(watchdog, "NOTING_SECONDS", 0.1)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: order.append(f"exit {code}"))
     dog.end_job(Verdict("no step", None, (0,)), speaks=False)
@@ -245,17 +283,20 @@ def test_off() -> None:
 
 
 def test_only_the_process_itself_is_killed() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    echo = "while True: print(input(), flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", echo], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None
     process = psutil.Process(child.pid)
     here = replace(beat(1), pid=child.pid, host=watchdog.socket.gethostname(), started=process.create_time())
     replace(here, host="another").kill()
     replace(here, started=here.started - 100).kill()
-    time.sleep(0.2)
-    assert child.poll() is None
+    print("it lives", file=child.stdin, flush=True)  # which a signal would have come before
+    assert child.stdout.readline() == "it lives\n"
     os.kill(child.pid, signal.SIGSTOP)
     here.kill()
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait() == -signal.SIGKILL
     here.kill()
+    child.communicate()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -295,17 +336,9 @@ def start_pair(start: Start, folder: Path, timeout_seconds: float, mode: str) ->
 
 
 def rank_pids(folder: Path) -> list[int]:
-    """The processes of both ranks, as soon as they run."""
-    files = [folder / f"{rank}.pid" for rank in range(2)]
-    wait_until(lambda: all(file.exists() for file in files), 60, folder)
-    return [int(file.read_text()) for file in files]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, output(folder)
-        time.sleep(0.1)
+    """The processes of both ranks, as soon as each has done a step and heard of the other."""
+    wait_until(lambda: all((folder / f"{rank}.watches").exists() for rank in range(2)), lambda: output(folder))
+    return [int((folder / f"{rank}.pid").read_text()) for rank in range(2)]
 
 
 def output(folder: Path) -> str:
@@ -313,17 +346,19 @@ def output(folder: Path) -> str:
 
 
 def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return has_ended(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # 1: also in integration/test_faults
 def test_a_stopped_rank(start: Start, tmp_path: Path, victim: int) -> None:
     ranks = start_pair(start, tmp_path, 5.0, "together")
     pids = rank_pids(tmp_path)
-    time.sleep(2)
     os.kill(pids[victim], signal.SIGSTOP)
-    assert ranks[1 - victim].wait(30) == 1
-    assert ranks[victim].wait(5) == -signal.SIGKILL
+    assert ranks[1 - victim].wait() == 1
+    assert ranks[victim].wait() == -signal.SIGKILL
     errors = [line for line in output(tmp_path).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output(tmp_path)
     assert f"rank {victim} (process {pids[victim]} on " in errors[0]
@@ -336,9 +371,10 @@ def test_a_hanging_rank(start: Start, tmp_path: Path, culprit: int) -> None:
     pids = rank_pids(tmp_path)
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     os.kill(pids[culprit], signal.SIGUSR2)
-    wait_until(lambda: "most recent call first" in logs[culprit].read_text(), 10, tmp_path)
+    wait_until(lambda: "most recent call first" in logs[culprit].read_text(), lambda: output(tmp_path))
     assert ranks[culprit].poll() is None, "to look has ended it"
-    assert [rank.wait(60) for rank in ranks] == [1, 1], output(tmp_path)
+    (tmp_path / "hang").touch()
+    assert [rank.wait() for rank in ranks] == [1, 1], output(tmp_path)
     errors = [line for line in output(tmp_path).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output(tmp_path)
     message = errors[0].removeprefix("error: ").partition("; the job is ended")[0]
@@ -360,32 +396,31 @@ def test_a_stopped_rank_under_torchrun(start: Start, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     launcher = start("launcher", *launch, str(SCRIPT), str(tmp_path), "5", "together")
     pids = rank_pids(tmp_path)
-    time.sleep(2)
     os.kill(pids[0], signal.SIGSTOP)
-    assert launcher.wait(30) == 1
+    assert launcher.wait() == 1
     errors = [line for line in output(tmp_path).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output(tmp_path)
     assert f"rank 0 (process {pids[0]} on " in errors[0]
-    assert all(gone(pid) for pid in pids)
+    wait_until(lambda: all(gone(pid) for pid in pids), lambda: output(tmp_path))
 
 
 @pytest.mark.slow
 def test_all_stopped_for_a_while_and_leaving_one_by_one(start: Start, tmp_path: Path) -> None:
-    ranks = start_pair(start, tmp_path, 3.0, "alone")
+    ranks = start_pair(start, tmp_path, 40.0, "alone")
     pids = rank_pids(tmp_path)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(50)  # longer than is allowed
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
-    assert [rank.wait(30) for rank in ranks] == [0, 0], output(tmp_path)
+    (tmp_path / "leave").touch()
+    assert [rank.wait() for rank in ranks] == [0, 0], output(tmp_path)
     assert "Exception raised" not in output(tmp_path) and "error" not in output(tmp_path)
 
 
 def test_a_failure_that_the_others_do_not_see(start: Start, tmp_path: Path) -> None:
-    ranks = start_pair(start, tmp_path, 3.0, "failing")
-    rank_pids(tmp_path)
-    assert ranks[0].wait(30) == 1
+    ranks = start_pair(start, tmp_path, PATIENCE, "failing")
+    assert ranks[0].wait() == 1, output(tmp_path)
     assert "rank 1 (process" in output(tmp_path) and "has failed, see its message" in output(tmp_path)
     assert "this rank has failed" in output(tmp_path)
 
@@ -395,13 +430,12 @@ def test_the_deepspeed_command_is_ended(start: Start, tmp_path: Path) -> None:
     """It passes no signal on. The ranks save and end, and so does the local launcher between them."""
     options = ["--num_gpus=2", "--no_local_rank", f"--master_port={free_port()}"]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    runner = start("runner", sys.executable, deepspeed, *options, str(SCRIPT), str(tmp_path), "20", "together")
+    runner = start("runner", sys.executable, deepspeed, *options, str(SCRIPT), str(tmp_path), str(PATIENCE), "together")
     pids = rank_pids(tmp_path)
     local_launcher = psutil.Process(pids[0]).ppid()
-    time.sleep(1)
     runner.terminate()
-    assert runner.wait(10) == -signal.SIGTERM
-    wait_until(lambda: all(gone(pid) for pid in [local_launcher, *pids]), 30, tmp_path)
+    assert runner.wait() == -signal.SIGTERM
+    wait_until(lambda: all(gone(pid) for pid in [local_launcher, *pids]), lambda: output(tmp_path))
     assert "its launcher has ended" in [(tmp_path / f"{rank}.saved").read_text() for rank in range(2)]
 
 
@@ -415,8 +449,9 @@ from kraken_train.interruption import StopRequest
 from kraken_train.runtime import Runtime
 watchdog.BEAT_SECONDS, watchdog.LAUNCHER_SECONDS = 0.2, 1.0
 with watchdog.Watchdog(Runtime(0, 0, 1, 1), None, 45.0, StopRequest()):
-    Path("{folder}/0.pid").write_text(str(os.getpid()))
-    time.sleep(100)
+    Path("{folder}/0.tmp").write_text(str(os.getpid()))
+    Path("{folder}/0.tmp").rename("{folder}/0.pid")
+    time.sleep(3600)
 """
 
 
@@ -424,10 +459,9 @@ def test_a_rank_that_does_not_heed_its_launcher_s_end(start: Start, tmp_path: Pa
     script = tmp_path / "torchrun"
     script.write_text(STAND_IN)
     launcher = start("launcher", sys.executable, str(script), DEAF.format(folder=tmp_path))
-    wait_until((tmp_path / "0.pid").exists, 60, tmp_path)
-    time.sleep(1)
+    wait_until((tmp_path / "0.pid").exists, lambda: output(tmp_path))
     pid = int((tmp_path / "0.pid").read_text())
     launcher.kill()
     launcher.wait()
-    wait_until(lambda: gone(pid), 15, tmp_path)
+    wait_until(lambda: gone(pid), lambda: output(tmp_path))
     assert "error: rank 0 has not ended in the 1 s since its launcher has" in output(tmp_path)

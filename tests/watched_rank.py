@@ -1,18 +1,20 @@
 """A rank that counts steps together with the others, watched, until it is asked to stop.
 
 Usage, under a launcher: watched_rank.py FOLDER TIMEOUT_SECONDS MODE. It leaves in FOLDER `RANK.pid` once it runs,
-`RANK.saved`, with the reason, when it ends because it was asked to, `RANK.log` with its stacks where these are written,
-and `RANK.end`, with the message and whether it follows others, when the watchdog ends it. MODE is
+`RANK.watches` once it has done a step and heard of its neighbour, `RANK.saved`, with the reason, when it ends because
+it was asked to, `RANK.log` with its stacks where these are written, and `RANK.end`, with the message and whether it
+follows others, when the watchdog ends it. MODE is
 
     together    steps that all ranks do together; what a stopped rank holds up
-    alone       30 steps without any communication, in which rank 0 is the fastest
-    failing     the last rank raises, and the others do not see it
-    hanging=K   steps together, of which rank K never completes the tenth; the limit for a step is TIMEOUT_SECONDS, and
-                no rank is silent
+    alone       steps without any communication, until FOLDER has `leave`; rank 0 leaves first, with the store
+    failing     the last rank raises, and the others do not see it; rank 0 gives it time until it has ended
+    hanging=K   steps together, of which rank K does not complete the one that begins when FOLDER has `hang`; the limit
+                for a step is TIMEOUT_SECONDS, and no rank is silent
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -20,44 +22,64 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
+from kraken_train import watchdog
+from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest, has_ended
 from kraken_train.rendezvous import launcher_holds_store
 from kraken_train.runtime import Runtime, read_runtime
 from kraken_train.stacks import stacks_on_signal
 from kraken_train.watchdog import Watchdog
+
+HOUR = 3600.0  # seconds that no test takes
 
 
 def run(runtime: Runtime, folder: Path, timeout_seconds: float, mode: str) -> None:
     with ExitStack() as held:
         stop = StopRequest()
         held.enter_context(stop.on_sigterm())
-        minute = timedelta(minutes=1)
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=minute))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=minute)
+        limit = timedelta(minutes=15)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
         store_rank = None if launcher_holds_store() else 0
         mode, _, hanging = mode.partition("=")
         limits = (0.0, stop, store_rank, timeout_seconds) if hanging else (timeout_seconds, stop, store_rank)
-        watchdog = held.enter_context(Watchdog(runtime, store, *limits))
-        watchdog.log = folder / f"{rank}.log"
-        watchdog.on_end = lambda message, follows: write(folder / f"{rank}.end", f"{follows} {message}")
-        held.enter_context(stacks_on_signal(watchdog.log))
+        dog = held.enter_context(Watchdog(runtime, store, *limits))
+        dog.log = folder / f"{rank}.log"
+        dog.on_end = lambda message, follows: write(folder / f"{rank}.end", f"{follows} {message}")
+        held.enter_context(stacks_on_signal(dog.log))
         write(folder / f"{rank}.pid", str(os.getpid()))
-        for step in range(1, 31 if mode in ("alone", "failing") else 1000):
-            time.sleep({"alone": 0.1 * (1 + rank), "failing": 1}.get(mode, 0.1))
-            if step == 10 and hanging == str(rank):
+        for step in itertools.count(1):
+            time.sleep(0.1)
+            if hanging == str(rank) and (folder / "hang").exists():
                 read_for_ever()
-            if mode == "failing" and rank == world_size - 1:
-                raise RuntimeError("this rank has failed")
+            if mode == "failing":
+                if rank == world_size - 1 and dog.neighbour is not None:
+                    raise RuntimeError("this rank has failed")
+                if rank == 0 and has_left(folder, world_size - 1):
+                    watchdog.FAILED_SECONDS = 0.0
             if mode in ("together", "hanging") and not runtime.all_true(not stop.requested):
                 write(folder / f"{rank}.saved", str(stop.reason))
                 raise Interrupted(stop.reason)
-            watchdog.step = step
+            dog.step = step
+            if dog.neighbour is not None and not (folder / f"{rank}.watches").exists():
+                write(folder / f"{rank}.watches", str(step))
+            if mode == "alone" and ((folder / "leave").exists() if rank == 0 else dog.watched == rank):
+                break
+
+
+def has_left(folder: Path, rank: int) -> bool:
+    """Whether this rank's process has run, and has ended."""
+    file = folder / f"{rank}.pid"
+    try:
+        return file.exists() and has_ended(psutil.Process(int(file.read_text())))
+    except psutil.NoSuchProcess:
+        return True
 
 
 def read_for_ever() -> None:
-    time.sleep(1000)
+    time.sleep(HOUR)
 
 
 def write(path: Path, text: str) -> None:
@@ -66,11 +88,14 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    runtime = read_runtime()
+    # What others wait for at the end of a run lasts until it is there.
+    watchdog.LEAVING_SECONDS = watchdog.FAILED_SECONDS = HOUR
+    if sys.argv[3] == "failing":
+        watchdog.BEAT_SECONDS = 0.5
+    runtime, folder = read_runtime(), Path(sys.argv[1])
     try:
-        run(runtime, Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3])
-        if runtime.is_first:
-            sys.exit()  # before the others
-        time.sleep(1)
+        run(runtime, folder, float(sys.argv[2]), sys.argv[3])
+        while not runtime.is_first and not has_left(folder, 0):
+            time.sleep(0.1)
     except Interrupted:
         sys.exit(INTERRUPTED_EXIT_CODE)

@@ -12,6 +12,7 @@ from helpers import launch_ranks
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.mark.slow  # it measures a speed
 def test_derived_kraken_beside_gpt2(tmp_path: Path) -> None:
     """At the defaults' 20 x 1024 tokens in bf16, compiled; takes a few minutes."""
     if torch.cuda.get_device_properties(0).total_memory < 70e9:

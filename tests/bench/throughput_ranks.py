@@ -14,6 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from parity.common import MODELS, make_mesh, run_steps, settings, share_of_rank
 
+from kraken_train import phases
 from kraken_train.architectures import build_model, even_share
 from kraken_train.bench import throughput, throughput_run
 from kraken_train.bench.plain_engine import PlainEngine
@@ -27,7 +28,7 @@ from kraken_train.parsing import from_hydra
 from kraken_train.phases import Phases
 from kraken_train.runtime import Runtime, read_runtime
 
-SLOWED_BY = 0.15  # seconds per micro-batch
+SLOWED_BY = 100.0  # seconds per micro-batch, which nothing really takes
 TINY = ("vocab_size=512", "context_length=32", "micro_batch_size=2", "gradient_accumulation_steps=2", "steps=1",
         "engine.compile=false")  # fmt: skip
 STEPS = 4
@@ -38,11 +39,27 @@ def configure(folder: Path, *overrides: str) -> ThroughputConfig:
         return from_hydra(compose("throughput", [*TINY, f"output_dir={folder}", *overrides]), ThroughputConfig)
 
 
+class Clock:
+    """In place of the module `time`: real time, and what was added to it."""
+
+    added = 0.0
+
+    def perf_counter(self) -> float:
+        return time.perf_counter() + self.added
+
+
+CLOCK = Clock()
+
+
 def slowed(*arguments: Any) -> LanguageModel:
-    """The model as it is, but a baseline sleeps in its forward pass."""
+    """The model as it is, but a baseline's forward pass takes SLOWED_BY more on the clock."""
     model = build_model(*arguments)
+
+    def take_long(*_: Any) -> None:
+        CLOCK.added += SLOWED_BY
+
     if isinstance(arguments[0], GPTConfig):
-        model.layers[0].attention.register_forward_pre_hook(lambda *_: time.sleep(SLOWED_BY))
+        model.layers[0].attention.register_forward_pre_hook(take_long)
     return model
 
 
@@ -69,6 +86,7 @@ def main() -> None:
     folder, runtime = Path(sys.argv[1]), read_runtime()
     start_processes(runtime)
     throughput_run.build_model = slowed
+    throughput_run.time = phases.time = CLOCK  # type: ignore[assignment]
     config = configure(
         folder, "rounds=3", "models=[kraken-tiny-4way,gpt-tiny]", "engines=[deepspeed,torch]",
         "parallel.sub_layer_parallel_size=2",

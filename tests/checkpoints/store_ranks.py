@@ -11,7 +11,7 @@ import errno
 import json
 import resource
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,11 +68,6 @@ def message(function: Any, *arguments: Any) -> str | None:
     return None
 
 
-def slow_write(*arguments: Any) -> str | None:
-    time.sleep(1.0)
-    return WRITE_TENSORS(*arguments)
-
-
 @contextmanager
 def recorded_hashes() -> Iterator[list[str]]:
     """The names of the files that this rank hashes meanwhile."""
@@ -101,6 +96,12 @@ def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
     """Step 1 while waiting, step 2 in the background with training's messages meanwhile, step 3 with an error after."""
     with recorded_hashes() as hashed:
         CheckpointWriter(folder, 9, runtime, asynchronous=False).save(1, share(1, runtime, mesh), {"tokens": 1})
+    seen = threading.Event()
+
+    def slow_write(*arguments: Any) -> str | None:
+        seen.wait()
+        return WRITE_TENSORS(*arguments)
+
     with (
         CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves,
         mock.patch.object(writer, "write_tensors", slow_write),
@@ -109,6 +110,7 @@ def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
         at_once = [path.name for path in step_folders(folder)]
         sums = [runtime.sum([float(index)])[0] for index in range(100)]
         under_way = saves.under_way is not None and saves.under_way.is_alive()
+        seen.set()
         saves.finish()
         saves.finish()
         after_finish = [path.name for path in step_folders(folder)]

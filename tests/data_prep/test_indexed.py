@@ -85,7 +85,7 @@ def test_lengths_of_documents(tmp_path: Path) -> None:
     assert Shard(tmp_path / "d").document_lengths().tolist() == [3, 0, 0, 3]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1, max_size=8).filter(any),
     wide=st.booleans(),

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data_helpers import make_texts, write_jsonl
+from helpers import wait_for_stop
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.indexed import Shard, ShardWriter
@@ -298,7 +298,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_command_with_commas_and_spaces_in_paths(corpus: Path, tmp_path: Path) -> None:
@@ -335,23 +335,35 @@ def test_command_mistakes_are_one_message(arguments: tuple[str, ...], message: s
     assert "Traceback" not in result.stderr
 
 
+# The command, stopped once it has written its first tokens.
+STOPPING = """
+import os, signal
+from data_prep.indexed import ShardWriter
+from data_prep.prepare import PATH_KEYS, TEXT_KEYS, PrepareConfig, main
+from kraken_train.cli import run_entry
+def stopping(self, *arguments, write=ShardWriter._write):
+    write(self, *arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+ShardWriter._write = stopping
+run_entry(main, PrepareConfig, "prepare", PATH_KEYS, TEXT_KEYS)
+"""
+
+
 def test_killed_attempt_leaves_no_result_and_is_cleared(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "large.jsonl", make_texts(60_000))
+    source = write_jsonl(tmp_path / "large.jsonl", make_texts(20_000))
     arguments = (f"source={source}", "tokenizer.vocab_size=330", f"output_dir={tmp_path}/data")
     process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    shard = tmp_path / ".data.partial" / ".train_00000.bin.tmp"
-    deadline = time.monotonic() + 40
-    while not (shard.exists() and shard.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)  # so that it is not done before the other has started
+        [sys.executable, "-c", STOPPING, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    wait_for_stop(process)
+    assert list((tmp_path / ".data.partial").glob(".train_*.bin.tmp"))
     meanwhile = run(*arguments)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert shard.exists() and not (tmp_path / "data").exists()
+    assert not (tmp_path / "data").exists()
     assert meanwhile.returncode == 2 and "another process is preparing" in meanwhile.stderr
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
-    assert verify_quick(tmp_path / "data").documents == 60_000
+    assert verify_quick(tmp_path / "data").documents == 20_000
     assert siblings(tmp_path / "data") == []

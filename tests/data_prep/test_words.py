@@ -77,7 +77,7 @@ def test_words_are_exact(make: object) -> None:
     assert tokenizer.words is not None
     encoder = WordEncoder(tokenizer)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(texts=st.lists(TEXT, max_size=4))
     def check(texts: list[str]) -> None:
         assert [ids.tolist() for ids in encoder.encode_batch(texts)] == tokenizer.encode_batch(texts)

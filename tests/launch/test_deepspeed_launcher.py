@@ -7,15 +7,16 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-from helpers import REPOSITORY, run_here, user_error
+from helpers import REPOSITORY, run_here, user_error, wait_until
 
 from kraken_train.errors import ConfigError
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE
@@ -164,12 +165,10 @@ names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTE
 found = [os.getpid(), sys.argv[1:], {{name: os.environ[name] for name in names}}]
 (folder / f".{{rank}}").write_text(json.dumps(found))
 (folder / f".{{rank}}").rename(folder / rank)
-while rank == "1" and {dies} and not (folder / "0").exists():
+while True:
     time.sleep(0.1)
-if rank == "1" and {dies}:
-    time.sleep(1)  # no rank dies before it could be seen
-    os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(600)
+    if (folder / f"{{rank}}.die").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -187,11 +186,18 @@ class Started:
 
     def found(self) -> list[Any]:
         """What the ranks have told, once both have."""
-        deadline = time.monotonic() + 120
-        while not all((self.folder / rank).exists() for rank in "01"):
-            assert time.monotonic() < deadline and self.process.poll() is None, self.errors()
-            time.sleep(0.1)
-        return [json.loads((self.folder / rank).read_text()) for rank in "01"]
+        files = [self.folder / rank for rank in "01"]
+        wait_until(lambda: self.process.poll() is not None or all(file.exists() for file in files), self.errors)
+        assert self.process.poll() is None, self.errors()
+        return [json.loads(file.read_text()) for file in files]
+
+    def watches(self, pid: int) -> bool:
+        """Whether it has a descriptor of that process, which tells it at once when that ends."""
+        told = []
+        for file in Path(f"/proc/{self.process.pid}/fdinfo").iterdir():
+            with suppress(OSError):  # closed just now
+                told.append(file.read_text())
+        return any(f"\nPid:\t{pid}\n" in text for text in told)
 
     def errors(self) -> str:
         return (self.folder / "errors").read_text()
@@ -199,13 +205,13 @@ class Started:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """`start(plan, on_sigterm, dies)`; rank 1 dies at once if it says so."""
+    """`start(plan, on_sigterm)`: a rank dies when OUT has the file `RANK.die`."""
     nodes = []
 
-    def start(told: Plan, on_sigterm: str, dies: bool = False) -> Started:
+    def start(told: Plan, on_sigterm: str) -> Started:
         folder = tmp_path / str(len(nodes))
         folder.mkdir()
-        (tmp_path / "waits.py").write_text(PROGRAM.format(on_sigterm=on_sigterm, dies=dies))
+        (tmp_path / "waits.py").write_text(PROGRAM.format(on_sigterm=on_sigterm))
         told.environment["OUT"] = str(folder)
         with (folder / "errors").open("w") as errors:
             node = subprocess.Popen(
@@ -244,7 +250,7 @@ def test_a_node_passes_on_what_it_is_told(tmp_path: Path, start: Callable[..., S
             "X": "a 'b' $c",
         }
     node.tell(STOP)
-    assert node.process.wait(60) == INTERRUPTED_EXIT_CODE, node.errors()
+    assert node.process.wait() == INTERRUPTED_EXIT_CODE, node.errors()
     require_ended(ranks)
 
 
@@ -260,7 +266,7 @@ def test_a_node_ends_its_ranks(
     if not message:
         assert node.process.stdin is not None
         node.process.stdin.close()
-    assert node.process.wait(60) == code, node.errors()
+    assert node.process.wait() == code, node.errors()
     require_ended(ranks)
 
 
@@ -269,10 +275,12 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path, start: Callable[..., Sta
     errors_folder = tmp_path / "run" / "starts" / "0003" / "errors"
     errors_folder.mkdir(parents=True)
     told = plan(tmp_path, run_dir=str(tmp_path / "run"), earlier_starts=2)
-    node = start(told, "sys.exit(143)", dies=True)
+    node = start(told, "sys.exit(143)")
     ranks = node.found()
+    wait_until(lambda: all(node.watches(pid) for pid, *_ in ranks))
+    (node.folder / "1.die").touch()
     words_of_node = f"error: rank 1 (process {ranks[1][0]} on {socket.gethostname()}): was killed by SIGKILL"
-    assert node.process.wait(60) == 1
+    assert node.process.wait() == 1
     assert words_of_node in node.errors()
     require_ended(ranks)
     verdict = judge(told, {"localhost": 1}, Words(), asked=False)
@@ -341,17 +349,21 @@ def test_exit_codes(
 
 def test_the_silence_of_a_launcher_ends_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when its machine has vanished without closing the connection."""
+    now = 1000.0
+    monkeypatch.setattr(node_module, "time", SimpleNamespace(monotonic=lambda: now))
     told = node_module.Node(plan(tmp_path))
     reading, writing = os.pipe()
     with os.fdopen(reading) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
+        now += node_module.SILENCE_SECONDS
         told.listen()
         assert told.asked is None
-        told.heard -= node_module.SILENCE_SECONDS
         os.write(writing, node_module.STILL_HERE)
         told.listen()
+        now += node_module.SILENCE_SECONDS
+        told.listen()
         assert told.asked is None
-        told.heard -= node_module.SILENCE_SECONDS
+        now += 1.0
         told.listen()
         assert told.asked is not None and not told.connected
     os.close(writing)
