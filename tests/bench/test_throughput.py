@@ -142,7 +142,9 @@ def test_ratios_are_those_of_rounds(tmp_path: Path) -> None:
 
 
 def test_what_fits_together(tmp_path: Path) -> None:
-    config = configure(tmp_path, "models=[kraken-125m-4way,gpt2-124m]", "context_length=null", "micro_batch_size=20")
+    config = configure(
+        tmp_path, "models=[kraken-125m-4way,gpt2-124m]", "context_length=null", "micro_batch_size=20", "precision=bf16"
+    )
     assert fit_together(config.entries(), config, 80 * 10**9)
     assert not fit_together(config.entries(), config, 8 * 10**9)
 
