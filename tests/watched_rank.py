@@ -32,7 +32,7 @@ from kraken_train.watchdog import Watchdog
 def run(runtime: Runtime, folder: Path, timeout_seconds: float, mode: str) -> None:
     with ExitStack() as held:
         stop = StopRequest()
-        held.enter_context(stop.on_sigterm())
+        held.enter_context(stop.on_signals())
         minute = timedelta(minutes=1)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=minute))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=minute)

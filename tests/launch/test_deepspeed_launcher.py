@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -261,6 +262,31 @@ def test_a_node_ends_its_ranks(
         assert node.process.stdin is not None
         node.process.stdin.close()
     assert node.process.wait(60) == code, node.errors()
+    require_ended(ranks)
+
+
+def test_several_signals_are_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the whole job, as Slurm sends them at a preemption: the ranks save and end, and the exit code says so."""
+    told = plan(tmp_path)
+    (tmp_path / "waits.py").write_text(PROGRAM.format(on_sigterm="sys.exit(143)", dies=False))
+    for name, value in {**told.environment, "OUT": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    with (tmp_path / "errors").open("w") as errors:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "launch.deepspeed", "--num_gpus=2", "waits"], stderr=errors, cwd=REPOSITORY
+        )
+    try:
+        ranks = Started(tmp_path, launcher).found()
+        others = [process for process in psutil.Process(launcher.pid).children(recursive=True)
+                  if process.pid not in [pid for pid, *_ in ranks]]  # fmt: skip
+        for number in (signal.SIGUSR1, signal.SIGCONT):
+            for process in (psutil.Process(launcher.pid), *others):
+                process.send_signal(number)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == INTERRUPTED_EXIT_CODE, (tmp_path / "errors").read_text()
+    finally:
+        launcher.kill()
+    assert "error" not in (tmp_path / "errors").read_text()
     require_ended(ranks)
 
 
