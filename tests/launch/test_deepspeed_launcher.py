@@ -64,7 +64,10 @@ def plan(tmp_path: Path, *arguments: str, module: str = "waits", **changes: obje
 def test_a_hostfile(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
     file.write_text("# ours\nnode-1 slots=2\n\n  node-2   slots=4  # the new one\n")
-    assert read_hostfile(file) == {"node-1": ["0", "1"], "node-2": ["0", "1", "2", "3"]}
+    hosts = {"node-1": ["0", "1"], "node-2": ["0", "1", "2", "3"]}
+    assert read_hostfile(file) == hosts
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_hostfile(file) == hosts, "as an editor on Windows saves it"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,8 @@ def test_a_hostfile(tmp_path: Path) -> None:
         ("node-1\n", r"hosts:1: 'node-1' must be a host and its GPUs"),
         ("node-1 slots=two\n", "hosts:1: .* must be a host"),
         ("a slots=1\nb slots=1\na slots=2\n", "hosts:3: a is there twice"),
+        ("localhost slots=1\n127.0.0.1 slots=1\n", "hosts:2: 127.0.0.1 is there twice, as localhost"),
+        ("a slots=1000000000\n", "hosts:1: .* must be a host"),
         ("a slots=0\n", "hosts:1: a has slots=0"),
         ("# nothing\n", "names no host"),
         (None, "cannot be read: No such file"),
