@@ -23,6 +23,7 @@ from kraken_train.interruption import INTERRUPTED_EXIT_CODE
 from kraken_train.rank_errors import RankError, record_error
 from kraken_train.runtime import free_port
 from launch import node as node_module
+from launch.deepspeed import make_plans, parse
 from launch.hosts import Slots, choose, read_hostfile
 from launch.node import KILL, STOP, Plan
 from launch.verdict import Words, judge
@@ -135,6 +136,17 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
     missing = run_here("launch.deepspeed", "--hostfile", str(tmp_path / "hosts"), "kraken_train.train", "run_dir=/r")
     assert "cannot be read: No such file" in user_error(missing)
     assert "give --hostfile" in user_error(run_here("launch.deepspeed", "--num_nodes", "2", "kraken_train.train"))
+
+
+def test_two_launches_on_one_machine_do_not_share_a_port() -> None:
+    """DeepSpeed's own default is one port for all."""
+
+    def port() -> int:
+        plans, _ = make_plans(*parse(["--num_gpus=1", "kraken_train.train", "run_dir=/nowhere"]))
+        return plans["localhost"].master_port
+
+    with socket.create_server(("", port())) as first:
+        assert port() != first.getsockname()[1]
 
 
 def test_dead_hosts_are_all_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
