@@ -1,4 +1,4 @@
-"""What asks a run to save and end early: SIGTERM, or the end of the launcher that started it.
+"""What asks a run to save and end early: SIGTERM, SIGUSR1, or the end of the launcher that started it.
 
 The `deepspeed` command does not pass SIGTERM on: it dies and leaves `deepspeed.launcher.launch` and the ranks behind.
 So a rank looks at its launchers itself; on other machines these are remote shells, up to the daemon that started them.
@@ -15,6 +15,7 @@ from types import FrameType
 import psutil
 
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGTERM
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends one or both, depending on the job's --signal
 LAUNCHER_SECONDS = 300.0  # for a run to finish its step, save and end once its launcher has
 
 OURS = ("launch.node", "launch.deepspeed")
@@ -47,17 +48,22 @@ class StopRequest:
             self.reason = reason
 
     @contextmanager
-    def on_sigterm(self) -> Iterator[None]:
-        """Make SIGTERM a request, in place of death. Main thread only (ValueError elsewhere)."""
+    def on_signals(self) -> Iterator[None]:
+        """Make STOP_SIGNALS a request, in place of death. Main thread only (ValueError elsewhere).
+
+        Once there is a request they are ignored for good: the process is about to end, and a second signal must not
+        cut off what is left to be written.
+        """
 
         def handle(number: int, frame: FrameType | None) -> None:
-            self.request("SIGTERM")
+            self.request(signal.Signals(number).name)
 
-        previous = signal.signal(signal.SIGTERM, handle)
+        previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, signal.SIG_IGN if self.requested else handler)
 
 
 class Launchers:

@@ -58,7 +58,7 @@ def main() -> None:
 def train(config: TrainConfig) -> None:
     """Train to `config.max_steps`, from the run folder's newest good checkpoint if it has one.
 
-    Exits with INTERRUPTED_EXIT_CODE, after saving, if SIGTERM or the end of its launcher asked it to stop before.
+    Exits with INTERRUPTED_EXIT_CODE, after saving, if a signal or the end of its launcher asked it to stop before.
     """
     runtime = read_runtime()
     data = TrainingData(config.data_shares)
@@ -99,7 +99,7 @@ def train(config: TrainConfig) -> None:
                 print(precision.describe(), flush=True)
             trainer = Trainer(config, model_config, data, samples, run, runtime, stop, watchdog)
             trainer.restore()
-            with stop.on_sigterm():  # before there is a step, there is nothing to save
+            with stop.on_signals():  # before there is a step, there is nothing to save
                 trainer.run_steps()
     except Interrupted:
         stop_processes(runtime)

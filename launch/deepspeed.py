@@ -3,9 +3,9 @@
     python -m launch.deepspeed [--hostfile FILE] [--num_nodes N] [--num_gpus N] kraken_train.train OVERRIDES...
 
 As `deepspeed --no_local_rank --module`, with the same options, and what that lacks: Hydra's overrides arrive as they
-are, hosts are checked before anything starts, SIGTERM, SIGINT and SIGHUP let the run save and end, no rank outlives
-the launcher on any host, and the last words and the exit code are those of the rank that has failed. Needs ssh without
-a password, and on each host the same paths; no pdsh.
+are, hosts are checked before anything starts, SIGTERM, SIGUSR1, SIGINT and SIGHUP let the run save and end, no rank
+outlives the launcher on any host, and the last words and the exit code are those of the rank that has failed. Needs
+ssh without a password, and on each host the same paths; no pdsh.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import psutil
 
 from kraken_train.cli import user_errors
 from kraken_train.errors import ConfigError
-from kraken_train.interruption import LAUNCHER_SECONDS
+from kraken_train.interruption import LAUNCHER_SECONDS, STOP_SIGNALS
 from kraken_train.run_layout import LAUNCH_COMMAND
 from launch.hosts import DEFAULT_HOSTFILE, Slots, choose, is_here, read_hostfile, this_machine
 from launch.node import KILL, STILL_HERE, STOP, Plan, describe_end, newest_start_number
@@ -275,7 +275,7 @@ class Supervision:
         self.told: float | None = None
 
     def run(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.on_signal)
         for node in self.nodes:

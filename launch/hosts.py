@@ -13,14 +13,14 @@ from kraken_train.files import require_regular
 Slots = dict[str, list[str]]  # host -> the numbers of its GPUs, in the order of the ranks
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")  # DeepSpeed's
-LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+LINE = re.compile(r"(\S+)\s+slots=(\d{1,4})\s*(#.*)?")
 
 
 def read_hostfile(path: Path) -> Slots:
     """The hosts of a file with lines such as `node-1 slots=8`. Raises ConfigError."""
     require_regular(path, "--hostfile", ConfigError)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors write a mark first
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(
@@ -34,8 +34,12 @@ def read_hostfile(path: Path) -> Slots:
         if match is None:
             raise ConfigError(f"{path}:{number}: {line!r} must be a host and its GPUs, as in `node-1 slots=8`")
         name, slots = match[1], int(match[2])
-        if name in hosts:
-            raise ConfigError(f"{path}:{number}: {name} is there twice; give each host one line with all of its slots")
+        twice = next((host for host in hosts if host == name or (is_here(host) and is_here(name))), None)
+        if twice is not None:
+            also = "" if twice == name else f", as {twice}"
+            raise ConfigError(
+                f"{path}:{number}: {name} is there twice{also}; give each host one line with all of its slots"
+            )
         if slots == 0:
             raise ConfigError(f"{path}:{number}: {name} has slots=0; remove the line, or say how many ranks it runs")
         hosts[name] = [str(slot) for slot in range(slots)]

@@ -31,6 +31,7 @@ from kraken_train.interruption import (
     LAUNCHER_SECONDS,
     LOCAL_LAUNCHER,
     STARTED_BY_NODE,
+    STOP_SIGNALS,
     has_ended,
 )
 from kraken_train.locales import use_unicode
@@ -141,11 +142,14 @@ class Node:
 
     def run(self) -> int:
         """Wait for the end of all; the exit code of the rank that failed first, as far as the launcher knows it."""
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self.on_signal)
+        # DeepSpeed's launcher would die of it where a whole job gets the signal. What is ignored stays so in a child.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         self.launcher = subprocess.Popen(
             self.plan.command(), stdin=subprocess.DEVNULL, env=os.environ | self.plan.environment
         )
+        signal.signal(signal.SIGUSR1, self.on_signal)
         while self.launcher.poll() is None:
             self.listen()
             self.look_at_ranks()

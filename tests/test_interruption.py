@@ -7,21 +7,48 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import psutil
 import pytest
 
 from kraken_train import interruption
-from kraken_train.interruption import STARTED_BY_NODE, Launchers, StopRequest, has_ended, launcher_name
+from kraken_train.interruption import STARTED_BY_NODE, STOP_SIGNALS, Launchers, StopRequest, has_ended, launcher_name
 
 
-def test_sigterm_is_a_request_inside_the_context_only() -> None:
-    stop, before = StopRequest(), signal.getsignal(signal.SIGTERM)
-    with stop.on_sigterm():
+@pytest.fixture
+def handlers_back() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_back")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_a_request_inside_the_context_only(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest().on_signals():
+        assert signal.getsignal(number) != before
+    assert signal.getsignal(number) == before, "as nothing has asked, it means what it did"
+    stop = StopRequest()
+    with stop.on_signals():
         assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested and stop.reason == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.reason == number.name
+
+
+@pytest.mark.usefixtures("handlers_back")
+def test_several_signals_are_one_request() -> None:
+    """As Slurm sends them at a preemption. What comes once the context has ended must not cut off the process's end."""
+    stop = StopRequest()
+    with stop.on_signals():
+        for number in (signal.SIGUSR1, signal.SIGCONT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.reason == "SIGUSR1"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    assert stop.reason == "SIGUSR1"
 
 
 def test_the_first_reason_is_kept() -> None:

@@ -38,7 +38,7 @@ HOUR = 3600.0  # seconds that no test takes
 def run(runtime: Runtime, folder: Path, timeout_seconds: float, mode: str) -> None:
     with ExitStack() as held:
         stop = StopRequest()
-        held.enter_context(stop.on_sigterm())
+        held.enter_context(stop.on_signals())
         limit = timedelta(minutes=15)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from kraken_train.interruption import INTERRUPTED_EXIT_CODE
 from kraken_train.rank_errors import RankError, record_error
 from kraken_train.runtime import free_port
 from launch import node as node_module
+from launch.deepspeed import make_plans, parse
 from launch.hosts import Slots, choose, read_hostfile
 from launch.node import KILL, STOP, Plan
 from launch.verdict import Words, judge
@@ -64,7 +66,10 @@ def plan(tmp_path: Path, *arguments: str, module: str = "waits", **changes: obje
 def test_a_hostfile(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
     file.write_text("# ours\nnode-1 slots=2\n\n  node-2   slots=4  # the new one\n")
-    assert read_hostfile(file) == {"node-1": ["0", "1"], "node-2": ["0", "1", "2", "3"]}
+    hosts = {"node-1": ["0", "1"], "node-2": ["0", "1", "2", "3"]}
+    assert read_hostfile(file) == hosts
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_hostfile(file) == hosts, "as an editor on Windows saves it"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +78,8 @@ def test_a_hostfile(tmp_path: Path) -> None:
         ("node-1\n", r"hosts:1: 'node-1' must be a host and its GPUs"),
         ("node-1 slots=two\n", "hosts:1: .* must be a host"),
         ("a slots=1\nb slots=1\na slots=2\n", "hosts:3: a is there twice"),
+        ("localhost slots=1\n127.0.0.1 slots=1\n", "hosts:2: 127.0.0.1 is there twice, as localhost"),
+        ("a slots=1000000000\n", "hosts:1: .* must be a host"),
         ("a slots=0\n", "hosts:1: a has slots=0"),
         ("# nothing\n", "names no host"),
         (None, "cannot be read: No such file"),
@@ -130,6 +137,17 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
     missing = run_here("launch.deepspeed", "--hostfile", str(tmp_path / "hosts"), "kraken_train.train", "run_dir=/r")
     assert "cannot be read: No such file" in user_error(missing)
     assert "give --hostfile" in user_error(run_here("launch.deepspeed", "--num_nodes", "2", "kraken_train.train"))
+
+
+def test_two_launches_on_one_machine_do_not_share_a_port() -> None:
+    """DeepSpeed's own default is one port for all."""
+
+    def port() -> int:
+        plans, _ = make_plans(*parse(["--num_gpus=1", "kraken_train.train", "run_dir=/nowhere"]))
+        return plans["localhost"].master_port
+
+    with socket.create_server(("", port())) as first:
+        assert port() != first.getsockname()[1]
 
 
 def test_dead_hosts_are_all_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +285,31 @@ def test_a_node_ends_its_ranks(
         assert node.process.stdin is not None
         node.process.stdin.close()
     assert node.process.wait() == code, node.errors()
+    require_ended(ranks)
+
+
+def test_several_signals_are_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the whole job, as Slurm sends them at a preemption: the ranks save and end, and the exit code says so."""
+    told = plan(tmp_path)
+    (tmp_path / "waits.py").write_text(PROGRAM.format(on_sigterm="sys.exit(143)", dies=False))
+    for name, value in {**told.environment, "OUT": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    with (tmp_path / "errors").open("w") as errors:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "launch.deepspeed", "--num_gpus=2", "waits"], stderr=errors, cwd=REPOSITORY
+        )
+    try:
+        ranks = Started(tmp_path, launcher).found()
+        others = [process for process in psutil.Process(launcher.pid).children(recursive=True)
+                  if process.pid not in [pid for pid, *_ in ranks]]  # fmt: skip
+        for number in (signal.SIGUSR1, signal.SIGCONT):
+            for process in (psutil.Process(launcher.pid), *others):
+                process.send_signal(number)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == INTERRUPTED_EXIT_CODE, (tmp_path / "errors").read_text()
+    finally:
+        launcher.kill()
+    assert "error" not in (tmp_path / "errors").read_text()
     require_ended(ranks)
 
 
