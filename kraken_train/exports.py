@@ -9,6 +9,7 @@ from typing import Any
 from kraken_train.errors import CheckpointError
 
 EXPORTS_FILE = "exports.jsonl"
+FILES_OF_AN_EXPORT = "config.json", "model.safetensors"  # as in checkpoints.export_folder, which imports torch
 
 
 def record_export(path: Path, export_dir: Path, step: int) -> None:
@@ -25,3 +26,8 @@ def read_exports(path: Path) -> list[dict[str, Any]]:
         return [{"step": int(record["step"]), "path": str(record["path"])} for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); remove it, and name exports instead of the run") from error
+
+
+def is_export(folder: Path) -> bool:
+    """Whether it looks like one from outside."""
+    return all((folder / name).is_file() for name in FILES_OF_AN_EXPORT)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder with all that is in it; `target` is new. Raises the first OSError, unlike shutil.copytree."""
+    for path in [source, *sorted(source.rglob("*"))]:
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            shutil.copyfile(path, copy)
 
 
 def try_lock(descriptor: int, shared: bool = False) -> bool:

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kraken_train.config import TrainConfig
-from kraken_train.errors import TrainingError
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted
-from kraken_train.run_folder import RunFolder
+from kraken_train.run_folder import RunFolder, system_errors
 from kraken_train.run_layout import LOGS
 from kraken_train.tracking.process import start_follower
 
@@ -38,10 +37,8 @@ class Metrics:
     def __init__(self, config: TrainConfig, run: RunFolder, step: int) -> None:
         self.run = run
         self.console = PatientConsole(highlight=False)
-        try:
+        with system_errors(f"{run.path} cannot be written"):
             run.write_config(config)
-        except OSError as error:
-            raise TrainingError(f"{run.path} cannot be written: {error.strerror}") from error
         self.file = self.open_after(step)
         self.follower = start_follower(config.tracking, run.path, run.start / LOGS, self.note)
         self.progress: Progress | None = None
@@ -57,26 +54,22 @@ class Metrics:
             self.task = self.progress.add_task("training", total=config.max_steps, completed=step)
 
     def rewind(self, step: int) -> None:
-        """Go on after `step`: later records are dropped, as they will be written again. Raises TrainingError."""
+        """Go on after `step`: later records are dropped, as they will be written again. Raises CheckpointError."""
         self.file.close()
         self.file = self.open_after(step)
 
     def open_after(self, step: int) -> TextIO:
-        try:
+        with system_errors(f"{self.run.metrics} cannot be written"):
             drop_records_after(self.run.metrics, step)
             return self.run.metrics.open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise TrainingError(f"{self.run.metrics} cannot be written: {error.strerror}") from error
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def record(self, record: Record) -> None:
         """Report one step. Values that are not finite become null in the file, as JSON has no NaN."""
-        try:
+        with system_errors(f"{self.file.name} cannot be written"):
             self.file.write(json.dumps({key: json_number(value) for key, value in record.items()}) + "\n")
-        except OSError as error:
-            raise TrainingError(f"{self.file.name} cannot be written: {error.strerror}") from error
         line = describe(record)
         if self.progress is not None:
             self.progress.update(self.task, completed=int(record["step"]), description=line)
@@ -85,10 +78,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Wait until the disk has all records: those up to a checkpoint's step must not be lost with a machine."""
-        try:
+        with system_errors(f"{self.file.name} cannot be written"):
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise TrainingError(f"{self.file.name} cannot be written: {error.strerror}") from error
 
     def note(self, text: str) -> None:
         self.say(f"note: {text}")

@@ -11,12 +11,11 @@ from typing import Any
 import yaml
 
 from kraken_train.errors import CheckpointError
-from kraken_train.exports import read_exports
+from kraken_train.exports import is_export, read_exports
 from kraken_train.run_layout import CONFIG_FILE, EVENTS_FILE, IDENTITY_FILE, start_folders
 from kraken_train.run_metrics import METRICS_FILE
 
 IDENTITY_KEYS = {"id", "model", "data_fingerprint", "seed"}
-EXPORT_FILES = "config.json", "model.safetensors"  # as in checkpoints.export_folder, which imports torch
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def find_exports(run: Path) -> tuple[list[Export], list[str]]:
     except CheckpointError as error:
         return [], [str(error)]
     found = [(export["step"], Path(export["path"])) for export in made]
-    return [Export(step, str(path), all((path / name).is_file() for name in EXPORT_FILES)) for step, path in found], []
+    return [Export(step, str(path), is_export(path)) for step, path in found], []
 
 
 def data_folders(config: dict[str, Any], folder: str | None) -> list[Path]:

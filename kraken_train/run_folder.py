@@ -14,6 +14,7 @@ exports.jsonl one object per export that was made of it, so that reports find wh
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ import yaml
 
 from checkpoints.manifest import has_checkpoints
 from checkpoints.store import find_good_checkpoint
-from data_prep.manifest import TOKENIZER_FOLDER
+from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.events import EventLog
-from kraken_train.files import replace_synced, try_lock
+from kraken_train.exports import is_export
+from kraken_train.files import copy_folder, replace_synced, try_lock
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
 from kraken_train.recorded import recorded_model
@@ -50,6 +53,15 @@ from kraken_train.run_layout import (
 
 METRICS_FILE = "metrics.jsonl"
 SUBMISSIONS = "submissions"
+REMEDIES = {
+    errno.ENOSPC: "free some space, or set run_dir to another disk",
+    errno.EDQUOT: "free some space, or set run_dir to another disk",
+    errno.EROFS: "set run_dir to a folder that can be written",
+    errno.EACCES: "set run_dir to a folder that this user can read and write",
+    errno.EPERM: "set run_dir to a folder that this user can read and write",
+    errno.ENOTDIR: "set run_dir to a folder",
+    errno.EEXIST: "a file, or a link to nothing, is where a folder must be",
+}
 LOCK_PATIENCE = 1.0  # seconds: who only looks at a run (`run_state.is_alive`) holds its lock for a moment
 
 
@@ -73,7 +85,7 @@ class RunFolder:
         """The folder of this start."""
         return self.path / "starts" / f"{self.start_number:04d}"
 
-    @property
+    @cached_property
     def events(self) -> EventLog:
         return EventLog(self.path / EVENTS_FILE)
 
@@ -93,21 +105,31 @@ def open_run_folder(
     a run.
     """
     path = Path(config.run_dir)
-    checkpoints = path / "checkpoints"
-    identity, existing = check_run_folder(config, model, fingerprint)
-    run_id = existing["id"] if existing else uuid.uuid4().hex[:8]
-    try:
+    check_run_folder(config, model, fingerprint)
+    with system_errors(f"run_dir={path} cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(path))
+    # Another start may have been faster, and this one has waited for its end.
+    identity, existing = check_run_folder(config, model, fingerprint)
+    run_id = existing["id"] if existing else uuid.uuid4().hex[:8]
+    with system_errors(f"run_dir={path} cannot be written"):
         if not (path / IDENTITY_FILE).exists():
             replace_synced(path / IDENTITY_FILE, json.dumps({"id": run_id, **identity}, indent=1))
         copy_once(tokenizer_dir, path / TOKENIZER_FOLDER)
         number = max((int(start.name) for start in start_folders(path)), default=0) + 1
-        run = RunFolder(path, run_id, resuming=has_checkpoints(checkpoints), start_number=number)
+        run = RunFolder(path, run_id, resuming=has_checkpoints(path / "checkpoints"), start_number=number)
         run.start.mkdir(parents=True)
-    except OSError as error:  # shutil.Error, which is one, has no strerror
-        raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror or error}") from error
     return run
+
+
+@contextmanager
+def system_errors(problem: str) -> Iterator[None]:
+    """What the system refuses within a run's folder becomes a CheckpointError that says what would work."""
+    try:
+        yield
+    except OSError as error:
+        remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+        raise CheckpointError(f"{problem}: {error.strerror or error}{remedy}") from error
 
 
 def check_run_folder(
@@ -120,11 +142,12 @@ def check_run_folder(
     path = Path(config.run_dir)
     checkpoints = path / "checkpoints"
     identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
-    existing = read_identity(path) or identity_of_checkpoints(checkpoints)
-    if existing is None and path.exists() and any(not is_of_no_run(entry) for entry in path.iterdir()):
-        raise CheckpointError(
-            f"run_dir={path} is not empty and holds no run ({IDENTITY_FILE} is missing); use a new or empty folder"
-        )
+    with system_errors(f"run_dir={path} cannot be read"):
+        existing = read_identity(path) or identity_of_checkpoints(checkpoints)
+        if existing is None and path.exists() and any(not is_of_no_run(entry) for entry in path.iterdir()):
+            raise CheckpointError(
+                f"run_dir={path} is not empty and holds {what_it_holds(path)}; use a new or empty folder"
+            )
     if config.resume == "must" and not has_checkpoints(checkpoints):
         raise CheckpointError(
             f"resume=must, but there is no checkpoint in {checkpoints}; name the run's folder in run_dir, or start "
@@ -143,6 +166,16 @@ def check_run_folder(
 def is_of_no_run(entry: Path) -> bool:
     """Whether a folder may hold this before a run begins in it."""
     return entry.name.startswith(".") or entry.name in (SUBMISSIONS, EVENTS_FILE)
+
+
+def what_it_holds(path: Path) -> str:
+    """In place of a run."""
+    run = next((parent for parent in path.resolve().parents if (parent / IDENTITY_FILE).is_file()), None)
+    if run is not None:
+        return f"a part of the run in {run}"
+    if (path / MANIFEST_NAME).is_file():
+        return "prepared data"
+    return "an export" if is_export(path) else f"no run ({IDENTITY_FILE} is missing)"
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:
@@ -245,5 +278,5 @@ def copy_once(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
+    copy_folder(source, temporary)
     temporary.rename(target)

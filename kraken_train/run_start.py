@@ -28,11 +28,12 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from kraken_train.errors import CheckpointError, KrakenError, RankLostError
+from kraken_train.errors import KrakenError, RankLostError
 from kraken_train.events import now
 from kraken_train.files import replace_synced
 from kraken_train.interruption import Interrupted, Launchers
 from kraken_train.rank_errors import RankError, record_error
+from kraken_train.run_folder import system_errors
 from kraken_train.run_layout import ENVIRONMENT_FILE, ERRORS, LOGS
 from kraken_train.runtime import Runtime, launch_command, slurm_job
 
@@ -49,12 +50,10 @@ def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
     """
     log_path = folder / LOGS / f"rank-{runtime.rank:04d}.log"
     with ExitStack() as held:
-        try:
+        with system_errors(f"{log_path} cannot be written"):
             for name in (LOGS, ERRORS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             log = log_path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        except OSError as error:
-            raise CheckpointError(f"{log_path} cannot be written: {error.strerror}") from error
         held.callback(close_log, log)
         held.enter_context(redirect_stdout(Tee(sys.stdout, log)))
         held.enter_context(redirect_stderr(Tee(sys.stderr, log)))
@@ -124,10 +123,14 @@ def describe_error(error: Exception, runtime: Runtime) -> RankError:
 
 
 def write_environment(folder: Path, runtime: Runtime) -> None:
-    """A collective."""
+    """A collective. Raises CheckpointError, on all ranks, where it cannot be written."""
     hosts = runtime.gather(socket.gethostname())
-    if runtime.is_first:
-        replace_synced(folder / ENVIRONMENT_FILE, json.dumps(describe_environment(hosts, runtime), indent=1))
+
+    def write() -> None:
+        with system_errors(f"{folder} cannot be written"):
+            replace_synced(folder / ENVIRONMENT_FILE, json.dumps(describe_environment(hosts, runtime), indent=1))
+
+    runtime.on_first(write)
 
 
 def describe_environment(hosts: Iterable[str], runtime: Runtime) -> dict[str, Any]:

@@ -19,15 +19,20 @@ from checkpoints.store import find_good_checkpoint, read_weights
 from integration.training import STEPS, learned, overrides, records
 
 
+def bf16(data: Path, run: Path, *more: str) -> list[str]:
+    """Settings of the runs here; those of test_faults.py are in fp32."""
+    return overrides(data, run, "precision=bf16", *more)
+
+
 def train(data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return run_module("kraken_train.train", *overrides(data, run, *more))
+    return run_module("kraken_train.train", *bf16(data, run, *more))
 
 
 @pytest.fixture(scope="module")
 def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    result = train(data, run)
+    result = train(data, run, "checkpoint.every=2", "checkpoint.keep=6")
     assert result.returncode == 0, result.stderr
     return run
 
@@ -50,7 +55,7 @@ def test_results_read_rarely(data: Path, reference: Path, tmp_path: Path) -> Non
 
 def test_checkpoints_and_folder(reference: Path) -> None:
     folders = sorted(path.name for path in (reference / "checkpoints").glob("step-*"))
-    assert folders == ["step-00000004", "step-00000008", "step-00000012"]
+    assert folders == [f"step-{step:08d}" for step in range(2, STEPS + 1, 2)]
     trained = read_weights(reference)
     assert trained.metadata["step"] == STEPS
     assert trained.metadata["consumed_samples"] == STEPS * 4
@@ -80,11 +85,11 @@ def test_a_finished_run_is_left_alone(data: Path, reference: Path, tmp_path: Pat
 def test_two_copies(data: Path, reference: Path, tmp_path: Path) -> None:
     """The same samples, losses and validation over two data-parallel ranks."""
     run = tmp_path / "run"
-    launch_ranks(2, "-m", "kraken_train.train", *overrides(data, run))
+    launch_ranks(2, "-m", "kraken_train.train", *bf16(data, run))
     assert read_weights(run).metadata["data_parallel_size"] == 2
     assert len(list((run / "checkpoints" / "step-00000012").glob("*.distcp"))) == 2
     for found, expected in zip(learned(run), learned(reference), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+        assert found == pytest.approx(expected, rel=1e-3)  # sums are in another order, and then rounded to bf16
 
 
 def test_an_error_is_told_once(data: Path, tmp_path: Path) -> None:
@@ -100,19 +105,20 @@ def test_an_error_is_told_once(data: Path, tmp_path: Path) -> None:
         assert len(messages) == 1 and words in messages[0], messages
 
 
-def test_a_damaged_checkpoint_is_passed_over(data: Path, reference: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_passed_over(data: Path, reference: Path, tmp_path: Path) -> None:
+    """And the ten losses after that are those of the uninterrupted run, to the bit."""
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", str(reference), str(run)], check=True)
-    for step in (8, 12):
+    for step in range(4, STEPS + 1, 2):
         file = next((run / "checkpoints" / f"step-{step:08d}").glob("*.distcp"))
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     result = train(data, run)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("passed over a damaged checkpoint") == 2
-    assert len(list((run / "checkpoints").glob("step-*.damaged"))) == 2
-    assert f"resumed from {run}/checkpoints/step-00000004" in result.stdout
+    assert result.stdout.count("passed over a damaged checkpoint") == 5
+    assert len(list((run / "checkpoints").glob("step-*.damaged"))) == 5
+    assert f"resumed from {run}/checkpoints/step-00000002" in result.stdout
     assert "the learning rate jumps" not in result.stdout
     assert learned(run) == learned(reference)
 
@@ -188,7 +194,8 @@ def test_refused_before_anything_starts(data: Path, reference: Path, tmp_path: P
     ]:
         # What is refused before the ranks join can be tried in this process, which is faster.
         command = run_here if run == tmp_path / "a" and "resume=must" not in more else run_module
-        error = user_error(command("kraken_train.train", *overrides(data, run, *more)))
+        composed = bf16(data, run, *more) if run == reference else overrides(data, run, *more)
+        error = user_error(command("kraken_train.train", *composed))
         assert words in error, error
         assert not (tmp_path / "a").exists()
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
@@ -211,8 +218,8 @@ def test_full_disk_while_saving(data: Path, reference: Path, tmp_path: Path) -> 
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in (reference / "checkpoints").rglob("*") if path.is_file())
-    # Room for two checkpoints and a half.
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 6}", "tmpfs", str(disk)], check=False)
+    # Room for two checkpoints and a half, of the six.
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 12}", "tmpfs", str(disk)], check=False)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:
