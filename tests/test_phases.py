@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from kraken_train.phases import BACKWARD, EXCHANGE, FORWARD, OTHER, Phases
 
 def test_nested_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.accumulate([0, 1, 2, 4, 8, 16])  # 0, 1, 3, 7, 15, 31
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     timed = Phases(torch.device("cpu"))
     timed.active = True
     with timed.phase(FORWARD), timed.phase(EXCHANGE):  # 0 to 1, 1 to 3, and forward again to 7

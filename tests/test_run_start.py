@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import sys
-import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kraken_train import run_folder
 from kraken_train.errors import CheckpointError, ConfigError, RankLostError
 from kraken_train.events import EventLog, read_events
 from kraken_train.files import try_lock
@@ -21,15 +22,26 @@ from kraken_train.run_start import Tee, recorded
 from kraken_train.runtime import Runtime
 
 
-def test_who_only_looks_is_waited_for(tmp_path: Path) -> None:
-    """`status` holds the lock of a run for a moment, which must not end a start."""
-    lock = (tmp_path / LOCK_FILE).open("a")
+@pytest.mark.parametrize("seconds", [0.2, 60.0])
+def test_who_only_looks_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """`status` holds the lock of a run for a moment, which must not end a start; who holds it longer does."""
+    lock, now = (tmp_path / LOCK_FILE).open("a"), 0.0
     assert try_lock(lock.fileno(), shared=True)
-    with pytest.raises(CheckpointError, match="is being written by another process"), locked(tmp_path):
-        pass
-    threading.Timer(0.2, lock.close).start()
-    with locked(tmp_path):
-        assert lock.closed
+
+    def sleep(passing: float) -> None:
+        nonlocal now
+        now += passing
+        if now >= seconds:
+            lock.close()
+
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    held = locked(tmp_path)
+    if seconds < run_folder.LOCK_PATIENCE:
+        with held:
+            assert lock.closed
+    else:
+        with pytest.raises(CheckpointError, match="is being written by another process"), held:
+            pass
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from kraken_train.data import Samples
 from kraken_train.loss_watch import Trouble
 from kraken_train.train import Trainer, main
 
-SLOW_STEPS = 10
+SLOW_STEPS, SLOW_SECONDS = 10, 100.0  # on a clock on which a forward pass takes 1 second otherwise
 BAD_STEPS = 3
 SAVE_PHASES = {  # phase: (function, the rank that calls it, calls per save, whether it strikes before it)
     "before the tensors": ("write_tensors", 1, 1, True),
@@ -51,14 +51,8 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def end_launcher() -> None:
-    """SIGTERM to the `deepspeed` command: the parent of the parent of a rank."""
-    psutil.Process().parent().parent().send_signal(signal.SIGTERM)  # type: ignore[union-attr]
-    time.sleep(5)  # as if steps took long: these are so short that the run would be done before it has noticed
-
-
 PROCESSORS = {"has native bf16": {"avx512_bf16"}, "has no native bf16": {"avx512f"}}
-STEP_FAULTS: dict[str, Callable[[], None]] = {"stops": stop, "its launcher is told to end": end_launcher}
+STEP_FAULTS: dict[str, Callable[[], None]] = {"stops": stop}
 
 
 def before_step(step: int, action: Callable[[Trainer], None]) -> None:
@@ -95,29 +89,38 @@ def tell(trainer: Trainer) -> None:
     print("told: " + json.dumps(told), flush=True)
 
 
+def end_launcher(trainer: Trainer) -> None:
+    """SIGTERM to the `deepspeed` command, the parent of the parent of a rank; the step begins once that is noticed."""
+    psutil.Process().parent().parent().send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+    while not trainer.stop.requested:
+        time.sleep(0.05)
+
+
 def full_disk(trainer: Trainer) -> None:
-    """From now on no file may grow beyond a few bytes, as on a disk that is full; and steps take long."""
+    """From now on no file may grow beyond a few bytes, as on a disk that is full; and steps take as long as saves."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
     step = trainer.engine.step
 
     def slow_step(*arguments: Any, **keywords: Any) -> Any:
-        time.sleep(1)
+        if trainer.checkpoints.under_way is not None:
+            trainer.checkpoints.under_way.join()
         return step(*arguments, **keywords)
 
     trainer.engine.step = slow_step  # type: ignore[method-assign]
 
 
 def slow_down(trainer: Trainer) -> None:
-    """For SLOW_STEPS its forward pass takes longer."""
-    forward, until = trainer.engine.deepspeed.forward, trainer.step + SLOW_STEPS
+    """For SLOW_STEPS the forward pass of rank 1 takes longer, on a clock that nothing else moves."""
+    forward, until, clock = trainer.engine.deepspeed.forward, trainer.step + SLOW_STEPS, 0.0
 
-    def slow_forward(*arguments: Any, **keywords: Any) -> Any:
-        if trainer.step < until:
-            time.sleep(0.3)
+    def timed_forward(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal clock
+        clock += SLOW_SECONDS if trainer.runtime.rank == 1 and trainer.step < until else 1.0
         return forward(*arguments, **keywords)
 
-    trainer.engine.deepspeed.forward = slow_forward
+    trainer.engine.deepspeed.forward = timed_forward
+    trainer.phases.now = lambda: clock  # type: ignore[method-assign]
 
 
 def hang_in_data(trainer: Trainer) -> None:
@@ -199,6 +202,7 @@ def die_after_rollback(when: int) -> None:
 
 
 TRAINER_FAULTS = {
+    "its launcher is told to end": end_launcher,
     "is slow": slow_down,
     "hangs in its data": hang_in_data,
     "sees a NaN": poison,

@@ -14,6 +14,7 @@ import pytest
 from helpers import REPOSITORY
 
 from checkpoints.store import find_good_checkpoint
+from integration.faulty_train import SLOW_SECONDS
 from integration.training import learned, overrides, records
 from kraken_train.events import read_events
 from kraken_train.rank_errors import read_errors
@@ -147,20 +148,20 @@ def test_two_ranks_go_back_together(train: Train, tmp_path: Path) -> None:
 @pytest.mark.slow  # 20 s
 def test_a_slow_rank_is_named(train: Train, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    result = train(run, ["is slow", "1", "2"], "max_steps=22", "validation.every=0", ranks=2)
+    result = train(run, ["is slow", "all", "2"], "max_steps=22", "validation.every=0", ranks=2)
     assert result.returncode == 0, result.stderr
     slow = [event for event in events(run, "straggler") if event["rank"] == 1]
     assert len(slow) == 1 and slow[0]["factor"] > 1.5 and slow[0]["step"] >= 8
     assert len([event for event in events(run, "straggler_over") if event["rank"] == 1]) == 1
     assert f"note: rank 1 on {slow[0]['host']} holds the others up" in result.stdout
     of_slow_steps = records(run)[1:11]
-    assert all(record["slowest_rank"] == 1 and record["rank_seconds_max"] > 0.3 for record in of_slow_steps)
+    assert all(record["slowest_rank"] == 1 and record["rank_seconds_max"] >= SLOW_SECONDS for record in of_slow_steps)
 
 
 @pytest.mark.slow  # 30 s
 def test_a_rank_that_hangs_in_its_data_is_named(train: Train, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    result = train(run, ["hangs in its data", "1", "2"], "health.step_seconds=10", ranks=2)
+    result = train(run, ["hangs in its data", "1", "2"], "health.step_seconds=20", ranks=2)
     assert result.returncode == 1, result.stderr
     start = run / "starts" / "0001"
     first, second = read_errors(start)

@@ -6,15 +6,15 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, wait_until
 
 from integration.training import learned, overrides
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE
@@ -45,15 +45,19 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         Path("/run/sshd").mkdir(exist_ok=True)  # it asks for that
     server = subprocess.Popen([daemon, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL)
     options = ["--hostfile", str(folder / "hosts"), "--master_addr", "127.0.0.1", f"--launcher_args=-F {folder}/config"]
-    deadline = time.monotonic() + 20
-    while subprocess.run(["ssh", "-F", folder / "config", "node-a", "true"], check=False).returncode:
-        if time.monotonic() > deadline or server.poll() is not None:
-            server.kill()
-            pytest.skip("sshd does not let us in on this machine")
-        time.sleep(0.2)
+    login = ["ssh", "-F", str(folder / "config"), "node-a", "true"]
+    wait_until(lambda: server.poll() is not None or listens(port))
+    if server.poll() is not None or subprocess.run(login, check=False).returncode:
+        server.kill()
+        pytest.skip("sshd does not let us in on this machine")
     yield options
     server.terminate()
     server.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def started(run: Path, options: list[str], data: Path, *more: str) -> subprocess.Popen[str]:
@@ -69,9 +73,14 @@ def started(run: Path, options: list[str], data: Path, *more: str) -> subprocess
     )
 
 
-def wait_for_step(run: Path, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None and (not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text()):
-        time.sleep(0.1)
+def lines(run: Path) -> int:
+    """Of metrics."""
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen[str], more_than: int) -> None:
+    wait_until(lambda: process.poll() is not None or lines(run) > more_than)
     assert process.poll() is None, process.communicate()[1]
 
 
@@ -98,23 +107,19 @@ def test_two_hosts_over_ssh(two_hosts: list[str], data: Path, tmp_path: Path) ->
     for ours, theirs in zip(learned(whole), learned(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
-    process = started(cut, two_hosts, data, "max_steps=100000", "validation.every=0")
-    wait_for_step(cut, process)
+    process = started(cut, two_hosts, data, "max_steps=100000000", "validation.every=0")
+    wait_for_steps(cut, process, 0)
     assert len(left(cut)) >= 4, "a launcher and a rank on each host"
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 60
-    while left(cut):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process = started(cut, two_hosts, data, "max_steps=100000", "validation.every=0")
-    before = len((cut / "metrics.jsonl").read_text().splitlines())
-    while process.poll() is None and len((cut / "metrics.jsonl").read_text().splitlines()) <= before:
-        time.sleep(0.1)
+    wait_until(lambda: not left(cut))
+    before = lines(cut)
+    process = started(cut, two_hosts, data, "max_steps=100000000", "validation.every=0")
+    wait_for_steps(cut, process, before)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == INTERRUPTED_EXIT_CODE, errors
-    assert not left(cut)
+    wait_until(lambda: not left(cut))
     assert read_state(cut).state == "interrupted"
     outcomes = [json.loads(line) for line in (cut / "events.jsonl").read_text().splitlines()]
     assert [event["outcome"] for event in outcomes if event["event"] == "ended"] == ["interrupted", "interrupted"]

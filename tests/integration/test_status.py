@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import REPOSITORY, run_here, user_error
+from helpers import REPOSITORY, run_here, user_error, wait_until
 
 from integration.training import overrides, records
 from kraken_train.exports import record_export
@@ -25,19 +25,17 @@ from kraken_train.run_state import RunState, read_state
 from kraken_train.status import duration
 
 ENOUGH_STEPS = 8  # the validation after step 6 included
+MANY_STEPS = 100_000_000  # which no machine does while it is looked at
 
 
 @pytest.fixture(scope="module")
 def running_and_interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunState, Path]:
     """What was told of a run while it ran, and the run after SIGTERM."""
     run = tmp_path_factory.mktemp("status") / "cut"
-    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, run, "max_steps=100000")]
+    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, run, f"max_steps={MANY_STEPS}")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and (
-            not (run / "metrics.jsonl").exists() or len(records_so_far(run)) < ENOUGH_STEPS
-        ):
-            time.sleep(0.05)
+        wait_until(lambda: process.poll() is not None or len(records_so_far(run)) >= ENOUGH_STEPS)
         state = read_state(run)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
@@ -45,7 +43,8 @@ def running_and_interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def records_so_far(run: Path) -> list[str]:
-    return (run / "metrics.jsonl").read_text().splitlines()
+    file = run / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def test_finished(changed: Callable[..., Path]) -> None:
     logged = records(run)
     last, steps = logged[-1], logged[-1]["step"]
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("max_steps: 100000", f"max_steps: {steps}"))
+    config.write_text(config.read_text().replace(f"max_steps: {MANY_STEPS}", f"max_steps: {steps}"))
     state = read_state(run)
     assert (state.state, state.step, state.max_steps) == ("finished", steps, steps)
     validation = [record["validation_loss"] for record in logged if "validation_loss" in record]
@@ -100,7 +99,7 @@ def test_running_and_interrupted(running_and_interrupted: tuple[RunState, Path])
     assert running.starts[-1].outcome == "running"
     tokens = 4 * 32  # per step
     assert running.tokens_per_second is not None
-    left = (100_000 - running.step) * tokens / running.tokens_per_second
+    left = (MANY_STEPS - running.step) * tokens / running.tokens_per_second
     assert running.seconds_left == pytest.approx(left, rel=0.1)
     assert "--log --follow" in next_step(running)
 
@@ -112,7 +111,7 @@ def test_running_and_interrupted(running_and_interrupted: tuple[RunState, Path])
     header, *rows = run_here("kraken_train.status", str(run), str(run)).stdout.splitlines()
     assert header.split()[:3] == ["run", "state", "step"]
     for row in rows:
-        assert row.split()[:3] == [str(run), "interrupted", f"{state.step}/100000"]
+        assert row.split()[:3] == [str(run), "interrupted", f"{state.step}/{MANY_STEPS}"]
     assert len(rows) == 2
 
 
@@ -122,8 +121,9 @@ def test_died(changed: Callable[..., Path]) -> None:
     (run / ".lock").touch()
     assert read_state(run).state == "died"
     (run / ".lock").write_text("process 1 on another-machine")
+    in_an_hour, an_hour_ago = time.time() + 3600, time.time() - 3600
+    os.utime(run / ".lock", (in_an_hour, in_an_hour))  # fresh, however long it takes to look
     assert read_state(run).state == "running"
-    an_hour_ago = time.time() - 3600
     os.utime(run / ".lock", (an_hour_ago, an_hour_ago))
     assert read_state(run).state == "died"
     record_error(run / "starts" / "0001", RankError("t", 3, "n1", 7, "was killed by SIGKILL", None, False, True))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import math
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from helpers import REPOSITORY, run_module, user_error
+from helpers import run_module, user_error, wait_for_stop
 from tracking.wandb_service import Service
 
-from integration.training import overrides, records
+from integration.training import overrides, records, start_stopping
 from kraken_train.events import read_events
 from kraken_train.run_folder import read_identity
 from kraken_train.tracking.wandb_files import history, wandb_files
@@ -32,24 +30,12 @@ def run_id(run: Path) -> str:
 
 def train_until(run: Path, step: int, kill_all: bool, *settings: str) -> None:
     """The command, killed after `step` has been logged; `kill_all`: with all that it has started, as a machine dies."""
-    command = [sys.executable, "-m", "kraken_train.train", *settings]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with run.with_suffix(".log").open("a") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 300
-    while not (run / "metrics.jsonl").is_file() or not any(record["step"] >= step for record in whole_records(run)):
-        assert process.poll() is None and time.monotonic() < deadline, run.with_suffix(".log").read_text()
-        time.sleep(0.02)
+        process = start_stopping(step + 1, list(settings), stdout=log, stderr=log)
+    wait_for_stop(process)
     for victim in [*(psutil.Process(process.pid).children(recursive=True) if kill_all else []), process]:
         victim.kill()
     process.wait()
-
-
-def whole_records(run: Path) -> list[dict[str, Any]]:
-    try:
-        return records(run)
-    except ValueError:  # a line is being written
-        return []
 
 
 @pytest.mark.slow  # 60 s
@@ -94,21 +80,22 @@ def test_no_step_waits_for_the_service(data: Path, tmp_path: Path, monkeypatch: 
         tokens = records(run)[0]["tokens"]
         return run, statistics.median(tokens / record["tokens_per_second"] for record in records(run)[5:])
 
-    alone = train("alone", "tracking.mode=off")[1]
     for number, trouble in enumerate([{"hangs": True}, {"status": 500}]):
+        alone = followed = math.inf  # the least of some runs in turns: other work on the machine only adds to a time
         with Service(**trouble) as service:
             for name, value in service.environment.items():
                 monkeypatch.setenv(name, value)
-            for attempt in range(4):  # other work on the machine may disturb some
+            for attempt in range(8):
+                alone = min(alone, train(f"alone-{number}-{attempt}", "tracking.mode=off")[1])
                 run, seconds = train(f"{number}-{attempt}", "tracking.mode=online", "tracking.finish_seconds=1")
+                followed = min(followed, seconds)
                 (told,) = [event for event in read_events(run / "events.jsonl") if event["event"] == "tracking"]
                 assert "not everything had arrived" in told["note"]
                 assert [record["step"] for record in records(run)] == list(range(1, steps + 1))
-                if service.requests and seconds < 1.5 * alone:
+                if service.requests and followed < 1.5 * alone:
                     break
-                alone = max(alone, train(f"alone-{number}-{attempt}", "tracking.mode=off")[1])
         assert service.requests, "the service was asked"
-        assert seconds < 1.5 * alone, trouble
+        assert followed < 1.5 * alone, trouble
 
 
 @pytest.mark.slow  # 6 s

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from helpers import REPOSITORY, launch_ranks, run_here, run_module, user_error
+from helpers import launch_ranks, run_here, run_module, user_error, wait_for_stop
 
 from checkpoints.manifest import content_sha256
 from checkpoints.store import find_good_checkpoint, read_weights
-from integration.training import STEPS, learned, overrides, records
+from integration.training import STEPS, learned, overrides, records, start_stopping
 
 
 def bf16(data: Path, run: Path, *more: str) -> list[str]:
@@ -143,14 +143,14 @@ def test_a_checkpoint_of_another_run(data: Path, reference: Path, tmp_path: Path
 
 def test_output_that_nobody_reads(data: Path, tmp_path: Path) -> None:
     """`train | head` ends the printing, not the training."""
-    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_stopping(3, overrides(data, tmp_path / "run"), stdout=subprocess.PIPE)
+    wait_for_stop(process)
     assert process.stdout is not None
     while not process.stdout.readline().startswith("step 2 "):
-        assert process.poll() is None
+        pass
     process.stdout.close()
-    assert process.wait(timeout=300) == 0
+    process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
     assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 

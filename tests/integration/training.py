@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+from helpers import REPOSITORY
 
 STEPS, EVERY = 12, 4
 
@@ -27,6 +32,15 @@ def overrides(data: Path | str, run: Path, *more: str) -> list[str]:
         "schedule.warmup_steps=3",
         *more,
     ]
+
+
+def start_stopping(step: int, settings: list[str], **output: Any) -> subprocess.Popen[str]:
+    """The training command, on one rank, which stops itself before this step, so that something can happen there."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, **ranks, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "integration.faulty_train", "stops", "0", str(step), *settings]
+    return subprocess.Popen(command, env=environment, text=True, **output)
 
 
 def records(run: Path) -> list[dict[str, Any]]:

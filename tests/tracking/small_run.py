@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers import small_configs
+from helpers import PATIENCE, small_configs
 from parity.common import settings
 
 from kraken_train.metrics import Metrics
@@ -27,7 +27,7 @@ def write_run(path: Path) -> Path:
 
 def begin_start(path: Path, number: int, step: int, **tracking: Any) -> Metrics:
     """The metrics of a start that goes on after `step`, for use as a context."""
-    chosen = {"mode": "offline", "project": "p", "finish_seconds": 120.0, **tracking}
+    chosen = {"mode": "offline", "project": "p", "finish_seconds": PATIENCE, **tracking}
     config = dataclasses.replace(settings(), tracking=dataclasses.replace(settings().tracking, **chosen))
     run = RunFolder(path, RUN_ID, resuming=number > 1, start_number=number)
     run.start.mkdir(parents=True)
