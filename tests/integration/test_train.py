@@ -122,14 +122,17 @@ def test_a_checkpoint_of_another_run(data: Path, reference: Path, tmp_path: Path
 
 
 def test_output_that_nobody_reads(data: Path, tmp_path: Path) -> None:
-    """`train | head` ends the printing, not the training."""
-    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, tmp_path / "run")]
+    """`train | head` ends the printing, not the training; heads that no attention kernel takes are told before."""
+    command = [sys.executable, "-m", "kraken_train.train", *overrides(data, tmp_path / "run", "model.hidden_size=18")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    while not process.stdout.readline().startswith("step 2 "):
-        assert process.poll() is None
+    lines = [""]
+    while not lines[-1].startswith("step 2 "):
+        lines.append(process.stdout.readline())
+        assert lines[-1], "it ended before its second step"
     process.stdout.close()
+    assert "".join(lines).count("makes heads of 9, and attention kernels take multiples of 8") == 1
     assert process.wait(timeout=300) == 0
     assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, STEPS + 1))
 
