@@ -16,6 +16,7 @@ from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.exports import record_export
 from kraken_train.free_text import FilePath, Name
+from kraken_train.head_sizes import head_size_note
 from kraken_train.precision import DTYPES
 from kraken_train.rules import require_at_least, require_choice
 from kraken_train.run_folder import read_identity
@@ -74,8 +75,9 @@ def export(config: ExportConfig) -> None:
     parameters = trained.model_config.num_parameters
     if not tokenizer_dir.is_dir():
         print(f"note: {run_dir} has no tokenizer, so the export has none and cannot generate text from a prompt")
-    if note is not None:
-        print(f"note: {note}")
+    for known in (note, head_size_note(trained.model_config)):
+        if known is not None:
+            print(f"note: {known}")
     write_card(output_dir, training, config.license)
     try:
         record_export(run_dir, output_dir, step)

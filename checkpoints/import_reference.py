@@ -23,6 +23,7 @@ from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError
 from kraken_train.files import require_regular
 from kraken_train.free_text import FilePath
+from kraken_train.head_sizes import head_size_note
 from kraken_train.model_config import KrakenConfig
 from kraken_train.rules import require_positive
 
@@ -62,8 +63,9 @@ def import_reference(config: ImportConfig) -> None:
     note = write_export(
         output_dir, model_config, weights, tokenizer_dir=tokenizer_dir, metadata=metadata, dtype=torch.float32
     )
-    if note is not None:
-        print(f"note: {note}")
+    for known in (note, head_size_note(model_config)):
+        if known is not None:
+            print(f"note: {known}")
     print(f"imported {model_config.num_parameters:,} parameters to {output_dir}")
 
 

@@ -32,6 +32,7 @@ from data_prep.tokenizers import HuggingFaceTokenizer
 from kraken_train.cli import run_entry
 from kraken_train.errors import CheckpointError, ConfigError
 from kraken_train.free_text import FilePath
+from kraken_train.head_sizes import head_size_note
 from kraken_train.model_config import MODEL_CONFIGS, ModelConfig, parse_model
 from kraken_train.precision import DTYPES
 from kraken_train.rules import require_choice
@@ -77,8 +78,9 @@ def import_transformers(config: ImportConfig) -> None:
         )
     if tokenizer_dir is None:
         print(f"note: {model_dir} has no tokenizer, so the export has none; tokenizer_dir=FOLDER adds that of the data")
-    if note is not None:
-        print(f"note: {note}")
+    for known in (note, head_size_note(model_config)):
+        if known is not None:
+            print(f"note: {known}")
     print(f"imported {model_config.num_parameters:,} parameters in {config.dtype} to {output_dir}")
 
 

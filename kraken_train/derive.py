@@ -16,12 +16,10 @@ from rich.table import Table
 
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
+from kraken_train.head_sizes import BEST, STEP, distance_to_best, head_dims
 from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig, parse_model
 from kraken_train.rules import require_positive
 
-HEAD_DIM_STEP = 8
-BEST_HEAD_DIMS = (64, 128)
-SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 32, 256  # of what fused attention kernels are fast with
 BYTES_PER_VALUE = 2  # bf16
 
 
@@ -80,7 +78,7 @@ class Candidate:
     @property
     def rank(self) -> tuple[bool, float, int]:
         """Smaller is better: heads that fill matrix units, then closeness, then fewer heads."""
-        return (self.config.head_dim not in BEST_HEAD_DIMS, abs(self.difference), self.config.heads_per_sub_layer)
+        return (self.config.head_dim not in BEST, abs(self.difference), self.config.heads_per_sub_layer)
 
 
 def cache_bytes(num_layers: int, width: int) -> int:
@@ -114,21 +112,19 @@ def round_up(fraction: float) -> float:
 
 def around(base: GPTConfig, num_sub_layers: int, tolerance: float) -> Iterator[Candidate]:
     """All widths from the smallest to the first that has too many parameters, that one included."""
-    width, too_large = HEAD_DIM_STEP, False
+    width, too_large = STEP, False
     while not too_large:
-        for head_dim in head_dims(width):
+        for head_dim in good_head_dims(width):
             candidate = Candidate(kraken_like(base, num_sub_layers, width, width // head_dim), base)
             too_large = candidate.difference > tolerance
             yield candidate
-        width += HEAD_DIM_STEP
+        width += STEP
 
 
-def head_dims(width: int) -> list[int]:
+def good_head_dims(width: int) -> list[int]:
     """The best ones if they divide the width, otherwise the one multiple of 8 that comes nearest to them, if any."""
-    largest = min(width, LARGEST_HEAD_DIM)
-    possible = [k for k in range(SMALLEST_HEAD_DIM, largest + 1, HEAD_DIM_STEP) if width % k == 0]
-    best = [k for k in possible if k in BEST_HEAD_DIMS]
-    return best or sorted(possible, key=lambda k: min(abs(k - good) for good in BEST_HEAD_DIMS))[:1]
+    possible = head_dims(width)
+    return [size for size in possible if size in BEST] or sorted(possible, key=distance_to_best)[:1]
 
 
 def kraken_like(base: GPTConfig, num_sub_layers: int, width: int, heads: int) -> KrakenConfig:
@@ -146,8 +142,8 @@ def kraken_like(base: GPTConfig, num_sub_layers: int, width: int, heads: int) ->
 def nearest_with_best_heads(base: GPTConfig, num_sub_layers: int) -> Candidate:
     """The Kraken with heads of 64 or 128 whose parameters come nearest to the base's, however far that is."""
     candidates = []
-    for width in range(min(BEST_HEAD_DIMS), 4 * base.hidden_size, min(BEST_HEAD_DIMS)):
-        head_dim = max(k for k in BEST_HEAD_DIMS if width % k == 0)
+    for width in range(min(BEST), 4 * base.hidden_size, min(BEST)):
+        head_dim = max(k for k in BEST if width % k == 0)
         candidates.append(Candidate(kraken_like(base, num_sub_layers, width, width // head_dim), base))
     return min(candidates, key=lambda candidate: abs(candidate.difference))
 
@@ -185,7 +181,7 @@ def main(config: DeriveConfig) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     console.print(as_table(candidates))
     print(f"to train the first: python -m kraken_train.train {candidates[0].overrides}")
-    if candidates[0].config.head_dim not in BEST_HEAD_DIMS:
+    if candidates[0].config.head_dim not in BEST:
         faster = nearest_with_best_heads(candidates[0].base, config.num_sub_layers)
         needed = round_up(abs(faster.difference))
         if needed < 1:

@@ -172,9 +172,9 @@ def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, r
         print(f"tokens         {result.tokens:,}")
         if result.bits_per_byte is not None:
             print(f"bits per byte  {result.bits_per_byte:.6f}")
-        if config.mode == "documents" and result.tokens < manifest.splits[config.split].tokens:
-            print("note: not every document ends with the end-of-document token, so the first token of each has "
-                  "nothing before it and is not predicted")  # fmt: skip
+        if config.mode == "documents" and len(sequences.stream) == manifest.splits[config.split].tokens:
+            print("note: not every document ends with the end-of-document token, so none is put before them, and the "
+                  "first token of each is not predicted")  # fmt: skip
     return {
         "data_dir": str(config.data_dir),
         "split": config.split,

@@ -3,10 +3,12 @@
 Two readings of a split of prepared data:
 
     stream      one long sequence, cut as training cuts it; what a document follows is in its context
-    documents   each document from its start, so that nothing before it helps
+    documents   the text of each document from its start, so that nothing before it helps
 
 A sequence longer than the context is read in windows that start every `stride` tokens. Each token is predicted once, in
 the first window that reaches it; from the second window on it has at least `context_length - stride` tokens before it.
+The last window of a document reaches back to be full. With a stride of `context_length`, documents are read as
+lm-evaluation-harness reads them (`loglikelihood_rolling`).
 
 Batches and ranks have an influence on a token's loss in its rounding only, that of float32, or float64 in such a model;
 sums are exact (`math.fsum`), so they add nothing.
@@ -48,6 +50,7 @@ class Sequences(NamedTuple):
 
     stream: TokenStream
     spans: Sequence[tuple[int, int]]  # [first, last) of each sequence in the stream
+    reach_back: bool = False  # the last window of a long sequence starts earlier, so that it is full
 
 
 class Window(NamedTuple):
@@ -73,7 +76,7 @@ def read_sequences(data_dir: Path, split: str, manifest: Manifest, mode: str) ->
         stream, spans = document_sequences(stream, np.concatenate(lengths), manifest.tokenizer.end_of_document)
     if not any(last - first > 1 for first, last in spans):
         raise DataError(f"{stream.name} have {len(stream)} tokens in {split}, and none to predict; use more data")
-    return Sequences(stream, spans)
+    return Sequences(stream, spans, reach_back=mode == "documents")
 
 
 def document_sequences(
@@ -81,8 +84,9 @@ def document_sequences(
 ) -> tuple[TokenStream, list[tuple[int, int]]]:
     """(stream, spans) of documents of these lengths that make up `stream`.
 
-    Where all of them end with `end_of_document`, as a model knows them from training, that token also stands before
-    each, so that all tokens are predicted; else the first token of each document is not.
+    Where all of them end with `end_of_document`, as a model knows them from training, that token stands before each,
+    so that all of its text is predicted; itself it is not, since it is no text. Where some do not, no token stands
+    before any, and the first of each document is not predicted.
     """
     ends = np.cumsum(lengths)
     full = lengths > 0
@@ -91,16 +95,17 @@ def document_sequences(
         return stream, list(zip((ends - lengths)[full].tolist(), ends[full].tolist(), strict=True))
     # One such token before the stream: each document's follows the one before it.
     prefix = np.array([end_of_document], np.int64)
-    spans = list(zip((ends - lengths)[full].tolist(), (ends[full] + 1).tolist(), strict=True))
+    spans = list(zip((ends - lengths)[full].tolist(), ends[full].tolist(), strict=True))
     return TokenStream([prefix, *stream.shards], stream.name), spans
 
 
-def strided(first: int, last: int, context_length: int, stride: int) -> Iterator[Window]:
+def strided(first: int, last: int, context_length: int, stride: int, reach_back: bool = False) -> Iterator[Window]:
     """The windows of the sequence [first, last), each of at most `context_length + 1` tokens."""
     start, scored_until = first, first + 1
     while scored_until < last:
         stop = min(start + context_length + 1, last)
-        yield Window(start, stop, stop - scored_until)
+        earliest = max(first, stop - context_length - 1)
+        yield Window(earliest if reach_back else start, stop, stop - scored_until)
         start, scored_until = start + stride, stop
 
 
@@ -122,7 +127,9 @@ def evaluate(
     The ranks of `runtime`, each with the whole model, share the batches.
     """
     runtime = runtime or Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
-    windows = [w for span in sequences.spans for w in strided(*span, model.context_length, stride)]
+    windows = [
+        w for span in sequences.spans for w in strided(*span, model.context_length, stride, sequences.reach_back)
+    ]
     tokens = sum(window.scored for window in windows)
     windows.sort(key=lambda window: window.start - window.stop)  # longest first: little padding, and memory fails early
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]

@@ -27,6 +27,7 @@ from kraken_train.engine import Engine, start_processes, stop_processes
 from kraken_train.errors import CheckpointError, KrakenError, RankLostError, TrainingError
 from kraken_train.events import FAILED, FINISHED, INTERRUPTED
 from kraken_train.flops import device_peak_flops, training_flops_per_token
+from kraken_train.head_sizes import head_size_note
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.loader import BatchLoader, ranges_of_rank
 from kraken_train.loss_watch import LossWatch, Trouble
@@ -531,6 +532,9 @@ class Trainer:
                 f"note: the run of max_steps={self.config.max_steps} ends within its warm-up of "
                 f"schedule.warmup_steps={self.config.schedule.warmup_steps}, before the peak learning rate"
             )
+        head_sizes = head_size_note(self.model_config)
+        if head_sizes is not None and self.step == 0:
+            self.say(f"note: {head_sizes}")
         size = self.mesh.model_rank.size
         if self.runtime.local_world_size % size:
             self.say(

@@ -100,14 +100,15 @@ def test_each_document_from_its_start(data_dir: Path) -> None:
     shard = Shard(data_dir / manifest.splits["validation"].shards[0].name)
     expected = 0.0
     for number in range(shard.num_documents):  # each fits the context, so one look at it gives all of its predictions
-        tokens = torch.from_numpy(np.concatenate([[end], shard.document(number)]))[None]
+        tokens = torch.from_numpy(np.concatenate([[end], shard.document(number)]))[None, :-1]
         expected += F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum").item()
+    text_tokens = shard.num_tokens - shard.num_documents
     text_bytes = manifest.splits["validation"].text_bytes
     sequences = read_sequences(data_dir, "validation", manifest, "documents")
     for batch_size in (1, 5, 100):
         result = evaluate(model, sequences, 48, batch_size, text_bytes)
-        assert result.tokens == shard.num_tokens  # the first of each document included
-        assert result.loss == pytest.approx(expected / shard.num_tokens, rel=1e-12)
+        assert result.tokens == text_tokens  # the first of each document included, its end not
+        assert result.loss == pytest.approx(expected / text_tokens, rel=1e-12)
         assert result.bits_per_byte == pytest.approx(expected / math.log(2) / text_bytes, rel=1e-12)
 
 
@@ -116,7 +117,17 @@ def test_documents_without_an_end() -> None:
     lengths = np.array([3, 0, 2, 2])
     assert document_sequences(stream, lengths, 9)[1] == [(0, 3), (3, 5), (5, 7)]  # 8 is no end: no token before each
     ended, spans = document_sequences(stream, np.array([3, 0, 4]), 9)
-    assert [ended.read(*span).tolist() for span in spans] == [[9, 5, 6, 9], [9, 7, 8, 3, 9]]
+    assert [ended.read(*span).tolist() for span in spans] == [[9, 5, 6], [9, 7, 8, 3]]
+
+
+def test_the_last_window_of_a_document_is_full() -> None:
+    config = small_configs(context_length=24)["kraken"]
+    model, tokens = rough_model(config), random_ids(config, 1, 61)[0]
+    stream = TokenStream([tokens.numpy().astype(np.uint16)])
+    expected = [nats(model, tokens, t, 0 if t <= 24 else 24 if t <= 48 else 36) for t in range(1, 61)]
+    for batch_size in (1, 3):
+        result = evaluate(model, Sequences(stream, [(0, 61)], reach_back=True), 24, batch_size)
+        assert result.loss == pytest.approx(sum(expected) / 60, rel=1e-12)
 
 
 def test_bits_per_byte_and_large_losses() -> None:

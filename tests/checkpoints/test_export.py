@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def test_weights_and_training_of_a_step(run_dir: Path, tmp_path: Path, settings:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(step).items())
     text = run_here("kraken_train.generate", f"export_dir={tmp_path / 'e'}", "prompt=The", "max_new_tokens=3")
     assert text.stdout.startswith("The"), text.stderr
+
+
+def test_heads_that_no_attention_kernel_takes_are_told(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, hidden_size=18)  # heads of 9
+    tensors = {f"model.{name}": tensor for name, tensor in rough_model(config, torch.float32).state_dict().items()}
+    save_checkpoint(tmp_path / "run" / "checkpoints", 5, tensors, {"model": to_dict(config)}, 3, Runtime(0, 0, 1, 1))
+    result = run_here("checkpoints.export", f"run_dir={tmp_path / 'run'}", f"output_dir={tmp_path / 'e'}")
+    assert result.returncode == 0, result.stderr
+    assert "note: model.hidden_size=18 with model.heads_per_sub_layer=2 makes heads of 9, and" in result.stdout
 
 
 def test_bf16(run_dir: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,22 @@ def test_card_of_a_run(run_dir: Path, tmp_path: Path) -> None:
         assert text in card, text
     assert "somebody" not in card  # where it was trained is nobody's business
     assert (folder / "loss.png").stat().st_size > 5000 and "(loss.png)" in card
+
+
+def test_the_card_shows_how_to_load_it(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines run as they are, and transformers asks nothing; the text ends where the context does."""
+    import transformers.dynamic_module_utils as modules  # noqa: PLC0415
+
+    write_small_export(tmp_path / "e", small_configs(vocab_size=320)["kraken"], tokenizer_dir)
+    write_card(tmp_path / "e")
+    code = (tmp_path / "e" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", pytest.fail)
+    found: dict[str, Any] = {}
+    with pytest.warns(UserWarning, match="context of 24 tokens is full"):
+        exec(code, found)
+    assert found["inputs"]["input_ids"].shape[1] < 24 and type(found["model"]).__name__ == "KrakenForCausalLM"
 
 
 def test_only_results_are_written_again(tmp_path: Path) -> None:

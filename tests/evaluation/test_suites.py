@@ -18,12 +18,14 @@ from helpers import TEXTS, rough_model, run_here, small_configs, user_error, wri
 from checkpoints.export_folder import read_export, write_export
 from data_prep.tokenizers import Tokenizer
 from kraken_train.cli import CONF_DIR
+from kraken_train.data import TokenStream
 from kraken_train.errors import ConfigError, DataError
 from kraken_train.evaluation.results import read_results
 from kraken_train.evaluation.squad import compute_exact, compute_f1
 from kraken_train.evaluation.suites import Suite, SuiteRun, SuiteTask, load_tasks, require_harness, run_suite
 from kraken_train.model import LanguageModel
 from kraken_train.parsing import from_dict
+from kraken_train.perplexity import Sequences, document_sequences, evaluate
 
 DOCUMENTS = 20
 WORDS = " ".join(TEXTS).split()
@@ -202,6 +204,26 @@ def test_likelihoods_do_not_depend_on_the_batch_size(
     assert len(seen) == 3
     for found in seen:
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_bits_per_byte_of_documents(harness: None, tmp_path: Path, tokenizer_dir: Path) -> None:
+    """The harness's rolling likelihoods of documents below and above the context are those of mode=documents."""
+    from lm_eval.api.instance import Instance  # noqa: PLC0415
+    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+
+    write_small_export(tmp_path / "e", small_configs(vocab_size=320, context_length=24)["kraken"], tokenizer_dir)
+    export = read_export(tmp_path / "e")
+    tokenizer, texts = export.load_tokenizer(), [" ".join(WORDS[:n]) for n in (1, 3, 8, 20, 40)]
+    harness_model = HFLM(str(tmp_path / "e"), trust_remote_code=True, dtype="float64", device="cpu", batch_size=2)
+    rolling = harness_model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (t,), 0) for t in texts])
+    documents = [[*ids, tokenizer.end_of_document] for ids in tokenizer.encode_batch(texts)]
+    lengths = np.array([len(ids) for ids in documents])
+    assert lengths.min() < 24 < lengths.max() / 2
+    stream = TokenStream([np.concatenate(documents)])
+    sequences = Sequences(*document_sequences(stream, lengths, tokenizer.end_of_document), reach_back=True)
+    size = sum(len(text.encode()) for text in texts)
+    found = evaluate(export.load_model(torch.float64), sequences, stride=24, batch_size=2, text_bytes=size)
+    assert found.bits_per_byte == pytest.approx(-sum(rolling) / np.log(2) / size, rel=1e-12)
 
 
 def test_squad_metrics() -> None:

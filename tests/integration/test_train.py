@@ -142,12 +142,15 @@ def test_a_checkpoint_of_another_run(data: Path, reference: Path, tmp_path: Path
 
 
 def test_output_that_nobody_reads(data: Path, tmp_path: Path) -> None:
-    """`train | head` ends the printing, not the training."""
-    process = start_stopping(3, overrides(data, tmp_path / "run"), stdout=subprocess.PIPE)
+    """`train | head` ends the printing, not the training; heads that no attention kernel takes are named before."""
+    settings = overrides(data, tmp_path / "run", "model.hidden_size=18")
+    process = start_stopping(3, settings, stdout=subprocess.PIPE)
     wait_for_stop(process)
     assert process.stdout is not None
-    while not process.stdout.readline().startswith("step 2 "):
-        pass
+    lines = [""]
+    while not lines[-1].startswith("step 2 "):
+        lines.append(process.stdout.readline())
+    assert "".join(lines).count("makes heads of 9, and attention kernels take multiples of 8") == 1
     process.stdout.close()
     process.send_signal(signal.SIGCONT)
     assert process.wait() == 0
