@@ -45,7 +45,7 @@ def step_folders(folder: Path) -> list[Path]:
 def read_manifest(path: Path) -> Checkpoint:
     """The checkpoint in `path` as its manifest describes it, with no other file looked at. Raises CheckpointError."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         content = manifest["content"]
         intact = manifest["sha256"] == content_sha256(content)
         version = content["format_version"]

@@ -9,10 +9,11 @@ from typing import Any
 
 import wandb
 
+from kraken_train.errors import CheckpointError
 from kraken_train.interruption import INTERRUPTED_EXIT_CODE
-from kraken_train.tracking.copies import event_line, numbers
+from kraken_train.tracking.copies import event_line, numbers, only_writer
 from kraken_train.tracking.described import DescribedRun
-from kraken_train.tracking.wandb_files import last_step, wandb_files
+from kraken_train.tracking.wandb_files import end_at_last_record, last_step, wandb_files
 
 LOSSES = ("loss", "validation_loss")
 
@@ -27,6 +28,7 @@ class WandbCopy:
     def __init__(self, described: DescribedRun, mode: str, note: Callable[[str], None]) -> None:
         with suppress(Exception):
             wandb.teardown()  # of an earlier copy of this process that has failed
+        mend_files(described, mode)
         # Before this start has a file of its own.
         recorded = last_step(wandb_files(described.path, described.run_id))
         self.run, online = start(described, mode, note)
@@ -57,6 +59,17 @@ class WandbCopy:
         if exit_code == INTERRUPTED_EXIT_CODE:
             self.run.mark_preempting()
         self.run.finish(exit_code=exit_code)
+
+
+def mend_files(described: DescribedRun, mode: str) -> None:
+    """So that what earlier starts have recorded can be uploaded, however they have ended.
+
+    The caller keeps others from writing in this mode; where somebody writes in the other one, nothing is changed.
+    """
+    other = "offline" if mode == "online" else "online"
+    with suppress(CheckpointError), only_writer(described.path, other, wait=False):
+        for file in wandb_files(described.path, described.run_id):
+            end_at_last_record(file)
 
 
 class EventCounts:

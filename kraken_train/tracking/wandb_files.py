@@ -7,6 +7,7 @@ seven bytes, with protocol buffers as records. The reader of W&B 0.31 is not mad
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -29,6 +30,24 @@ def wandb_files(run_dir: Path, run_id: str) -> list[Path]:
 def last_step(files: list[Path]) -> int:
     """The last step in any of the files; 0 if there is none."""
     return max((step for file in files for step, _ in history(file)), default=0)
+
+
+def end_at_last_record(file: Path) -> None:
+    """Cut off what a killed process has left half-written, and delete a file without a record.
+
+    At such an end `wandb sync` gives up, and with it on the later files of the run. What is cut off was no record yet,
+    and is logged again.
+    """
+    with file.open("rb") as opened:
+        opened.seek(FILE_HEADER_BYTES)
+        end = 0
+        for kind, _ in parts(opened):
+            if kind in (FULL, LAST):
+                end = opened.tell()
+    if end == 0:
+        file.unlink()
+    elif end < file.stat().st_size:
+        os.truncate(file, end)
 
 
 def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

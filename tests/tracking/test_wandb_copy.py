@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from kraken_train.events import read_events
 from kraken_train.interruption import Interrupted
 from kraken_train.metrics import Metrics
 from kraken_train.tracking import process
-from kraken_train.tracking.wandb_files import history, last_step, records, wandb_files
+from kraken_train.tracking.wandb_files import (
+    FILE_HEADER_BYTES,
+    end_at_last_record,
+    history,
+    last_step,
+    records,
+    wandb_files,
+)
 
 
 def offline_curve(run: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -44,7 +52,8 @@ def kill_follower(metrics: Metrics) -> None:
     follower = psutil.Process(metrics.follower.process.pid)
     follower.suspend()  # so that it does not see its children end, and start them again
     for one in [*follower.children(recursive=True), follower]:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     metrics.follower.process.wait()
 
 
@@ -109,6 +118,47 @@ def test_offline_across_deaths(tmp_path: Path) -> None:
     assert settings["data_fingerprint"] == '"f"' and '"c0ffee"' in settings["environment"]
     assert int(settings["num_parameters"]) > 1000 and '"adamw"' not in settings["environment"]
     wait_until(lambda: followers_of(run) == [])
+
+
+def test_killed_just_after_its_start_then_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The follower, before it has written a file, before the file has a record, and within one; training goes on."""
+    run = write_run(tmp_path / "run")
+    first = begin_start(run, 1, 0)
+    kill_follower(first)
+    assert not wandb_files(run, RUN_ID)
+    with first:
+        for step in range(1, 6):
+            first.record(record(step))
+
+    second = begin_start(run, 2, 3)
+    wait_until(lambda: wandb_files(run, RUN_ID))
+    kill_follower(second)
+    (begun,) = wandb_files(run, RUN_ID)
+    os.truncate(begun, FILE_HEADER_BYTES)
+    with second:
+        for step in range(4, 8):
+            second.record(record(step))
+
+    with begin_start(run, 3, 6) as third:
+        for step in range(7, 10):
+            third.record(record(step))
+    (cut,) = wandb_files(run, RUN_ID)
+    os.truncate(cut, cut.stat().st_size // 2)
+    kept = last_step([cut])
+    assert kept < 9
+
+    with begin_start(run, 4, 8) as fourth:
+        for step in range(9, 12):
+            fourth.record(record(step))
+    assert [step for step, _ in offline_curve(run)] == list(range(1, 12))
+    assert [step for step, _ in history(cut)] == list(range(1, kept + 1))
+    with Service() as service:
+        for name, value in service.environment.items():
+            monkeypatch.setenv(name, value)
+        folders = [str(file.parent) for file in wandb_files(run, RUN_ID)]
+        synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], check=True, capture_output=True)
+    assert service.steps == list(range(1, 12)), synced.stderr
+    assert set(service.names) == {RUN_ID}
 
 
 @pytest.mark.usefixtures("patience")
@@ -186,9 +236,10 @@ def test_request_to_end_that_reaches_everything(tmp_path: Path) -> None:
         assert metrics.follower is not None
         follower = psutil.Process(metrics.follower.process.pid)
         for one in [*follower.children(recursive=True), follower]:
-            one.terminate()
+            with suppress(psutil.NoSuchProcess):
+                one.terminate()
         metrics.record(record(2))
-        wait_until(lambda: len(wandb_files(run, RUN_ID)) == 2)
+        wait_until(lambda: len(list(run.glob("wandb/offline-run-*"))) == 2)
         raise Interrupted
     assert [step for step, _ in offline_curve(run)] == [1, 2]
     assert [exit.exit_code for exit in kinds(run, "exit")] == [143]
@@ -219,7 +270,18 @@ def test_files_that_are_cut_short(tmp_path: Path) -> None:
     previous = 60
     for size in (len(whole) - 5, 70_000, 65_540, 65_536, 32_770, 32_768, 5_000, 8, 7, 3, 0):
         file.write_bytes(whole[:size])
-        assert 0 <= last_step([file]) <= previous
-        previous = last_step([file])
+        steps = [step for step, _ in history(file)]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) <= previous
+        previous = len(steps)
+        end_at_last_record(file)
+        if file.exists():
+            assert [step for step, _ in history(file)] == steps and whole.startswith(file.read_bytes())
+        else:
+            assert size <= FILE_HEADER_BYTES + 1 and not steps
     file.write_bytes(whole[:40_000] + b"\x00" * 1000)  # as some file systems leave it
     assert 0 < last_step([file]) < 60
+    end_at_last_record(file)
+    assert whole.startswith(file.read_bytes())
+    file.write_bytes(whole)
+    end_at_last_record(file)
+    assert file.read_bytes() == whole
