@@ -22,6 +22,7 @@ from data_prep.indexed import bin_path
 from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry, verify_quick
 from kraken_train.blend import Blend
 from kraken_train.errors import DataError
+from kraken_train.open_files import allow_open_files
 from kraken_train.order import SampleOrder
 
 BLOCK = 4096  # samples whose places are computed together, which costs hardly more than one alone
@@ -128,6 +129,7 @@ def open_split(data_dir: Path, split: str, manifest: Manifest | None = None) -> 
         )
     # The indices are known by their checksums to be those that the manifest describes, so they need no second look.
     paths = [bin_path(Path(data_dir) / shard.name) for shard in manifest.splits[split].shards]
+    allow_open_files(len(paths), f"the {split} shards of {data_dir}")
     return TokenStream([np.memmap(path, manifest.dtype, mode="r") for path in paths], f"the data in {data_dir}")
 
 
