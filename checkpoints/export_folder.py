@@ -30,7 +30,7 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.architectures import build_model
 from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.files import kind_of, real_path, sync_folder
+from kraken_train.files import copy_folder, kind_of, real_path, sync_folder
 from kraken_train.model import LanguageModel
 from kraken_train.model_config import GPTConfig, ModelConfig, parse_model
 from kraken_train.parsing import to_dict
@@ -114,7 +114,7 @@ def write_export(
         write_json(temporary / CONFIG_FILE, description)
         shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
         if tokenizer_dir is not None:
-            shutil.copytree(tokenizer_dir, temporary / TOKENIZER_FOLDER)
+            copy_folder(tokenizer_dir, temporary / TOKENIZER_FOLDER)
             tokenizer = load_tokenizer(tokenizer_dir)
             write_json(temporary / GENERATION_FILE, generation_settings(tokenizer, model_config))
             note = write_transformers_tokenizer(tokenizer, temporary, model_config.context_length)
@@ -122,7 +122,8 @@ def write_export(
         os.replace(temporary, output_dir)  # over an empty folder too
         sync_folder(output_dir.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the export {output_dir} could not be written: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"output_dir={output_dir} could not be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return note

@@ -87,8 +87,9 @@ class Attempt:
 
     def record(self, state: dict[str, Any]) -> None:
         """Replace the journal, when the disk has what `state` describes."""
-        self.journal = {"version": JOURNAL_VERSION, "request": self.request} | state
-        replace_synced(self.folder / JOURNAL_NAME, json.dumps(self.journal))
+        journal = {"version": JOURNAL_VERSION, "request": self.request} | state
+        replace_synced(self.folder / JOURNAL_NAME, json.dumps(journal))
+        self.journal = journal
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def replace_synced(path: Path, text: str) -> None:
     write_synced(temporary, text)
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder to a new one. Raises the first OSError; shutil.copytree raises a list of all."""
+    target.mkdir(parents=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            copy_folder(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)
 
 
 def sync_folder(folder: Path) -> None:

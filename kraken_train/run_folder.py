@@ -32,7 +32,7 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.config import TrainConfig
 from kraken_train.errors import CheckpointError
 from kraken_train.events import EventLog
-from kraken_train.files import replace_synced, try_lock
+from kraken_train.files import copy_folder, replace_synced, try_lock
 from kraken_train.model_config import ModelConfig
 from kraken_train.parsing import to_dict, to_yaml
 from kraken_train.run_layout import (
@@ -102,8 +102,8 @@ def open_run_folder(
         number = max((int(start.name) for start in start_folders(path)), default=0) + 1
         run = RunFolder(path, run_id, resuming=has_checkpoints(checkpoints), start_number=number)
         run.start.mkdir(parents=True)
-    except OSError as error:  # shutil.Error, which is one, has no strerror
-        raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror or error}") from error
+    except OSError as error:
+        raise CheckpointError(f"run_dir={path} cannot be written: {error.strerror}") from error
     return run
 
 
@@ -242,5 +242,5 @@ def copy_once(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
+    copy_folder(source, temporary)
     temporary.rename(target)

@@ -32,6 +32,8 @@ TWO = lines({"text": "one\n"}, {"text": "two 🦑", "id": 3})
     [
         ("a.jsonl", TWO),
         ("marked.jsonl", b"\xef\xbb\xbf" + TWO),
+        ("marked twice.jsonl", b"".join(b"\xef\xbb\xbf" + line for line in TWO.splitlines(keepends=True))),
+        ("marked and blank.jsonl", b"\xef\xbb\xbf\n" + TWO + b"\xef\xbb\xbf"),
         ("blank.jsonl", TWO.replace(b"}\n", b"}\r\n\n")),
         ("no end.jsonl", TWO.rstrip()),
         ("a.jsonl.gz", gzip.compress(TWO)),
