@@ -36,6 +36,7 @@ class SourceSettings:
     dataset_split: str = "train"
     dataset_revision: str | None = None
     dataset_streaming: bool = True
+    dataset_retries: int = 5
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES  # of UTF-8
 
 
@@ -56,4 +57,5 @@ def open_source(settings: SourceSettings) -> Source:
         settings.dataset_split,
         settings.dataset_streaming,
         settings.dataset_revision,
+        settings.dataset_retries,
     )

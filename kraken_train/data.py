@@ -87,6 +87,19 @@ class TrainingData:
             ):
                 yield windows[: count - first]
 
+    def repetitions(self) -> list[str]:
+        """A note for each folder whose training split is that of an earlier one, as a link or a copy is."""
+        first: dict[tuple[str, ...], Path] = {}
+        notes = []
+        for folder, manifest in self.manifests.items():
+            content = tuple(shard.bin_sha256 for shard in manifest.splits["train"].shards)
+            if (other := first.setdefault(content, folder)) is not folder:
+                notes.append(
+                    f"data_dir: {folder} holds the same training tokens as {other}, so the run reads them with the "
+                    "weights of both, in an order for each; name the data once if that is not meant"
+                )
+        return notes
+
     def describe(self) -> str:
         tokens = sum(manifest.splits["train"].tokens for manifest in self.manifests.values())
         if len(self.shares) == 1:

@@ -228,7 +228,7 @@ def test_a_disk_that_is_full_from_the_start_keeps_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(
-            DataError, match=r"the disk of output_dir=.*/data is full \(No space.*nothing was left there"
+            DataError, match=r"the disk of output_dir=.*/data is full .No space.*nothing was left there"
         ):
             prepare(configure(source))
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
