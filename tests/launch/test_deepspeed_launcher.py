@@ -74,7 +74,7 @@ def test_a_hostfile(tmp_path: Path) -> None:
         ("a slots=1\nb slots=1\na slots=2\n", "hosts:3: a is there twice"),
         ("a slots=0\n", "hosts:1: a has slots=0"),
         ("# nothing\n", "names no host"),
-        (None, "cannot be read: No such file"),
+        (None, "--hostfile=.*hosts does not exist"),
     ],
 )
 def test_wrong_hostfiles(tmp_path: Path, text: str | None, message: str) -> None:
@@ -127,7 +127,7 @@ def test_wrong_choices(options: tuple[str, str, int | None, int | None], message
 
 def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
     missing = run_here("launch.deepspeed", "--hostfile", str(tmp_path / "hosts"), "kraken_train.train", "run_dir=/r")
-    assert "cannot be read: No such file" in user_error(missing)
+    assert "hosts does not exist; name a file" in user_error(missing)
     assert "give --hostfile" in user_error(run_here("launch.deepspeed", "--num_nodes", "2", "kraken_train.train"))
 
 
