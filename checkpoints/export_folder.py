@@ -122,7 +122,8 @@ def write_export(
         os.replace(temporary, output_dir)  # over an empty folder too
         sync_folder(output_dir.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the export {output_dir} could not be written: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"output_dir={output_dir} could not be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return note

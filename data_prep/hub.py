@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from data_prep.records import Values
 from kraken_train.errors import DataError
 
 MOST_ROWS = 4096  # in a block
+LONGEST_PAUSE = 60  # seconds, before a row is tried again
 
 
 class HubSource(DocumentsOfBlocks):
@@ -22,7 +24,7 @@ class HubSource(DocumentsOfBlocks):
 
     def __init__(
         self, name: str, text_field: str, config: str | None, split: str, streaming: bool = True,
-        revision: str | None = None,
+        revision: str | None = None, retries: int = 0,
     ) -> None:  # fmt: skip
         self.location = name
         self.text_field = text_field
@@ -30,6 +32,7 @@ class HubSource(DocumentsOfBlocks):
         self.split = split
         self.streaming = streaming
         self.revision = revision
+        self.retries = retries
         self.fraction = 0.0
 
     def identity(self) -> dict[str, Any]:
@@ -64,21 +67,31 @@ class HubSource(DocumentsOfBlocks):
         self.fraction = 1.0
 
     def _rows(self, dataset: Any, start: int) -> Iterator[dict[str, Any]]:
-        """Rows from number `start` (counted from 0) on. Raises DataError."""
+        """Rows from number `start` (counted from 0) on, read again from where it fails. Raises DataError."""
         number = start
         rows = None
+        failures = 0  # since the latest row
         while True:
             try:
-                rows = rows or iter(dataset.skip(start) if start else dataset)
+                rows = rows or iter(dataset.skip(number) if number else dataset)
                 row = next(rows, None)
             except Exception as error:  # the library raises its own, those of its file systems and of HTTP clients
-                raise DataError(
-                    f"source={self.location}: reading row {number + 1} from the Hugging Face Hub failed "
-                    f"({_reason(error)}); check dataset_config, dataset_split and the network"
-                ) from error
+                failures += 1
+                failed = f"reading row {number + 1} from the Hugging Face Hub failed ({_reason(error)})"
+                if failures > self.retries:
+                    raise DataError(
+                        f"source={self.location}: {failed}, {failures} times; check dataset_config, dataset_split and "
+                        "the network; dataset_retries allows more"
+                    ) from error
+                rows = None
+                seconds = min(2 ** (failures - 1), LONGEST_PAUSE)
+                print(f"note: {failed}; it is tried again in {seconds} s ({failures} of {self.retries})", flush=True)
+                time.sleep(seconds)
+                continue
             if row is None:
                 return
             number += 1
+            failures = 0
             if self.text_field not in row:
                 raise DataError(
                     f"source={self.location}: the dataset has no column {self.text_field}; its columns are "

@@ -11,8 +11,9 @@ import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from kraken_train.files import kind_of, replace_synced, sync_folder, try_lock
 
 JOURNAL_NAME = ".journal.json"
 JOURNAL_VERSION = 1
+HEAD = ("version", "request", "holder")  # of the journal; the rest is what an assembly has recorded
 FORMER_MARK = ".kraken-partial"  # of folders that older versions have left
 
 
@@ -87,8 +89,10 @@ class Attempt:
 
     def record(self, state: dict[str, Any]) -> None:
         """Replace the journal, when the disk has what `state` describes."""
-        self.journal = {"version": JOURNAL_VERSION, "request": self.request} | state
-        replace_synced(self.folder / JOURNAL_NAME, json.dumps(self.journal))
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        journal = {"version": JOURNAL_VERSION, "request": self.request, "holder": holder} | state
+        replace_synced(self.folder / JOURNAL_NAME, json.dumps(journal))
+        self.journal = journal
 
 
 @contextmanager
@@ -109,10 +113,19 @@ def attempt(folder: Path, request: dict[str, Any], resume: bool) -> Iterator[Att
         raise _write_error(current, folder, error) from error
     try:
         if not try_lock(lock):
-            raise DataError(f"another process is preparing {folder} right now; wait for it or end it")
+            raise DataError(
+                f"output_dir={folder} is being prepared by another process right now ({_holder(partial)}); "
+                "wait for it, end it, or name another folder"
+            )
+        if not _is_still(partial, lock) or (folder.exists() and any(folder.iterdir())):
+            with suppress(OSError):  # not empty: somebody else's
+                partial.rmdir()
+            raise DataError(f"output_dir={folder} was being prepared by another process until now; repeat the command")
         current.journal = _journal(partial, request) if resume else None
         try:
-            if current.journal is None:
+            if current.journal is not None:
+                current.record({name: state for name, state in current.journal.items() if name not in HEAD})
+            else:
                 current.record({})  # marks the folder as ours, and what is in it as nothing
                 current.journal = None
                 _remove_all_but_journal(partial)
@@ -131,20 +144,26 @@ def attempt(folder: Path, request: dict[str, Any], resume: bool) -> Iterator[Att
         os.close(lock)
 
 
-@contextmanager
-def partial_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder to work in, which becomes `folder` at the end of the block, for work that is done in one go.
-
-    If the block raises, it is removed; a failure to write (a full disk, no permission) becomes a DataError.
-    """
-    with attempt(folder, {}, resume=True) as current:
-        yield current.folder
-
-
 def _refuse_strangers(partial: Path) -> None:
     names = os.listdir(partial) if partial.exists() else []
     if names and not {JOURNAL_NAME, MANIFEST_NAME, FORMER_MARK, f".{JOURNAL_NAME}.tmp"}.intersection(names):
         raise DataError(f"{partial} is in the way and was not made by this command; move it or name another output_dir")
+
+
+def _holder(partial: Path) -> str:
+    """Which process is preparing, as its journal says."""
+    try:
+        return str(json.loads((partial / JOURNAL_NAME).read_bytes())["holder"])
+    except (ValueError, KeyError, TypeError, OSError):  # it has just begun
+        return "which has just begun"
+
+
+def _is_still(partial: Path, descriptor: int) -> bool:
+    """Whether the folder that is open has not been renamed or removed before it was locked."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), partial.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _journal(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:

@@ -75,6 +75,7 @@ class PrepareConfig(SourceSettings):
         if self.max_documents is not None:
             require_positive("max_documents", self.max_documents)
         require_positive("shard_tokens", self.shard_tokens)
+        require_at_least("dataset_retries", self.dataset_retries, 0)
         if self.num_workers is not None:
             require_at_least("num_workers", self.num_workers, 0)
         self.text_rules.validate()

@@ -28,8 +28,7 @@ class Lines:
 
     def records(self, bad_records: BadRecords) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(self.data.split(b"\n"), self.first_line):
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)  # noqa: PLW2901
+            line = line.removeprefix(BYTE_ORDER_MARK)  # noqa: PLW2901 (of the file, or of one that was appended to it)
             if line and not line.isspace():
                 yield from self._parse(line, f"{self.file}:{number}", bad_records)
 

@@ -37,6 +37,7 @@ class SourceSettings:
     dataset_split: Text = "train"
     dataset_revision: Text | None = None
     dataset_streaming: bool = True
+    dataset_retries: int = 5
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES  # of UTF-8
 
 
@@ -57,4 +58,5 @@ def open_source(settings: SourceSettings) -> Source:
         settings.dataset_split,
         settings.dataset_streaming,
         settings.dataset_revision,
+        settings.dataset_retries,
     )

@@ -110,7 +110,7 @@ def user_errors(place: Path) -> Iterator[None]:
     except BrokenPipeError:
         leave_unread()
     except OSError as error:
-        exit_with_message(f"{error.filename or place} cannot be read or written: {error.strerror}")
+        exit_with_message(f"{error.filename2 or error.filename or place} cannot be read or written: {error.strerror}")
 
 
 def leave_unread() -> None:

@@ -22,6 +22,7 @@ from data_prep.indexed import bin_path
 from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry, verify_quick
 from kraken_train.blend import Blend
 from kraken_train.errors import DataError
+from kraken_train.open_files import allow_open_files
 from kraken_train.order import SampleOrder
 
 BLOCK = 4096  # samples whose places are computed together, which costs hardly more than one alone
@@ -86,6 +87,19 @@ class TrainingData:
             ):
                 yield windows[: count - first]
 
+    def repetitions(self) -> list[str]:
+        """A note for each folder whose training split is that of an earlier one, as a link or a copy is."""
+        first: dict[tuple[str, ...], Path] = {}
+        notes = []
+        for folder, manifest in self.manifests.items():
+            content = tuple(shard.bin_sha256 for shard in manifest.splits["train"].shards)
+            if (other := first.setdefault(content, folder)) is not folder:
+                notes.append(
+                    f"data_dir: {folder} holds the same training tokens as {other}, so the run reads them with the "
+                    "weights of both, in an order for each; name the data once if that is not meant"
+                )
+        return notes
+
     def describe(self) -> str:
         tokens = sum(manifest.splits["train"].tokens for manifest in self.manifests.values())
         if len(self.shares) == 1:
@@ -128,6 +142,7 @@ def open_split(data_dir: Path, split: str, manifest: Manifest | None = None) -> 
         )
     # The indices are known by their checksums to be those that the manifest describes, so they need no second look.
     paths = [bin_path(Path(data_dir) / shard.name) for shard in manifest.splits[split].shards]
+    allow_open_files(len(paths), f"the {split} shards of {data_dir}")
     return TokenStream([np.memmap(path, manifest.dtype, mode="r") for path in paths], f"the data in {data_dir}")
 
 

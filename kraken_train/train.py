@@ -527,6 +527,8 @@ class Trainer:
             f"{self.config.global_batch_size} x {self.model_config.context_length} tokens "
             f"({self.engine.accumulation_steps} micro-batches of {self.config.micro_batch_size} per copy)"
         )
+        for note in self.data.repetitions():
+            self.say(f"note: {note}")
         if self.config.max_steps < self.config.schedule.warmup_steps:
             self.say(
                 f"note: the run of max_steps={self.config.max_steps} ends within its warm-up of "

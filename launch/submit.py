@@ -356,4 +356,6 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        exit_with_message(f"{error.filename or os.getcwd()} cannot be read or written: {error.strerror}")
+        exit_with_message(
+            f"{error.filename2 or error.filename or os.getcwd()} cannot be read or written: {error.strerror}"
+        )

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +95,25 @@ def test_validation_windows(web: Path, books: Path, tmp_path: Path) -> None:
     unvalidated = write_set(tmp_path / "unvalidated", {"train": 100})
     check({web: 1, unvalidated: 8, books: 1}, 6, {web: 3, books: 3})
     assert not TrainingData({unvalidated: 1}).has_validation
+
+
+@pytest.mark.parametrize("way", [os.symlink, shutil.copytree])
+def test_the_same_data_twice_is_noted_and_in_two_orders(
+    web: Path, books: Path, tmp_path: Path, way: Callable[[Path, Path], object]
+) -> None:
+    """Both must not give the same samples at the same time."""
+    again = tmp_path / "again"
+    way(web, again)
+    data = TrainingData({web: 1, books: 1, again: 1})
+    (note,) = data.repetitions()
+    assert note.startswith(f"data_dir: {again} holds the same training tokens as {web}, ")
+    assert TrainingData({web: 1, books: 1}).repetitions() == []
+    samples = data.samples(8, seed=3)
+    starts = samples.starts(np.arange(3 * 624))  # an epoch of `web`
+    sets, _ = samples.blend.locate(np.arange(3 * 624))
+    first, second = starts[sets == 0], starts[sets == 2] - samples.begins[2]
+    assert sorted(first) == sorted(second) == list(range(0, 8 * 624, 8))
+    assert (first == second).sum() < 10  # one on average by chance
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -362,7 +363,8 @@ def test_killed_attempt_leaves_no_result_and_is_cleared(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "data").exists()
-    assert meanwhile.returncode == 2 and "another process is preparing" in meanwhile.stderr
+    holder = f"is being prepared by another process right now (process {process.pid} on {socket.gethostname()})"
+    assert meanwhile.returncode == 2 and f"output_dir={tmp_path}/data {holder}; wait for it" in meanwhile.stderr
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert verify_quick(tmp_path / "data").documents == 20_000

@@ -217,6 +217,23 @@ def test_a_full_disk_loses_nothing(
     assert content(tmp_path / "data") == content(tmp_path / "whole")
 
 
+def test_a_disk_that_is_full_from_the_start_keeps_nothing(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(3))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            DataError, match=r"the disk of output_dir=.*/data is full .No space.*nothing was left there"
+        ):
+            prepare(configure(source))
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
+
+
 def interrupted(configure: Configure, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt that ends at its third piece."""
     record, left = Attempt.record, 4

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -15,7 +17,7 @@ from data_prep.sources import SourceSettings, open_source
 from kraken_train.errors import DataError
 
 
-def read(path: Path | str, bad: BadRecords | None = None, **settings: str) -> list[str]:
+def read(path: Path | str, bad: BadRecords | None = None, **settings: str | int) -> list[str]:
     source = open_source(SourceSettings(str(path), **settings))
     return [document.text for document in source.documents(bad or BadRecords("fail"))]
 
@@ -32,6 +34,8 @@ TWO = lines({"text": "one\n"}, {"text": "two 🦑", "id": 3})
     [
         ("a.jsonl", TWO),
         ("marked.jsonl", b"\xef\xbb\xbf" + TWO),
+        ("marked twice.jsonl", b"".join(b"\xef\xbb\xbf" + line for line in TWO.splitlines(keepends=True))),
+        ("marked and blank.jsonl", b"\xef\xbb\xbf\n" + TWO + b"\xef\xbb\xbf"),
         ("blank.jsonl", TWO.replace(b"}\n", b"}\r\n\n")),
         ("no end.jsonl", TWO.rstrip()),
         ("a.jsonl.gz", gzip.compress(TWO)),
@@ -186,6 +190,51 @@ def test_dataset_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad.places == {"the text is not a string": ["owner/name row 2"]}
     with pytest.raises(DataError, match="no column body; its columns are text"):
         read("owner/name", text_field="body")
+
+
+class FailingRows:
+    """A dataset of 9,000 rows, the reading of which fails before row `number`, `times` times; skips count."""
+
+    def __init__(self, number: int, times: int) -> None:
+        self.number, self.times = number, times
+        self.first = 0
+        self.skips: list[int] = []
+
+    def skip(self, count: int) -> FailingRows:
+        self.skips.append(count)
+        self.first = count
+        return self
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for row in range(self.first, 9000):
+            if row == self.number and self.times > 0:
+                self.times -= 1
+                raise ConnectionError("the server has hung up")
+            yield {"text": f"row {row}"}
+
+
+@pytest.mark.parametrize(("number", "times"), [(5000, 1), (5000, 3), (0, 2), (8999, 1)])
+def test_a_stream_that_fails_is_read_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, times: int
+) -> None:
+    rows, pauses = FailingRows(number, times), list[float]()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    assert read("owner/name", dataset_retries=3) == [f"row {row}" for row in range(9000)]
+    assert rows.times == 0 and pauses == [1, 2, 4][:times] and rows.skips == ([number] * times if number else [])
+    note = (
+        f"note: reading row {number + 1} from the Hugging Face Hub failed (the server has hung up); it is tried again"
+    )
+    assert capsys.readouterr().out.count(note) == times
+
+
+def test_a_stream_that_fails_for_good_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = FailingRows(5000, 100)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(DataError, match=r"reading row 5001 .* failed \(the server has hung up\), 3 times; check"):
+        read("owner/name", dataset_retries=2)
+    assert rows.times == 97
 
 
 def test_dataset_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:

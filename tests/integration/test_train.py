@@ -28,8 +28,18 @@ def train(data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]
     return run_module("kraken_train.train", *bf16(data, run, *more))
 
 
+def state_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the last change of a folder and all that is in it."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted([folder, *folder.rglob("*")])]
+
+
 @pytest.fixture(scope="module")
-def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_before(data: Path) -> list[tuple[str, int, int]]:
+    return state_of(data)
+
+
+@pytest.fixture(scope="module")
+def reference(data: Path, data_before: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     run = tmp_path_factory.mktemp("reference") / "run"
     result = train(data, run, "checkpoint.every=2", "checkpoint.keep=6")
@@ -44,6 +54,11 @@ def test_metrics(reference: Path) -> None:
     assert found[-1]["tokens"] == STEPS * 4 * 32
     assert [record["step"] for record in found if "validation_loss" in record] == [6, 12]
     assert found[-1]["loss"] < found[0]["loss"] - 0.1
+
+
+def test_nothing_is_written_to_the_data(data: Path, data_before: list[tuple[str, int, int]], reference: Path) -> None:
+    """Which may be on a disk that can only be read."""
+    assert state_of(data) == data_before
 
 
 def test_results_read_rarely(data: Path, reference: Path, tmp_path: Path) -> None:
