@@ -69,16 +69,6 @@ def replace_synced(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder to a new one. Raises the first OSError; shutil.copytree raises a list of all."""
-    target.mkdir(parents=True)
-    for entry in source.iterdir():
-        if entry.is_dir():
-            copy_folder(entry, target / entry.name)
-        else:
-            shutil.copyfile(entry, target / entry.name)
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
