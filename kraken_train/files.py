@@ -80,12 +80,12 @@ def sync_folder(folder: Path) -> None:
 
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a folder with all that is in it; `target` is new. Raises the first OSError, unlike shutil.copytree."""
-    for path in [source, *sorted(source.rglob("*"))]:
-        copy = target / path.relative_to(source)
-        if path.is_dir():
-            copy.mkdir()
+    target.mkdir(parents=True)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            copy_folder(entry, target / entry.name)
         else:
-            shutil.copyfile(path, copy)
+            shutil.copyfile(entry, target / entry.name)
 
 
 def try_lock(descriptor: int, shared: bool = False) -> bool:
