@@ -289,6 +289,7 @@ from data_prep.output import Attempt
 def stopping(self, state, record=Attempt.record):
     record(self, state)
     if (self.folder / "train_00001.bin").exists():
+        Attempt.record = record
         os.kill(os.getpid(), signal.SIGSTOP)
 Attempt.record = stopping
 """
