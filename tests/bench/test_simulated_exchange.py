@@ -58,11 +58,11 @@ def smallest_difference(tried: Contender, variant: str, other: str, within: floa
     Whatever else the machine does only adds to a time, so the shortest are nearest to the truth.
     """
     shortest = {variant: math.inf, other: math.inf}
-    for runs in range(100):
+    for _ in range(100):
         for name in (variant, other):
             shortest[name] = min(shortest[name], seconds_of(lambda name=name: tried.prefill(name)))
         difference = shortest[variant] - shortest[other]
-        if runs >= 4 and abs(difference - of) < within:
+        if abs(difference - of) < within:
             break
     return difference
 
@@ -75,12 +75,12 @@ def contender(architecture: str, interconnect: Interconnect, link: ThreadLink | 
 EXPOSED = pytest.mark.parametrize(("architecture", "variant"), [("kraken", BLOCKING), ("standard", OVERLAPPED)])
 
 
-def contender_that_waits(architecture: str) -> tuple[Contender, float]:
-    """And the seconds that it asks of its interconnect."""
-    tried = contender(architecture, replace(SLOW, latency_us=80_000.0), ThreadLink())
+def contender_that_waits(architecture: str, each: float) -> tuple[Contender, float]:
+    """And the seconds that it asks of its interconnect, on which `each` collective takes so many and a little more."""
+    tried = contender(architecture, replace(SLOW, latency_us=each * 1e6), ThreadLink())
     width = tried.model.config.hidden_size
     number = {"kraken": 2, "standard": 4}[architecture]  # of two layers: L - 1 and the conjunction, and 2 L
-    asked = number * (0.08 + 1.5 * 4 * 8 * width / 1e9) + 0.08 + 0.75 * 4 * 64 / 1e9
+    asked = number * (each + 1.5 * 4 * 8 * width / 1e9) + each + 0.75 * 4 * 64 / 1e9
     assert tried.traffic.all_reduces == number and tried.traffic.all_gathers == 1
     assert tried.traffic.num_bytes == number * 4 * 8 * width + 4 * 64
     assert tried.traffic.seconds == pytest.approx(asked, rel=1e-12)
@@ -91,7 +91,7 @@ def contender_that_waits(architecture: str) -> tuple[Contender, float]:
 def test_exposed_without_overlap(monkeypatch: pytest.MonkeyPatch, architecture: str, variant: str) -> None:
     """What collectives add to the time is what the interconnect asks for."""
     clock = pretend(monkeypatch)
-    tried, asked = contender_that_waits(architecture)
+    tried, asked = contender_that_waits(architecture, each=0.08)
     for of, seconds in ((variant, asked), (SILENT, 0.0)):
         begin = clock.seconds
         tried.prefill(of)
@@ -101,8 +101,8 @@ def test_exposed_without_overlap(monkeypatch: pytest.MonkeyPatch, architecture: 
 @pytest.mark.slow
 @EXPOSED
 def test_exposed_without_overlap_in_real_time(architecture: str, variant: str) -> None:
-    """Within 5%."""
-    tried, asked = contender_that_waits(architecture)
+    """Within 5%, which is much longer than a machine that has other work leaves a thread asleep."""
+    tried, asked = contender_that_waits(architecture, each=0.5)
     assert smallest_difference(tried, variant, SILENT, within=0.05 * asked, of=asked) == pytest.approx(asked, rel=0.05)
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TypeVar
 
 import psutil
 import pytest
-from helpers import run_module
+from helpers import run_module, wait_until
 
 Result = TypeVar("Result")
 
@@ -26,7 +25,9 @@ import signal
 
 
 def slow_step(trainer, step=Trainer.train_step):
-    time.sleep(float(Path(__file__).with_name("seconds").read_text()))
+    begun, seconds = time.monotonic(), Path(__file__).with_name("seconds")
+    while time.monotonic() < begun + float(seconds.read_text()) and not trainer.stop.requested:
+        time.sleep(0.1)
     if Path(__file__).with_name("disk-is-full").exists():  # no room for a checkpoint, but for words
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
@@ -43,7 +44,7 @@ def answers() -> bool:
     """Whether there is a controller."""
     if shutil.which("sbatch") is None:
         return False
-    return subprocess.run(["scontrol", "ping"], capture_output=True, check=False, timeout=60).returncode == 0
+    return subprocess.run(["scontrol", "ping"], capture_output=True, check=False, timeout=300).returncode == 0
 
 
 needs_slurm = [
@@ -79,7 +80,10 @@ def submit_slow(run: Path, seconds: float, *arguments: str) -> list[str]:
 
 
 def set_step_seconds(run: Path, seconds: float) -> None:
-    (newest(run) / "code" / "kraken_train" / "seconds").write_text(str(seconds))
+    """Of all ranks, from now on: also of the step that is under way."""
+    file = newest(run) / "code" / "kraken_train" / "seconds"
+    file.with_suffix(".tmp").write_text(str(seconds))
+    file.with_suffix(".tmp").rename(file)
 
 
 def fill_disk(run: Path) -> None:
@@ -105,13 +109,9 @@ def state(job: str) -> str:
     return show(job)["JobState"]
 
 
-def wait_for(what: str, condition: Callable[[], Result], seconds: float = 400) -> Result:
+def wait_for(what: str, condition: Callable[[], Result]) -> Result:
     """The first result of `condition` that is true."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s\n{call('squeue')}"
-        time.sleep(0.3)
-    return result
+    return wait_until(condition, lambda: f"{what} has not come\n{call('squeue')}")
 
 
 def wait_for_end(job: str) -> str:
@@ -151,7 +151,7 @@ def ranks(run: Path) -> list[psutil.Process]:
 
 
 def require_nothing_left(run: Path) -> None:
-    wait_for(f"the end of all processes of {run}", lambda: not processes(run), 60)
+    wait_for(f"the end of all processes of {run}", lambda: not processes(run))
 
 
 def pretend_folder() -> Path:
@@ -165,7 +165,7 @@ def dead_node(name: str) -> Iterator[None]:
     process = psutil.Process(int(pid_file.read_text()))
     command, environment = process.cmdline(), process.environ()
     process.kill()
-    process.wait(20)
+    process.wait()
     try:
         yield
     finally:
@@ -175,4 +175,4 @@ def dead_node(name: str) -> Iterator[None]:
                 start_new_session=True,
             )  # fmt: skip
         pid_file.write_text(f"{again.pid}\n")
-        wait_for(f"node {name}", lambda: "IDLE" in call("scontrol", "show", "node", name), 90)
+        wait_for(f"node {name}", lambda: "IDLE" in call("scontrol", "show", "node", name))
