@@ -196,6 +196,9 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
+As is usual in transformers, text that spells a special token, such as the end of a document, becomes that token. In
+training it was text; `AutoTokenizer.from_pretrained("{name}", split_special_tokens=True)` makes it text too.
+
 With kraken-train:
 
 ```

@@ -1,10 +1,13 @@
 """A tokenizer of ours as the files that AutoTokenizer of transformers reads: tokenizer.json and tokenizer_config.json.
 
 Each of our kinds becomes a tokenizer of the `tokenizers` library. Whether that gives the same ids is not believed but
-compared, on text that is always at hand and on text that is hard.
+compared, on text that is always at hand, on text that is hard, and on the spelling of each special piece.
 
 Pieces of a SentencePiece model have a mark, U+2581, for each space. Here they have the space itself, so that the mark
 as text is text, which is what our own encoding makes of it.
+
+As is usual in transformers, text that spells a special token such as the end of a document becomes that token there. In
+training it was text, and so it is there with `split_special_tokens=True`; that is how the two are compared.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE, Unigram
 
+from checkpoints.stand_ins import StandIns
 from data_prep.documents import BadRecords
 from data_prep.embedded import EmbeddedSource
 from data_prep.manifest import TOKENIZER_FOLDER
@@ -43,24 +47,22 @@ HARD_TEXTS = (
     "=" * 33, " " * 17 + "x", "naïve café, Ångström", "e\u0301 \u00e9", "日本語のテキスト", "Привет, мир", "مرحبا",
     "🦑 and 👩‍👩‍👧", "\u2581 mark \u2581\u2581", "\u2585", "\u00a0non-breaking", "x\u200by", "\ufeffbyte order",
     "\x00\x01",
-    "½ ﬁ Ⅳ", "don't DON'T we'll", "3.14159, 1,000,000 and 0x7fff", "def f(x):\n    return x**2\n", "http://a.b/?c=d&e#f",
-    "<unk> <s> </s>", "<0x41>",
+    "½ ﬁ Ⅳ", "½\u0301", "\ue000 \ue001\ue002\ue003\ue004\ue005",
+    "don't DON'T we'll", "3.14159, 1,000,000 and 0x7fff", "def f(x):\n    return x**2\n", "http://a.b/?c=d&e#f",
+    "<unk> <s> </s>", "<0x41>", "a < b > c", "<<<", "<0x4", "</",
 )  # fmt: skip
 EMBEDDED_DOCUMENTS = 40
 CHUNK = 2000  # characters of a text that is compared
 
 
 def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> str | None:
-    """Write the files into `folder`. Returns what the user should know about them, or None if the ids are the same.
-
-    As is usual in transformers, text that spells a special token such as the end of a document becomes that token.
-    """
+    """Write the files into `folder`. Returns what the user should know about them, or None if the ids are the same."""
     try:
         backend = convert(tokenizer)
     except DataError as error:
         return f"{error}; AutoTokenizer finds none in this export"
     end = backend.id_to_token(tokenizer.end_of_document)
-    (folder / "tokenizer.json").write_text(backend.to_str())
+    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
@@ -70,9 +72,8 @@ def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path, context_len
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    specials = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-    texts = [text for text in comparison_texts(tokenizer) if not any(special in text for special in specials)]
-    differing = differences(tokenizer, backend, texts)
+    texts = comparison_texts(tokenizer)
+    differing = differences(tokenizer, Backend.from_file(str(folder / "tokenizer.json")), texts)
     if not differing:
         return None
     return (
@@ -115,14 +116,15 @@ def without_added_ends(backend: Backend) -> Backend:
 
 def convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> Backend:
     """Raises DataError for a model of words or characters."""
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    model.ParseFromString(tokenizer.model)
+    model = parse_sentencepiece(tokenizer)
     kind, unknown = model.trainer_spec.model_type, tokenizer.processor.unk_id()
     byte_fallback = model.trainer_spec.byte_fallback
     pieces = [piece.piece.replace(SPACE_MARK, " ") for piece in model.pieces]
+    normal = [index for index, piece in enumerate(model.pieces) if piece.type == NORMAL]
+    stand_ins = None
     if kind == BPE_MODEL:
         # Pieces of other kinds, such as bytes, are never merged from smaller ones.
-        merged = {pieces[i]: model.pieces[i].score for i in range(len(pieces)) if model.pieces[i].type == NORMAL}
+        merged = {pieces[index]: model.pieces[index].score for index in normal}
         backend = Backend(
             BPE(
                 {piece: index for index, piece in enumerate(pieces)},
@@ -133,7 +135,11 @@ def convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> Backend:
             )
         )
     elif kind == UNIGRAM_MODEL:
-        scores = [(piece, entry.score) for piece, entry in zip(pieces, model.pieces, strict=True)]
+        special = [pieces[i] for i, piece in enumerate(model.pieces) if piece.type not in (NORMAL, USER_DEFINED)]
+        stand_ins = StandIns.choose([pieces[index] for index in normal], special, byte_fallback)
+        scores = [(piece, 0.0) for piece in pieces]
+        for index in normal:
+            scores[index] = (stand_ins.spell(pieces[index]), model.pieces[index].score)
         backend = Backend(Unigram(scores, unk_id=unknown, byte_fallback=byte_fallback))
     else:
         raise DataError("a SentencePiece model of words or characters cannot be written for transformers")
@@ -146,11 +152,20 @@ def convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> Backend:
     )
     marks_as_text = tokenizer.kind == "sentencepiece" and byte_fallback
     steps, prefixed = normalization(model.normalizer_spec, mark_is_space=not marks_as_text)
+    undo: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
+    if stand_ins:
+        steps += stand_ins.normalization()
+        undo = [*stand_ins.decoding(), *undo]
     if steps:
         backend.normalizer = normalizers.Sequence(steps)
-    undo: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", left=1, right=0)] if prefixed else undo)
     return with_special(backend, pieces[tokenizer.end_of_document])
+
+
+def parse_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    model.ParseFromString(tokenizer.model)
+    return model
 
 
 def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -171,9 +186,11 @@ def normalization(spec: Any, mark_is_space: bool) -> tuple[list[Any], bool]:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A "), "")]
     if mark_is_space:
         steps.append(normalizers.Replace(SPACE_MARK, " "))
+    if spec.remove_extra_whitespaces:  # at the end marks of the text as well
+        steps.append(normalizers.Replace(Regex(r" +\z"), ""))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     return steps, bool(spec.add_dummy_prefix)
@@ -227,18 +244,36 @@ def byte_letters() -> dict[int, str]:
 
 def differences(tokenizer: Tokenizer, backend: Backend, texts: Sequence[str]) -> list[str]:
     """The texts that the two encode differently."""
+    backend.encode_special_tokens = True
     ours = tokenizer.encode_batch(list(texts))
-    theirs = backend.encode_batch(list(texts), add_special_tokens=False)
+    theirs = backend.encode_batch(list(texts))
     return [text for text, a, b in zip(texts, ours, theirs, strict=True) if list(a) != list(b.ids)]
 
 
 def comparison_texts(tokenizer: Tokenizer) -> list[str]:
-    """Hard cases, English prose, and pieces of the vocabulary in random order."""
+    """Hard cases, what special pieces spell, English prose, and pieces of the vocabulary in random order.
+
+    Also a long text and long runs of a character: a unigram model adds up scores, and libraries round sums otherwise.
+    """
     generator = random.Random(0)
     pieces = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size) if index != tokenizer.end_of_document]
     whole = [piece for piece in pieces if "\ufffd" not in piece]  # not a part of a character
-    mixed = ["".join(generator.choices(whole, k=50)) for _ in range(100)]
-    return [*HARD_TEXTS, *prose(), *mixed]
+    special = special_spellings(tokenizer)
+    around = [text for piece in special for text in (piece, f"a{piece}b", f" {piece} ", piece + piece)]
+    mixed = ["".join(generator.choices([*whole, *special], k=50)) for _ in range(100)]
+    runs = [piece[0] * 300 for piece in whole if len(piece) > 1 and len(set(piece)) == 1]
+    return [*HARD_TEXTS, *around, *dict.fromkeys(runs), *prose(), "".join(prose()), *mixed]
+
+
+def special_spellings(tokenizer: Tokenizer) -> list[str]:
+    """What all pieces are called that text does not usually become: ends, unknown, padding, bytes, added tokens."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        model = parse_sentencepiece(tokenizer)
+        return [piece.piece for piece in model.pieces if piece.type != NORMAL]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+        return [*dict.fromkeys([*added, *filter(None, [getattr(tokenizer.backend.model, "unk_token", None)])])]
+    return [END_OF_DOCUMENT]
 
 
 @cache
