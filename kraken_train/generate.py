@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.export_folder import DTYPES, read_export
+from data_prep.records import BYTE_ORDER_MARK
 from kraken_train.cli import run_entry
 from kraken_train.errors import ConfigError
 from kraken_train.files import require_regular
@@ -118,12 +119,13 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
     path = Path(str(config.prompts_file))
     require_regular(path, "prompts_file", ConfigError)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().removeprefix(BYTE_ORDER_MARK).decode()  # as preparation reads files
     except OSError as error:
         raise ConfigError(f"prompts_file={path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts_file={path} is not valid UTF-8 (byte {error.start})") from error
-    lines = text.removesuffix("\n").split("\n")  # not at what else Unicode counts as the end of a line
+    # Not at what else Unicode counts as the end of a line; where lines end with both characters, neither is text.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not text:
         raise ConfigError(f"prompts_file={path} is empty; write one prompt a line")
     return {f"line {number} of prompts_file={path}": line for number, line in enumerate(lines, start=1)}

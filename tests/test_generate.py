@@ -239,6 +239,24 @@ def test_wrong_files_of_prompts(export_dir: Path, tmp_path: Path, content: bytes
     assert message in user_error(run_here("kraken_train.generate", *settings))
 
 
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfone\r\ntwo \r\n", ["one", "two "]),  # as some editors write
+        ("a\rb\u2028c\x85d\ne".encode(), ["a\rb\u2028c\x85d", "e"]),
+    ],
+)
+def test_files_of_prompts(export_dir: Path, tmp_path: Path, content: bytes, prompts: list[str]) -> None:
+    """Characters that only look like the end of a line are text, as in preparation."""
+    (tmp_path / "prompts").write_bytes(content)
+    settings = [f"export_dir={export_dir}", f"prompts_file={tmp_path / 'prompts'}", "max_new_tokens=1"]
+    result = run_here("kraken_train.generate", *settings)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.split("\n") if line]
+    assert len(lines) == len(prompts)
+    assert all(line.startswith(prompt) for line, prompt in zip(lines, prompts, strict=True))
+
+
 def test_too_little_memory_is_told_before_anything_is_loaded(export_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: object) -> None:
         raise AssertionError("the weights are read although there is no room for them")

@@ -232,7 +232,7 @@ NOT_EXPORTED = (
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("foreign words", "foreign characters")])
 def test_exports(kind: str, tmp_path: Path) -> None:
-    """The same ids as in shards and prompts, or a note."""
+    """The same ids as in shards and prompts, also when imported again, or a note."""
     tokenizer = tokenizer_of(kind)
     note = write_transformers_tokenizer(tokenizer, tmp_path, 64)
     if kind in NOT_EXPORTED:
@@ -241,12 +241,14 @@ def test_exports(kind: str, tmp_path: Path) -> None:
     assert note is None
     loaded = Backend.from_file(str(tmp_path / "tokenizer.json"))
     loaded.encode_special_tokens = True  # split_special_tokens of transformers
+    imported = HuggingFaceTokenizer.from_path(tmp_path, None)  # as checkpoints.import_transformers does
+    assert imported.end_of_document == tokenizer.end_of_document
 
     @settings(max_examples=100, deadline=None)
     @given(TEXT)
     def check(text: str) -> None:
         ids = list(map(int, tokenizer.encode_batch([text])[0]))
-        assert loaded.encode(text).ids == ids
+        assert loaded.encode(text).ids == imported.encode_batch([text])[0] == ids
         if kind in ALL_IS_IN_THE_IDS:
             assert loaded.decode(ids, skip_special_tokens=False) == text
 
