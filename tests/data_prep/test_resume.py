@@ -283,9 +283,11 @@ COMMAND = (
     "from kraken_train.cli import run_entry; run_entry(p.main, p.PrepareConfig, 'prepare')"
 )
 # The same, stopped after the first piece that ends behind a whole shard: much is done, and much is left to do.
+# SIGINT as in a terminal's foreground, even where these tests run in the background, which ignores it.
 STOPPING = """
 import os, signal
 from data_prep.output import Attempt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def stopping(self, state, record=Attempt.record):
     record(self, state)
     if (self.folder / "train_00001.bin").exists():
