@@ -166,6 +166,7 @@ def test_a_killed_worker_is_named_and_loses_nothing(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr("data_prep.workers.BYTES_IN_FLIGHT", 10_000)  # else the workers may have done all of it by then
     monkeypatch.setattr(assembly, "PIECE_SECONDS", 0.0)
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
     config = configure(source, num_workers=2, shard_tokens=50_000)
