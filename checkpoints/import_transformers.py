@@ -146,15 +146,25 @@ def require_weights(folder: Path) -> Path:
 
 
 def find_tokenizer(setting: str | None, model_dir: Path, held: ExitStack) -> Path | None:
-    """A folder in our format: as set, the model's own, or one made from its tokenizer.json until `held` is closed."""
+    """A folder in our format: as set, the model's own, or one made from its tokenizer.json until `held` is closed.
+
+    Raises CheckpointError if that cannot be written.
+    """
     if setting is not None:
         return Path(setting)
     if (model_dir / TOKENIZER_FOLDER).is_dir():
         return model_dir / TOKENIZER_FOLDER
     if not (model_dir / HuggingFaceTokenizer.FILE).is_file():
         return None
-    folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-    HuggingFaceTokenizer.from_path(model_dir, None).save(folder)
+    tokenizer = HuggingFaceTokenizer.from_path(model_dir, None)
+    try:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+        tokenizer.save(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"the tokenizer cannot be written to a temporary folder ({error}); free some space, or set TMPDIR to "
+            "another folder"
+        ) from error
     return folder
 
 

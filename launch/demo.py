@@ -70,8 +70,11 @@ def clear(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         sys.exit(f"error: {folder} is not empty and not an earlier demo; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    marker.touch()
+    try:
+        folder.mkdir(parents=True)
+        marker.touch()
+    except OSError as error:
+        sys.exit(f"error: {folder} cannot be written: {error.strerror}; name another folder")
 
 
 def step(title: str, command: list[str], capture: bool = False) -> str:

@@ -24,6 +24,7 @@ from kraken_train.generate import GenerateConfig, read_prompts
 from kraken_train.model_config import KrakenConfig
 from kraken_train.run_metrics import read_run
 from kraken_train.run_state import read_state
+from launch.demo import clear
 from launch.hosts import read_hostfile
 
 pytestmark = pytest.mark.timeout(60)
@@ -89,3 +90,11 @@ def test_a_foreign_shard_without_an_index_is_not_left_out(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"0")
     with pytest.raises(DataError, match=r"b.bin has no index b.idx, .*1 such in source=.*; copy the index"):
         find_megatron(tmp_path)
+
+
+def test_a_demo_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        SystemExit, match=f"error: {tmp_path}/file/demo cannot be written: Not a directory; name another"
+    ):
+        clear(tmp_path / "file" / "demo")

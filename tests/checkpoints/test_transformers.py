@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ import torch
 from golden import Golden
 from helpers import TEXTS, random_ids, rough_model, run_here, user_error
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from checkpoints import export_folder, modeling_kraken
 from checkpoints.export_folder import read_export, write_export
+from checkpoints.import_transformers import find_tokenizer
 from checkpoints.transformers_tokenizer import HARD_TEXTS
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from kraken_train.errors import CheckpointError
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts
@@ -223,3 +226,17 @@ def test_the_file_that_travels_is_of_this_format() -> None:
         "typing",
         "warnings",
     }
+
+
+def test_no_room_for_a_temporary_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    save = HuggingFaceTokenizer.save
+
+    def full(self: HuggingFaceTokenizer, folder: Path) -> None:
+        save(self, folder)
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "save", full)
+    with ExitStack() as held, pytest.raises(CheckpointError, match=r"temporary folder \(.*No space left.*set TMPDIR"):
+        find_tokenizer(None, tmp_path, held)
