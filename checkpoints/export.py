@@ -8,19 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.export_folder import require_unused, write_export
-from checkpoints.model_card import Training, write_card
-from checkpoints.store import read_weights
+from checkpoints.exports.folder import require_unused, write_export
+from checkpoints.training.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
-from kraken_train.cli import run_entry
-from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.exports import record_export
-from kraken_train.free_text import FilePath, Name
-from kraken_train.head_sizes import head_size_note
-from kraken_train.precision import DTYPES
-from kraken_train.rules import require_at_least, require_choice
-from kraken_train.run_folder import read_identity
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.common.free_text import FilePath, Name
+from kraken_train.common.validation import require_at_least, require_choice
+from kraken_train.model.head_dims import head_size_note
+from kraken_train.reporting.model_card import Training, write_card
+from kraken_train.run.exports import record_export
+from kraken_train.run.folder import read_identity
 from kraken_train.tracking.artifact import log_artifact, read_wandb_run
+from kraken_train.training.precision import DTYPES
 
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
 

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.export_folder import require_unused, write_export
-from checkpoints.reference import convert_reference_state_dict
-from kraken_train.cli import run_entry
-from kraken_train.errors import CheckpointError
-from kraken_train.files import require_regular
-from kraken_train.free_text import FilePath
-from kraken_train.head_sizes import head_size_note
-from kraken_train.model_config import KrakenConfig
-from kraken_train.rules import require_positive
+from checkpoints.exports.folder import require_unused, write_export
+from checkpoints.exports.reference import convert_reference_state_dict
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import require_regular
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.validation import require_positive
+from kraken_train.model.config import KrakenConfig
+from kraken_train.model.head_dims import head_size_note
 
 # Their names of dimensions that the weights show as well.
 VISIBLE_DIMENSIONS = {

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.export_folder import (
+from checkpoints.exports.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_description,
@@ -29,13 +29,13 @@ from checkpoints.export_folder import (
 )
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import HuggingFaceTokenizer
-from kraken_train.cli import run_entry
-from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.free_text import FilePath
-from kraken_train.head_sizes import head_size_note
-from kraken_train.model_config import MODEL_CONFIGS, ModelConfig, parse_model
-from kraken_train.precision import DTYPES
-from kraken_train.rules import require_choice
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.validation import require_choice
+from kraken_train.model.config import MODEL_CONFIGS, ModelConfig, parse_model
+from kraken_train.model.head_dims import head_size_note
+from kraken_train.training.precision import DTYPES
 
 INDEX_FILE = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import POINTER, STEP_FOLDER, Checkpoint, read_manifest, step_folders
-from checkpoints.store import WEIGHT_PREFIX, stored_tensors, verify_checkpoint
-from kraken_train.cli import user_errors
-from kraken_train.errors import CheckpointError
+from checkpoints.training.manifest import POINTER, STEP_FOLDER, Checkpoint, read_manifest, step_folders
+from checkpoints.training.store import WEIGHT_PREFIX, stored_tensors, verify_checkpoint
+from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import CheckpointError
 
 INDEX = ".metadata"  # the file that every torch.distributed.checkpoint folder has
 OPTIMIZER_PREFIX = "optimizer."

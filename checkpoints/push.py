@@ -12,16 +12,16 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from checkpoints.export_folder import (
+from checkpoints.exports.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     MODELING_FILE,
     read_description,
     read_export,
 )
-from kraken_train.cli import run_entry
-from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.free_text import FilePath, Name
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.common.free_text import FilePath, Name
 
 CARD_FILE = "README.md"
 MESSAGE = "Upload an export of kraken-train"

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kraken_train.errors import ConfigError, DataError
-from kraken_train.rules import require_at_least, require_choice, require_positive
+from kraken_train.common.errors import ConfigError, DataError
+from kraken_train.common.validation import require_at_least, require_choice, require_positive
 
 PLACES_SHOWN = 3
 BLOCK_BYTES = 1 << 20  # about this much text is in a block, or one record

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.documents import START, WHOLE, Cursor, DocumentsOfBlocks, Part
 from data_prep.records import Values
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 # Tests, installed packages, generated tables and demos: not documentation, or not of the standard library.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo",

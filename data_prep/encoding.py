@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from data_prep.documents import BadRecords, Block, Document, TextRules, find_documents
 from data_prep.tokenizers import Tokenizer
-from data_prep.words import WordEncoder
-from kraken_train.errors import DataError
+from data_prep.word_cache import CachedTokenizer
+from kraken_train.common.errors import DataError
 
 BATCH_DOCUMENTS = 1024
 BATCH_BYTES = 1 << 20
@@ -68,7 +68,7 @@ class BlockEncoder:
         self.tokenizer = tokenizer
         self.rules = rules
         self.append_end_of_document = append_end_of_document
-        self._words = WordEncoder(tokenizer)
+        self._words = CachedTokenizer(tokenizer)
 
     def encode(self, block: Block, limit: int | None = None, check_all: bool = False) -> EncodedBlock:
         """The documents of `block`; with a `limit`, of the records up to the document of that number.

@@ -29,8 +29,8 @@ from data_prep.documents import (
 )
 from data_prep.listing import list_folder
 from data_prep.records import Lines, Rows, WholeFile
-from kraken_train.errors import DataError
-from kraken_train.files import require_regular
+from kraken_train.common.errors import DataError
+from kraken_train.common.files import require_regular
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}

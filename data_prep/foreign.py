@@ -35,11 +35,11 @@ from data_prep.manifest import (
 )
 from data_prep.output import attempt, finished_result
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
-from kraken_train.cli import run_entry
-from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256, real_path
-from kraken_train.free_text import FilePath
-from kraken_train.rules import require_choice
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError, DataError
+from kraken_train.common.files import file_sha256, real_path
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.validation import require_choice
 
 FORMATS = ("nanogpt", "megatron")
 NANOGPT_DTYPE = np.dtype("<u2")

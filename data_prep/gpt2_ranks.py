@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiktoken
 
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 NUM_RANKS = 50256
 LONGEST_WAIT = 60  # seconds; tiktoken itself would wait for ever on a network that swallows packets

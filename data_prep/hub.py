@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.documents import BLOCK_BYTES, START, WHOLE, Cursor, DocumentsOfBlocks, Part
 from data_prep.records import Values
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 MOST_ROWS = 4096  # in a block
 LONGEST_PAUSE = 60  # seconds, before a row is tried again

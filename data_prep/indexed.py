@@ -30,8 +30,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kraken_train.errors import DataError
-from kraken_train.files import kind_of, sync_folder
+from kraken_train.common.errors import DataError
+from kraken_train.common.files import kind_of, sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

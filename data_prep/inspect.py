@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from data_prep.indexed import Shard
 from data_prep.manifest import Manifest, SplitEntry, verify_quick
-from kraken_train.cli import user_errors
-from kraken_train.errors import DataError
+from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import DataError
 
 PICTURE = "document_lengths.png"
 LABEL_WIDTH = 11

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kraken_train.errors import DataError
-from kraken_train.files import kind_of, require_regular
+from kraken_train.common.errors import DataError
+from kraken_train.common.files import kind_of, require_regular
 
 SHOWN = 3
 HIDDEN, UNKNOWN, TWICE = "hidden", "of no kind that is read", "links to what is read under another name"

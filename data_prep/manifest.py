@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.indexed import bin_path, file_size, idx_path, idx_size
-from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256, kind_of, replace_synced
-from kraken_train.parsing import from_dict
+from kraken_train.common.errors import ConfigError, DataError
+from kraken_train.common.files import file_sha256, kind_of, replace_synced
+from kraken_train.common.settings import from_dict
 
 FORMAT = "kraken-data"
 VERSION = 1

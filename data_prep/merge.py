@@ -39,9 +39,9 @@ from data_prep.manifest import (
     verify_quick,
 )
 from data_prep.output import attempt, finished_result
-from kraken_train.cli import user_errors
-from kraken_train.errors import DataError
-from kraken_train.files import BLOCK_BYTES, real_path
+from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import DataError
+from kraken_train.common.files import BLOCK_BYTES, real_path
 
 # In these parts may differ: shards may end anywhere, and the tokenizer is compared by its files.
 FREE_SETTINGS = ("source", "slice", "shard_tokens", "tokenizer")

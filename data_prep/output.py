@@ -1,8 +1,8 @@
 """The output folder: it comes to exist complete, in one rename, or not at all.
 
 All work happens in a hidden sibling, `.NAME.partial`. Its journal says how far the work has come; see
-data_prep/assembly.py. What an attempt that ended early has finished stays there, and the same command goes on from it.
-An attempt that has finished nothing leaves nothing.
+data_prep/shard_builder.py. What an attempt that ended early has finished stays there, and the same command goes on from
+it. An attempt that has finished nothing leaves nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import Any
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, load_manifest, verify_quick
-from kraken_train.errors import DataError
-from kraken_train.files import kind_of, replace_synced, sync_folder, try_lock
+from kraken_train.common.errors import DataError
+from kraken_train.common.files import kind_of, replace_synced, sync_folder, try_lock
 
 JOURNAL_NAME = ".journal.json"
 JOURNAL_VERSION = 1

@@ -26,7 +26,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.assembly import Assembly, AssemblyRules, assemble
 from data_prep.documents import WHOLE, BadRecords, Part, Source, TextRules
 from data_prep.encoding import BlockEncoder
 from data_prep.hub import HubSource
@@ -34,14 +33,15 @@ from data_prep.indexed import token_dtype
 from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry
 from data_prep.output import Attempt, attempt, finished_result
 from data_prep.progress import Progress
+from data_prep.shard_builder import AssemblyRules, ShardBuilder, assemble
 from data_prep.sources import SourceSettings, open_source
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer, load_tokenizer
 from data_prep.workers import EncoderSettings, encode_blocks
-from kraken_train.cli import run_entry
-from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import file_sha256, real_path
-from kraken_train.free_text import FilePath, Text
-from kraken_train.rules import require_at_least, require_positive
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError, DataError
+from kraken_train.common.files import file_sha256, real_path
+from kraken_train.common.free_text import FilePath, Text
+from kraken_train.common.validation import require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     with attempt(output, request, config.resume) as current:
         tokenizer = make_tokenizer(config, source, current)
         dtype = token_dtype(tokenizer.vocab_size)
-        with Assembly(current, dtype, config.assembly_rules, config.text_rules, started) as assembly:
+        with ShardBuilder(current, dtype, config.assembly_rules, config.text_rules, started) as assembly:
             if current.journal:
                 print(f"going on behind the {assembly.documents:,} documents of an earlier attempt", flush=True)
             tokenize(config, source, tokenizer, assembly)
@@ -181,7 +181,7 @@ def make_tokenizer(config: PrepareConfig, source: Source, current: Attempt) -> T
     return tokenizer
 
 
-def tokenize(config: PrepareConfig, source: Source, tokenizer: Tokenizer, assembly: Assembly) -> None:
+def tokenize(config: PrepareConfig, source: Source, tokenizer: Tokenizer, assembly: ShardBuilder) -> None:
     """Add to `assembly` what it does not have yet."""
     if assembly.complete:
         return
@@ -204,7 +204,7 @@ def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerEntry:
     return TokenizerEntry(tokenizer.kind, tokenizer.vocab_size, tokenizer.end_of_document, files)
 
 
-def print_summary(manifest: Manifest, assembly: Assembly, output: Path, seconds: float) -> None:
+def print_summary(manifest: Manifest, assembly: ShardBuilder, output: Path, seconds: float) -> None:
     for line in assembly.bad_records.summary():
         print(line)
     for name, split in manifest.splits.items():

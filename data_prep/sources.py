@@ -16,9 +16,9 @@ from data_prep.documents import DEFAULT_MAX_DOCUMENT_BYTES, Source
 from data_prep.embedded import EmbeddedSource
 from data_prep.files import SUFFIXES, FilesSource
 from data_prep.hub import HubSource
-from kraken_train.errors import DataError
-from kraken_train.files import kind_of
-from kraken_train.free_text import FilePath, Text
+from kraken_train.common.errors import DataError
+from kraken_train.common.files import kind_of
+from kraken_train.common.free_text import FilePath, Text
 
 EMBEDDED = "embedded"
 WHAT_SOURCES_ARE = (

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.indexed import ShardWriter, bin_path
 from data_prep.manifest import ShardEntry, SplitEntry, probe_sha256
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 POSITIONS = 2.0**64
 

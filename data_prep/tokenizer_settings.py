@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kraken_train.errors import ConfigError
-from kraken_train.free_text import FilePath, Text
-from kraken_train.rules import require_choice, require_positive
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.free_text import FilePath, Text
+from kraken_train.common.validation import require_choice, require_positive
 
 KINDS = ("sentencepiece", "sentencepiece_model", "gpt2", "huggingface")
 

@@ -24,9 +24,9 @@ from tokenizers.models import BPE
 from data_prep.gpt2_ranks import find_ranks, read_ranks, write_ranks
 from data_prep.tokenizer_settings import KINDS, TokenizerSettings
 from data_prep.train_tokenizer import train_sentencepiece
-from data_prep.words import GPT2_WORDS, SENTENCEPIECE_WORDS, exact_pattern
-from kraken_train.errors import ConfigError, DataError
-from kraken_train.files import require_regular
+from data_prep.word_cache import GPT2_WORDS, SENTENCEPIECE_WORDS, exact_pattern
+from kraken_train.common.errors import ConfigError, DataError
+from kraken_train.common.files import require_regular
 
 DESCRIPTION_NAME = "kraken_tokenizer.json"
 VERSION = 1
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
         """Token ids of each text, without begin, end or other added tokens; what looks like one is text.
 
-        All that becomes ids passes through here, or through `WordEncoder`, which gives the same.
+        All that becomes ids passes through here, or through `CachedTokenizer`, which gives the same.
         """
         ...
 

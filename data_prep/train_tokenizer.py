@@ -12,7 +12,7 @@ from itertools import islice
 from sentencepiece import SentencePieceTrainer
 
 from data_prep.tokenizer_settings import TokenizerSettings
-from kraken_train.errors import ConfigError, DataError
+from kraken_train.common.errors import ConfigError, DataError
 
 END_PIECE = "<|endoftext|>"
 # SentencePiece leaves out whole texts with these (a tab, and its marks of a space and of an unknown piece).

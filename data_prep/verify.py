@@ -34,8 +34,8 @@ from data_prep.manifest import (
 )
 from data_prep.recovery import Recovery
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from kraken_train.cli import user_errors
-from kraken_train.errors import DataError
+from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import DataError
 
 BLOCK_BYTES = 1 << 24  # read at once; a multiple of every token's size
 SAMPLE_CHARACTERS = 200

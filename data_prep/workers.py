@@ -27,7 +27,7 @@ from pathlib import Path
 from data_prep.documents import BLOCK_BYTES, Block, Cursor, TextRules
 from data_prep.encoding import BlockEncoder, EncodedBlock
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from kraken_train.errors import DataError, KrakenError
+from kraken_train.common.errors import DataError, KrakenError
 
 BLOCKS_AT_ONCE = 2  # of a worker: one that it works on, and the next
 BYTES_IN_FLIGHT = 8 << 20  # of blocks for each worker, whose tokens are not written yet

@@ -6,17 +6,16 @@ Below the entry points there is no `DictConfig`. A class here says what its sett
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from kraken_train.errors import ConfigError
-from kraken_train.free_text import FilePath, Name
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.rules import divisors, require_at_least, require_choice, require_positive
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.free_text import FilePath, Name
+from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
+from kraken_train.model.config import ModelConfig, ModelSettings
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
@@ -45,7 +44,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over optimizer steps: warm-up, then a shape (`kraken_train.optim.learning_rate`)."""
+    """The learning rate over optimizer steps: warm-up, then a shape (`kraken_train.training.optim.learning_rate`)."""
 
     name: str  # cosine | wsd | constant
     warmup_steps: int
@@ -146,7 +145,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What is done when a run does not go well; see `kraken_train.loss_watch` for what a spike is."""
+    """What is done when a run does not go well; see `kraken_train.health.loss_monitor` for what a spike is."""
 
     step_seconds: float  # without a step, save, validation or restore end the job; 3 times that before the first step
     straggler_factor: float  # a rank that needs so many times longer than the median one is told; 0: never
@@ -195,7 +194,7 @@ class TrackingConfig:
 class TrainConfig:
     """A training run; see conf/train.yaml for the defaults."""
 
-    model: dict[str, Any]  # parsed with the data's vocabulary by `parse_model`
+    model: ModelSettings  # parsed with the data's vocabulary by `parse_model`
     data_dir: FilePath | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
     run_dir: FilePath
     init_from: FilePath | None  # an export whose weights a new run starts with; null: they are drawn from the seed
@@ -293,15 +292,3 @@ def whole_shares(weights: dict[str, Any]) -> dict[Path, int]:
     if len(folders) < len(weights):
         raise ConfigError(f"data_dir names a folder twice ({', '.join(weights)}); give it once, with one weight")
     return folders
-
-
-def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:
-    """Dotted names of all settings of a dataclass, nested ones included, and of the model configurations."""
-    names: list[str] = []
-    for name, kind in get_type_hints(schema).items():
-        names.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            names += setting_names(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif name == "model":
-            names += setting_names(KrakenConfig, "model.") + setting_names(GPTConfig, "model.")
-    return tuple(dict.fromkeys(names))

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from kraken_train.cli import run_entry
-from kraken_train.errors import ConfigError
-from kraken_train.head_sizes import BEST, STEP, distance_to_best, head_dims
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig, parse_model
-from kraken_train.rules import require_positive
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.validation import require_positive
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig, ModelSettings, parse_model
+from kraken_train.model.head_dims import BEST, STEP, distance_to_best, head_dims
 
 BYTES_PER_VALUE = 2  # bf16
 
@@ -27,7 +26,7 @@ BYTES_PER_VALUE = 2  # bf16
 class DeriveConfig:
     """See conf/derive.yaml."""
 
-    model: dict[str, Any]
+    model: ModelSettings
     num_sub_layers: int
     tolerance: float
 

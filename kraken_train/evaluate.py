@@ -21,11 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.export_folder import Export, read_export
-from checkpoints.model_card import refresh_results
+from checkpoints.exports.folder import Export, read_export
 from data_prep.manifest import SPLITS, Manifest, verify_quick
-from kraken_train.cli import run_entry
-from kraken_train.errors import CheckpointError, ConfigError, DataError
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import CheckpointError, ConfigError, DataError
+from kraken_train.common.files import file_sha256
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.validation import require_choice, require_positive
+from kraken_train.evaluation.perplexity import MODES, evaluate, read_sequences
 from kraken_train.evaluation.results import (
     SUITE_HEADER,
     Results,
@@ -36,13 +39,10 @@ from kraken_train.evaluation.results import (
     suite_rows,
 )
 from kraken_train.evaluation.suites import Suite, SuiteRun, require_harness, run_suite
-from kraken_train.files import file_sha256
-from kraken_train.free_text import FilePath
-from kraken_train.inference.device import DEVICES, choose_device
 from kraken_train.inference.ranks import started_ranks
-from kraken_train.perplexity import MODES, evaluate, read_sequences
-from kraken_train.rules import require_choice, require_positive
-from kraken_train.runtime import Runtime, read_runtime
+from kraken_train.parallel.device import DEVICES, choose_device
+from kraken_train.parallel.ranks import Runtime, read_runtime
+from kraken_train.reporting.model_card import refresh_results
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 

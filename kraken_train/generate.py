@@ -10,21 +10,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.export_folder import DTYPES, read_export
+from checkpoints.exports.folder import DTYPES, read_export
 from data_prep.records import BYTE_ORDER_MARK
-from kraken_train.cli import run_entry
-from kraken_train.errors import ConfigError
-from kraken_train.files import require_regular
-from kraken_train.free_text import FilePath, Text
-from kraken_train.inference.device import DEVICES
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.files import require_regular
+from kraken_train.common.free_text import FilePath, Text
+from kraken_train.common.locales import prints_unicode
+from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.inference.engine import ExecutionConfig
 from kraken_train.inference.generation import continue_prompts, require_servable
 from kraken_train.inference.ranks import device_speeds, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
-from kraken_train.locales import prints_unicode
-from kraken_train.rules import require_choice, require_positive
-from kraken_train.runtime import Runtime
+from kraken_train.parallel.device import DEVICES
+from kraken_train.parallel.ranks import Runtime
 
 
 @dataclass(frozen=True)

@@ -5,31 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from kraken_train.cli import run_entry
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.output import open_output
+from kraken_train.common.settings import to_dict
+from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.config import AUTO, PRECISIONS, EngineConfig
-from kraken_train.errors import ConfigError
-from kraken_train.free_text import FilePath
-from kraken_train.model_config import ModelConfig, parse_model
-from kraken_train.output import open_output
-from kraken_train.parsing import to_dict
+from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
 from kraken_train.planning.cluster import Cluster, measured
 from kraken_train.planning.figure import draw
 from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import GB, Plan, Wishes, describe, reasons, search, why_slower
 from kraken_train.planning.traffic import Collective
-from kraken_train.rules import require_choice, require_positive
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     """See conf/plan.yaml."""
 
-    model: dict[str, Any]
+    model: ModelSettings
     cluster: Cluster
     nodes: int
     global_batch_size: int
@@ -81,9 +80,9 @@ def as_table(plan: Plan, shown: int, title: str) -> Table:
     for name in ("choice", "micro-\nbatch", "steps", "GB", "ms", "tokens/s", "MFU", "against the first"):
         table.add_column(name, justify="left" if name in ("choice", "against the first") else "right")
     for place, prediction in enumerate(plan.ranked[:shown]):
-        choices = prediction.choices
+        layout = prediction.layout
         table.add_row(
-            describe(choices), str(choices.micro_batch_size), str(choices.accumulation_steps),
+            describe(layout), str(layout.micro_batch_size), str(layout.accumulation_steps),
             f"{prediction.memory.total / GB:.1f}", f"{1e3 * prediction.time.total:.1f}",
             f"{prediction.tokens_per_second:,.0f}", f"{prediction.mfu:.1%}",
             why_slower(prediction, plan.best) if place else "",
@@ -133,7 +132,7 @@ def main(config: PlanConfig) -> None:
     model = config.model_config()
     cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
     plan = search(model, cluster, config.nodes, config.global_batch_size, config.wishes(cluster))
-    devices = plan.best.choices.devices
+    devices = plan.best.layout.devices
     title = f"{model.num_parameters:,} parameters on {devices} devices of {cluster.name}"
     console = Console(width=None if Console().is_terminal else 160)
     console.print(as_table(plan, config.shown, title))
@@ -144,7 +143,7 @@ def main(config: PlanConfig) -> None:
     said = reasons(plan, cluster, model)
     for line in (*said, *plan.refused):
         print(f"- {line}")
-    print(f"to train so: {plan.best.choices.overrides} engine.compile=true")
+    print(f"to train so: {plan.best.layout.overrides} engine.compile=true")
     if config.output is not None:
         record = {
             "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": said,

@@ -15,11 +15,11 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from kraken_train.cli import user_errors
-from kraken_train.errors import CheckpointError
-from kraken_train.next_step import next_step
-from kraken_train.run_logs import follow, logs_of, merged
-from kraken_train.run_state import RUNNING, UNKNOWN, RunState, Start, read_state
+from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import CheckpointError
+from kraken_train.run.logs import follow, logs_of, merged
+from kraken_train.run.next_step import next_step
+from kraken_train.run.state import RUNNING, UNKNOWN, RunState, Start, read_state
 
 LABEL_WIDTH = 12
 STARTS_SHOWN = 5
@@ -76,7 +76,7 @@ def print_states(states: list[RunState], as_json: bool, verify: bool) -> None:
 
 def verified(state: RunState) -> str:
     """Which checkpoint is whole, by its checksums, and what is wrong with newer ones."""
-    from checkpoints.store import find_good_checkpoint  # noqa: PLC0415 (imports torch, which takes seconds)
+    from checkpoints.training.store import find_good_checkpoint  # noqa: PLC0415 (imports torch, which takes seconds)
 
     try:
         checkpoint, problems = find_good_checkpoint(Path(state.path) / "checkpoints")

@@ -14,40 +14,40 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.initial import export_reader, open_initial_export
-from checkpoints.manifest import Checkpoint, has_checkpoints
-from checkpoints.store import fill_tensors, find_good_checkpoint, model_of, set_aside_after
-from checkpoints.writer import CheckpointWriter, go_back_to
-from kraken_train.architectures import build_model, even_share
-from kraken_train.cli import run_entry
+from checkpoints.exports.initial import export_reader, open_initial_export
+from checkpoints.training.manifest import Checkpoint, has_checkpoints
+from checkpoints.training.store import fill_tensors, find_good_checkpoint, model_of, set_aside_after
+from checkpoints.training.writer import CheckpointWriter, go_back_to
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import CheckpointError, KrakenError, RankLostError, TrainingError
+from kraken_train.common.settings import to_dict
 from kraken_train.config import AUTO, TrainConfig
-from kraken_train.data import Samples, TrainingData
-from kraken_train.distributed_exchange import make_exchange
-from kraken_train.engine import Engine, start_processes, stop_processes
-from kraken_train.errors import CheckpointError, KrakenError, RankLostError, TrainingError
-from kraken_train.events import FAILED, FINISHED, INTERRUPTED
-from kraken_train.flops import device_peak_flops, training_flops_per_token
-from kraken_train.head_sizes import head_size_note
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
-from kraken_train.loader import BatchLoader, ranges_of_rank
-from kraken_train.loss_watch import LossWatch, Trouble
-from kraken_train.mesh import ParallelMesh
-from kraken_train.metrics import Metrics, Record
-from kraken_train.model_config import ModelConfig, parse_model
-from kraken_train.optim import describe_jump, learning_rate
-from kraken_train.parsing import to_dict
-from kraken_train.perplexity import perplexity, token_losses
-from kraken_train.phases import DATA, FORWARD, Phases
-from kraken_train.precision import ChosenPrecision, choose_precision, has_native_bf16
-from kraken_train.rank_errors import record_error
-from kraken_train.recorded import recorded_settings
-from kraken_train.run_folder import RunFolder, open_run_folder, recorded_precision
-from kraken_train.run_start import describe_error, recorded, write_environment
-from kraken_train.runtime import Runtime, another_rank_ended, read_runtime, slurm_job
-from kraken_train.stacks import stacks_on_signal
-from kraken_train.stragglers import Change, Stragglers, describe_ranks
+from kraken_train.data.dataset import Samples, TrainingData
+from kraken_train.data.loader import BatchLoader, ranges_of_rank
+from kraken_train.evaluation.perplexity import perplexity, token_losses
+from kraken_train.health.loss_monitor import LossWatch, Trouble
+from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
+from kraken_train.health.stack_dump import stacks_on_signal
+from kraken_train.health.stragglers import Change, Stragglers, describe_ranks
+from kraken_train.health.watchdog import Watchdog
+from kraken_train.model.config import ModelConfig, parse_model
+from kraken_train.model.flops import device_peak_flops, training_flops_per_token
+from kraken_train.model.head_dims import head_size_note
+from kraken_train.model.registry import build_model, even_share
+from kraken_train.parallel.distributed import make_communicator
+from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.ranks import Runtime, another_rank_ended, read_runtime, slurm_job
+from kraken_train.parallel.step_timer import DATA, FORWARD, StepTimer
+from kraken_train.run.events import FAILED, FINISHED, INTERRUPTED
+from kraken_train.run.folder import RunFolder, open_run_folder, recorded_precision
+from kraken_train.run.rank_errors import record_error
+from kraken_train.run.recorded_settings import recorded_settings
+from kraken_train.run.start import describe_error, recorded, write_environment
 from kraken_train.tracking.ready import require_ready
-from kraken_train.watchdog import Watchdog
+from kraken_train.training.engine import Engine, start_processes, stop_processes
+from kraken_train.training.metrics_logger import Metrics, Record
+from kraken_train.training.optim import describe_jump, learning_rate
+from kraken_train.training.precision import ChosenPrecision, choose_precision, has_native_bf16, reduce_dtype
 
 LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
 
@@ -183,11 +183,11 @@ class Trainer:
         self.watchdog = watchdog
         size = config.parallel.sub_layer_parallel_size
         self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
-        self.phases = Phases(runtime.device)  # of the steps that are logged
-        exchange = make_exchange(config.parallel, self.mesh, self.phases)
+        self.timer = StepTimer(runtime.device)  # of the steps that are logged
+        communicator = make_communicator(self.mesh, reduce_dtype(config.parallel), self.timer)
         units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
-        model = build_model(model_config, config.seed, units, exchange, vocabulary)
-        self.engine = Engine(model, config, self.mesh, runtime, self.phases)
+        model = build_model(model_config, config.seed, units, communicator, vocabulary)
+        self.engine = Engine(model, config, self.mesh, runtime, self.timer)
         self.checkpoints = CheckpointWriter(
             run.checkpoints, config.checkpoint.keep, runtime, config.checkpoint.asynchronous, self.tell_saved
         )
@@ -233,17 +233,17 @@ class Trainer:
             self.engine.verify_replicas()
         if not self.unread:
             self.started, self.waited = time.perf_counter(), 0.0
-        self.phases.active = self.is_logged(self.step + 1)
+        self.timer.active = self.is_logged(self.step + 1)
         lr = learning_rate(self.config.schedule, self.config.optim.lr, self.step, self.config.max_steps)
         for _ in range(self.engine.accumulation_steps):
             asked = time.perf_counter()
-            with self.phases.phase(DATA):
+            with self.timer.phase(DATA):
                 batch = next(self.batches)
             self.waited += time.perf_counter() - asked
             self.engine.accumulate(*batch)
         # A save that has failed in the background is told where the next one begins: at once.
         self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
-        self.phases.active = False
+        self.timer.active = False
         self.unread.append(lr)
         self.step += 1
         self.watchdog.step = self.step
@@ -285,7 +285,7 @@ class Trainer:
                 device_peak = self.peak_flops * self.runtime.world_size
                 record["mfu"] = self.flops_per_token * tokens_per_second / device_peak
             if self.is_logged(step):
-                record |= self.compare_ranks(self.phases.take())
+                record |= self.compare_ranks(self.timer.take())
             if self.is_validated(step):
                 record["validation_loss"] = loss = self.validate()
                 record["validation_perplexity"] = perplexity(loss)

@@ -27,13 +27,13 @@ from typing import IO
 
 import psutil
 
-from kraken_train.cli import user_errors
-from kraken_train.errors import ConfigError
-from kraken_train.interruption import LAUNCHER_SECONDS, STOP_SIGNALS
-from kraken_train.run_layout import LAUNCH_COMMAND
+from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import ConfigError
+from kraken_train.health.shutdown import LAUNCHER_SECONDS, STOP_SIGNALS
+from kraken_train.run.layout import LAUNCH_COMMAND
+from launch.exit_report import Words, judge
 from launch.hosts import DEFAULT_HOSTFILE, Slots, choose, is_here, read_hostfile, this_machine
 from launch.node import KILL, STILL_HERE, STOP, Plan, describe_end, newest_start_number
-from launch.verdict import Words, judge
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=15")
 CHECK_SECONDS = 60.0  # for a host to answer, Python's start on a slow disk included

@@ -20,9 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.export_folder import read_export
-from kraken_train.locales import use_unicode
-from kraken_train.runtime import free_port
+from checkpoints.exports.folder import read_export
+from kraken_train.common.locales import use_unicode
+from kraken_train.parallel.ranks import free_port
 
 RANKS = 2
 MODEL = "kraken-tiny-4way"

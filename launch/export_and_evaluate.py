@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.export import ExportConfig, export
-from checkpoints.export_folder import read_export
-from checkpoints.store import find_good_checkpoint
-from kraken_train.cli import compose_command, user_errors
-from kraken_train.errors import CheckpointError, ConfigError
+from checkpoints.exports.folder import read_export
+from checkpoints.training.store import find_good_checkpoint
+from kraken_train.common.cli import compose_command, user_errors
+from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.evaluate import EvaluateConfig
 from kraken_train.evaluate import main as evaluate
 

@@ -7,8 +7,8 @@ import re
 import socket
 from pathlib import Path
 
-from kraken_train.errors import ConfigError
-from kraken_train.files import require_regular
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.files import require_regular
 
 Slots = dict[str, list[str]]  # host -> the numbers of its GPUs, in the order of the ranks
 
@@ -101,7 +101,7 @@ def this_machine(wanted: int | None) -> Slots:
 
     Raises ConfigError where more are wanted.
     """
-    from kraken_train.runtime import gpu_is_usable  # noqa: PLC0415 (imports torch, which a hostfile makes needless)
+    from kraken_train.parallel.ranks import gpu_is_usable  # noqa: PLC0415 (imports torch, which a hostfile makes needless)
 
     if not gpu_is_usable():
         return {"localhost": [str(slot) for slot in range(wanted or 1)]}

@@ -25,8 +25,8 @@ from types import FrameType
 
 import psutil
 
-from kraken_train.events import now
-from kraken_train.interruption import (
+from kraken_train.common.locales import use_unicode
+from kraken_train.health.shutdown import (
     INTERRUPTED_EXIT_CODE,
     LAUNCHER_SECONDS,
     LOCAL_LAUNCHER,
@@ -34,9 +34,9 @@ from kraken_train.interruption import (
     STOP_SIGNALS,
     has_ended,
 )
-from kraken_train.locales import use_unicode
-from kraken_train.rank_errors import RankError, error_file, record_error
-from kraken_train.run_layout import start_folders
+from kraken_train.run.events import now
+from kraken_train.run.layout import start_folders
+from kraken_train.run.rank_errors import RankError, error_file, record_error
 
 STOP, KILL, STILL_HERE = b"stop\n", b"kill\n", b"\n"
 SILENCE_SECONDS = 120.0

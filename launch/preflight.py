@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from checkpoints.initial import open_initial_export
-from kraken_train.cli import compose_command
+from checkpoints.exports.initial import open_initial_export
+from kraken_train.common.cli import compose_command
 from kraken_train.config import TrainConfig
-from kraken_train.data import TrainingData
-from kraken_train.model_config import ModelConfig, parse_model
-from kraken_train.run_folder import check_run_folder
+from kraken_train.data.dataset import TrainingData
+from kraken_train.model.config import ModelConfig, parse_model
+from kraken_train.run.folder import check_run_folder
 
 ANY_VOCABULARY = 64  # tokens, where the data do not exist yet
 

@@ -27,13 +27,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kraken_train.cli import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, user_errors
-from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.events import FINISHED, INTERRUPTED, Event, EventLog, read_events
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE
-from kraken_train.rank_errors import RankError, read_errors, root_causes
-from kraken_train.run_layout import EVENTS_FILE, start_folders
-from kraken_train.runtime import slurm_job
+from kraken_train.common.cli import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, user_errors
+from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
+from kraken_train.parallel.ranks import slurm_job
+from kraken_train.run.events import FINISHED, INTERRUPTED, Event, EventLog, read_events
+from kraken_train.run.layout import EVENTS_FILE, start_folders
+from kraken_train.run.rank_errors import RankError, read_errors, root_causes
 from launch.preflight import check_training, train_config
 
 RESTART_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h

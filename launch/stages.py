@@ -18,12 +18,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from data_prep import prepare
-from kraken_train.cli import compose_command
+from kraken_train.common.cli import compose_command
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.free_text import quote_arguments
+from kraken_train.common.settings import describe_composition_error
 from kraken_train.config import TrainConfig
-from kraken_train.errors import ConfigError
-from kraken_train.free_text import quote_arguments
-from kraken_train.model_config import ModelConfig
-from kraken_train.parsing import describe_composition_error
+from kraken_train.model.config import ModelConfig
 from launch import export_and_evaluate
 from launch.export_and_evaluate import value_of
 from launch.preflight import check_training, train_config

@@ -25,21 +25,21 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from kraken_train.cli import CONF_DIR, exit_with_message, run_entry
+from kraken_train.common.cli import CONF_DIR, exit_with_message, run_entry
+from kraken_train.common.errors import CheckpointError, ConfigError, KrakenError
+from kraken_train.common.free_text import FilePath, Name
+from kraken_train.common.settings import to_yaml
+from kraken_train.common.validation import require_at_least, require_positive
 from kraken_train.config import TrainConfig
-from kraken_train.errors import CheckpointError, ConfigError, KrakenError
-from kraken_train.events import EventLog, read_events
-from kraken_train.free_text import FilePath, Name
-from kraken_train.interconnect import Interconnect
-from kraken_train.model_config import KrakenConfig, ModelConfig
-from kraken_train.parsing import to_yaml
-from kraken_train.rules import require_at_least, require_positive
-from kraken_train.run_folder import SUBMISSIONS
-from kraken_train.run_layout import EVENTS_FILE
-from launch import scheduler
+from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.planning.interconnect import Interconnect
+from kraken_train.run.events import EventLog, read_events
+from kraken_train.run.folder import SUBMISSIONS
+from kraken_train.run.layout import EVENTS_FILE
 from launch.export_and_evaluate import value_of
-from launch.script import Settings, fill_in
-from launch.snapshot import write_snapshot
+from launch.slurm import scheduler
+from launch.slurm.script import Settings, fill_in
+from launch.slurm.snapshot import write_snapshot
 from launch.stages import EVALUATE, PREPARE, TRAIN, Stage, Training, check_stages, split_stages
 
 # From a job's start to the request to save: starting takes a minute or two, and Slurm may be 60 s early.

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parent.parent
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 IMPORTED = [
     "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "hydra", "hydra.main", "pydantic",
-    "rich.progress", "safetensors.torch", "sentencepiece", "tokenizers", "kraken_train.engine",
+    "rich.progress", "safetensors.torch", "sentencepiece", "tokenizers", "kraken_train.training.engine",
 ]  # fmt: skip
 
 context = multiprocessing.get_context("forkserver")

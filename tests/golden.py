@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from checkpoints.reference import convert_reference_state_dict
-from kraken_train.model import KrakenModel
-from kraken_train.model_config import KrakenConfig
+from checkpoints.exports.reference import convert_reference_state_dict
+from kraken_train.model.config import KrakenConfig
+from kraken_train.model.kraken import KrakenModel
 
-GOLDEN_FILE = Path(__file__).parent / "data" / "kraken_4way.safetensors"
+GOLDEN_FILE = Path(__file__).parent / "artefacts" / "kraken_4way.safetensors"
 
 
 class Golden:

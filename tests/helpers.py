@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from forked import REPOSITORY, run_forked
 
-from checkpoints.export_folder import write_export
+from checkpoints.exports.folder import write_export
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
-from kraken_train.architectures import build_model
-from kraken_train.model import LanguageModel
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.runtime import free_port
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.ranks import free_port
 
 PATIENCE = 900.0  # seconds that nothing takes on the slowest machine: a limit for what hangs
 Result = TypeVar("Result")

@@ -10,12 +10,12 @@ import yaml
 from helpers import REPOSITORY
 from hydra import compose, initialize_config_dir
 
-from kraken_train.architectures import build_model
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.settings import from_dict, from_hydra, to_dict
 from kraken_train.config import CheckpointConfig, EngineConfig, OptimConfig, TrainConfig
-from kraken_train.errors import ConfigError
 from kraken_train.generate import GenerateConfig
-from kraken_train.model_config import GPTConfig, KrakenConfig, padded_vocab_size, parse_model
-from kraken_train.parsing import from_dict, from_hydra, to_dict
+from kraken_train.model.config import GPTConfig, KrakenConfig, padded_vocab_size, parse_model
+from kraken_train.model.registry import build_model
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
 EXPERIMENT_FILES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_config import model
 
+from kraken_train.common.errors import ConfigError
 from kraken_train.derive import derive, nearest_with_best_heads
-from kraken_train.errors import ConfigError
-from kraken_train.model_config import parse_model
+from kraken_train.model.config import parse_model
 
 
 @pytest.mark.parametrize("base_name", ["gpt2-124m", "gpt2-350m", "gpt2-760m-parallel"])

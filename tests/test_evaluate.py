@@ -27,10 +27,8 @@ from data_prep.indexed import Shard
 from data_prep.manifest import TOKENIZER_FOLDER, load_manifest
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.tokenizers import TokenizerSettings
-from kraken_train.data import TokenStream, open_split, sequential
-from kraken_train.evaluation.results import read_results
-from kraken_train.model import LanguageModel
-from kraken_train.perplexity import (
+from kraken_train.data.dataset import TokenStream, open_split, sequential
+from kraken_train.evaluation.perplexity import (
     Sequences,
     document_sequences,
     evaluate,
@@ -38,6 +36,8 @@ from kraken_train.perplexity import (
     read_sequences,
     token_losses,
 )
+from kraken_train.evaluation.results import read_results
+from kraken_train.model.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")

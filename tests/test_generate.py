@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers import random_ids, rough_model, run_here, small_configs, user_error, write_small_export
 
-from checkpoints.export_folder import read_export
-from kraken_train.errors import CheckpointError, ConfigError
+from checkpoints.exports.folder import read_export
+from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.inference import serving
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts, require_servable
 from kraken_train.inference.sampling import Sampling, draw
-from kraken_train.model import LanguageModel
+from kraken_train.model.language_model import LanguageModel
 
 ARCHITECTURES = list(small_configs())
 GREEDY = Sampling(temperature=0.0)

@@ -10,13 +10,13 @@ import pytest
 from helpers import small_configs, write_small_export
 from PIL import Image
 
-from kraken_train.architectures import build_model
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
+from kraken_train.common.settings import to_dict
 from kraken_train.evaluation.results import Score, SuiteResult, TaskResult, record_results
-from kraken_train.exports import record_export
-from kraken_train.parsing import to_dict
+from kraken_train.model.registry import build_model
 from kraken_train.report import main
-from kraken_train.run_metrics import read_run
+from kraken_train.run.exports import record_export
+from kraken_train.run.metrics import read_run
 
 
 def write_metrics(run_dir: Path, steps: int = 300) -> Path:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kraken_train.errors import ConfigError
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.common.errors import ConfigError
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 
 ARCHITECTURES = ("kraken", "standard", "parallel")
 TOLERANCE = 0.03  # of parameters per layer

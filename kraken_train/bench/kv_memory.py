@@ -19,21 +19,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kraken_train.architectures import build_model
 from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
 from kraken_train.bench.kv_memory_figure import draw
 from kraken_train.bench.memory_row import GIB, MemoryRow
-from kraken_train.cli import run_entry
-from kraken_train.errors import ConfigError
-from kraken_train.free_text import FilePath
-from kraken_train.inference.device import DEVICES, choose_device
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.output import open_output
+from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.inference.kv_cache import KeyValueCache
 from kraken_train.inference.loading import served_config, share_model
 from kraken_train.inference.memory import free_memory, serving_memory
-from kraken_train.model_config import KrakenConfig, ModelConfig
-from kraken_train.output import open_output
-from kraken_train.placement import Placement
-from kraken_train.rules import require_choice, require_positive
+from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.device import DEVICES, choose_device
+from kraken_train.parallel.sharding import UnitRange
 
 FORMS = ("mha", "gqa", "mqa")  # multi-head, grouped-query, multi-query attention
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -105,7 +105,7 @@ def num_heads(config: ModelConfig) -> int:
 
 def first_share(
     config: KVMemoryConfig, size: str, degree: int, architecture: str, form: str
-) -> tuple[ModelConfig, ModelConfig, Placement]:
+) -> tuple[ModelConfig, ModelConfig, UnitRange]:
     """The model, the model as `degree` equal devices serve it, and the units on the first, which has most."""
     model = model_with(config, size, degree, architecture, form)
     units = share_model(model, [1.0] * degree)[0]

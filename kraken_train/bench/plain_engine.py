@@ -1,4 +1,4 @@
-"""The training of `kraken_train.engine` in plain PyTorch; the difference of their times is what DeepSpeed costs.
+"""Training in plain PyTorch; the difference to the time of `kraken_train.training.engine` is what DeepSpeed costs.
 
 bf16 weights with fp32 masters, moments and accumulation, or fp32 throughout; AdamW; clipping by the norm over the whole
 model; gradients summed over the copies once per step. It does no more than it must: each copy holds all of the
@@ -12,31 +12,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kraken_train.config import TrainConfig
-from kraken_train.mesh import ParallelMesh
-from kraken_train.model import LanguageModel
-from kraken_train.optim import parameter_groups
-from kraken_train.phases import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, Phases
-from kraken_train.placement import partitions
-from kraken_train.precision import DTYPES
-from kraken_train.runtime import Runtime
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.sharding import sharded_dims
+from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
+from kraken_train.training.optim import parameter_groups
+from kraken_train.training.precision import DTYPES
 
 
 class PlainEngine:
-    """This rank's part of a model; takes steps as `kraken_train.engine.Engine` does."""
+    """This rank's part of a model; takes steps as `kraken_train.training.engine.Engine` does."""
 
     def __init__(
-        self, model: LanguageModel, config: TrainConfig, mesh: ParallelMesh, runtime: Runtime, phases: Phases
+        self, model: LanguageModel, config: TrainConfig, mesh: ParallelMesh, runtime: Runtime, timer: StepTimer
     ) -> None:
         self.model = model.to(runtime.device, DTYPES[config.precision])
         self.mesh = mesh
         self.device = runtime.device
-        self.phases = phases
+        self.timer = timer
         self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
         self.max_grad_norm = config.optim.max_grad_norm
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
-        cuts = partitions(model)
+        cuts = sharded_dims(model)
         self.is_part = [cuts[name] is not None for name, _ in model.named_parameters()]
         self.weights: list[Tensor] = list(model.parameters())
         self.masters = self.weights
@@ -62,9 +62,9 @@ class PlainEngine:
 
     def accumulate(self, input_ids: Tensor, targets: Tensor) -> None:
         """Forward and backward of one micro-batch; the last one of a step reduces the gradients."""
-        with self.phases.phase(FORWARD):
+        with self.timer.phase(FORWARD):
             loss = self.model.loss(input_ids, targets)
-        with self.phases.phase(BACKWARD):
+        with self.timer.phase(BACKWARD):
             (loss / self.accumulation_steps).backward()
             if self.masters is not self.weights:
                 for master, weight in zip(self.masters, self.weights, strict=True):
@@ -72,7 +72,7 @@ class PlainEngine:
                     weight.grad = None
             self.micro_losses.append(loss.detach())
             if len(self.micro_losses) == self.accumulation_steps:
-                with self.phases.phase(REDUCTION):
+                with self.timer.phase(REDUCTION):
                     self.reduce_gradients()
 
     def reduce_gradients(self) -> None:
@@ -89,7 +89,7 @@ class PlainEngine:
         """Update the weights with the accumulated gradients."""
         self.losses.append(torch.stack(self.micro_losses).double().mean())
         self.micro_losses = []
-        with self.phases.phase(OPTIMIZER):
+        with self.timer.phase(OPTIMIZER):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             if self.max_grad_norm > 0:

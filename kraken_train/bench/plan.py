@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from kraken_train.bench.timing import Conditions, variants_of
-from kraken_train.errors import ConfigError
+from kraken_train.common.errors import ConfigError
 from kraken_train.inference.memory import free_memory, serving_memory
-from kraken_train.model_config import ModelConfig
-from kraken_train.placement import ModelRank
-from kraken_train.runtime import Runtime
+from kraken_train.model.config import ModelConfig
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.sharding import ModelRank
 
 MARGIN = 0.15  # of the memory stays free, for graphs and fragmentation
 DEEPEST_SCALED = 12  # layers; more would not change what a layer takes

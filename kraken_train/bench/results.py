@@ -13,7 +13,7 @@ from rich.table import Table
 from kraken_train.bench.breakdown import HIDDEN, PARTS
 from kraken_train.bench.timing import Figures, Rounds
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT
-from kraken_train.model_config import ModelConfig
+from kraken_train.model.config import ModelConfig
 
 MEASURED, SIMULATED = "measured", "simulated"
 SCALED, NOT_INTERLEAVED = "*", "†"  # marks, which the footnote explains

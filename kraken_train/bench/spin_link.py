@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kraken_train.bench.simulated_exchange import ALL_GATHER, ALL_REDUCE, Wait
+from kraken_train.bench.link import ALL_GATHER, ALL_REDUCE, Wait
 
 NUM_WARPS = 16  # 512 threads, as NCCL's kernels have
 
@@ -41,7 +41,7 @@ KERNELS = {ALL_REDUCE: all_reduce_spin, ALL_GATHER: all_gather_spin}
 class SpinLink:
     """Transfers that nobody waits for yet run on a stream of high priority, the others where the computation runs.
 
-    The streams of NCCL are of high priority too (`kraken_train.rendezvous.connect_ranks`).
+    The streams of NCCL are of high priority too (`kraken_train.parallel.rendezvous.connect_ranks`).
     """
 
     def __init__(self, device: torch.device, blocks: int) -> None:

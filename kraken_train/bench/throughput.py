@@ -22,15 +22,15 @@ import torch
 from rich.console import Console
 
 from kraken_train.bench.throughput_config import Entry, ThroughputConfig
-from kraken_train.cli import run_entry
-from kraken_train.data import TrainingData
-from kraken_train.files import replace_synced
-from kraken_train.flops import device_peak_flops, training_flops_per_token
-from kraken_train.inference.device import choose_device
-from kraken_train.output import open_output
-from kraken_train.parsing import to_dict
-from kraken_train.precision import choose_precision, has_native_bf16
-from kraken_train.runtime import Runtime, read_runtime
+from kraken_train.common.cli import run_entry
+from kraken_train.common.files import replace_synced
+from kraken_train.common.output import open_output
+from kraken_train.common.settings import to_dict
+from kraken_train.data.dataset import TrainingData
+from kraken_train.model.flops import device_peak_flops, training_flops_per_token
+from kraken_train.parallel.device import choose_device
+from kraken_train.parallel.ranks import Runtime, read_runtime
+from kraken_train.training.precision import choose_precision, has_native_bf16
 
 if TYPE_CHECKING:
     from kraken_train.bench.throughput_results import Result
@@ -43,7 +43,7 @@ LONG = 20 * 60  # seconds of a run that the user is told of
 def main(config: ThroughputConfig) -> None:
     if choose_device(config.device).type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed reads when it is imported
-    from kraken_train.engine import start_processes, stop_processes  # noqa: PLC0415
+    from kraken_train.training.engine import start_processes, stop_processes  # noqa: PLC0415
 
     runtime = read_runtime()
     data = TrainingData({Path(config.data_dir): 1}) if config.data_dir else None

@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from kraken_train.bench.grid import require_axis
-from kraken_train.cli import CONF_DIR, compose_command
+from kraken_train.common.cli import CONF_DIR, compose_command
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.config import PRECISIONS, EngineConfig, OptimConfig, ParallelConfig, TrainConfig
-from kraken_train.errors import ConfigError
-from kraken_train.free_text import FilePath
-from kraken_train.inference.device import DEVICES
-from kraken_train.model_config import ModelConfig, parse_model
-from kraken_train.rules import require_choice, require_positive
+from kraken_train.model.config import ModelConfig, parse_model
+from kraken_train.parallel.device import DEVICES
 
 DEEPSPEED, TORCH = "deepspeed", "torch"
 ENGINES = (DEEPSPEED, TORCH)

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from kraken_train.bench.throughput_results import PHASES, Result
-from kraken_train.phases import BACKWARD, DATA, EXCHANGE, FORWARD, OPTIMIZER, OTHER, REDUCTION
+from kraken_train.parallel.step_timer import BACKWARD, DATA, EXCHANGE, FORWARD, OPTIMIZER, OTHER, REDUCTION
 
 COLORS = {"kraken": "#d1495b", "parallel": "#8d99ae", "standard": "#2b4c7e"}  # as in the figures of `ttft`
 PHASE_COLORS = {

@@ -12,8 +12,8 @@ from rich.table import Table
 from kraken_train.bench.memory_row import GIB
 from kraken_train.bench.throughput_config import DEEPSPEED, TORCH, Entry
 from kraken_train.bench.throughput_run import Measured
-from kraken_train.flops import attention_flops_per_token, matrix_flops_per_token
-from kraken_train.phases import BACKWARD, DATA, EXCHANGE, FORWARD, OPTIMIZER, OTHER, REDUCTION
+from kraken_train.model.flops import attention_flops_per_token, matrix_flops_per_token
+from kraken_train.parallel.step_timer import BACKWARD, DATA, EXCHANGE, FORWARD, OPTIMIZER, OTHER, REDUCTION
 
 PHASES = (DATA, FORWARD, BACKWARD, EXCHANGE, REDUCTION, OPTIMIZER, OTHER)
 CAPTION = (

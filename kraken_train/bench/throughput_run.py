@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from kraken_train.architectures import build_model, even_share
 from kraken_train.bench.plain_engine import PlainEngine
 from kraken_train.bench.plan import usable_bytes
 from kraken_train.bench.throughput_config import DEEPSPEED, TORCH, Entry, ThroughputConfig
-from kraken_train.data import Samples, TokenStream, TrainingData
-from kraken_train.distributed_exchange import make_exchange
-from kraken_train.engine import Engine
-from kraken_train.loader import BatchLoader
-from kraken_train.mesh import ParallelMesh
-from kraken_train.model_config import ModelConfig
-from kraken_train.phases import DATA, OTHER, Phases
-from kraken_train.precision import DTYPES
-from kraken_train.runtime import Runtime
+from kraken_train.data.dataset import Samples, TokenStream, TrainingData
+from kraken_train.data.loader import BatchLoader
+from kraken_train.model.config import ModelConfig
+from kraken_train.model.registry import build_model, even_share
+from kraken_train.parallel.distributed import make_communicator
+from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.step_timer import DATA, OTHER, StepTimer
+from kraken_train.training.engine import Engine
+from kraken_train.training.precision import DTYPES, reduce_dtype
 
 WARMUP_STEPS = 3  # at least 2
 RANDOM_SAMPLES = 64  # of random tokens in memory, read again and again
@@ -76,7 +76,7 @@ class Contender:
         self, entry: Entry, config: ThroughputConfig, samples: Samples, mesh: ParallelMesh, runtime: Runtime
     ) -> None:
         self.runtime = runtime
-        self.phases = Phases(runtime.device)
+        self.timer = StepTimer(runtime.device)
         self.lr = config.optim.lr
         on_gpu = runtime.device.type == "cuda"
         self.memory_kind = ALLOCATED if on_gpu else UNKNOWN if config.engine.compile else TRACKED
@@ -98,17 +98,17 @@ class Contender:
         self.resident = torch.cuda.memory_allocated() - before if on_gpu else 0  # between steps
 
     def make_engine(self, entry: Entry, config: ThroughputConfig, mesh: ParallelMesh) -> Any:
-        exchange = make_exchange(config.parallel, mesh, self.phases)
+        communicator = make_communicator(mesh, reduce_dtype(config.parallel), self.timer)
         units, vocabulary = even_share(entry.model, mesh.model_rank, config.parallel.vocab_parallel)
-        model = build_model(entry.model, 0, units, exchange, vocabulary)
-        return ENGINES[entry.engine](model, config.training(mesh.data_size), mesh, self.runtime, self.phases)
+        model = build_model(entry.model, 0, units, communicator, vocabulary)
+        return ENGINES[entry.engine](model, config.training(mesh.data_size), mesh, self.runtime, self.timer)
 
     def tracked(self) -> AbstractContextManager[Any]:
         return self.tracker or nullcontext()
 
     def step(self) -> None:
         for _ in range(self.engine.accumulation_steps):
-            with self.phases.phase(DATA):
+            with self.timer.phase(DATA):
                 batch = next(self.batches)
             if self.tracker is not None:
                 self.tracker.reset_mod_stats()  # without which it takes the second micro-batch for an error
@@ -123,19 +123,19 @@ class Contender:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.runtime.sum([0.0])  # the ranks begin together
-        self.phases.active = True
+        self.timer.active = True
         begin = time.perf_counter()
-        with self.phases.phase(OTHER):
+        with self.timer.phase(OTHER):
             for _ in range(steps):
                 self.step()
             self.engine.results()  # as training reads them now and then
         self.synchronize()
         seconds = time.perf_counter() - begin
-        self.phases.active = False
+        self.timer.active = False
         if on_gpu:
             others = torch.cuda.memory_allocated() - self.resident
             self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated() - others)
-        return Round(seconds / steps, {name: of / steps for name, of in self.phases.take().items()})
+        return Round(seconds / steps, {name: of / steps for name, of in self.timer.take().items()})
 
     def synchronize(self) -> None:
         if self.runtime.device.type == "cuda":

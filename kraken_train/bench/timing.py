@@ -19,11 +19,11 @@ from torch import Tensor
 
 from kraken_train.bench.breakdown import ATTENTION, HEAD_START_CYCLES, PARTS, Interval, break_down, record
 from kraken_train.bench.share import load_share
-from kraken_train.bench.simulated_exchange import SimulatedExchange, Traffic
-from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedExchange
+from kraken_train.bench.simulated_communicator import SimulatedCommunicator, Traffic
+from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedCommunicator
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
-from kraken_train.model_config import ModelConfig
-from kraken_train.runtime import Runtime
+from kraken_train.model.config import ModelConfig
+from kraken_train.parallel.ranks import Runtime
 
 WARMUP_ROUNDS = 2
 PROFILES = 3
@@ -74,11 +74,11 @@ def variants_of(architecture: str) -> tuple[str, ...]:
 class Contender:
     """One rank's share of a model, loaded, with an engine for each variant."""
 
-    def __init__(self, config: ModelConfig, exchange: SwitchedExchange, conditions: Conditions) -> None:
+    def __init__(self, config: ModelConfig, communicator: SwitchedCommunicator, conditions: Conditions) -> None:
         device, size = conditions.device, (conditions.batch_size, conditions.context)
         self.conditions = conditions
-        self.exchange = exchange
-        self.model = load_share(config, exchange, conditions.dtype, device)
+        self.communicator = communicator
+        self.model = load_share(config, communicator, conditions.dtype, device)
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(config.vocab_size, size, generator=generator).to(device)
         self.lengths = torch.full((conditions.batch_size,), conditions.context, device=device)
@@ -86,7 +86,7 @@ class Contender:
         self.traffic = self.count_traffic()
         self.engines: dict[str, InferenceEngine] = {}
         for variant in variants_of(config.architecture):
-            exchange.use(variant)  # what the engine captures stays as it is
+            communicator.use(variant)  # what the engine captures stays as it is
             self.engines[variant] = self.make_engine(conditions.execution)
 
     def make_engine(self, execution: ExecutionConfig) -> InferenceEngine:
@@ -95,10 +95,10 @@ class Contender:
     @torch.inference_mode()
     def count_traffic(self) -> Traffic:
         """What one prefill asks of the interconnect."""
-        counter = self.exchange.variants[SILENT]
-        if not isinstance(counter, SimulatedExchange):
+        counter = self.communicator.variants[SILENT]
+        if not isinstance(counter, SimulatedCommunicator):
             raise TypeError(f"{type(counter).__name__} does not count")
-        self.exchange.use(SILENT)
+        self.communicator.use(SILENT)
         counter.traffic = Traffic()
         # Neither captured nor compiled, so that every call reaches the exchange.
         plain = ExecutionConfig(compile=False, cuda_graphs=False, prefill_lengths=(self.conditions.context,))
@@ -108,14 +108,14 @@ class Contender:
     @torch.inference_mode()
     def prefill(self, variant: str) -> Tensor:
         """Prompt in, first token ids (B,) out."""
-        self.exchange.use(variant)
+        self.communicator.use(variant)
         self.last = self.engines[variant].prefill(self.ids, self.lengths).argmax(dim=-1)
         return self.last
 
     @torch.inference_mode()
     def decode(self, variant: str) -> Tensor:
         """As many further tokens as the conditions say; the last ones' ids (B,)."""
-        self.exchange.use(variant)
+        self.communicator.use(variant)
         for _ in range(self.conditions.output_tokens):
             self.last = self.engines[variant].decode(self.last).argmax(dim=-1)
         return self.last
@@ -123,7 +123,7 @@ class Contender:
 
 def compare(
     models: Mapping[str, ModelConfig],
-    exchange: SwitchedExchange,
+    communicator: SwitchedCommunicator,
     conditions: Conditions,
     runtime: Runtime,
 ) -> dict[str, Figures]:
@@ -135,7 +135,7 @@ def compare(
     if conditions.device.type == "cuda":
         torch.cuda.empty_cache()
     torch.compiler.reset()  # else shapes of earlier models count as reasons to compile for any shape, which is slower
-    contenders = {name: Contender(config, exchange, conditions) for name, config in models.items()}
+    contenders = {name: Contender(config, communicator, conditions) for name, config in models.items()}
     samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
     entries = [(name, variant) for name, contender in contenders.items() for variant in contender.engines]
     for round_number in range(WARMUP_ROUNDS + conditions.repeats):
@@ -190,7 +190,7 @@ def line_up(contender: Contender, runtime: Runtime) -> None:
     """The ranks begin together: first the processes, then, in a collective among their other work, the devices."""
     if runtime.world_size > 1:
         runtime.sum([0.0])
-        contender.exchange.variants[OVERLAPPED].maximum(torch.zeros(1, device=contender.conditions.device))
+        contender.communicator.variants[OVERLAPPED].maximum(torch.zeros(1, device=contender.conditions.device))
 
 
 def of_slowest(samples: Iterable[tuple[float, float]], runtime: Runtime) -> tuple[Rounds, Rounds]:

@@ -28,24 +28,24 @@ from kraken_train.bench import figures
 from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
 from kraken_train.bench.plan import Plan, make_plan, usable_bytes
 from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_table, summarize, summary_lines
-from kraken_train.bench.simulated_exchange import Link, SimulatedExchange, make_link
+from kraken_train.bench.simulated_communicator import Link, SimulatedCommunicator, make_link
 from kraken_train.bench.timing import Conditions, compare, extrapolate
-from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedExchange, WithoutOverlap
-from kraken_train.cli import run_entry
-from kraken_train.errors import ConfigError
-from kraken_train.exchange import Exchange
-from kraken_train.files import replace_synced
-from kraken_train.free_text import FilePath
-from kraken_train.inference.device import DEVICES, choose_device
+from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedCommunicator, WithoutOverlap
+from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.files import replace_synced
+from kraken_train.common.free_text import FilePath
+from kraken_train.common.output import open_output
+from kraken_train.common.settings import to_dict
+from kraken_train.common.validation import require_at_least, require_choice, require_positive
 from kraken_train.inference.ranks import connect, started_ranks
-from kraken_train.interconnect import Interconnect
-from kraken_train.model_config import ModelConfig
-from kraken_train.output import open_output
-from kraken_train.parsing import to_dict
-from kraken_train.placement import ModelRank
-from kraken_train.precision import DTYPES, has_native_bf16
-from kraken_train.rules import require_at_least, require_choice, require_positive
-from kraken_train.runtime import Runtime, read_runtime
+from kraken_train.model.config import ModelConfig
+from kraken_train.parallel.communicator import Communicator
+from kraken_train.parallel.device import DEVICES, choose_device
+from kraken_train.parallel.ranks import Runtime, read_runtime
+from kraken_train.parallel.sharding import ModelRank
+from kraken_train.planning.interconnect import Interconnect
+from kraken_train.training.precision import DTYPES, has_native_bf16
 
 DEFAULT_DEGREES = (4, 8)
 FREE = Interconnect("free", latency_us=0.0, bus_bandwidth=None, source="")
@@ -150,14 +150,16 @@ def comparisons(config: TTFTConfig, device: torch.device, world_size: int) -> li
     return found
 
 
-def run(comparison: Comparison, plan: Plan, exchange: SwitchedExchange, runtime: Runtime, kind: str) -> list[Result]:
+def run(
+    comparison: Comparison, plan: Plan, communicator: SwitchedCommunicator, runtime: Runtime, kind: str
+) -> list[Result]:
     """The figures of one case, at the model's depth."""
     results = []
     for group in plan.groups:
         at_depth = [
             compare(
                 {name: dataclasses.replace(comparison.models[name], num_layers=depth) for name in group},
-                exchange,
+                communicator,
                 comparison.conditions,
                 runtime,
             )
@@ -172,18 +174,18 @@ def run(comparison: Comparison, plan: Plan, exchange: SwitchedExchange, runtime:
     return results
 
 
-def real_exchange(real: Exchange) -> SwitchedExchange:
-    silent = SimulatedExchange(FREE, real.model_rank, link=None)
-    return SwitchedExchange({OVERLAPPED: real, BLOCKING: WithoutOverlap(real), SILENT: silent})
+def real_exchange(real: Communicator) -> SwitchedCommunicator:
+    silent = SimulatedCommunicator(FREE, real.model_rank, link=None)
+    return SwitchedCommunicator({OVERLAPPED: real, BLOCKING: WithoutOverlap(real), SILENT: silent})
 
 
-def simulated_exchange(interconnect: Interconnect, degree: int, link: Link) -> SwitchedExchange:
+def simulated_communicator(interconnect: Interconnect, degree: int, link: Link) -> SwitchedCommunicator:
     first = ModelRank(0, degree)
-    return SwitchedExchange(
+    return SwitchedCommunicator(
         {
-            OVERLAPPED: SimulatedExchange(interconnect, first, link),
-            BLOCKING: SimulatedExchange(interconnect, first, link, overlap=False),
-            SILENT: SimulatedExchange(interconnect, first, link=None),
+            OVERLAPPED: SimulatedCommunicator(interconnect, first, link),
+            BLOCKING: SimulatedCommunicator(interconnect, first, link, overlap=False),
+            SILENT: SimulatedCommunicator(interconnect, first, link=None),
         }
     )
 
@@ -254,10 +256,10 @@ def run_all(config: TTFTConfig, planned: list[Comparison], runtime: Runtime) -> 
     results: list[Result] = []
     for number, (comparison, plan) in enumerate(zip(planned, plans, strict=True), start=1):
         if link is None:
-            exchange = real_exchange(connect(runtime))
+            communicator = real_exchange(connect(runtime))
         else:
-            exchange = simulated_exchange(config.interconnect, comparison.case.degree, link)
-        results += run(comparison, plan, exchange, runtime, kind)
+            communicator = simulated_communicator(config.interconnect, comparison.case.degree, link)
+        results += run(comparison, plan, communicator, runtime, kind)
         if runtime.is_first:
             print(f"{number}/{len(planned)}  {comparison.case}", flush=True)
             write_json(Path(config.output_dir) / JSON_FILE, about, results)

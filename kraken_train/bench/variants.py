@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from kraken_train.exchange import Exchange
-from kraken_train.placement import ModelRank
+from kraken_train.parallel.communicator import Communicator
+from kraken_train.parallel.sharding import ModelRank
 
 OVERLAPPED = "overlapped"  # as the model is meant to run
 BLOCKING = "blocking"  # nothing is computed while a collective is under way
 SILENT = "silent"  # no communication: the computation alone
 
 
-class SwitchedExchange:
+class SwitchedCommunicator:
     """One of several exchanges, as last chosen by `use`, so that variants share the weights of one model."""
 
-    def __init__(self, variants: Mapping[str, Exchange]) -> None:
+    def __init__(self, variants: Mapping[str, Communicator]) -> None:
         self.variants = variants
         self.current = next(iter(variants.values()))
 
@@ -30,17 +30,17 @@ class SwitchedExchange:
     def use(self, variant: str) -> None:
         self.current = self.variants[variant]
 
-    def broadcast(self, shared: Tensor) -> Tensor:
-        return self.current.broadcast(shared)
+    def copy_to_ranks(self, shared: Tensor) -> Tensor:
+        return self.current.copy_to_ranks(shared)
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        return self.current.reduce(partial)
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        return self.current.all_reduce(partial)
 
-    def start(self, streams: Tensor) -> Any:
-        return self.current.start(streams)
+    def start_all_reduce(self, streams: Tensor) -> Any:
+        return self.current.start_all_reduce(streams)
 
-    def finish(self, handle: Any) -> Tensor:
-        return self.current.finish(handle)
+    def wait(self, handle: Any) -> Tensor:
+        return self.current.wait(handle)
 
     def maximum(self, values: Tensor) -> Tensor:
         return self.current.maximum(values)
@@ -51,24 +51,24 @@ class SwitchedExchange:
 
 @dataclass
 class WithoutOverlap:
-    """A real exchange whose `start` waits for the sum."""
+    """A real communicator whose `start_all_reduce` waits for the sum."""
 
-    inner: Exchange
+    inner: Communicator
 
     @property
     def model_rank(self) -> ModelRank:
         return self.inner.model_rank
 
-    def broadcast(self, shared: Tensor) -> Tensor:
-        return self.inner.broadcast(shared)
+    def copy_to_ranks(self, shared: Tensor) -> Tensor:
+        return self.inner.copy_to_ranks(shared)
 
-    def reduce(self, partial: Tensor) -> Tensor:
-        return self.inner.reduce(partial)
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        return self.inner.all_reduce(partial)
 
-    def start(self, streams: Tensor) -> Tensor:
-        return self.inner.finish(self.inner.start(streams))
+    def start_all_reduce(self, streams: Tensor) -> Tensor:
+        return self.inner.wait(self.inner.start_all_reduce(streams))
 
-    def finish(self, handle: Tensor) -> Tensor:
+    def wait(self, handle: Tensor) -> Tensor:
         return handle
 
     def maximum(self, values: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.files import replace_synced
-from kraken_train.parsing import from_dict, to_dict
+from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.common.files import replace_synced
+from kraken_train.common.settings import from_dict, to_dict
 
 RESULTS_FILE = "evaluation.json"
 FORMAT_VERSION = 1

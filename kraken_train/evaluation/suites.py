@@ -18,12 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from checkpoints.export_folder import MODELING_FILE, Export
-from kraken_train.errors import CheckpointError, ConfigError, DataError
+from checkpoints.exports.folder import MODELING_FILE, Export
+from kraken_train.common.errors import CheckpointError, ConfigError, DataError
+from kraken_train.common.validation import suggestion
 from kraken_train.evaluation.offline import find_file, write_group, write_task
 from kraken_train.evaluation.results import Score, SuiteResult, TaskResult
 from kraken_train.evaluation.squad import provide_squad_metrics
-from kraken_train.rules import suggestion
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kraken_train.errors import ConfigError
+from kraken_train.common.errors import ConfigError
 from kraken_train.inference.graphs import CapturedFunction
 from kraken_train.inference.kv_cache import KeyValueCache
-from kraken_train.model import LanguageModel
+from kraken_train.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class InferenceEngine:
         self.capacity = capacity
         self.cache = KeyValueCache(model, batch_size, capacity)
         self.rows = torch.arange(batch_size, device=self.device)
-        embedding, place = model.token_embedding, model.exchange.model_rank
+        embedding, place = model.token_embedding, model.communicator.model_rank
         # The rows of the tied embedding whose logits this rank computes, ceil(V / P) or fewer on the last ranks.
         self.head_rows = -(-embedding.rows.total // place.size)
         self.head = embedding.weight.detach()[place.rank * self.head_rows :][: self.head_rows]
@@ -141,7 +141,7 @@ class InferenceEngine:
         """(B, D) -> (B, V)."""
         part = F.linear(hidden, self.head)
         part = pad(part, (0, self.head_rows - len(self.head)))  # the parts that are gathered have one size
-        return self.model.exchange.gather(part)[:, : self.model.token_embedding.rows.total]
+        return self.model.communicator.gather(part)[:, : self.model.token_embedding.rows.total]
 
     def require_prompts(self, input_ids: Tensor, lengths: Tensor) -> None:
         sequences, tokens = input_ids.shape

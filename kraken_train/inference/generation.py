@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from kraken_train.errors import CheckpointError, ConfigError
+from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.sampling import Sampling, draw
-from kraken_train.model_config import ModelConfig
+from kraken_train.model.config import ModelConfig
 
 
 def continue_prompts(

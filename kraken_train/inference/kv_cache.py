@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kraken_train.layers import attend_causally
-from kraken_train.model import LanguageModel
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.layers import attend_causally
 
 BIAS_ALIGNMENT = 8  # values, of PyTorch's memory-efficient attention
 

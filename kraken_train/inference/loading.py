@@ -17,16 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.export_folder import WEIGHTS_FILE, Export
-from kraken_train.architectures import build_model
-from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.exchange import Exchange
-from kraken_train.model import LanguageModel
-from kraken_train.model_config import GPTConfig, ModelConfig
-from kraken_train.placement import Placement, partitions, share_units
+from checkpoints.exports.folder import WEIGHTS_FILE, Export
+from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.model.config import GPTConfig, ModelConfig
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.communicator import Communicator
+from kraken_train.parallel.sharding import UnitRange, sharded_dims, share_units
 
 
-def share_model(config: ModelConfig, speeds: Sequence[float]) -> list[Placement]:
+def share_model(config: ModelConfig, speeds: Sequence[float]) -> list[UnitRange]:
     """What each of the devices of these relative speeds holds: `units` of `load_part`.
 
     Raises ConfigError where there are more devices than a model can be shared by.
@@ -47,7 +47,7 @@ def least_copies(config: GPTConfig, devices: int) -> int:
     return next(enough, heads_per_group)
 
 
-def served_config(config: ModelConfig, units: Placement) -> ModelConfig:
+def served_config(config: ModelConfig, units: UnitRange) -> ModelConfig:
     """The settings of the model as it is served: `units` may count copies of key-value heads."""
     if isinstance(config, GPTConfig) and units.total != config.kv_heads:
         return dataclasses.replace(config, num_kv_heads=units.total)
@@ -55,14 +55,14 @@ def served_config(config: ModelConfig, units: Placement) -> ModelConfig:
 
 
 def load_part(
-    export: Export, units: Placement, exchange: Exchange, dtype: torch.dtype, device: torch.device
+    export: Export, units: UnitRange, communicator: Communicator, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
     """The part of the export's model that has these `units`, connected to the others by `exchange`, for inference.
 
     Of the weights only the part is read, one tensor at a time. Raises CheckpointError.
     """
     with torch.device("meta"):
-        model = build_model(served_config(export.config, units), units=units, exchange=exchange)
+        model = build_model(served_config(export.config, units), units=units, communicator=communicator)
     path = export.folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:
@@ -75,18 +75,18 @@ def load_part(
 
 def read_parts(file: Any, model: LanguageModel, stored: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The parameters of `model`, by name, out of an open safetensors file with those of `stored`."""
-    for name, partition in partitions(model).items():
+    for name, sharded_dim in sharded_dims(model).items():
         weight = file.get_slice(name)
-        if partition is None:
+        if sharded_dim is None:
             yield name, weight[:]
             continue
-        units = partition.placement
+        units = sharded_dim.units
         if isinstance(stored, GPTConfig) and name.endswith("attention.qkv.weight"):
             copies = units.total // stored.kv_heads
             yield name, torch.stack([read_group(weight, unit, copies, stored) for unit in units.ids])
         else:
             here = slice(units.first, units.first + units.count)
-            yield name, weight[(slice(None),) * partition.axis + (here,)]
+            yield name, weight[(slice(None),) * sharded_dim.axis + (here,)]
 
 
 def read_group(weight: Any, unit: int, copies: int, stored: GPTConfig) -> Tensor:

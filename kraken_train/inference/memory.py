@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from kraken_train.architectures import build_model
-from kraken_train.errors import ConfigError
-from kraken_train.model_config import ModelConfig
-from kraken_train.placement import Placement
+from kraken_train.common.errors import ConfigError
+from kraken_train.model.config import ModelConfig
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.sharding import UnitRange
 
 GIB = 2**30
 
@@ -34,7 +34,7 @@ class ServingMemory:
 
 
 def serving_memory(
-    config: ModelConfig, units: Placement, batch_size: int, capacity: int, dtype: torch.dtype, prompt_tokens: int = 0
+    config: ModelConfig, units: UnitRange, batch_size: int, capacity: int, dtype: torch.dtype, prompt_tokens: int = 0
 ) -> ServingMemory:
     """What the part of the model that has these `units` takes, with a cache for `capacity` tokens of each sequence.
 

@@ -10,13 +10,13 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from kraken_train.distributed_exchange import DistributedExchange
-from kraken_train.errors import ConfigError, KrakenError
-from kraken_train.exchange import Exchange, LocalExchange
-from kraken_train.inference.device import choose_device
-from kraken_train.rendezvous import connect_ranks
-from kraken_train.rules import require_positive
-from kraken_train.runtime import Runtime, another_rank_ended, read_runtime
+from kraken_train.common.errors import ConfigError, KrakenError
+from kraken_train.common.validation import require_positive
+from kraken_train.parallel.communicator import Communicator, LocalCommunicator
+from kraken_train.parallel.device import choose_device
+from kraken_train.parallel.distributed import DistributedCommunicator
+from kraken_train.parallel.ranks import Runtime, another_rank_ended, read_runtime
+from kraken_train.parallel.rendezvous import connect_ranks
 
 Result = TypeVar("Result")
 
@@ -46,14 +46,14 @@ def started_ranks(device: str = "auto") -> Iterator[Runtime]:
     dist.destroy_process_group()
 
 
-def connect(runtime: Runtime) -> Exchange:
+def connect(runtime: Runtime) -> Communicator:
     """What connects this rank's part of a model with the others, all ranks having one copy together."""
     if runtime.world_size == 1:
-        return LocalExchange()
+        return LocalCommunicator()
     group = runtime.group or dist.group.WORLD
     if group is None:
         raise RuntimeError("the ranks are not connected; use started_ranks")
-    return DistributedExchange(group)
+    return DistributedCommunicator(group)
 
 
 def on_all(runtime: Runtime, function: Callable[[], Result]) -> Result:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kraken_train.errors import ConfigError
-from kraken_train.rules import require_at_least, require_positive
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.validation import require_at_least, require_positive
 
 
 @dataclass(frozen=True)

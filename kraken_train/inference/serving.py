@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from checkpoints.export_folder import Export
-from kraken_train.errors import ConfigError
+from checkpoints.exports.folder import Export
+from kraken_train.common.errors import ConfigError
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
 from kraken_train.inference.loading import load_part, served_config, share_model
 from kraken_train.inference.memory import free_memory, require_memory, serving_memory
 from kraken_train.inference.ranks import connect, on_all
-from kraken_train.runtime import Runtime
+from kraken_train.parallel.ranks import Runtime
 
 
 def start_engine(
@@ -48,7 +48,7 @@ def start_engine(
     ]
     free = runtime.gather(free_memory(runtime.device, runtime.local_world_size))
     require_memory(needs, free, f"the model in {export.folder} with a batch of {batch_size} prompts")
-    units, exchange = shares[runtime.rank], connect(runtime)
-    model = on_all(runtime, lambda: load_part(export, units, exchange, dtype, runtime.device))
+    units, communicator = shares[runtime.rank], connect(runtime)
+    model = on_all(runtime, lambda: load_part(export, units, communicator, dtype, runtime.device))
     usable = tuple(length for length in execution.prefill_lengths if length <= capacity)
     return InferenceEngine(model, batch_size, capacity, replace(execution, prefill_lengths=usable))

@@ -12,11 +12,11 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from kraken_train.cli import CONF_DIR
-from kraken_train.errors import ConfigError
-from kraken_train.flops import BF16_PEAK_TFLOPS, FP32_PEAK_TFLOPS, device_peak_flops
-from kraken_train.interconnect import Interconnect
-from kraken_train.rules import require_at_least, require_choice, require_positive
+from kraken_train.common.cli import CONF_DIR
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.validation import require_at_least, require_choice, require_positive
+from kraken_train.model.flops import BF16_PEAK_TFLOPS, FP32_PEAK_TFLOPS, device_peak_flops
+from kraken_train.planning.interconnect import Interconnect
 
 INTERCONNECTS = tuple(sorted(path.stem for path in (CONF_DIR / "interconnect").glob("*.yaml")))
 
@@ -26,7 +26,7 @@ class Cluster:
     """Nodes of equal devices. What is null in the file of `this` is measured by `measured`."""
 
     name: str
-    device: str | None  # whose peak `kraken_train.flops` has; null: as given by the two peaks below
+    device: str | None  # whose peak `kraken_train.model.flops` has; null: as given by the two peaks below
     devices_per_node: int | None
     memory_gb: float | None  # GB (1e9 bytes) of a device
     reserved_gb: float  # of it, what PyTorch's tensors cannot have: context, workspaces, communication, fragments
@@ -113,8 +113,8 @@ def load_interconnect(name: str) -> Interconnect:
 
 def load_cluster(name: str) -> Cluster:
     """A file of `conf/cluster`, measured where that is `this`. Raises ConfigError."""
-    choices = tuple(sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml")))
-    require_choice("cluster", name, choices)
+    layout = tuple(sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml")))
+    require_choice("cluster", name, layout)
     cluster = Cluster(**yaml.safe_load((CONF_DIR / "cluster" / f"{name}.yaml").read_text(encoding="utf-8")))
     cluster.validate()
     return measured(cluster) if cluster.name == "this" else cluster

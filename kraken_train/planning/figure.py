@@ -22,7 +22,7 @@ COLOURS = {
 def draw(predictions: Sequence[Prediction], title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(predictions)), layout="constrained")
     panel = figure.subplots()
-    names = [f"{describe(p.choices)},\nmicro-batch {p.choices.micro_batch_size}" for p in predictions]
+    names = [f"{describe(p.layout)},\nmicro-batch {p.layout.micro_batch_size}" for p in predictions]
     left = [0.0] * len(predictions)
     for part, colour in COLOURS.items():
         values = [prediction.memory.parts[part] / GB for prediction in predictions]

@@ -22,10 +22,10 @@ from functools import lru_cache
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kraken_train.model_config import ModelConfig
-from kraken_train.optim import LARGEST_BUCKET, parameter_groups
-from kraken_train.planning.choices import Choices
-from kraken_train.planning.rehearsal import fake_model, rehearse
+from kraken_train.model.config import ModelConfig
+from kraken_train.planning.fake_trace import fake_model, rehearse
+from kraken_train.planning.layout import TrainingLayout
+from kraken_train.training.optim import LARGEST_BUCKET, parameter_groups
 
 FP32 = 4  # bytes
 
@@ -93,84 +93,84 @@ class Shards:
 
 
 @lru_cache(maxsize=256)
-def shards(config: ModelConfig, choices: Choices) -> Shards:
+def shards(config: ModelConfig, layout: TrainingLayout) -> Shards:
     with FakeTensorMode():
-        groups = parameter_groups(fake_model(config, choices), weight_decay=0.1)
+        groups = parameter_groups(fake_model(config, layout), weight_decay=0.1)
         sizes = tuple(tuple(parameter.numel() for parameter in group["params"]) for group in groups)
-    return Shards(sizes, tuple(group["shared"] for group in groups), choices.data_parallel_size)
+    return Shards(sizes, tuple(group["shared"] for group in groups), layout.data_parallel_size)
 
 
-def predict_memory(config: ModelConfig, choices: Choices) -> Memory:
+def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
     """Of the first device; all hold the same within a few rows of padding."""
-    own, rehearsal = shards(config, choices), rehearse(config, choices)
+    own, rehearsal = shards(config, layout), rehearse(config, layout)
     # A bucket that is too small for all gradients is reduced while the backward pass goes on.
-    besides = new_bucket(own, choices) + (0 if own.elements <= LARGEST_BUCKET else reduction_bytes(own, choices))
+    besides = new_bucket(own, layout) + (0 if own.elements <= LARGEST_BUCKET else reduction_bytes(own, layout))
     kept = rehearsal.kept
     moments = [
         ("loss", kept, rehearsal.loss - kept),
         ("backward pass of the last layer", kept, rehearsal.last_layer - kept + besides),
         ("backward pass of a layer", min(kept, rehearsal.layers), max(0, rehearsal.layers - kept) + besides),
         ("backward pass of the embedding", 0, rehearsal.embedding + besides),
-        ("sum of the gradients in fp32", 0, summation_bytes(own, choices)),
-        ("reduction of the gradients", 0, reduction_bytes(own, choices)),
-        ("update of the weights", 0, update_bytes(own, choices)),
+        ("sum of the gradients in fp32", 0, summation_bytes(own, layout)),
+        ("reduction of the gradients", 0, reduction_bytes(own, layout)),
+        ("update of the weights", 0, update_bytes(own, layout)),
     ]
     moment, activations, working = max(moments, key=lambda candidate: candidate[1] + candidate[2])
     return Memory(
-        weights=sum(own.padded) * choices.width,
+        weights=sum(own.padded) * layout.width,
         optimizer=3 * FP32 * sum(own.parts),
-        gradients=gradients_between(own, choices),
+        gradients=gradients_between(own, layout),
         activations=activations,
         working=working,
         moment=moment,
     )
 
 
-def new_bucket(own: Shards, choices: Choices) -> int:
+def new_bucket(own: Shards, layout: TrainingLayout) -> int:
     """Bytes of the bucket that a backward pass makes; in fp32 at stage 1 it is made once and counts as gradients."""
-    once = choices.accumulation_steps == 1
-    makes_one = choices.zero_stage > 1 or (choices.precision == "fp32" and once)
-    return choices.width * own.bucket if makes_one else 0
+    once = layout.accumulation_steps == 1
+    makes_one = layout.zero_stage > 1 or (layout.precision == "fp32" and once)
+    return layout.width * own.bucket if makes_one else 0
 
 
-def gradients_between(own: Shards, choices: Choices) -> int:
+def gradients_between(own: Shards, layout: TrainingLayout) -> int:
     """Bytes that are there when a later micro-batch of a step begins; those of BF16_Optimizer always."""
-    if choices.keeps_accumulator:
+    if layout.keeps_accumulator:
         return FP32 * sum(own.padded)
-    if choices.accumulation_steps == 1:
+    if layout.accumulation_steps == 1:
         return 0
-    if choices.precision == "bf16":
+    if layout.precision == "bf16":
         return FP32 * sum(own.parts)
-    return FP32 * (own.overlapping if choices.zero_stage > 1 else own.elements + own.bucket)
+    return FP32 * (own.overlapping if layout.zero_stage > 1 else own.elements + own.bucket)
 
 
-def summation_bytes(own: Shards, choices: Choices) -> int:
+def summation_bytes(own: Shards, layout: TrainingLayout) -> int:
     """For BF16_Optimizer to add the gradients of an only micro-batch to its own: all in bf16, and one in fp32.
 
     Those of several micro-batches are added, and gone, as they come (`rehearsal.add_to_sum`).
     """
-    if not choices.keeps_accumulator or choices.accumulation_steps > 1:
+    if not layout.keeps_accumulator or layout.accumulation_steps > 1:
         return 0
-    return choices.width * own.elements + FP32 * max(map(max, own.groups))
+    return layout.width * own.elements + FP32 * max(map(max, own.groups))
 
 
-def reduction_bytes(own: Shards, choices: Choices) -> int:
+def reduction_bytes(own: Shards, layout: TrainingLayout) -> int:
     """To sum the gradients over the copies, beside what is counted as gradients."""
-    if choices.keeps_accumulator:
+    if layout.keeps_accumulator:
         return 0
-    if choices.precision == "bf16":
-        first_part = 0 if choices.accumulation_steps > 1 else FP32 * sum(own.parts)
-        return (choices.width + choices.width + FP32) * own.bucket + first_part
-    if choices.zero_stage > 1 or choices.accumulation_steps == 1:
+    if layout.precision == "bf16":
+        first_part = 0 if layout.accumulation_steps > 1 else FP32 * sum(own.parts)
+        return (layout.width + layout.width + FP32) * own.bucket + first_part
+    if layout.zero_stage > 1 or layout.accumulation_steps == 1:
         return 2 * FP32 * own.bucket
     return 0  # the copy takes the place of gradients that have moved into the bucket
 
 
-def update_bytes(own: Shards, choices: Choices) -> int:
+def update_bytes(own: Shards, layout: TrainingLayout) -> int:
     """To update the weights with a fused AdamW, beside what is counted as gradients."""
-    if choices.precision == "bf16":
-        return 0 if choices.keeps_accumulator or choices.accumulation_steps > 1 else FP32 * sum(own.parts)
-    if choices.zero_stage == 1 and choices.accumulation_steps > 1:
+    if layout.precision == "bf16":
+        return 0 if layout.keeps_accumulator or layout.accumulation_steps > 1 else FP32 * sum(own.parts)
+    if layout.zero_stage == 1 and layout.accumulation_steps > 1:
         return 0  # the bucket is gone by then, and larger
-    held = 0 if choices.accumulation_steps > 1 else FP32 * own.overlapping
+    held = 0 if layout.accumulation_steps > 1 else FP32 * own.overlapping
     return held + FP32 * max(own.parts)  # a flat copy of the group that is updated

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kraken_train.config import ParallelConfig
-from kraken_train.flops import training_flops_per_token
-from kraken_train.model_config import ModelConfig
-from kraken_train.planning.choices import Choices
+from kraken_train.model.config import ModelConfig
+from kraken_train.model.flops import training_flops_per_token
 from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import Memory, predict_memory
 from kraken_train.planning.roofline import StepTime, predict_time
 from kraken_train.planning.traffic import Collective, predict_traffic
@@ -17,7 +17,7 @@ from kraken_train.planning.traffic import Collective, predict_traffic
 
 @dataclass(frozen=True)
 class Prediction:
-    choices: Choices
+    layout: TrainingLayout
     memory: Memory  # of each device
     traffic: tuple[Collective, ...]
     time: StepTime
@@ -36,7 +36,7 @@ class Prediction:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes, seconds, tokens per second."""
         return {
-            "choices": {**vars(self.choices), "global_batch_size": self.choices.global_batch_size},
+            "choices": {**vars(self.layout), "global_batch_size": self.layout.global_batch_size},
             "memory": {**self.memory.parts, "total": self.memory.total, "moment": self.memory.moment},
             "usable_bytes": self.usable_bytes,
             "fits": self.fits,
@@ -44,20 +44,20 @@ class Prediction:
             "seconds": {**self.time.parts, "total": self.time.total, "hidden exchange": self.time.hidden},
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
-            "overrides": self.choices.overrides,
+            "overrides": self.layout.overrides,
         }
 
 
-def predict(config: ModelConfig, choices: Choices, cluster: Cluster) -> Prediction:
+def predict(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> Prediction:
     """Memory is counted as the engine takes it; time is what the cluster's figures promise.
 
     Raises ConfigError where the devices of a copy cannot share the model.
     """
-    ParallelConfig(choices.sub_layer_parallel_size, choices.vocab_parallel, None, 0).require_fits(config)
-    traffic = predict_traffic(config, choices)
-    time = predict_time(config, choices, cluster, traffic)
-    tokens = choices.global_batch_size * config.context_length
-    peak = cluster.peak_flops(choices.precision) * choices.devices
+    ParallelConfig(layout.sub_layer_parallel_size, layout.vocab_parallel, None, 0).require_fits(config)
+    traffic = predict_traffic(config, layout)
+    time = predict_time(config, layout, cluster, traffic)
+    tokens = layout.global_batch_size * config.context_length
+    peak = cluster.peak_flops(layout.precision) * layout.devices
     mfu = training_flops_per_token(config) * tokens / time.total / peak
-    memory = predict_memory(config, choices)
-    return Prediction(choices, memory, tuple(traffic), time, tokens, mfu, cluster.usable_bytes)
+    memory = predict_memory(config, layout)
+    return Prediction(layout, memory, tuple(traffic), time, tokens, mfu, cluster.usable_bytes)

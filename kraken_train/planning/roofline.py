@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kraken_train.model_config import KrakenConfig, ModelConfig
-from kraken_train.planning.choices import Choices
+from kraken_train.model.config import KrakenConfig, ModelConfig
 from kraken_train.planning.cluster import Cluster, known
+from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
 from kraken_train.planning.traffic import COPY, Collective, loss_chunks
 
@@ -46,10 +46,10 @@ class Product:
     def bytes(self, width: int) -> int:
         return width * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
-    def seconds(self, cluster: Cluster, choices: Choices) -> float:
-        rate = cluster.peak_flops(choices.precision) * cluster.matrix_fraction
-        rate *= alignment(cluster, (self.k, self.n), choices.width)
-        return max(self.flops / rate, self.bytes(choices.width) / cluster.bandwidth)
+    def seconds(self, cluster: Cluster, layout: TrainingLayout) -> float:
+        rate = cluster.peak_flops(layout.precision) * cluster.matrix_fraction
+        rate *= alignment(cluster, (self.k, self.n), layout.width)
+        return max(self.flops / rate, self.bytes(layout.width) / cluster.bandwidth)
 
 
 def alignment(cluster: Cluster, row_lengths: Sequence[int], width: int) -> float:
@@ -84,28 +84,30 @@ class StepTime:
         return sum(self.parts.values())
 
 
-def predict_time(config: ModelConfig, choices: Choices, cluster: Cluster, traffic: Sequence[Collective]) -> StepTime:
+def predict_time(
+    config: ModelConfig, layout: TrainingLayout, cluster: Cluster, traffic: Sequence[Collective]
+) -> StepTime:
     """`traffic` is that of `predict_traffic`."""
-    steps, layers = choices.accumulation_steps, config.num_layers
-    tokens = choices.micro_batch_size * config.context_length
-    attention_products, ffn_products, once = products(config, choices)
+    steps, layers = layout.accumulation_steps, config.num_layers
+    tokens = layout.micro_batch_size * config.context_length
+    attention_products, ffn_products, once = products(config, layout)
 
     def of(some: Sequence[Product]) -> float:
-        return sum(product.seconds(cluster, choices) for product in some)
+        return sum(product.seconds(cluster, layout) for product in some)
 
     # Backward, each product becomes two of the same size; fused attention computes its scores again, 5 for 2.
     matrices = 3 * (layers * (of(attention_products) + of(ffn_products)) + of(once))
-    attend = attention_seconds(config, choices, cluster)
-    passes = [passes_of_part * choices.width * tokens / cluster.bandwidth for passes_of_part in widths(config, choices)]
+    attend = attention_seconds(config, layout, cluster)
+    passes = [passes_of_part * layout.width * tokens / cluster.bandwidth for passes_of_part in widths(config, layout)]
     attention_element_wise, ffn_element_wise = passes[:2], passes[2:]
     recomputed = of(attention_products) + of(ffn_products) + attend[0] + attention_element_wise[0] + ffn_element_wise[0]
 
     forward = of(attention_products) + attend[0] + attention_element_wise[0]
     backward = 2 * of(attention_products) + attend[1] + attention_element_wise[1]
-    backward += forward if choices.activation_checkpointing else 0.0
+    backward += forward if layout.activation_checkpointing else 0.0
     exchange, hidden, reduction = 0.0, 0.0, 0.0
     for collective in traffic:
-        one = collective.seconds(choices, cluster)
+        one = collective.seconds(layout, cluster)
         if collective.group != COPY:
             reduction += collective.count * one
         elif not collective.hides:
@@ -118,20 +120,20 @@ def predict_time(config: ModelConfig, choices: Choices, cluster: Cluster, traffi
         matrices=steps * matrices,
         attention=steps * layers * sum(attend),
         element_wise=steps * layers * sum(passes),
-        loss=steps * loss_bytes(config, choices) / cluster.bandwidth,
-        recomputation=steps * layers * recomputed if choices.activation_checkpointing else 0.0,
+        loss=steps * loss_bytes(config, layout) / cluster.bandwidth,
+        recomputation=steps * layers * recomputed if layout.activation_checkpointing else 0.0,
         exchange=exchange,
         reduction=reduction,
-        update=update_bytes(config, choices) / cluster.bandwidth,
+        update=update_bytes(config, layout) / cluster.bandwidth,
         hidden=hidden,
     )
 
 
-def products(config: ModelConfig, choices: Choices) -> tuple[list[Product], list[Product], list[Product]]:
+def products(config: ModelConfig, layout: TrainingLayout) -> tuple[list[Product], list[Product], list[Product]]:
     """Forward on one device: of a layer's attention, of its FFN, and of what there is once."""
-    ranks, tokens = choices.sub_layer_parallel_size, choices.micro_batch_size * config.context_length
+    ranks, tokens = layout.sub_layer_parallel_size, layout.micro_batch_size * config.context_length
     d = config.hidden_size
-    head = Product(tokens, d, config.vocab_size // (ranks if choices.vocab_parallel else 1))
+    head = Product(tokens, d, config.vocab_size // (ranks if layout.vocab_parallel else 1))
     if isinstance(config, KrakenConfig):
         here = config.num_sub_layers // ranks
         attention = [Product(tokens, d, d + 2 * config.kv_size, here), Product(tokens, d, d, here)]
@@ -142,21 +144,21 @@ def products(config: ModelConfig, choices: Choices) -> tuple[list[Product], list
     return attention, ffn, [head]
 
 
-def attention_seconds(config: ModelConfig, choices: Choices, cluster: Cluster) -> tuple[float, float]:
+def attention_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> tuple[float, float]:
     """Forward and backward of a layer's scores and weighted sums on one device."""
     padded = next((size for size in PADDED_HEAD_DIMS if size >= config.head_dim), config.head_dim)
-    width = config.attention_width / choices.sub_layer_parallel_size * padded / config.head_dim
-    flops = 2.0 * choices.micro_batch_size * config.context_length**2 * width  # the causal half of two products
+    width = config.attention_width / layout.sub_layer_parallel_size * padded / config.head_dim
+    flops = 2.0 * layout.micro_batch_size * config.context_length**2 * width  # the causal half of two products
     fraction = known("attention_fraction", cluster.attention_fraction)
     if config.head_dim > 128:
         fraction *= cluster.wide_head_fraction
-    rate = cluster.peak_flops(choices.precision) * fraction
+    rate = cluster.peak_flops(layout.precision) * fraction
     return flops / rate, 2.5 * flops / rate
 
 
-def widths(config: ModelConfig, choices: Choices) -> list[float]:
+def widths(config: ModelConfig, layout: TrainingLayout) -> list[float]:
     """Values per token that the element-wise operations of a layer move: attention forward, backward; FFN likewise."""
-    ranks, d = choices.sub_layer_parallel_size, config.hidden_size
+    ranks, d = layout.sub_layer_parallel_size, config.hidden_size
 
     def of(*parts: tuple[tuple[int, int], float]) -> Iterator[float]:
         return (sum(passes[way] * width for passes, width in parts) for way in (0, 1))
@@ -172,18 +174,18 @@ def widths(config: ModelConfig, choices: Choices) -> list[float]:
     return [*of(*added_norm, (JOIN_HEADS, d / ranks)), *of(*before_ffn, ffn_part)]
 
 
-def loss_bytes(config: ModelConfig, choices: Choices) -> float:
+def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
     """Of a micro-batch: the logits, and the weight's gradient, to which each chunk adds in fp32."""
-    tokens = choices.micro_batch_size * config.context_length
-    rows = config.vocab_size // (choices.sub_layer_parallel_size if choices.vocab_parallel else 1)
+    tokens = layout.micro_batch_size * config.context_length
+    rows = config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1)
     weight = rows * config.hidden_size
-    chunks = loss_chunks(config, choices)
-    return LOSS / 2 * choices.width * tokens * rows + weight * (chunks * (2 * choices.width + 2 * FP32) + 4 * FP32)
+    chunks = loss_chunks(config, layout)
+    return LOSS / 2 * layout.width * tokens * rows + weight * (chunks * (2 * layout.width + 2 * FP32) + 4 * FP32)
 
 
-def update_bytes(config: ModelConfig, choices: Choices) -> float:
+def update_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
     """Of a step: each micro-batch's gradients become fp32 and are added; their mean, their norm, and the update."""
-    own = shards(config, choices)
-    added = choices.accumulation_steps * own.elements * (choices.width + 4 * FP32)
-    averaged = (FP32 + (2 * FP32 if choices.data_parallel_size > 1 else 0)) * own.elements  # cleared; divided
-    return added + averaged + sum(own.parts) * (UPDATE + FP32 + choices.width)
+    own = shards(config, layout)
+    added = layout.accumulation_steps * own.elements * (layout.width + 4 * FP32)
+    averaged = (FP32 + (2 * FP32 if layout.data_parallel_size > 1 else 0)) * own.elements  # cleared; divided
+    return added + averaged + sum(own.parts) * (UPDATE + FP32 + layout.width)

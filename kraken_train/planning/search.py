@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kraken_train.errors import ConfigError
-from kraken_train.model_config import ModelConfig
-from kraken_train.planning.choices import Choices
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.validation import divisors
+from kraken_train.model.config import ModelConfig
 from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import Memory, predict_memory
 from kraken_train.planning.prediction import Prediction, predict
-from kraken_train.rules import divisors
 
 ENOUGH_TOKENS = 65_536  # of a micro-batch and device; more would not fill it better
 ALIKE = 0.01  # what is predicted that close is told apart by simplicity
@@ -50,22 +50,22 @@ def search(
     devices = nodes * int(cluster.devices_per_node or 1)
     refused: list[str] = []
     found: list[Prediction] = []
-    too_large: list[tuple[Choices, Memory]] = []
+    too_large: list[tuple[TrainingLayout, Memory]] = []
     for size in sizes(config, devices, global_batch_size, wishes, refused):
         copies = devices // size
         batches = micro_batches(config, global_batch_size // copies, wishes)
-        for choices in variants(size, copies, wishes):
-            cannot_cut = choices.vocab_parallel and config.vocab_size % size > 0
-            if cannot_cut or beside_the_point(choices, found, batches, wishes):
+        for layout in variants(size, copies, wishes):
+            cannot_cut = layout.vocab_parallel and config.vocab_size % size > 0
+            if cannot_cut or beside_the_point(layout, found, batches, wishes):
                 continue
-            largest = largest_that_fits(config, choices, batches, global_batch_size // copies, cluster)
-            if isinstance(largest, Choices):
+            largest = largest_that_fits(config, layout, batches, global_batch_size // copies, cluster)
+            if isinstance(largest, TrainingLayout):
                 found.append(predict(config, largest, cluster))
             else:
                 too_large.append(largest)
     refused += [
-        f"{describe(choices)} needs {memory.total / GB:.1f} GB even with micro-batches of {choices.micro_batch_size}"
-        for choices, memory in too_large
+        f"{describe(layout)} needs {memory.total / GB:.1f} GB even with micro-batches of {layout.micro_batch_size}"
+        for layout, memory in too_large
     ]
     if too_large and not found:
         raise ConfigError(describe_too_large(config, cluster, too_large))
@@ -113,7 +113,7 @@ def micro_batches(config: ModelConfig, of_copy: int, wishes: Wishes) -> list[int
     return [size for size in map(int, divisors(of_copy)) if size <= enough]
 
 
-def variants(size: int, copies: int, wishes: Wishes) -> Iterator[Choices]:
+def variants(size: int, copies: int, wishes: Wishes) -> Iterator[TrainingLayout]:
     """From the simplest."""
     for checkpointing in (
         (False, True) if wishes.activation_checkpointing is None else (wishes.activation_checkpointing,)
@@ -124,30 +124,30 @@ def variants(size: int, copies: int, wishes: Wishes) -> Iterator[Choices]:
                     continue
                 if stage == 2 and copies == 1 and wishes.zero_stage is None:
                     continue
-                yield Choices(size, copies, 1, 1, stage, checkpointing, cut, wishes.precision)
+                yield TrainingLayout(size, copies, 1, 1, stage, checkpointing, cut, wishes.precision)
 
 
-def beside_the_point(choices: Choices, found: Sequence[Prediction], batches: list[int], wishes: Wishes) -> bool:
+def beside_the_point(layout: TrainingLayout, found: Sequence[Prediction], batches: list[int], wishes: Wishes) -> bool:
     """Whether it only saves memory that is not needed: a simpler choice already fits the largest micro-batch."""
     return any(
-        prediction.choices.sub_layer_parallel_size == choices.sub_layer_parallel_size
-        and prediction.choices.micro_batch_size == batches[-1]
-        and prediction.choices.vocab_parallel == choices.vocab_parallel
+        prediction.layout.sub_layer_parallel_size == layout.sub_layer_parallel_size
+        and prediction.layout.micro_batch_size == batches[-1]
+        and prediction.layout.vocab_parallel == layout.vocab_parallel
         and (
-            (choices.activation_checkpointing and wishes.activation_checkpointing is None)
-            or (choices.zero_stage == 2 and wishes.zero_stage is None)
+            (layout.activation_checkpointing and wishes.activation_checkpointing is None)
+            or (layout.zero_stage == 2 and wishes.zero_stage is None)
         )
         for prediction in found
     )
 
 
 def largest_that_fits(
-    config: ModelConfig, choices: Choices, batches: list[int], of_copy: int, cluster: Cluster
-) -> Choices | tuple[Choices, Memory]:
+    config: ModelConfig, layout: TrainingLayout, batches: list[int], of_copy: int, cluster: Cluster
+) -> TrainingLayout | tuple[TrainingLayout, Memory]:
     """With the largest of `batches` whose memory fits; or with the smallest, and what that would take."""
 
-    def sized(batch: int) -> Choices:
-        return replace(choices, micro_batch_size=batch, accumulation_steps=of_copy // batch)
+    def sized(batch: int) -> TrainingLayout:
+        return replace(layout, micro_batch_size=batch, accumulation_steps=of_copy // batch)
 
     def memory(batch: int) -> Memory:
         return predict_memory(config, sized(batch))
@@ -171,43 +171,43 @@ def ranked(found: Sequence[Prediction]) -> list[Prediction]:
     """The simplest of the fastest first, the others by speed."""
     by_speed = sorted(found, key=lambda prediction: -prediction.tokens_per_second)
     alike = [p for p in by_speed if p.tokens_per_second > (1 - ALIKE) * by_speed[0].tokens_per_second]
-    best = min(alike, key=lambda prediction: complexity(prediction.choices))
+    best = min(alike, key=lambda prediction: complexity(prediction.layout))
     return [best, *(prediction for prediction in by_speed if prediction is not best)]
 
 
-def complexity(choices: Choices) -> tuple[int, bool, int, bool]:
+def complexity(layout: TrainingLayout) -> tuple[int, bool, int, bool]:
     return (
-        choices.sub_layer_parallel_size, choices.activation_checkpointing, choices.zero_stage, choices.vocab_parallel,
+        layout.sub_layer_parallel_size, layout.activation_checkpointing, layout.zero_stage, layout.vocab_parallel,
     )  # fmt: skip
 
 
-def describe(choices: Choices) -> str:
+def describe(layout: TrainingLayout) -> str:
     parts = [
-        f"P={choices.sub_layer_parallel_size} x {choices.data_parallel_size} copies",
-        f"ZeRO-{choices.zero_stage}",
-        "checkpointing" if choices.activation_checkpointing else "",
-        "cut vocabulary" if choices.vocab_parallel else "",
+        f"P={layout.sub_layer_parallel_size} x {layout.data_parallel_size} copies",
+        f"ZeRO-{layout.zero_stage}",
+        "checkpointing" if layout.activation_checkpointing else "",
+        "cut vocabulary" if layout.vocab_parallel else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def describe_too_large(config: ModelConfig, cluster: Cluster, too_large: list[tuple[Choices, Memory]]) -> str:
+def describe_too_large(config: ModelConfig, cluster: Cluster, too_large: list[tuple[TrainingLayout, Memory]]) -> str:
     """Which part is too large, and what would fit."""
-    choices, memory = min(too_large, key=lambda pair: pair[1].total)
+    layout, memory = min(too_large, key=lambda pair: pair[1].total)
     part, size = max(memory.parts.items(), key=lambda item: item[1])
     message = (
         f"nothing fits into the {cluster.usable_bytes / GB:.1f} GB that a device of cluster={cluster.name} has for "
-        f"tensors: the least is {describe(choices)}, micro_batch_size={choices.micro_batch_size} with "
+        f"tensors: the least is {describe(layout)}, micro_batch_size={layout.micro_batch_size} with "
         f"{memory.total / GB:.1f} GB, of which {size / GB:.1f} GB are {part}"
     )
     ways = []
     for times in (2, 4, 8, 16, 32, 64):
-        more = replace(choices, data_parallel_size=choices.data_parallel_size * times)
+        more = replace(layout, data_parallel_size=layout.data_parallel_size * times)
         if predict_memory(config, more).total <= cluster.usable_bytes:
             ways.append(f"{times} times as many devices")
             break
-    thrifty = replace(choices, activation_checkpointing=True, zero_stage=2, accumulation_steps=1, micro_batch_size=1)
-    if thrifty != choices and predict_memory(config, thrifty).total <= cluster.usable_bytes:
+    thrifty = replace(layout, activation_checkpointing=True, zero_stage=2, accumulation_steps=1, micro_batch_size=1)
+    if thrifty != layout and predict_memory(config, thrifty).total <= cluster.usable_bytes:
         ways.append("micro_batch_size=1 zero_stage=2 activation_checkpointing=true")
     return f"{message}; use {' or '.join(ways) or 'a smaller model, or devices with more memory'}"
 
@@ -215,9 +215,9 @@ def describe_too_large(config: ModelConfig, cluster: Cluster, too_large: list[tu
 def reasons(plan: Plan, cluster: Cluster, config: ModelConfig) -> list[str]:
     """Why the best is the best, in words."""
     best = plan.best
-    choices, time = best.choices, best.time
+    layout, time = best.layout, best.time
     sentences = []
-    size, per_node = choices.sub_layer_parallel_size, int(cluster.devices_per_node or 1)
+    size, per_node = layout.sub_layer_parallel_size, int(cluster.devices_per_node or 1)
     if size > per_node:
         sentences.append(
             f"warning: a copy of {size} devices crosses nodes of {per_node}; its exchange takes {cluster.inter_node}"
@@ -227,28 +227,28 @@ def reasons(plan: Plan, cluster: Cluster, config: ModelConfig) -> list[str]:
         sentences.append(f"P={size}: {behind:.1f} ms of its exchange hide behind attention, {exposed:.1f} ms do not")
     else:
         sentences.append("P=1: each device has the whole model, so nothing is exchanged within a micro-batch")
-    others = [p for p in plan.ranked[1:] if p.choices.sub_layer_parallel_size != size]
+    others = [p for p in plan.ranked[1:] if p.layout.sub_layer_parallel_size != size]
     if others:
-        sentences.append(f"P={others[0].choices.sub_layer_parallel_size} {why_slower(others[0], best)}")
+        sentences.append(f"P={others[0].layout.sub_layer_parallel_size} {why_slower(others[0], best)}")
     sentences.append(describe_micro_batch(best, config))
-    if choices.activation_checkpointing:
+    if layout.activation_checkpointing:
         sentences.append(f"checkpointing costs {time.recomputation / time.total:.0%} of the step and makes room for it")
     return sentences
 
 
 def describe_micro_batch(best: Prediction, config: ModelConfig) -> str:
-    choices, memory = best.choices, best.memory
+    layout, memory = best.layout, best.memory
     besides = memory.weights + memory.optimizer + memory.gradients
-    of_copy = choices.micro_batch_size * choices.accumulation_steps
-    if choices.accumulation_steps == 1:
+    of_copy = layout.micro_batch_size * layout.accumulation_steps
+    if layout.accumulation_steps == 1:
         why = "is all of a copy's share of the batch"
-    elif choices.micro_batch_size * 2 * config.context_length > ENOUGH_TOKENS:
+    elif layout.micro_batch_size * 2 * config.context_length > ENOUGH_TOKENS:
         why = "fills a device"
     else:
         why = f"is the largest divisor of a copy's {of_copy} samples that fits"
     passes = memory.activations + memory.working
     return (
-        f"micro_batch_size={choices.micro_batch_size} {why}: {passes / GB:.1f} GB beside {besides / GB:.1f} GB of "
+        f"micro_batch_size={layout.micro_batch_size} {why}: {passes / GB:.1f} GB beside {besides / GB:.1f} GB of "
         f"weights, gradients and optimizer state; {best.usable_bytes / GB:.1f} GB are usable"
     )
 

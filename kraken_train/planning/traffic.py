@@ -2,7 +2,7 @@
 
 Among the devices of a model copy, for each micro-batch of B x T tokens: Kraken's 2 L sums of (B, T, D), all but two of
 which hide behind attention, 4 L of the standard form and 2 L of the parallel one, which hide behind nothing
-(`kraken_train.distributed_exchange`). Among the copies: the sum of the fp32 gradients and the updated weights.
+(`kraken_train.parallel.distributed`). Among the copies: the sum of the fp32 gradients and the updated weights.
 Left out are the few numbers on which all agree (loss, norm), and sums of gradients over one copy, which say nothing.
 """
 
@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kraken_train.cross_entropy import LOGITS_AT_ONCE
-from kraken_train.model_config import KrakenConfig, ModelConfig
-from kraken_train.optim import LARGEST_BUCKET
-from kraken_train.planning.choices import Choices
+from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.cross_entropy import LOGITS_AT_ONCE
 from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
+from kraken_train.training.optim import LARGEST_BUCKET
 
 COPY, DATA = "model copy", "data"  # groups: the devices of a copy; those of all copies with the same part
 
@@ -36,12 +36,12 @@ class Collective:
     def bytes(self) -> int:
         return self.size * self.count
 
-    def seconds(self, choices: Choices, cluster: Cluster) -> float:
+    def seconds(self, layout: TrainingLayout, cluster: Cluster) -> float:
         """Of one of them."""
         if self.group == COPY:
-            ranks, stride = choices.sub_layer_parallel_size, 1
+            ranks, stride = layout.sub_layer_parallel_size, 1
         else:
-            ranks, stride = choices.data_parallel_size, choices.sub_layer_parallel_size
+            ranks, stride = layout.data_parallel_size, layout.sub_layer_parallel_size
         link = cluster.interconnect(ranks, stride)
         if self.kind == "all-reduce":
             return link.all_reduce_seconds(self.size, ranks)
@@ -50,17 +50,17 @@ class Collective:
         return link.seconds(self.size)  # a broadcast passes all of it over each link
 
 
-def predict_traffic(config: ModelConfig, choices: Choices) -> list[Collective]:
-    return [*within_copy(config, choices), *among_copies(config, choices)]
+def predict_traffic(config: ModelConfig, layout: TrainingLayout) -> list[Collective]:
+    return [*within_copy(config, layout), *among_copies(config, layout)]
 
 
-def within_copy(config: ModelConfig, choices: Choices) -> Iterator[Collective]:
+def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collective]:
     """Once per micro-batch, except for the last."""
-    ranks, steps = choices.sub_layer_parallel_size, choices.accumulation_steps
+    ranks, steps = layout.sub_layer_parallel_size, layout.accumulation_steps
     if ranks == 1:
         return
-    tokens = choices.micro_batch_size * config.context_length
-    hidden = tokens * config.hidden_size * choices.width
+    tokens = layout.micro_batch_size * config.context_length
+    hidden = tokens * config.hidden_size * layout.width
     if isinstance(config, KrakenConfig):
         later = config.num_layers - 1
         if later:
@@ -71,35 +71,35 @@ def within_copy(config: ModelConfig, choices: Choices) -> Iterator[Collective]:
         per_layer = 4 if config.architecture == "standard" else 2
         yield Collective("attention and FFN, and their gradients", "all-reduce", COPY, hidden,
                          per_layer * config.num_layers * steps)  # fmt: skip
-    if choices.vocab_parallel:
+    if layout.vocab_parallel:
         yield Collective("embedding, and gradient of the head", "all-reduce", COPY, hidden, 2 * steps)
-        chunks = loss_chunks(config, choices)
+        chunks = loss_chunks(config, layout)
         numbers = 2 * FP32 * ranks * -(-tokens // chunks)
         yield Collective("loss", "all-gather", COPY, numbers, chunks * steps)
-    own = shards(config, choices)
+    own = shards(config, layout)
     for part, shared in zip(own.parts, own.shared, strict=True):
         if shared:
             yield Collective("equal gradients of what all devices hold", "broadcast", COPY, FP32 * part, 1)
 
 
-def loss_chunks(config: ModelConfig, choices: Choices) -> int:
-    """Parts in which the head computes logits, see `kraken_train.cross_entropy`."""
-    rows = -(-config.vocab_size // (choices.sub_layer_parallel_size if choices.vocab_parallel else 1))
-    tokens = choices.micro_batch_size * config.context_length
+def loss_chunks(config: ModelConfig, layout: TrainingLayout) -> int:
+    """Parts in which the head computes logits, see `kraken_train.model.cross_entropy`."""
+    rows = -(-config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1))
+    tokens = layout.micro_batch_size * config.context_length
     return -(-tokens // max(1, LOGITS_AT_ONCE // rows))
 
 
-def among_copies(config: ModelConfig, choices: Choices) -> Iterator[Collective]:
-    if choices.data_parallel_size == 1:
+def among_copies(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collective]:
+    if layout.data_parallel_size == 1:
         return
-    own = shards(config, choices)
-    if choices.keeps_accumulator:
+    own = shards(config, layout)
+    if layout.keeps_accumulator:
         for size in own.padded:
             yield Collective("sum of the gradients", "all-reduce", DATA, FP32 * size, 1)
     else:
         # At stage 2 every micro-batch is reduced, at stage 1 the sum of them.
-        steps = choices.accumulation_steps if choices.zero_stage > 1 else 1
+        steps = layout.accumulation_steps if layout.zero_stage > 1 else 1
         buckets = -(-own.elements // LARGEST_BUCKET)
         yield Collective("sum of the gradients", "all-reduce", DATA, FP32 * own.elements // buckets, buckets * steps)
     for size in own.padded:
-        yield Collective("updated weights", "all-gather", DATA, choices.width * size, 1)
+        yield Collective("updated weights", "all-gather", DATA, layout.width * size, 1)

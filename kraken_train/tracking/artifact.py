@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kraken_train.errors import ConfigError
-from kraken_train.tracking.copies import only_writer
-from kraken_train.tracking.described import DescribedRun, read_described_run
+from kraken_train.common.errors import ConfigError
+from kraken_train.tracking.backend import only_writer
+from kraken_train.tracking.run_info import DescribedRun, read_described_run
 
 
 def read_wandb_run(run_dir: Path) -> DescribedRun:
@@ -27,7 +27,7 @@ def log_artifact(described: DescribedRun, export_dir: Path, metadata: dict[str, 
     """Add the files of `export_dir`, in the mode of the run. Raises CheckpointError while the run is being followed."""
     import wandb  # noqa: PLC0415 (takes a second, and not everybody uses it)
 
-    from kraken_train.tracking.wandb_copy import start  # noqa: PLC0415
+    from kraken_train.tracking.wandb_backend import start  # noqa: PLC0415
 
     artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", described.name), type="model", metadata=metadata)
     artifact.add_dir(str(export_dir))

@@ -21,15 +21,15 @@ from typing import Any
 
 import psutil
 
-from kraken_train.cli import user_errors
-from kraken_train.errors import ConfigError
-from kraken_train.events import FAILED, FINISHED, read_events
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE
-from kraken_train.run_layout import EVENTS_FILE
-from kraken_train.run_metrics import METRICS_FILE
-from kraken_train.tracking.copies import Copy, only_writer
-from kraken_train.tracking.described import DescribedRun, read_described_run
+from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import ConfigError
+from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
+from kraken_train.run.events import FAILED, FINISHED, read_events
+from kraken_train.run.layout import EVENTS_FILE
+from kraken_train.run.metrics import METRICS_FILE
+from kraken_train.tracking.backend import Copy, only_writer
 from kraken_train.tracking.ready import require_ready
+from kraken_train.tracking.run_info import DescribedRun, read_described_run
 from kraken_train.tracking.tail import Tail
 
 POLL_SECONDS = 0.5
@@ -123,10 +123,10 @@ def follow_stubbornly(described: DescribedRun, mode: str, training: Training | P
 def make_copy(described: DescribedRun, mode: str, training: Training | Past) -> Copy:
     # Each loads its library.
     if described.tracking.kind == "tensorboard":
-        from kraken_train.tracking.tensorboard_copy import TensorBoardCopy  # noqa: PLC0415
+        from kraken_train.tracking.tensorboard_backend import TensorBoardCopy  # noqa: PLC0415
 
         return TensorBoardCopy(described)
-    from kraken_train.tracking.wandb_copy import WandbCopy  # noqa: PLC0415
+    from kraken_train.tracking.wandb_backend import WandbCopy  # noqa: PLC0415
 
     return WandbCopy(described, mode, training.note)
 

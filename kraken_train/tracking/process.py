@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from kraken_train.config import TrackingConfig
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE
+from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 
 LOG = "tracking.log"
 INTERRUPTED_SECONDS = 5.0  # at most, for a run that goes on later: whoever has stopped it is in a hurry

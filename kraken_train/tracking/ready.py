@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kraken_train.common.errors import ConfigError
 from kraken_train.config import TrackingConfig
-from kraken_train.errors import ConfigError
 
 PUBLIC_SERVICE = "https://api.wandb.ai"
 

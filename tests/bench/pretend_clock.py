@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kraken_train.bench import simulated_exchange, timing
+from kraken_train.bench import link, timing
 
 
 class Clock:
@@ -50,7 +50,7 @@ class Transfer:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of all that is timed from now on."""
     clock = Clock()
-    for module in (simulated_exchange, timing):
+    for module in (link, timing):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(simulated_exchange, "ThreadPoolExecutor", Worker)
+    monkeypatch.setattr(link, "ThreadPoolExecutor", Worker)
     return clock

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kraken_train.bench import simulated_exchange
+from kraken_train.bench import link
 from kraken_train.bench.breakdown import (
     ATTENTION,
     EXPOSED,
@@ -28,9 +28,10 @@ from kraken_train.bench.breakdown import (
     parse_trace,
     record,
 )
-from kraken_train.bench.simulated_exchange import SimulatedExchange, ThreadLink
-from kraken_train.interconnect import Interconnect
-from kraken_train.placement import ModelRank
+from kraken_train.bench.link import ThreadLink
+from kraken_train.bench.simulated_communicator import SimulatedCommunicator
+from kraken_train.parallel.sharding import ModelRank
+from kraken_train.planning.interconnect import Interconnect
 
 # As CUPTI names them on an H100 with PyTorch 2.
 KERNELS = {
@@ -160,28 +161,28 @@ def test_real_profile(monkeypatch: pytest.MonkeyPatch) -> None:
         computed.wait()
         time.sleep(0.05)
 
-    monkeypatch.setattr(simulated_exchange, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=sleep))
-    exchange = SimulatedExchange(Interconnect("slow", 200_000.0, None, ""), ModelRank(0, 2), ThreadLink())
+    monkeypatch.setattr(link, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=sleep))
+    communicator = SimulatedCommunicator(Interconnect("slow", 200_000.0, None, ""), ModelRank(0, 2), ThreadLink())
     x, weight = torch.randn(1, 256, 256), torch.randn(256, 256)
     query = torch.randn(1, 4, 256, 64)
 
     def work() -> None:
         sleeping.clear()
         computed.clear()
-        pending = exchange.start(x)
+        pending = communicator.start_all_reduce(x)
         sleeping.wait()
         for _ in range(100):
             F.linear(x, weight)
         F.scaled_dot_product_attention(query, query, query, is_causal=True)
         F.layer_norm(x, (256,))
         computed.set()
-        exchange.finish(pending)
+        communicator.wait(pending)
         F.linear(x, weight)
 
     def before() -> None:
         x.cumsum(dim=0)
         computed.set()
-        exchange.finish(exchange.start(x))
+        communicator.wait(communicator.start_all_reduce(x))
 
     with torch.inference_mode():
         work()

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from kraken_train.bench.grid import SIZES, kraken_dimensions, model_config
-from kraken_train.errors import ConfigError
-from kraken_train.model_config import ModelConfig
+from kraken_train.common.errors import ConfigError
+from kraken_train.model.config import ModelConfig
 
 PAPER = {"1.3b": (24, 2048), "6.7b": (32, 4096), "13b": (40, 5120), "65b": (80, 8192), "175b": (96, 12288)}
 

@@ -14,8 +14,8 @@ from helpers import run_here, user_error
 from kraken_train.bench.grid import SIZES, layer_excess
 from kraken_train.bench.kv_memory import KVMemoryConfig, compute, model_with
 from kraken_train.bench.memory_row import MemoryRow
-from kraken_train.errors import ConfigError
-from kraken_train.model_config import GPTConfig, KrakenConfig
+from kraken_train.common.errors import ConfigError
+from kraken_train.model.config import GPTConfig, KrakenConfig
 
 SETTINGS = KVMemoryConfig(
     architectures=("kraken", "standard"),

@@ -16,14 +16,14 @@ from helpers import launch_ranks, run_here, run_module, user_error
 from test_config import model
 from throughput_ranks import SLOWED_BY, configure
 
-from kraken_train import phases
 from kraken_train.bench import throughput_run
 from kraken_train.bench.throughput_results import engine_costs, make_results
 from kraken_train.bench.throughput_run import Contender, Measured, Round, fit_together
 from kraken_train.derive import derive
-from kraken_train.model_config import KrakenConfig
-from kraken_train.phases import Phases
-from kraken_train.runtime import Runtime
+from kraken_train.model.config import KrakenConfig
+from kraken_train.parallel import step_timer
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.step_timer import StepTimer
 
 MODELS = ("kraken-tiny-4way", "gpt-tiny")
 ACCUMULATION, TOKENS = 2, 2 * 2 * 32  # of throughput_ranks.TINY, of one copy
@@ -83,12 +83,12 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_phases_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that goes on by 1 whenever it is read: no reading is lost between the phases."""
+    """On a clock that goes on by 1 whenever it is read: no reading is lost between the step_timer."""
     ticks = itertools.count()
-    for module in (phases, throughput_run):
+    for module in (step_timer, throughput_run):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     contender = Contender.__new__(Contender)
-    contender.runtime, contender.phases = Runtime(0, 0, 1, 1), Phases(torch.device("cpu"))
+    contender.runtime, contender.timer = Runtime(0, 0, 1, 1), StepTimer(torch.device("cpu"))
     contender.batches, contender.lr, contender.tracker = itertools.repeat((1, 2)), 1e-3, None
     contender.engine = SimpleNamespace(
         accumulation_steps=2, accumulate=lambda *batch: None, step=lambda lr: None, results=lambda: []

@@ -24,9 +24,9 @@ from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config
 from kraken_train.bench.plan import bytes_by_depth, make_plan
 from kraken_train.bench.results import Case, Result, as_table, footnote, summarize
 from kraken_train.bench.timing import Conditions, Figures, attention_kernels, extrapolate, of_slowest
-from kraken_train.errors import ConfigError
+from kraken_train.common.errors import ConfigError
 from kraken_train.inference.memory import serving_memory
-from kraken_train.placement import ModelRank
+from kraken_train.parallel.sharding import ModelRank
 
 TINY = {
     "sizes": "[tiny]", "contexts": "[16]", "degrees": "[2]", "vocab_size": "512", "output_tokens": "2", "repeats": "3",

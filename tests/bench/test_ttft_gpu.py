@@ -12,9 +12,10 @@ import torch
 from helpers import run_here
 
 from kraken_train.bench.breakdown import EXPOSED, GEMM, HIDDEN, break_down, record
-from kraken_train.bench.simulated_exchange import ALL_REDUCE, SimulatedExchange, make_link
-from kraken_train.interconnect import Interconnect
-from kraken_train.placement import ModelRank
+from kraken_train.bench.link import ALL_REDUCE
+from kraken_train.bench.simulated_communicator import SimulatedCommunicator, make_link
+from kraken_train.parallel.sharding import ModelRank
+from kraken_train.planning.interconnect import Interconnect
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -67,17 +68,19 @@ def test_exposed_without_overlap(asked: float) -> None:
 def test_overlap_in_a_graph() -> None:
     """A transfer beside products of about its length costs far less than its time, and the profile sees both."""
     seconds = 200e-6
-    exchange = SimulatedExchange(Interconnect("slow", seconds * 1e6, None, ""), ModelRank(0, 4), make_link(DEVICE, 4))
+    communicator = SimulatedCommunicator(
+        Interconnect("slow", seconds * 1e6, None, ""), ModelRank(0, 4), make_link(DEVICE, 4)
+    )
     x = torch.randn(1, 1024, 2048, device=DEVICE, dtype=torch.bfloat16)
     weight = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
 
     def work(transfers: bool) -> None:
         for _ in range(COUNT):
-            pending = exchange.start(x) if transfers else None
+            pending = communicator.start_all_reduce(x) if transfers else None
             for _ in range(40):
                 product = x @ weight
             if pending is not None:
-                product + exchange.finish(pending)
+                product + communicator.wait(pending)
 
     with_transfers, without = (captured(lambda flag=flag: work(flag)) for flag in (True, False))
     assert seconds_of(with_transfers.replay) - seconds_of(without.replay) < 0.3 * COUNT * seconds

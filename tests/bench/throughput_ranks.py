@@ -14,19 +14,20 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from parity.common import MODELS, make_mesh, run_steps, settings, share_of_rank
 
-from kraken_train import phases
-from kraken_train.architectures import build_model, even_share
 from kraken_train.bench import throughput, throughput_run
 from kraken_train.bench.plain_engine import PlainEngine
 from kraken_train.bench.throughput_config import ThroughputConfig
-from kraken_train.cli import CONF_DIR
-from kraken_train.distributed_exchange import make_exchange
-from kraken_train.engine import Engine, start_processes, stop_processes
-from kraken_train.model import LanguageModel
-from kraken_train.model_config import GPTConfig
-from kraken_train.parsing import from_hydra
-from kraken_train.phases import Phases
-from kraken_train.runtime import Runtime, read_runtime
+from kraken_train.common.cli import CONF_DIR
+from kraken_train.common.settings import from_hydra
+from kraken_train.model.config import GPTConfig
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.registry import build_model, even_share
+from kraken_train.parallel import step_timer
+from kraken_train.parallel.distributed import make_communicator
+from kraken_train.parallel.ranks import Runtime, read_runtime
+from kraken_train.parallel.step_timer import StepTimer
+from kraken_train.training.engine import Engine, start_processes, stop_processes
+from kraken_train.training.precision import reduce_dtype
 
 SLOWED_BY = 100.0  # seconds per micro-batch, which nothing really takes
 TINY = ("vocab_size=512", "context_length=32", "micro_batch_size=2", "gradient_accumulation_steps=2", "steps=1",
@@ -70,9 +71,9 @@ def losses(runtime: Runtime, size: int, precision: str) -> dict[str, list[float]
 
     def model() -> LanguageModel:
         units, vocabulary = even_share(config, mesh.model_rank)
-        return build_model(config, 0, units, make_exchange(train.parallel, mesh), vocabulary)
+        return build_model(config, 0, units, make_communicator(mesh, reduce_dtype(train.parallel)), vocabulary)
 
-    plain = PlainEngine(model(), train, mesh, runtime, Phases(runtime.device))
+    plain = PlainEngine(model(), train, mesh, runtime, StepTimer(runtime.device))
     for step in range(STEPS):
         for mine in share_of_rank(plain, config, step):
             plain.accumulate(mine[:, :-1], mine[:, 1:])
@@ -86,7 +87,7 @@ def main() -> None:
     folder, runtime = Path(sys.argv[1]), read_runtime()
     start_processes(runtime)
     throughput_run.build_model = slowed
-    throughput_run.time = phases.time = CLOCK  # type: ignore[assignment]
+    throughput_run.time = step_timer.time = CLOCK  # type: ignore[assignment]
     config = configure(
         folder, "rounds=3", "models=[kraken-tiny-4way,gpt-tiny]", "engines=[deepspeed,torch]",
         "parallel.sub_layer_parallel_size=2",

@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import rough_model, run_here, small_configs, user_error
 
-from checkpoints.export_folder import read_export
-from checkpoints.writer import save_checkpoint
-from kraken_train.parsing import to_dict
-from kraken_train.runtime import Runtime
+from checkpoints.exports.folder import read_export
+from checkpoints.training.writer import save_checkpoint
+from kraken_train.common.settings import to_dict
+from kraken_train.parallel.ranks import Runtime
 
 CONFIG = small_configs(vocab_size=320)["kraken"]
 

@@ -13,9 +13,9 @@ import torch
 from helpers import REPOSITORY, run_here, user_error
 from safetensors import safe_open
 
-from checkpoints.export_folder import read_export
+from checkpoints.exports.folder import read_export
 from checkpoints.import_reference import ImportConfig, import_reference
-from kraken_train.errors import CheckpointError
+from kraken_train.common.errors import CheckpointError
 
 MODEL_ARGS = {
     "n_layer": 3, "n_head": 12, "n_embd": 24, "block_size": 32, "bias": False, "vocab_size": 96, "dropout": 0.0,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import run_here, user_error
 
-from checkpoints.store import ALONE, set_aside_after, verify_checkpoint
-from checkpoints.writer import save_checkpoint
+from checkpoints.training.store import ALONE, set_aside_after, verify_checkpoint
+from checkpoints.training.writer import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest drops the store's filter
 

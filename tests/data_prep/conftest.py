@@ -8,7 +8,7 @@ import pytest
 from data_helpers import make_texts, write_jsonl
 
 from data_prep.prepare import PrepareConfig
-from kraken_train.parsing import from_dict
+from kraken_train.common.settings import from_dict
 
 
 @pytest.fixture

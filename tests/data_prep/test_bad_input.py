@@ -26,8 +26,8 @@ from data_prep.manifest import Manifest
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.sources import SourceSettings, open_source
 from data_prep.tokenizers import load_tokenizer
-from kraken_train.cli import CONF_DIR
-from kraken_train.errors import ConfigError, DataError
+from kraken_train.common.cli import CONF_DIR
+from kraken_train.common.errors import ConfigError, DataError
 
 Configure = Callable[..., PrepareConfig]
 

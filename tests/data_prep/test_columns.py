@@ -13,7 +13,7 @@ from data_prep import files
 from data_prep.columns import holds_text, plain, plain_size
 from data_prep.documents import BadRecords, Part
 from data_prep.files import FilesSource
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 TEXTS = ["one", "two 🦑", None, "one", "", "two 🦑"]
 NAMES = pa.dictionary(pa.int8(), pa.large_string())

@@ -12,8 +12,8 @@ from data_prep.foreign import ForeignConfig, accept
 from data_prep.indexed import HEADER, MAGIC, Shard, ShardWriter
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from data_prep.verify import verify
-from kraken_train.data import TrainingData, open_split
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
+from kraken_train.data.dataset import TrainingData, open_split
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.indexed import Shard, ShardWriter, token_dtype
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 U2 = np.dtype("<u2")
 

@@ -14,9 +14,9 @@ from data_prep.listing import list_folder
 from data_prep.output import finished_result
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.sources import SourceSettings, open_source
-from kraken_train.errors import DataError
-from kraken_train.files import real_path
-from kraken_train.parsing import from_dict
+from kraken_train.common.errors import DataError
+from kraken_train.common.files import real_path
+from kraken_train.common.settings import from_dict
 
 
 def texts(path: Path) -> list[str]:

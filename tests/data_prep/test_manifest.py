@@ -9,8 +9,8 @@ import pytest
 
 from data_prep.manifest import Manifest, load_manifest, probe_sha256, verify_quick
 from data_prep.prepare import PrepareConfig, prepare
-from kraken_train.data import open_split
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
+from kraken_train.data.dataset import open_split
 
 
 @pytest.fixture

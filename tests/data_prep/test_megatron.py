@@ -18,7 +18,7 @@ from data_prep.indexed import Shard, ShardWriter, bin_path, idx_path, token_dtyp
 from data_prep.manifest import load_manifest
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.tokenizers import load_tokenizer
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 megatron = pytest.importorskip(
     "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed, so only the layout was tested"

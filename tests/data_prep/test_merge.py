@@ -19,9 +19,9 @@ from data_prep.manifest import load_manifest
 from data_prep.merge import merge
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.verify import verify
-from kraken_train.data import open_split
-from kraken_train.errors import DataError
-from kraken_train.parsing import from_dict
+from kraken_train.common.errors import DataError
+from kraken_train.common.settings import from_dict
+from kraken_train.data.dataset import open_split
 
 SPLITS = ("train", "validation")
 PARTS = ("a", "b", "c")

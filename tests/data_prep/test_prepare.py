@@ -26,7 +26,7 @@ from data_prep.indexed import Shard, ShardWriter
 from data_prep.manifest import Manifest, verify_quick
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.tokenizers import load_tokenizer
-from kraken_train.errors import ConfigError, DataError
+from kraken_train.common.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 Configure = Callable[..., PrepareConfig]
@@ -341,7 +341,7 @@ STOPPING = """
 import os, signal
 from data_prep.indexed import ShardWriter
 from data_prep.prepare import PrepareConfig, main
-from kraken_train.cli import run_entry
+from kraken_train.common.cli import run_entry
 def stopping(self, *arguments, write=ShardWriter._write):
     write(self, *arguments)
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -15,8 +15,8 @@ from data_prep import output
 from data_prep import prepare as prepare_module
 from data_prep.output import attempt
 from data_prep.prepare import PrepareConfig, prepare
-from kraken_train.errors import DataError
-from kraken_train.parsing import from_dict
+from kraken_train.common.errors import DataError
+from kraken_train.common.settings import from_dict
 
 
 @pytest.fixture

@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from data_prep import assembly, files
+from data_prep import files, shard_builder
+from data_prep.hash_set import SeenHashes
 from data_prep.indexed import ShardWriter
 from data_prep.manifest import verify_quick
 from data_prep.output import Attempt
 from data_prep.prepare import PrepareConfig, prepare
-from data_prep.seen import SeenHashes
 from data_prep.verify import verify
-from kraken_train.errors import DataError
-from kraken_train.parsing import from_dict
+from kraken_train.common.errors import DataError
+from kraken_train.common.settings import from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 Configure = Callable[..., PrepareConfig]
@@ -52,7 +52,7 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many blocks, and each is a piece."""
     monkeypatch.setattr(files, "BLOCK_BYTES", 300)
-    monkeypatch.setattr(assembly, "PIECE_SECONDS", 0.0)
+    monkeypatch.setattr(shard_builder, "PIECE_SECONDS", 0.0)
     yield
 
 
@@ -167,7 +167,7 @@ def test_a_killed_worker_is_named_and_loses_nothing(
 ) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 5000)
     monkeypatch.setattr("data_prep.workers.BYTES_IN_FLIGHT", 10_000)  # else the workers may have done all of it by then
-    monkeypatch.setattr(assembly, "PIECE_SECONDS", 0.0)
+    monkeypatch.setattr(shard_builder, "PIECE_SECONDS", 0.0)
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
     config = configure(source, num_workers=2, shard_tokens=50_000)
     partial = tmp_path / ".data.partial"
@@ -191,7 +191,7 @@ def test_a_killed_worker_is_named_and_loses_nothing(
             prepare(config)
     assert partial.is_dir() and not (tmp_path / "data").exists()
     prepare(configure(source, num_workers=0, shard_tokens=50_000))
-    monkeypatch.setattr(assembly, "PIECE_SECONDS", 10.0)
+    monkeypatch.setattr(shard_builder, "PIECE_SECONDS", 10.0)
     prepare(configure(source, "whole", shard_tokens=50_000))
     assert content(tmp_path / "data") == content(tmp_path / "whole")
 
@@ -279,9 +279,9 @@ def test_a_changed_source_is_refused(
 
 
 COMMAND = (
-    "import sys, data_prep.assembly as a, data_prep.files as f, data_prep.prepare as p; "
+    "import sys, data_prep.shard_builder as a, data_prep.files as f, data_prep.prepare as p; "
     "a.PIECE_SECONDS = 0; f.BLOCK_BYTES = 20_000; "
-    "from kraken_train.cli import run_entry; run_entry(p.main, p.PrepareConfig, 'prepare')"
+    "from kraken_train.common.cli import run_entry; run_entry(p.main, p.PrepareConfig, 'prepare')"
 )
 # The same, stopped after the first piece that ends behind a whole shard: much is done, and much is left to do.
 # SIGINT as in a terminal's foreground, even where these tests run in the background, which ignores it.

@@ -14,7 +14,7 @@ import zstandard
 
 from data_prep.documents import BadRecords
 from data_prep.sources import SourceSettings, open_source
-from kraken_train.errors import DataError
+from kraken_train.common.errors import DataError
 
 
 def read(path: Path | str, bad: BadRecords | None = None, **settings: str | int) -> list[str]:

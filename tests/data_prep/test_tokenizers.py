@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from data_prep import gpt2_ranks
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer, load_tokenizer
 from data_prep.train_tokenizer import sample_texts
-from kraken_train.errors import ConfigError, DataError
+from kraken_train.common.errors import ConfigError, DataError
 
 HARD_TEXTS = [
     "  two  leading,   trailing \n\n",

@@ -19,8 +19,8 @@ from data_prep.manifest import Manifest, load_manifest, probe_sha256, verify_qui
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.verify import Content, verify
-from data_prep.words import SENTENCEPIECE_WORDS
-from kraken_train.errors import DataError
+from data_prep.word_cache import SENTENCEPIECE_WORDS
+from kraken_train.common.errors import DataError
 
 
 @pytest.fixture

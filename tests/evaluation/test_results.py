@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kraken_train.errors import CheckpointError
+from kraken_train.common.errors import CheckpointError
 from kraken_train.evaluation.results import (
     Results,
     Score,

@@ -15,17 +15,17 @@ import pytest
 import torch
 from helpers import TEXTS, rough_model, run_here, small_configs, user_error, write_small_export
 
-from checkpoints.export_folder import read_export, write_export
+from checkpoints.exports.folder import read_export, write_export
 from data_prep.tokenizers import Tokenizer
-from kraken_train.cli import CONF_DIR
-from kraken_train.data import TokenStream
-from kraken_train.errors import ConfigError, DataError
+from kraken_train.common.cli import CONF_DIR
+from kraken_train.common.errors import ConfigError, DataError
+from kraken_train.common.settings import from_dict
+from kraken_train.data.dataset import TokenStream
+from kraken_train.evaluation.perplexity import Sequences, document_sequences, evaluate
 from kraken_train.evaluation.results import read_results
 from kraken_train.evaluation.squad import compute_exact, compute_f1
 from kraken_train.evaluation.suites import Suite, SuiteRun, SuiteTask, load_tasks, require_harness, run_suite
-from kraken_train.model import LanguageModel
-from kraken_train.parsing import from_dict
-from kraken_train.perplexity import Sequences, document_sequences, evaluate
+from kraken_train.model.language_model import LanguageModel
 
 DOCUMENTS = 20
 WORDS = " ".join(TEXTS).split()

@@ -16,17 +16,17 @@ import torch.distributed as dist
 from helpers import random_ids, small_configs
 from torch import Tensor
 
-from checkpoints.export_folder import read_export
-from kraken_train.distributed_exchange import DistributedExchange
-from kraken_train.errors import CheckpointError, KrakenError
+from checkpoints.exports.folder import read_export
+from kraken_train.common.errors import CheckpointError, KrakenError
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
 from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.loading import load_part, share_model
 from kraken_train.inference.ranks import on_all, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.runtime import Runtime
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.parallel.distributed import DistributedCommunicator
+from kraken_train.parallel.ranks import Runtime
 
 STEPS = 64
 LENGTHS = [5, 1, 3]  # of prompts
@@ -59,9 +59,9 @@ def case_name(case: Case) -> str:
     return f"{case[0]} {list(case[1])}"
 
 
-class CountingExchange(DistributedExchange):
+class CountingCommunicator(DistributedCommunicator):
     def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(group, all_reduce=self.count)
+        super().__init__(group, collective=self.count)
         self.sums = self.gathers = 0
 
     def count(self, *arguments: Any, **settings: Any) -> Any:
@@ -77,18 +77,18 @@ def serve(folder: Path, case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
     """Errors against the whole model in one process, and the collectives of a prompt and of a new token."""
     name, speeds = case
     export = read_export(folder / name)
-    exchange = CountingExchange(group)
+    communicator = CountingCommunicator(group)
     units = share_model(export.config, speeds)[group.rank()]
-    model = load_part(export, units, exchange, torch.float32, torch.device("cpu"))
+    model = load_part(export, units, communicator, torch.float32, torch.device("cpu"))
     steps = min(STEPS, export.config.context_length - max(LENGTHS))
     engine = InferenceEngine(model, len(LENGTHS), max(LENGTHS) + steps)
     ids = random_ids(export.config, len(LENGTHS), max(LENGTHS) + steps)
     expected = export.load_model()(ids).detach()
     logits = [engine.prefill(ids[:, : max(LENGTHS)], torch.tensor(LENGTHS))]
-    collectives = [(exchange.sums, exchange.gathers)]
+    collectives = [(communicator.sums, communicator.gathers)]
     for step in range(steps):
         logits.append(engine.decode(ids[range(len(LENGTHS)), [length + step for length in LENGTHS]]))
-    collectives.append((exchange.sums - collectives[0][0], exchange.gathers - collectives[0][1]))
+    collectives.append((communicator.sums - collectives[0][0], communicator.gathers - collectives[0][1]))
     wanted = torch.stack(
         [expected[range(len(LENGTHS)), [length - 1 + step for length in LENGTHS]] for step in range(steps + 1)]
     )

@@ -11,11 +11,11 @@ from golden import Golden
 from helpers import random_ids, rough_model, small_configs
 from torch import Tensor
 
-from kraken_train.errors import ConfigError
+from kraken_train.common.errors import ConfigError
 from kraken_train.inference import engine as engine_module
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
 from kraken_train.inference.graphs import WARM_UP_RUNS
-from kraken_train.model import LanguageModel
+from kraken_train.model.language_model import LanguageModel
 
 CONFIGS = small_configs(context_length=72)
 LENGTHS = [5, 1, 7, 3]  # of prompts

@@ -11,14 +11,14 @@ import torch
 from helpers import random_ids, small_configs, write_small_export
 from safetensors import safe_open
 
-from checkpoints.export_folder import read_export
-from kraken_train.errors import CheckpointError, ConfigError
-from kraken_train.exchange import LocalExchange
+from checkpoints.exports.folder import read_export
+from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.inference import loading
 from kraken_train.inference.loading import load_part, share_model
-from kraken_train.model import LanguageModel
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.placement import partitions, place_all, share_units
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.parallel.communicator import LocalCommunicator
+from kraken_train.parallel.sharding import all_units, sharded_dims, share_units
 
 SIZES = {"num_layers": 2, "vocab_size": 96, "context_length": 24}
 KRAKEN_6 = KrakenConfig(6, hidden_size=16, heads_per_sub_layer=2, **SIZES)
@@ -105,11 +105,11 @@ def test_each_device_reads_its_part(
     parts: list[LanguageModel] = []
     for units in share_model(config, [1.0] * devices):
         READ.clear()
-        parts.append(load_part(export, units, LocalExchange(), torch.float64, torch.device("cpu")))
+        parts.append(load_part(export, units, LocalCommunicator(), torch.float64, torch.device("cpu")))
         assert {name: parameter.numel() for name, parameter in parts[-1].named_parameters()} == READ
         assert all(parameter.dtype == torch.float64 for parameter in parts[-1].parameters())
     repeated = parts[0].cache_shape[1] * devices > whole.cache_shape[1] and isinstance(config, GPTConfig)
-    for name, cut in partitions(parts[0]).items():
+    for name, cut in sharded_dims(parts[0]).items():
         tensors = [part.get_parameter(name) for part in parts]
         if cut is None:
             assert all(torch.equal(tensor, whole.get_parameter(name).double()) for tensor in tensors)
@@ -122,7 +122,7 @@ def test_repeated_key_value_heads_are_the_same_model(tmp_path: Path) -> None:
     ids = random_ids(GQA, 2, 20)
     export, cpu = read_export(tmp_path / "e"), torch.device("cpu")
     for heads in (2, 4, 6, 12):
-        model = load_part(export, place_all(heads), LocalExchange(), torch.float64, cpu)
+        model = load_part(export, all_units(heads), LocalCommunicator(), torch.float64, cpu)
         assert model.cache_shape == (1, heads, 4)
         assert (model(ids) - whole(ids)).abs().max() < 1e-12 * whole(ids).abs().max()
 
@@ -135,4 +135,4 @@ def test_a_file_that_is_lost_or_damaged_after_it_was_checked(tmp_path: Path) -> 
     for change in (lambda: path.write_bytes(content[:-1]), path.unlink):
         change()
         with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .*; copy it again or export"):
-            load_part(export, place_all(6), LocalExchange(), torch.float32, torch.device("cpu"))
+            load_part(export, all_units(6), LocalCommunicator(), torch.float32, torch.device("cpu"))

@@ -7,25 +7,25 @@ import torch
 from helpers import random_ids, small_configs
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from kraken_train.architectures import build_model
-from kraken_train.errors import ConfigError
+from kraken_train.common.errors import ConfigError
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.memory import ServingMemory, free_memory, require_memory, serving_memory
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.placement import Placement, place_all
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.sharding import UnitRange, all_units
 
 SIZES = {"num_layers": 3, "vocab_size": 1024, "context_length": 256}
 CASES = [
-    (KrakenConfig(4, hidden_size=128, heads_per_sub_layer=4, **SIZES), Placement(4, 0, 4)),
-    (KrakenConfig(4, hidden_size=128, heads_per_sub_layer=4, kv_heads_per_sub_layer=1, **SIZES), Placement(4, 1, 1)),
-    (GPTConfig(hidden_size=256, num_heads=8, **SIZES), place_all(8)),
-    (GPTConfig(hidden_size=256, num_heads=8, num_kv_heads=4, **SIZES), Placement(4, 2, 1)),
-    (GPTConfig(hidden_size=256, num_heads=8, architecture="parallel", **SIZES), Placement(8, 0, 2)),
+    (KrakenConfig(4, hidden_size=128, heads_per_sub_layer=4, **SIZES), UnitRange(4, 0, 4)),
+    (KrakenConfig(4, hidden_size=128, heads_per_sub_layer=4, kv_heads_per_sub_layer=1, **SIZES), UnitRange(4, 1, 1)),
+    (GPTConfig(hidden_size=256, num_heads=8, **SIZES), all_units(8)),
+    (GPTConfig(hidden_size=256, num_heads=8, num_kv_heads=4, **SIZES), UnitRange(4, 2, 1)),
+    (GPTConfig(hidden_size=256, num_heads=8, architecture="parallel", **SIZES), UnitRange(8, 0, 2)),
 ]
 
 
 @pytest.mark.parametrize(("config", "units"), CASES, ids=lambda value: getattr(value, "architecture", ""))
-def test_against_the_memory_tracker(config: ModelConfig, units: Placement) -> None:
+def test_against_the_memory_tracker(config: ModelConfig, units: UnitRange) -> None:
     batch_size, capacity = 2, 200
     expected = serving_memory(config, units, batch_size, capacity, torch.float32)
     model = build_model(config, units=units)
@@ -41,7 +41,7 @@ def test_against_the_memory_tracker(config: ModelConfig, units: Placement) -> No
 
 def test_bytes_follow_the_dtype_and_the_prompt() -> None:
     config = small_configs()["kraken"]
-    units = place_all(3)
+    units = all_units(3)
     wide = serving_memory(config, units, 2, 20, torch.float32)
     narrow = serving_memory(config, units, 2, 20, torch.bfloat16)
     assert (wide.weights, wide.cache, wide.activations) == tuple(

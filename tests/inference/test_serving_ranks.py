@@ -14,7 +14,7 @@ import torch
 from golden import Golden
 from helpers import REPOSITORY, launch_ranks, run_here, write_small_export
 
-from checkpoints.export_folder import read_export, write_export
+from checkpoints.exports.folder import read_export, write_export
 from inference import serving_ranks
 from inference.serving_ranks import CASES, CONFIGS, NUM_LAYERS, Case, case_name
 from kraken_train.inference.engine import InferenceEngine

@@ -23,13 +23,14 @@ import psutil
 import torch
 from torch.distributed.tensor import DTensor
 
-from checkpoints import writer
-from checkpoints.manifest import Checkpoint
-from checkpoints.store import find_good_checkpoint, load_tensors
-from kraken_train import precision, train
-from kraken_train.data import Samples
-from kraken_train.loss_watch import Trouble
+from checkpoints.training import writer
+from checkpoints.training.manifest import Checkpoint
+from checkpoints.training.store import find_good_checkpoint, load_tensors
+from kraken_train import train
+from kraken_train.data.dataset import Samples
+from kraken_train.health.loss_monitor import Trouble
 from kraken_train.train import Trainer, main
+from kraken_train.training import precision
 
 SLOW_STEPS, SLOW_SECONDS = 10, 100.0  # on a clock on which a forward pass takes 1 second otherwise
 BAD_STEPS = 3
@@ -80,7 +81,7 @@ def tell(trainer: Trainer) -> None:
     told = {
         "ranks of a copy": trainer.mesh.model_rank.size,
         "rows of the vocabulary": model.token_embedding.rows.count,
-        "reduce dtype": str(getattr(model.exchange, "dtype", None)),
+        "reduce dtype": str(getattr(model.communicator, "dtype", None)),
         "recompute": model.recompute,
         "compiled": model.layers[0].ffn._compiled_call_impl is not None,
         "zero stage": trainer.engine.deepspeed.zero_optimization_stage(),
@@ -120,7 +121,7 @@ def slow_down(trainer: Trainer) -> None:
         return forward(*arguments, **keywords)
 
     trainer.engine.deepspeed.forward = timed_forward
-    trainer.phases.now = lambda: clock  # type: ignore[method-assign]
+    trainer.timer.now = lambda: clock  # type: ignore[method-assign]
 
 
 def hang_in_data(trainer: Trainer) -> None:

@@ -15,13 +15,13 @@ import psutil
 import pytest
 from helpers import PATIENCE, REPOSITORY, wait_until
 
-from checkpoints.store import find_good_checkpoint, read_weights
+from checkpoints.training.store import find_good_checkpoint, read_weights
 from integration.faulty_train import SAVE_PHASES
 from integration.training import learned, overrides, records
-from kraken_train.architectures import build_model
-from kraken_train.data import open_split, sequential
-from kraken_train.perplexity import token_losses
-from kraken_train.runtime import free_port
+from kraken_train.data.dataset import open_split, sequential
+from kraken_train.evaluation.perplexity import token_losses
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.ranks import free_port
 
 STEPS = 18
 Launch = Callable[..., subprocess.CompletedProcess[str]]

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from helpers import REPOSITORY
 
-from checkpoints.store import find_good_checkpoint
+from checkpoints.training.store import find_good_checkpoint
 from integration.faulty_train import SLOW_SECONDS
 from integration.training import learned, overrides, records
-from kraken_train.events import read_events
-from kraken_train.rank_errors import read_errors
+from kraken_train.run.events import read_events
+from kraken_train.run.rank_errors import read_errors
 
 WATCHED = ["checkpoint.every=2", "health.spike_window=4", "health.spike_steps=3", "max_nonfinite_steps=3"]
 Train = Callable[..., subprocess.CompletedProcess[str]]

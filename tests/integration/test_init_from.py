@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import launch_ranks, rough_model, run_module
 
-from checkpoints.export_folder import write_export
-from checkpoints.initial import open_initial_export
-from checkpoints.store import read_weights
+from checkpoints.exports.folder import write_export
+from checkpoints.exports.initial import open_initial_export
+from checkpoints.training.store import read_weights
 from integration.training import overrides
-from kraken_train.errors import CheckpointError
-from kraken_train.model_config import KrakenConfig
+from kraken_train.common.errors import CheckpointError
+from kraken_train.model.config import KrakenConfig
 
 CONFIG = KrakenConfig(4, num_layers=2, hidden_size=16, heads_per_sub_layer=2, vocab_size=320, context_length=32)
 STILL = ("optim.lr=1e-12", "optim.weight_decay=0", "schedule.name=constant", "validation.every=0")

@@ -17,9 +17,9 @@ import pytest
 from helpers import REPOSITORY, wait_until
 
 from integration.training import learned, overrides
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE
-from kraken_train.run_state import read_state
-from kraken_train.runtime import free_port
+from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
+from kraken_train.parallel.ranks import free_port
+from kraken_train.run.state import read_state
 
 
 @pytest.fixture(scope="module")

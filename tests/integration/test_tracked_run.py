@@ -14,8 +14,8 @@ from helpers import run_module, user_error, wait_for_stop
 from tracking.wandb_service import Service
 
 from integration.training import overrides, records, start_stopping
-from kraken_train.events import read_events
-from kraken_train.run_folder import read_identity
+from kraken_train.run.events import read_events
+from kraken_train.run.folder import read_identity
 from kraken_train.tracking.wandb_files import history, wandb_files
 from kraken_train.tracking.wandb_files import records as wandb_records
 

@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 from helpers import launch_ranks, run_here, run_module, user_error, wait_for_stop
 
-from checkpoints.manifest import content_sha256
-from checkpoints.store import find_good_checkpoint, read_weights
+from checkpoints.training.manifest import content_sha256
+from checkpoints.training.store import find_good_checkpoint, read_weights
 from integration.training import STEPS, learned, overrides, records, start_stopping
 
 

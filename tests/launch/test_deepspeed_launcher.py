@@ -19,15 +19,15 @@ import psutil
 import pytest
 from helpers import REPOSITORY, run_here, user_error, wait_until
 
-from kraken_train.errors import ConfigError
-from kraken_train.interruption import INTERRUPTED_EXIT_CODE
-from kraken_train.rank_errors import RankError, record_error
-from kraken_train.runtime import free_port
+from kraken_train.common.errors import ConfigError
+from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
+from kraken_train.parallel.ranks import free_port
+from kraken_train.run.rank_errors import RankError, record_error
 from launch import node as node_module
 from launch.deepspeed import make_plans, parse
+from launch.exit_report import Words, judge
 from launch.hosts import Slots, choose, read_hostfile
 from launch.node import KILL, STOP, Plan
-from launch.verdict import Words, judge
 
 # What shells, pdsh and Hydra would each read in another way.
 AWKWARD = [

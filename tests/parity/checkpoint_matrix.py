@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints.store import fill_tensors, find_good_checkpoint
-from checkpoints.writer import save_checkpoint
-from kraken_train.runtime import Runtime
+from checkpoints.training.store import fill_tensors, find_good_checkpoint
+from checkpoints.training.writer import save_checkpoint
+from kraken_train.parallel.ranks import Runtime
 from parity.common import MODELS, Steps, make_engine, run_steps
 
 SAVED_AT, MORE_STEPS = 3, 10

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kraken_train.architectures import build_model, even_share
 from kraken_train.config import (
     CheckpointConfig,
     EngineConfig,
@@ -21,13 +20,15 @@ from kraken_train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from kraken_train.distributed_exchange import DistributedExchange, make_exchange
-from kraken_train.engine import Engine
-from kraken_train.mesh import ParallelMesh
-from kraken_train.model import LanguageModel
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.optim import parameter_groups
-from kraken_train.runtime import Runtime
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.registry import build_model, even_share
+from kraken_train.parallel.distributed import DistributedCommunicator, make_communicator
+from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.training.engine import Engine
+from kraken_train.training.optim import parameter_groups
+from kraken_train.training.precision import reduce_dtype
 
 COMMON = {"num_layers": 3, "vocab_size": 132, "context_length": 16}
 MODELS: dict[str, ModelConfig] = {
@@ -104,21 +105,21 @@ def make_model(
     mesh: ParallelMesh,
     vocab_parallel: bool = False,
     dtype: torch.dtype | None = None,
-    all_reduce: Callable[..., Any] | None = None,
+    collective: Callable[..., Any] | None = None,
 ) -> LanguageModel:
     """This rank's part, connected by the distributed exchange even where a copy has one rank only."""
-    exchange = DistributedExchange(mesh.get_model_parallel_group(), dtype, all_reduce)
+    communicator = DistributedCommunicator(mesh.get_model_parallel_group(), dtype, collective)
     units, vocabulary = even_share(config, mesh.model_rank, vocab_parallel)
-    return build_model(config, 0, units, exchange, vocabulary)
+    return build_model(config, 0, units, communicator, vocabulary)
 
 
-def make_engine(config: ModelConfig, runtime: Runtime, size: int, **choices: Any) -> Engine:
+def make_engine(config: ModelConfig, runtime: Runtime, size: int, **layout: Any) -> Engine:
     """An engine with `size` ranks per model copy; `choices` are those of `settings`."""
-    train = settings(sub_layer_parallel_size=size, data_parallel_size=runtime.world_size // size, **choices)
+    train = settings(sub_layer_parallel_size=size, data_parallel_size=runtime.world_size // size, **layout)
     mesh = make_mesh(runtime, size)
-    exchange = make_exchange(train.parallel, mesh)
+    communicator = make_communicator(mesh, reduce_dtype(train.parallel))
     units, vocabulary = even_share(config, mesh.model_rank, train.parallel.vocab_parallel)
-    model = build_model(config, 0, units, exchange, vocabulary)
+    model = build_model(config, 0, units, communicator, vocabulary)
     engine = Engine(model, train, mesh, runtime)
     assert engine.accumulation_steps == ACCUMULATION_STEPS
     assert model.recompute == train.engine.activation_checkpointing
@@ -170,7 +171,7 @@ def plain_twin(config: ModelConfig, steps: range) -> list[tuple[float, float]]:
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """The state that the ranks share, put together on each of them."""
-    cuts = {name: part.axis for name, part in engine.partitions.items() if part is not None}
+    cuts = {name: part.axis for name, part in engine.sharded_dims.items() if part is not None}
     mine = engine.state()
     local = {key: tensor.to_local() if hasattr(tensor, "to_local") else tensor for key, tensor in mine.items()}
     shares: list[dict[str, torch.Tensor]] = [{}] * engine.runtime.world_size

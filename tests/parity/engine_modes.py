@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kraken_train.architectures import build_model
-from kraken_train.engine import Engine
-from kraken_train.runtime import Runtime
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.training.engine import Engine
 from parity.common import MODELS, RATE, make_engine, run_steps, same, share_of_rank, whole_state
 
 MODES_AT = {1: [("fp32", 1), ("bf16", 2)], 2: [("fp32", 2), ("bf16", 1)]}  # by number of ranks; each takes seconds
@@ -47,7 +47,7 @@ def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int) -> di
 
     def fill(tensors: dict[str, torch.Tensor]) -> None:
         for key, tensor in tensors.items():
-            cut = resumed.partitions[re.sub(r"^(model|optimizer\.\w+)\.", "", key)]
+            cut = resumed.sharded_dims[re.sub(r"^(model|optimizer\.\w+)\.", "", key)]
             if cut is None:
                 tensor.copy_(saved[key])
             else:

@@ -15,12 +15,13 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kraken_train.architectures import build_model, even_share
-from kraken_train.distributed_exchange import make_exchange
-from kraken_train.engine import Engine
-from kraken_train.model_config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.planning.choices import Choices
-from kraken_train.runtime import Runtime
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.registry import build_model, even_share
+from kraken_train.parallel.distributed import make_communicator
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.planning.layout import TrainingLayout
+from kraken_train.training.engine import Engine
+from kraken_train.training.precision import reduce_dtype
 from parity.common import make_mesh, settings
 
 COMMON = {"num_layers": 4, "context_length": 128, "vocab_size": 4096}
@@ -45,8 +46,8 @@ class Case:
     accumulation_steps: int = 2
 
     @property
-    def choices(self) -> Choices:
-        return Choices(
+    def layout(self) -> TrainingLayout:
+        return TrainingLayout(
             self.sub_layer_parallel_size, self.ranks // self.sub_layer_parallel_size, self.micro_batch_size,
             self.accumulation_steps, self.zero_stage, self.activation_checkpointing, self.vocab_parallel,
             self.precision,
@@ -90,17 +91,17 @@ def run(runtime: Runtime, quick: bool) -> dict[str, Any]:
 
 
 def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
-    choices = case.choices
+    layout = case.layout
     plain = settings(
-        case.precision, case.zero_stage, case.sub_layer_parallel_size, choices.data_parallel_size, case.vocab_parallel,
+        case.precision, case.zero_stage, case.sub_layer_parallel_size, layout.data_parallel_size, case.vocab_parallel,
         activation_checkpointing=case.activation_checkpointing,
     )  # fmt: skip
-    train = replace(plain, micro_batch_size=case.micro_batch_size, global_batch_size=choices.global_batch_size)
+    train = replace(plain, micro_batch_size=case.micro_batch_size, global_batch_size=layout.global_batch_size)
     gc.collect()
     before = alive()
     mesh = make_mesh(runtime, case.sub_layer_parallel_size)
     units, vocabulary = even_share(case.model, mesh.model_rank, case.vocab_parallel)
-    model = build_model(case.model, 0, units, make_exchange(train.parallel, mesh), vocabulary)
+    model = build_model(case.model, 0, units, make_communicator(mesh, reduce_dtype(train.parallel)), vocabulary)
     engine = Engine(model, train, mesh, runtime)
     tokens = torch.randint(case.model.vocab_size, (case.micro_batch_size, case.model.context_length + 1))
     gc.collect()

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from kraken_train.engine import start_processes, stop_processes
-from kraken_train.runtime import read_runtime
-from parity import checkpoint_matrix, engine_modes, exchange_checks, memory_checks, trajectories
+from kraken_train.parallel.ranks import read_runtime
+from kraken_train.training.engine import start_processes, stop_processes
+from parity import checkpoint_matrix, communicator_checks, engine_modes, memory_checks, trajectories
 
 
 def main() -> None:
@@ -28,10 +28,12 @@ def main() -> None:
         report[name] = {
             "modes": lambda sizes=sizes: engine_modes.run(runtime, sizes),
             "trajectories": lambda values=values: trajectories.run(runtime, values),
-            "exchange": lambda sizes=sizes: exchange_checks.run(runtime, sizes),
-            "events": lambda sizes=sizes: {str(size): exchange_checks.events(runtime, size, False) for size in sizes},
-            "overlap": lambda sizes=sizes: exchange_checks.run_overlap(runtime, sizes[0], busy=False),
-            "busy-overlap": lambda sizes=sizes: exchange_checks.run_overlap(runtime, sizes[0], busy=True),
+            "exchange": lambda sizes=sizes: communicator_checks.run(runtime, sizes),
+            "events": lambda sizes=sizes: {
+                str(size): communicator_checks.events(runtime, size, False) for size in sizes
+            },
+            "overlap": lambda sizes=sizes: communicator_checks.run_overlap(runtime, sizes[0], busy=False),
+            "busy-overlap": lambda sizes=sizes: communicator_checks.run_overlap(runtime, sizes[0], busy=True),
             "save": lambda sizes=sizes: checkpoint_matrix.save(runtime, sizes, folder, checkpoint_matrix.MODES),
             "save-more": lambda sizes=sizes: checkpoint_matrix.save(
                 runtime, sizes, folder, checkpoint_matrix.MORE_MODES

@@ -23,12 +23,12 @@ def result(launched: Callable[..., Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_memory(launched: Callable[..., Any], name: str) -> None:
     measured, case = result(launched, name), CASES[name]
-    predicted = predict_memory(case.model, case.choices)
-    assert shards(case.model, case.choices).elements == measured["parameters"]
+    predicted = predict_memory(case.model, case.layout)
+    assert shards(case.model, case.layout).elements == measured["parameters"]
     # The tracker counts every tensor, so only what the model of DeepSpeed leaves out can differ.
     assert predicted.total == pytest.approx(measured["peak"], rel=0.02)
     kept = predicted.weights + predicted.optimizer
-    if case.choices.keeps_accumulator:
+    if case.layout.keeps_accumulator:
         kept += predicted.gradients
     assert kept == pytest.approx(measured["state"], rel=0.001)
     assert predicted.total > 1.1 * kept, "nothing but the state is tested"
@@ -42,7 +42,7 @@ def test_traffic(launched: Callable[..., Any], name: str) -> None:
         if not says_nothing(case, kind, size):
             real[group(kind, size)] += number if kind != "broadcast" else size
     predicted: Counter[tuple[str, int]] = Counter()
-    for collective in predict_traffic(case.model, case.choices):
+    for collective in predict_traffic(case.model, case.layout):
         if collective.size >= LEAST_BYTES:
             predicted[group(collective.kind, collective.size)] += (
                 collective.count if collective.kind != "broadcast" else collective.bytes
@@ -57,5 +57,5 @@ def group(kind: str, size: int) -> tuple[str, int]:
 
 def says_nothing(case: Case, kind: str, size: int) -> bool:
     """DeepSpeed's sum of the gradients over a single copy."""
-    alone = case.choices.data_parallel_size == 1 and not case.choices.keeps_accumulator
-    return alone and kind == "all-reduce" and size == 4 * shards(case.model, case.choices).elements
+    alone = case.layout.data_parallel_size == 1 and not case.layout.keeps_accumulator
+    return alone and kind == "all-reduce" and size == 4 * shards(case.model, case.layout).elements

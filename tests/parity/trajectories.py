@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kraken_train.runtime import Runtime
+from kraken_train.parallel.ranks import Runtime
 from parity.common import MODELS, Steps, make_engine, run_steps
 
 STEPS = 20

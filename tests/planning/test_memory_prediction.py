@@ -9,13 +9,13 @@ import torch
 from helpers import random_ids, small_configs
 from torch import Tensor
 
-from kraken_train.architectures import build_model
-from kraken_train.model_config import KrakenConfig
-from kraken_train.planning.choices import Choices
+from kraken_train.model.config import KrakenConfig
+from kraken_train.model.registry import build_model
+from kraken_train.planning.fake_trace import move_away, rehearse, rehearse_all
+from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import predict_memory, shards
-from kraken_train.planning.rehearsal import move_away, rehearse, rehearse_all
 
-ALONE = Choices(1, 1, micro_batch_size=2, accumulation_steps=1, precision="fp32")
+ALONE = TrainingLayout(1, 1, micro_batch_size=2, accumulation_steps=1, precision="fp32")
 KRAKEN = KrakenConfig(4, num_layers=8, hidden_size=64, heads_per_sub_layer=2, vocab_size=512, context_length=64)
 
 
@@ -55,9 +55,9 @@ def test_kept_activations(name: str, recompute: bool) -> None:
 
 def test_depth_is_continued_exactly() -> None:
     """Eight layers at once against three and four layers and a line through them."""
-    for choices in (replace(ALONE, zero_stage=2), replace(ALONE, zero_stage=2, activation_checkpointing=True)):
-        whole = rehearse_all(KRAKEN, replace(choices, zero_stage=1), move_away)
-        assert rehearse(KRAKEN, choices) == whole
+    for layout in (replace(ALONE, zero_stage=2), replace(ALONE, zero_stage=2, activation_checkpointing=True)):
+        whole = rehearse_all(KRAKEN, replace(layout, zero_stage=1), move_away)
+        assert rehearse(KRAKEN, layout) == whole
 
 
 def test_shares() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import run_here, user_error
 
-from kraken_train.cli import CONF_DIR
-from kraken_train.errors import ConfigError
-from kraken_train.model_config import GPTConfig, KrakenConfig
+from kraken_train.common.cli import CONF_DIR
+from kraken_train.common.errors import ConfigError
+from kraken_train.model.config import GPTConfig, KrakenConfig
 from kraken_train.planning.cluster import load_cluster
 from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import Wishes, reasons, search
@@ -45,10 +45,10 @@ def test_what_fits_is_ranked() -> None:
     speeds = [prediction.tokens_per_second for prediction in plan.ranked]
     assert speeds[0] > 0.98 * max(speeds) and all(a >= b for a, b in itertools.pairwise(speeds[1:]))
     for prediction in plan.ranked:
-        choices = prediction.choices
-        assert choices.devices == 8 and choices.global_batch_size == 256
+        layout = prediction.layout
+        assert layout.devices == 8 and layout.global_batch_size == 256
         assert prediction.fits and 0 < prediction.mfu < 1
-    assert {prediction.choices.sub_layer_parallel_size for prediction in plan.ranked} == {1, 2, 4}
+    assert {prediction.layout.sub_layer_parallel_size for prediction in plan.ranked} == {1, 2, 4}
     assert "P=8 does not divide model.num_sub_layers=4" in plan.refused
     assert any("micro_batch_size=" in reason for reason in reasons(plan, H100, SMALL))
 
@@ -60,7 +60,7 @@ def test_less_memory_changes_the_choice() -> None:
         return search(SMALL, replace(H100, memory_gb=memory_gb), 1, 128, wishes).best
 
     roomy, tight = best(85.0), best(4.5)
-    assert tight.choices.micro_batch_size < roomy.choices.micro_batch_size
+    assert tight.layout.micro_batch_size < roomy.layout.micro_batch_size
     assert tight.memory.total <= tight.usable_bytes < roomy.memory.total
     assert tight.tokens_per_second <= roomy.tokens_per_second
 
@@ -68,9 +68,9 @@ def test_less_memory_changes_the_choice() -> None:
 def test_what_the_user_fixes_stays() -> None:
     wishes = Wishes(2, micro_batch_size=4, zero_stage=2, activation_checkpointing=True, vocab_parallel=True)
     (only,) = search(SMALL, H100, 1, 256, wishes).ranked
-    choices = only.choices
-    assert (choices.sub_layer_parallel_size, choices.micro_batch_size, choices.accumulation_steps) == (2, 4, 16)
-    assert choices.zero_stage == 2 and choices.activation_checkpointing and choices.vocab_parallel
+    layout = only.layout
+    assert (layout.sub_layer_parallel_size, layout.micro_batch_size, layout.accumulation_steps) == (2, 4, 16)
+    assert layout.zero_stage == 2 and layout.activation_checkpointing and layout.vocab_parallel
 
 
 def test_refusals() -> None:
@@ -88,7 +88,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"P=2 does not divide model\.vocab_size=4097"):
         search(odd, H100, 1, 256, Wishes(sub_layer_parallel_size=2, vocab_parallel=True))
     plan = search(odd, H100, 1, 256, Wishes(sub_layer_parallel_size=2, micro_batch_size=4))
-    assert not any(prediction.choices.vocab_parallel for prediction in plan.ranked)
+    assert not any(prediction.layout.vocab_parallel for prediction in plan.ranked)
 
 
 def test_command(tmp_path: Path) -> None:

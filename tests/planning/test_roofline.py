@@ -12,12 +12,12 @@ import pytest
 from helpers import random_ids
 from torch.utils.flop_counter import FlopCounterMode
 
-from kraken_train.architectures import build_model
-from kraken_train.flops import matrix_flops_per_token
-from kraken_train.model_config import GPTConfig, KrakenConfig
+from kraken_train.model.config import GPTConfig, KrakenConfig
+from kraken_train.model.flops import matrix_flops_per_token
+from kraken_train.model.registry import build_model
 from kraken_train.planning import cluster
-from kraken_train.planning.choices import Choices
 from kraken_train.planning.cluster import Cluster, load_cluster
+from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.prediction import predict
 from kraken_train.planning.roofline import alignment, predict_time, products
 from kraken_train.planning.traffic import predict_traffic
@@ -25,7 +25,7 @@ from kraken_train.planning.traffic import predict_traffic
 H100 = load_cluster("dgx_h100")
 KRAKEN = KrakenConfig(4, num_layers=12, hidden_size=512, heads_per_sub_layer=4, vocab_size=50304, context_length=1024)
 GPT = GPTConfig(num_layers=12, hidden_size=768, num_heads=12, vocab_size=50304, context_length=1024)
-ALONE = Choices(1, 1, micro_batch_size=20, accumulation_steps=1)
+ALONE = TrainingLayout(1, 1, micro_batch_size=20, accumulation_steps=1)
 # Tokens per second of one H100, micro-batches of 20 x 1024, bf16, compiled, plain PyTorch.
 MEASURED = {
     "kraken-512": (KRAKEN, 369e3),
@@ -39,8 +39,8 @@ MEASURED = {
 @pytest.mark.parametrize("config", [KRAKEN, GPT])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_products_are_all_matrix_parameters(config: KrakenConfig | GPTConfig, size: int) -> None:
-    choices = replace(ALONE, sub_layer_parallel_size=size, vocab_parallel=size > 1)
-    attention, ffn, once = products(config, choices)
+    layout = replace(ALONE, sub_layer_parallel_size=size, vocab_parallel=size > 1)
+    attention, ffn, once = products(config, layout)
     flops = config.num_layers * sum(p.flops for p in [*attention, *ffn]) + sum(p.flops for p in once)
     assert 3 * size * flops == pytest.approx(matrix_flops_per_token(config) * 20 * 1024, rel=1e-12)
 
@@ -55,18 +55,18 @@ def test_known_steps_on_an_h100(name: str) -> None:
 
 def test_exchange() -> None:
     """Kraken's hides behind attention, but not one that is slower; the standard form's never does."""
-    choices = replace(ALONE, sub_layer_parallel_size=4)
-    kraken, standard = predict(KRAKEN, choices, H100).time, predict(GPT, choices, H100).time
+    layout = replace(ALONE, sub_layer_parallel_size=4)
+    kraken, standard = predict(KRAKEN, layout, H100).time, predict(GPT, layout, H100).time
     link = H100.interconnect(4, 1)
     assert kraken.hidden == pytest.approx(22 * link.all_reduce_seconds(20 * 1024 * 512 * 2, 4), rel=1e-9)
-    assert standard.hidden == 0 and kraken.hidden > 3 * kraken.exchange
+    assert standard.hidden == 0 and kraken.hidden > 3 * kraken.communicator
     hidden = 20 * 1024 * 768 * 2  # bytes
     one = link.all_reduce_seconds(hidden, 4)
-    assert standard.exchange == pytest.approx(4 * 12 * one, rel=0.3)  # and a broadcast of 200 MB
-    slow = predict(KRAKEN, choices, replace(H100, intra_node="pcie4")).time
-    assert slow.exchange > 10 * kraken.exchange
-    apart = predict(KRAKEN, choices, replace(H100, devices_per_node=2)).time
-    assert apart.exchange > 2 * kraken.exchange, "between nodes it is slower"
+    assert standard.communicator == pytest.approx(4 * 12 * one, rel=0.3)  # and a broadcast of 200 MB
+    slow = predict(KRAKEN, layout, replace(H100, intra_node="pcie4")).time
+    assert slow.communicator > 10 * kraken.communicator
+    apart = predict(KRAKEN, layout, replace(H100, devices_per_node=2)).time
+    assert apart.communicator > 2 * kraken.communicator, "between nodes it is slower"
 
 
 def test_choices_cost_time() -> None:
@@ -91,8 +91,8 @@ GROWING = [
 
 def predicted(here: Cluster) -> list[float]:
     """Seconds of a micro-batch of 4 of each."""
-    choices = Choices(1, 1, micro_batch_size=4, accumulation_steps=1, precision="fp32")
-    return [predict_time(config, choices, here, []).total for config in GROWING]
+    layout = TrainingLayout(1, 1, micro_batch_size=4, accumulation_steps=1, precision="fp32")
+    return [predict_time(config, layout, here, []).total for config in GROWING]
 
 
 def forward_and_backward(config: KrakenConfig | GPTConfig, device: str) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from cluster import newest, submit, submit_slow, wait_for, wait_for_end
 from helpers import run_module
 from integration.training import learned, overrides
 
-from kraken_train.events import read_events
+from kraken_train.run.events import read_events
 from kraken_train.tracking.wandb_files import history, wandb_files
 
 pytestmark = [*cluster.needs_slurm, pytest.mark.timeout(3600)]

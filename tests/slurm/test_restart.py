@@ -9,8 +9,8 @@ import pytest
 from helpers import run_here, user_error
 from integration.training import overrides
 
-from kraken_train.events import Event, read_events
-from kraken_train.rank_errors import RankError
+from kraken_train.run.events import Event, read_events
+from kraken_train.run.rank_errors import RankError
 from launch.restart import RESTART_EXIT_CODE, TOLD, decide
 
 STARTED = {"event": "started", "step": 0}

@@ -12,10 +12,10 @@ import pytest
 from helpers import REPOSITORY, run_here, user_error
 from integration.training import overrides
 
-from launch import scheduler
 from launch.preflight import train_config
-from launch.script import FIRST, LAST
-from launch.snapshot import write_snapshot
+from launch.slurm import scheduler
+from launch.slurm.script import FIRST, LAST
+from launch.slurm.snapshot import write_snapshot
 from launch.stages import expand_sweeps
 
 SINFO = """echo 'gpu*|2-00:00:00|4|gpu:a100:8(S:0-1)'
@@ -182,7 +182,8 @@ def test_a_copy_of_the_code_comes_first(tmp_path: Path) -> None:
     """Before the folder that the command runs in, and before what is installed."""
     write_snapshot(tmp_path / "code")
     (tmp_path / "code" / "kraken_train" / "probe.py").write_text(
-        "import sys, launch, kraken_train.cli as cli\nprint(launch.__file__, cli.CONF_DIR, __name__, sys.argv[1:])\n"
+        "import sys, launch, kraken_train.common.cli as cli\n"
+        "print(launch.__file__, cli.CONF_DIR, __name__, sys.argv[1:])\n"
     )
     result = subprocess.run(
         [sys.executable, str(tmp_path / "code"), "kraken_train.probe", "a=1"],

@@ -10,10 +10,10 @@ from typing import Any
 from helpers import PATIENCE, small_configs
 from parity.common import settings
 
-from kraken_train.metrics import Metrics
-from kraken_train.parsing import to_dict
-from kraken_train.run_folder import RunFolder
-from kraken_train.run_layout import IDENTITY_FILE
+from kraken_train.common.settings import to_dict
+from kraken_train.run.folder import RunFolder
+from kraken_train.run.layout import IDENTITY_FILE
+from kraken_train.training.metrics_logger import Metrics
 
 RUN_ID = "abcd1234"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from parity.common import settings
 
+from kraken_train.common.errors import ConfigError
 from kraken_train.config import TrackingConfig
-from kraken_train.errors import ConfigError
 from kraken_train.tracking.ready import require_ready
 
 

@@ -1,0 +1,100 @@
+"""What a run's checkpoints are said to be: their folders, and the list of files in each. Imports no torch.
+
+A run's `checkpoints/` folder holds one `step-NNNNNNNN/` per checkpoint and a pointer `latest`. `manifest.json` in it,
+which is written last, lists every file with its size and SHA-256, and what the run stored beside the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kraken_train.common.errors import CheckpointError
+
+FORMAT_VERSION = 1
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+MANIFEST = "manifest.json"
+POINTER = "latest"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder; `metadata` is what the run stored beside the tensors."""
+
+    path: Path
+    step: int
+    metadata: dict[str, Any]
+    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
+
+
+def has_checkpoints(folder: Path) -> bool:
+    return bool(step_folders(folder))
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoints under their final names, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """The checkpoint in `path` as its manifest describes it, with no other file looked at. Raises CheckpointError."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = manifest["content"]
+        intact = manifest["sha256"] == content_sha256(content)
+        version = content["format_version"]
+        checkpoint = Checkpoint(path, content["step"], content["metadata"], content["files"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path / MANIFEST} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged") from error
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
+    if not intact:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its content does not match its checksum")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}")
+    return checkpoint
+
+
+def find_size_problem(file: Path, expected: dict[str, Any]) -> str | None:
+    """How `file` differs from what the manifest lists of it, as far as that shows without reading it."""
+    try:
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}"
+    return None
+
+
+def find_complete_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files have the sizes that its manifest lists, and what is wrong with newer ones.
+
+    Reads the manifests only, so what is in the files may still be damaged; see
+    `checkpoints.training.store.find_good_checkpoint`.
+    """
+    problems: list[str] = []
+    for path in reversed(step_folders(folder)):
+        try:
+            checkpoint = read_manifest(path)
+            problem = next(filter(None, (find_size_problem(path / n, e) for n, e in checkpoint.files.items())), None)
+        except CheckpointError as error:
+            problem = str(error)
+        if problem is None:
+            return checkpoint, problems
+        if not path.exists():  # the run has written a newer one meanwhile, and dropped this one
+            return find_complete_checkpoint(folder)
+        problems.append(problem)
+    return None, problems
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,134 @@
+"""The edge between the command line and the program.
+
+Hydra composes the configuration, `from_hydra` turns it into frozen dataclasses, and whatever goes wrong because
+of what the user typed or gave us ends as one message and a non-zero exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+
+from kraken_train.common.errors import ConfigError, KrakenError
+from kraken_train.common.free_text import quote_arguments
+from kraken_train.common.locales import use_unicode
+from kraken_train.common.settings import COMPOSITION_ERRORS, describe_composition_error, from_hydra, setting_names
+
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+USER_ERROR_EXIT_CODE = 2
+FAULT_EXIT_CODE = 1  # where the same command may succeed next time, as after any error that is not told in one line
+
+Config = TypeVar("Config")
+
+
+def run_entry(
+    main: Callable[[Config], None],
+    schema: type[Config],
+    config_name: str,
+) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line's overrides and call `main` with a `schema` object.
+
+    Values of settings that `schema` marks as free text reach the program as typed (`kraken_train.common.free_text`).
+    """
+    use_unicode()
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
+                          "folder")  # fmt: skip
+    sys.argv[1:] = quote_arguments(sys.argv[1:], schema)
+    # Hydra would otherwise print a shortened traceback and exit by itself; the message is ours to write.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def task(composed: Any) -> None:
+        try:
+            main(from_hydra(composed, schema))
+        except KrakenError as error:  # here, since Hydra would add lines of its own
+            exit_with_message(str(error), FAULT_EXIT_CODE if error.restart_helps else USER_ERROR_EXIT_CODE)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
+    except COMPOSITION_ERRORS as error:
+        exit_with_message(describe_composition_error(error, setting_names(schema)))
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        exit_with_message(f"a group of settings must be given by name: {error}")
+    except BrokenPipeError:
+        leave_unread()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(130)
+
+
+def compose_command(
+    arguments: Iterable[str],
+    schema: type[Config],
+    config_name: str,
+) -> Config:
+    """What `run_entry` would call `main` with, given these arguments: to check a command that runs elsewhere.
+
+    Raises ConfigError.
+    """
+    quoted = quote_arguments(arguments, schema)
+    for argument in quoted:
+        if argument.startswith("-"):
+            raise ConfigError(f"{argument} cannot be read as key=value; options of Hydra cannot be used here")
+    # Within another command Hydra is there already, and knows the same folder.
+    ready = GlobalHydra.instance().is_initialized()
+    try:
+        with nullcontext() if ready else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            composed = hydra.compose(config_name, quoted)
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError(describe_composition_error(error, setting_names(schema))) from error
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        raise ConfigError(f"a group of settings must be given by name: {error}") from error
+    return from_hydra(composed, schema)
+
+
+@contextmanager
+def user_errors(place: Path) -> Iterator[None]:
+    """What goes wrong in this context because of what the user gave us ends the program with one message.
+
+    For commands without Hydra. `place` is what an error of the system is about where it does not say so itself.
+    """
+    use_unicode()
+    try:
+        yield
+        sys.stdout.flush()
+    except KrakenError as error:
+        exit_with_message(str(error))
+    except BrokenPipeError:
+        leave_unread()
+    except OSError as error:
+        exit_with_message(f"{error.filename2 or error.filename or place} cannot be read or written: {error.strerror}")
+
+
+def leave_unread() -> None:
+    """Exit in silence: whoever read our output has left, as `| head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+def exit_with_message(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
+    """Print `error: message` to standard error, once per machine, and exit."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    if rank and (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")) != "0":
+        # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
+        # this rank alone has seen is still told.
+        time.sleep(3)
+        message = f"[rank {rank}] {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        # Among other ranks the interpreter's own end can abort in the threads of a process group that is still up.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

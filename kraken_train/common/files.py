@@ -1,0 +1,112 @@
+"""Files that must survive a crash or be recognised again."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from kraken_train.common.errors import KrakenError
+
+BLOCK_BYTES = 1 << 20
+KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def real_path(path: str | Path) -> Path:
+    """`path` without links and `~`; of a circle of links, and of the home of nobody, what was given."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def kind_of(path: Path) -> str | None:
+    """In words what `path` leads to; None if nothing has that name."""
+    try:
+        return KINDS[stat.S_IFMT(path.stat().st_mode)]
+    except OSError as error:
+        if not path.is_symlink():
+            return (
+                None
+                if isinstance(error, FileNotFoundError | NotADirectoryError)
+                else f"out of reach ({error.strerror})"
+            )
+        missing = "leads around in a circle" if error.errno == errno.ELOOP else "does not exist"
+        return f"a link to {os.readlink(path)}, which {missing}"
+
+
+def require_regular(path: Path, name: str, kind: type[KrakenError]) -> None:
+    """Raises an error of `kind`, about the setting `name`, unless `path` is a file.
+
+    Opening a pipe or a socket would wait for ever, and a device may have no end.
+    """
+    found = kind_of(path)
+    if found != "a file":
+        raise kind(f"{name}={path} {f'is {found}, not a file' if found else 'does not exist'}; name a file")
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write `text` and wait until the disk has it."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_synced(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new one, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_synced(temporary, text)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder with all that is in it; `target` is new. Raises the first OSError, unlike shutil.copytree."""
+    target.mkdir(parents=True)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            copy_folder(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+
+
+def try_lock(descriptor: int, shared: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False if another process holds the lock.
+
+    A `shared` lock is denied by a full one only. A file system without locks (some network ones) counts as free.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+            raise
+    return True
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""From YAML and the command line to frozen dataclasses: the only file that knows OmegaConf and Hydra's errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.validation import suggestion
+
+Schema = TypeVar("Schema")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks the type of a group of settings that one of several dataclasses describes."""
+
+    schemas: tuple[type, ...]
+
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def from_hydra(composed: DictConfig, schema: type[Schema]) -> Schema:
+    """The composed configuration as a validated object of `schema`. Raises ConfigError."""
+    try:
+        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(describe_composition_error(error)) from error
+    return from_dict({str(key): value for key, value in dict(settings).items()}, schema)  # type: ignore[arg-type]
+
+
+def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") -> Schema:
+    """`settings` as a validated object of the dataclass `schema`; unknown keys are refused. Raises ConfigError."""
+    dot = f"{prefix}." if prefix else ""
+    refuse_unknown(settings, schema, dot)
+    try:
+        parsed = TypeAdapter(schema).validate_python(settings)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error, dot)) from None
+    if hasattr(parsed, "validate"):
+        parsed.validate()
+    return parsed
+
+
+def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
+    kinds = get_type_hints(schema)
+    for key, value in settings.items():
+        if key not in kinds:
+            known = ", ".join(dot + name for name in kinds)
+            raise ConfigError(f"{dot}{key} is not a setting{suggestion(key, tuple(kinds))}; known: {known}")
+        if dataclasses.is_dataclass(kinds[key]) and isinstance(value, dict):
+            refuse_unknown(value, kinds[key], f"{dot}{key}.")
+        elif isinstance(value, bool) and kinds[key] in (int, float, int | None, float | None):
+            raise ConfigError(f"{dot}{key}={str(value).lower()} must be a number")
+
+
+def describe_validation_error(error: ValidationError, dot: str) -> str:
+    """One line for the first thing that pydantic found wrong."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    if location[-1].isdigit():
+        return f"{dot}{'.'.join(location[:-1])}: value {int(location[-1]) + 1}: {first['msg'].lower()}"
+    name = dot + ".".join(location)
+    if first["type"] == "missing":
+        return f"{name} is not set; give {name}=VALUE"
+    if first["type"] == "dataclass_type":
+        return f"{name} is a group of settings; set them one by one, as in {name}.KEY=VALUE"
+    given = "null" if first["input"] is None else first["input"]
+    return f"{name}={given}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration object as the plain values of YAML and JSON, the inverse of `from_dict`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def escape_interpolations(text: str) -> str:
+    """Text that OmegaConf reads back as it stands, although `${` opens an interpolation there."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:
+    """Dotted names of all settings of a dataclass, those of nested dataclasses and of each of `OneOf` included."""
+    names: list[str] = []
+    for name, kind in get_type_hints(schema, include_extras=True).items():
+        names.append(prefix + name)
+        marks = kind.__metadata__ if get_origin(kind) is Annotated else ()
+        nested = [schema for mark in marks if isinstance(mark, OneOf) for schema in mark.schemas]
+        for inner in [kind] if dataclasses.is_dataclass(kind) else nested:
+            names += setting_names(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return tuple(dict.fromkeys(names))
+
+
+def describe_composition_error(error: Exception, known: tuple[str, ...] = ()) -> str:
+    """One line for what Hydra or OmegaConf refused: the key, its value and what would work.
+
+    `known` are the dotted names of all settings.
+    """
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and "To append to your config" in text:
+        key = unknown.group(1)
+        if key in known:
+            group = key.partition(".")[0]
+            return f"{key} is not a setting of the chosen {group}; it belongs to another choice of {group}"
+        return f"{key} is not a setting{suggestion(key, known)}; see --help for all"
+    unreadable = getattr(error, "override", None)  # of Hydra's OverrideParseException
+    if unreadable is not None:
+        return f"{unreadable} cannot be read as key=value; put quotes around a value with special characters"
+    group = re.search(r"Could not find '([^']+)'", text)
+    if group:
+        available = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        name, _, choice = group.group(1).rpartition("/")
+        if available:
+            close = suggestion(choice, tuple(available))
+            return f"{name}={choice} is not known; use one of {', '.join(available)}{close}"
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing:
+        return f"{missing.group(1)} is not set; give {missing.group(1)}=VALUE"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    key_line = next((line for line in lines if line.startswith("full_key:")), "")
+    message = lines[0] if lines else type(error).__name__
+    return f"{key_line.removeprefix('full_key:').strip()}: {message}" if key_line else message

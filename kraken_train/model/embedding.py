@@ -1,0 +1,57 @@
+"""The token embedding and the head that is tied to it, whole or cut over the ranks by rows of the vocabulary.
+
+Cut, each rank looks up the tokens and computes the logits of its own rows, and no rank ever holds the logits of all
+(Megatron-LM, arXiv 1909.08053, section 3). The loss is the same; `kraken_train.model.cross_entropy` computes it.
+
+Shapes: B batch, T tokens, D hidden size, V vocabulary size, v rows of it here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kraken_train.model.cross_entropy import CrossEntropy
+from kraken_train.parallel.communicator import Communicator
+from kraken_train.parallel.sharding import ShardedDim, UnitRange
+
+
+class Vocabulary(nn.Module):
+    """Holds the rows `rows` of the (V, D) embedding."""
+
+    def __init__(self, rows: UnitRange, hidden_size: int, communicator: Communicator) -> None:
+        super().__init__()
+        self.rows = rows
+        self.sharded_dim = None if rows.is_whole else ShardedDim(rows, axis=0)
+        self.communicator = communicator
+        self.weight = nn.Parameter(torch.empty(rows.count, hidden_size))
+        self.cross_entropy = CrossEntropy(rows, communicator)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        if self.rows.is_whole:
+            return F.embedding(ids, self.weight)
+        local, here = self.rows.local(ids)
+        return self.communicator.all_reduce(F.embedding(local, self.weight) * here[..., None])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V), on every rank."""
+        if self.rows.is_whole:
+            return F.linear(hidden, self.weight)
+        after = self.rows.total - self.rows.first - self.rows.count
+        return self.communicator.all_reduce(F.pad(self.local_logits(hidden), (self.rows.first, after)))
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum of `token_losses`, with gradients."""
+        shared = hidden if self.rows.is_whole else self.communicator.copy_to_ranks(hidden)
+        return self.cross_entropy.total(shared.flatten(0, 1), self.weight, targets.flatten())
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies in nats (B, T), of at least float32 and without gradients; 0 where a target is `IGNORED`."""
+        losses = self.cross_entropy.by_token(hidden.flatten(0, 1), self.weight, targets.flatten())
+        return losses.view(targets.shape)
+
+    def local_logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, v)."""
+        return F.linear(self.communicator.copy_to_ranks(hidden), self.weight)

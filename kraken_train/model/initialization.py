@@ -1,0 +1,54 @@
+"""Initial weights that depend on the run's seed and a weight's global identity, never on where it lives.
+
+normal(0, 0.02); projections that add to a residual stream normal(0, 0.02 / sqrt(2 depth)), depth being L N for
+Kraken (as in the authors' code) and L for the baselines; norms 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kraken_train.model.embedding import Vocabulary
+from kraken_train.model.layers import StackedLayerNorm, StackedLinear
+from kraken_train.parallel.sharding import ShardedDim
+from kraken_train.parallel.tensor_parallel import QKVLinear
+
+STANDARD_DEVIATION = 0.02
+RESIDUAL_PROJECTIONS = ("attention.out", "ffn.down")
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
+    """Fill all parameters in place.
+
+    Each tensor, and of a stacked one each sub-layer's slice, has a random stream of its own, seeded by (seed,
+    name, global sub-layer id): ranks that hold other slices draw the same model. Raises TypeError for a module whose
+    initial values nobody has decided.
+    """
+    for name, module in model.named_modules():
+        std = STANDARD_DEVIATION
+        if name.endswith(RESIDUAL_PROJECTIONS):
+            std /= math.sqrt(2 * residual_depth)
+        if isinstance(module, nn.LayerNorm | StackedLayerNorm):
+            module.weight.fill_(1.0)
+        elif isinstance(module, StackedLinear):
+            for slice_, sub_layer in zip(module.weight, module.sharded_dim.units.ids, strict=True):
+                slice_.copy_(draw_normal(slice_.shape, std, f"{seed}/{name}.weight/{sub_layer}"))
+        elif isinstance(module, nn.Linear | nn.Embedding | QKVLinear | Vocabulary):
+            sharded_dim: ShardedDim | None = getattr(module, "partition", None)
+            shape = module.weight.shape if sharded_dim is None else sharded_dim.whole_shape(module.weight.shape)
+            whole = draw_normal(shape, std, f"{seed}/{name}.weight")
+            module.weight.copy_(whole if sharded_dim is None else sharded_dim.take(whole))
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise TypeError(f"{name} ({type(module).__name__}) has parameters but no rule for their initial values")
+
+
+def draw_normal(shape: torch.Size, std: float, identity: str) -> Tensor:
+    digest = hashlib.sha256(identity.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    # Drawn on the CPU in fp32 whatever the model's device and dtype, so that those do not matter either.
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

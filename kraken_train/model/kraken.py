@@ -1,0 +1,79 @@
+"""Kraken: every layer is N independent, narrower sub-layers whose outputs are summed once per layer.
+
+Source: Prabhakar, Zhang, Wentzlaff, "Kraken: Inherently Parallel Transformers For Efficient Multi-Device
+Inference", NeurIPS 2024, arXiv 2408.07802, section 3.
+
+    layer 1      a_i = MHA_i(LN1_i(e));    x_i = e + a_i + FFN_i(LN2_i(e + a_i))
+    layer l > 1  s = sum_j x_j;  a_i = MHA_i(LN1_i(x_i));  x_i = x_i + a_i + FFN_i(LN2_i(a_i + s))
+    conjunction  y = sum_i W_i x_i;  logits = LN(y) E^T
+
+The sum s is asked for before the attention and needed only after it, so its AllReduce hides behind the attention.
+
+Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kraken_train.model.config import KrakenConfig
+from kraken_train.model.initialization import initialize
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.layers import KeyValueStore, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.parallel.communicator import Communicator, LocalCommunicator
+from kraken_train.parallel.sharding import UnitRange, all_units
+
+
+class KrakenModel(LanguageModel):
+    """See the module's formulas.
+
+    `units` are the sub-layers of this rank and `vocabulary` its rows of the embedding (default: all); `communicator`
+    sums over the ranks (default: there is one). The initial weights are drawn from `seed` and depend on none of these.
+    """
+
+    def __init__(
+        self,
+        config: KrakenConfig,
+        units: UnitRange | None = None,
+        communicator: Communicator | None = None,
+        seed: int = 0,
+        vocabulary: UnitRange | None = None,
+    ) -> None:
+        super().__init__(config, communicator or LocalCommunicator(), vocabulary)
+        self.config = config
+        self.units = units or all_units(config.num_sub_layers)
+        self.layers = nn.ModuleList(  # type: ignore[assignment]
+            KrakenLayer(config, self.units) for _ in range(config.num_layers)
+        )
+        self.conjunction = StackedLinear(self.units, config.hidden_size, config.hidden_size)
+        initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers)
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        return self.units.count, self.config.kv_heads, self.config.head_dim
+
+    def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        embedding = self.communicator.copy_to_ranks(embedding)
+        # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
+        streams = embedding.expand(self.units.count, -1, -1, -1).contiguous()
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            # All streams start as the embedding, and it counts once, not N times: layer 1 has no sum to wait for.
+            pending = self.communicator.start_all_reduce(streams) if index > 0 else None
+            attended = self.run_part(layer.attention, streams, cache)
+            total = self.communicator.wait(pending) if index > 0 else embedding  # s, (B, T, D)
+            streams = self.run_part(layer.ffn, streams, attended, total)
+        return self.communicator.all_reduce(self.conjunction(streams).sum(dim=0))
+
+
+class KrakenLayer(nn.Module):
+    """The two parts of a layer; `KrakenModel.hidden` puts the exchange between them."""
+
+    def __init__(self, config: KrakenConfig, units: UnitRange) -> None:
+        super().__init__()
+        self.attention = StackedAttention(
+            units, config.hidden_size, config.heads_per_sub_layer, config.kv_heads, config.norm_epsilon
+        )
+        self.ffn = StackedFFN(units, config.hidden_size, config.ffn_size, config.norm_epsilon)

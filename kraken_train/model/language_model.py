@@ -1,0 +1,98 @@
+"""What all architectures share: embeddings in, layers, the tied head and the loss out.
+
+Shapes: B batch, T tokens, D hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kraken_train.model.config import ModelConfig
+from kraken_train.model.cross_entropy import IGNORED
+from kraken_train.model.embedding import Vocabulary
+from kraken_train.model.layers import KeyValueStore
+from kraken_train.parallel.communicator import Communicator
+from kraken_train.parallel.sharding import UnitRange, all_units
+
+
+class LanguageModel(nn.Module):
+    """What Kraken and the baselines share: embeddings in, the tied head and the loss out.
+
+    A subclass turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer; the parts that
+    its `layers` consist of communicate nothing.
+    """
+
+    layers: Sequence[Any]
+
+    def __init__(self, config: ModelConfig, communicator: Communicator, vocabulary: UnitRange | None) -> None:
+        super().__init__()
+        self.communicator = communicator
+        self.context_length = config.context_length
+        self.token_embedding = Vocabulary(vocabulary or all_units(config.vocab_size), config.hidden_size, communicator)
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)
+        self.recompute = False
+
+    def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not define hidden()")
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Of a layer's keys here: rows for each sequence, key-value heads G, head dimension K."""
+        raise TypeError(f"{type(self).__name__} does not define cache_shape")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def forward(
+        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V).
+
+        With `caches` (one per layer) the tokens continue those that the caches hold; `positions`, (T,) or (B, T) and
+        below `context_length`, then says where they stand, and by default they are the first ones. Raises ValueError
+        where these are more than `context_length`.
+        """
+        return self.token_embedding.logits(self.last_hidden(input_ids, caches, positions))
+
+    def last_hidden(
+        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> what the head sees, (B, T, D)."""
+        if positions is None:
+            tokens = input_ids.shape[1]
+            if tokens > self.context_length:
+                raise ValueError(f"{tokens} tokens are more than context_length={self.context_length}")
+            positions = torch.arange(tokens, device=input_ids.device)
+        embedding = self.token_embedding(input_ids) + self.position_embedding(positions)
+        return self.final_norm(self.hidden(embedding, caches if caches is not None else [None] * self.num_layers))
+
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies in nats of `targets` (B, T) after `input_ids` (B, T), of at least float32, without gradients.
+
+        Targets of -100 do not count and have 0.
+        """
+        return self.token_embedding.token_losses(self.last_hidden(input_ids), targets)
+
+    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """The mean of `token_losses` over the targets that count, a scalar."""
+        return self.token_embedding.loss(self.last_hidden(input_ids), targets) / (targets != IGNORED).sum()
+
+    def run_part(self, part: nn.Module, *inputs: Any) -> Tensor:
+        """A part of a layer; with `recompute` its activations are not kept but computed again in the backward pass."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return part(*inputs)
+
+    def compile_parts(self) -> None:
+        """Compile the parts of the layers, once for all of them, and what the loss does to the logits."""
+        self.token_embedding.cross_entropy.compile()
+        for layer in self.layers:
+            for part in layer.children():
+                part.compile()

@@ -1,0 +1,73 @@
+"""The ranks of a run as a grid: data-parallel copies of the model x the ranks that share one copy.
+
+Ranks of one copy are adjacent, so that their exchange stays within a node: with P ranks a copy, rank r belongs to
+copy r // P and is number r % P in it.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from kraken_train.parallel.sharding import ModelRank, ShardedDim
+
+DATA, KRAKEN = "data", "kraken"
+
+
+class ParallelMesh:
+    """The grid of a run whose process group is up; also the `mpu` (model parallel unit) that DeepSpeed asks."""
+
+    def __init__(self, device_type: str, data_parallel_size: int, sub_layer_parallel_size: int) -> None:
+        self.mesh = make_mesh(device_type, data_parallel_size, sub_layer_parallel_size)
+        # DeepSpeed asks several times a step, and the mesh would make a smaller one to answer.
+        self.sizes = {DATA: data_parallel_size, KRAKEN: sub_layer_parallel_size}
+        # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is.
+        self.cpu_mesh = (
+            self.mesh if device_type == "cpu" else make_mesh("cpu", data_parallel_size, sub_layer_parallel_size)
+        )
+
+    @property
+    def model_rank(self) -> ModelRank:
+        return ModelRank(self.get_model_parallel_rank(), self.get_model_parallel_world_size())
+
+    @property
+    def data_rank(self) -> int:
+        return self.get_data_parallel_rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.get_data_parallel_world_size()
+
+    def as_global(self, local: Tensor, sharded_dim: ShardedDim | None) -> Tensor:
+        """This rank's part of a parameter, on the CPU, as a DTensor that knows the whole; a shared one as it is.
+
+        It shares the memory of `local`.
+        """
+        if sharded_dim is None:
+            return local
+        return DTensor.from_local(local, self.cpu_mesh[KRAKEN], [Shard(sharded_dim.axis)], run_check=False)
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.get_local_rank(KRAKEN)
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.sizes[KRAKEN]
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group(KRAKEN)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.get_local_rank(DATA)
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.sizes[DATA]
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group(DATA)
+
+
+def make_mesh(device_type: str, data_parallel_size: int, sub_layer_parallel_size: int) -> DeviceMesh:
+    shape = (data_parallel_size, sub_layer_parallel_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=(DATA, KRAKEN))

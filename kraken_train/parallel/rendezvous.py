@@ -1,0 +1,233 @@
+"""How the ranks of a run find each other: through a store that rank 0 or the launcher holds at MASTER_ADDR:MASTER_PORT.
+
+`torch.distributed.rendezvous` would do it in silence: a rank that nobody joins would wait for the whole time-out and
+say nothing of whom it waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from kraken_train.common.errors import ConfigError, RendezvousError
+from kraken_train.parallel.ranks import Runtime, read_integer
+
+RENDEZVOUS_SECONDS = 600.0  # for all ranks to start
+TELL_SECONDS = 10.0  # after which a rank that waits says for whom
+LONGEST_PAUSE = 1.0  # seconds between two looks at who is there
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest of what ranks wait for: a save or a read on a slow disk
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks met: a store that all of them can read and write."""
+
+    store: dist.Store
+    store_rank: int | None  # the rank whose process holds it; None: the launcher does
+
+
+def connect_ranks(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> dist.Store:
+    """The process group of all ranks, through the store that is returned.
+
+    Raises RendezvousError where they have not met after `seconds`, ConfigError where they would share a GPU.
+    """
+    export_ranks(runtime)
+    # A sum that hides behind other work must not wait for that work's kernels to leave room.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    # A process alone needs no address, so one that something else has left in the environment cannot mislead it.
+    store = dist.HashStore() if runtime.world_size == 1 else Meeting(runtime, seconds).store()
+    with told_if_slow(runtime, "all ranks have met and connect to each other; if this goes on, set GLOO_SOCKET_IFNAME "
+                               "and NCCL_SOCKET_IFNAME to the network that the machines share"):  # fmt: skip
+        dist.init_process_group(
+            runtime.backend,
+            store=store,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    require_own_gpus(runtime)
+    return store
+
+
+def export_ranks(runtime: Runtime) -> None:
+    """Set what `torch.distributed` and DeepSpeed read from the environment, which may have it under other names."""
+    values = {"RANK": runtime.rank, "LOCAL_RANK": runtime.local_rank, "WORLD_SIZE": runtime.world_size}
+    os.environ.update({name: str(value) for name, value in values.items()})
+
+
+class Meeting:
+    """This rank's way to the store, and to all other ranks there."""
+
+    def __init__(self, runtime: Runtime, seconds: float) -> None:
+        self.runtime = runtime
+        self.host, self.port = read_address(runtime)
+        self.address = f"MASTER_ADDR={self.host} MASTER_PORT={self.port}"
+        self.holds_store = runtime.is_first and not launcher_holds_store()
+        self.seconds, self.begin = seconds, time.monotonic()
+        self.told = False
+
+    def store(self) -> dist.Store:
+        """Raises RendezvousError."""
+        try:
+            store = self.open_store()
+            self.wait_for_ranks(dist.PrefixStore("rendezvous", store))
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise self.failure(str(error).splitlines()[0]) from error
+        return store
+
+    def open_store(self) -> dist.TCPStore:
+        if not self.holds_store:
+            self.wait_for_store()
+        return dist.TCPStore(
+            "127.0.0.1" if self.holds_store else self.host,  # it listens on all addresses of this machine
+            self.port,
+            self.runtime.world_size,
+            is_master=self.holds_store,
+            timeout=timedelta(seconds=self.seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+
+    def wait_for_store(self) -> None:
+        """Try to connect until something answers; a store's own attempts end in a page of C++ frames."""
+        holder = "the launcher" if launcher_holds_store() else "rank 0"
+        reason = ""
+
+        def answers() -> bool:
+            nonlocal reason
+            try:
+                socket.create_connection((self.host, self.port), timeout=min(5.0, self.seconds)).close()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                return False
+            return True
+
+        def missing() -> str:
+            return f"{holder} does not answer there ({reason})"
+
+        self.wait(answers, missing, speaks=lambda: self.runtime.local_rank == 0)
+
+    def wait_for_ranks(self, store: dist.Store) -> None:
+        """Until all ranks have come to the store."""
+        world_size = self.runtime.world_size
+        store.set(str(self.runtime.rank), "here")
+        if store.add("count", 1) == world_size:
+            store.set("all", "here")
+
+        def has_come(rank: int) -> bool:
+            return store.check([str(rank)])
+
+        def missing() -> str:
+            absent = [rank for rank in range(world_size) if not has_come(rank)]
+            return f"{describe_ranks(absent)} of {world_size} {'has' if len(absent) == 1 else 'have'} not come there"
+
+        def is_first_here() -> bool:
+            return next(rank for rank in range(world_size) if has_come(rank)) == self.runtime.rank
+
+        def all_have_come() -> bool:
+            if store.check(["ended"]):
+                raise RendezvousError(store.get("ended").decode())
+            return store.check(["all"])
+
+        try:
+            self.wait(all_have_come, missing, is_first_here)
+        except RendezvousError as error:
+            if self.holds_store:  # it goes with this process, so the others must have read why before
+                store.set("ended", str(error))
+                time.sleep(2 * LONGEST_PAUSE)
+            raise
+
+    def wait(self, done: Callable[[], bool], missing: Callable[[], str], speaks: Callable[[], bool]) -> None:
+        """Ask again and again, tell once whom it waits for if this rank `speaks`, and give up in the end."""
+        pause = 0.02
+        while not done():
+            waited = time.monotonic() - self.begin
+            if waited > self.seconds:
+                raise self.failure(f"{missing()} within {self.seconds:g} s")
+            if waited > TELL_SECONDS and not self.told:
+                self.told = True
+                if speaks():
+                    tell(f"rank {self.runtime.rank} waits at {self.address}: {missing()}; it gives up after "
+                         f"{self.seconds:g} s")  # fmt: skip
+            time.sleep(min(pause, max(self.seconds - waited, 0.01)))
+            pause = min(LONGEST_PAUSE, 1.5 * pause)
+
+    def failure(self, reason: str) -> RendezvousError:
+        return RendezvousError(
+            f"the ranks could not meet at {self.address}: {reason}; see how the others have ended, and name the first "
+            "host and a free port on it (the launchers have --master_addr and --master_port)"
+        )
+
+
+def read_address(runtime: Runtime) -> tuple[str, int]:
+    """Where the launcher lets the ranks meet. Raises ConfigError."""
+    host = os.environ.get("MASTER_ADDR")
+    if not host or not os.environ.get("MASTER_PORT"):
+        raise ConfigError(
+            f"{runtime.world_size} ranks need MASTER_ADDR and MASTER_PORT (the first host and a free port on it); "
+            "the deepspeed launcher and torchrun set them, under srun export them in the batch script"
+        )
+    port = read_integer("MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise ConfigError(f"MASTER_PORT={port} must be a port: a number from 1 to {2**16 - 1}")
+    return host, port
+
+
+def launcher_holds_store() -> bool:
+    """Whether the store through which the ranks meet is torchrun's rather than rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def describe_ranks(ranks: list[int]) -> str:
+    """[1, 2, 3, 7] -> "ranks 1-3, 7"."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join('-'.join(map(str, span)) for span in spans)}"
+
+
+@contextmanager
+def told_if_slow(runtime: Runtime, message: str) -> Iterator[None]:
+    """Rank 0 says so if what happens in this context takes longer than TELL_SECONDS."""
+    timer = threading.Timer(TELL_SECONDS, tell, (message,))
+    timer.daemon = True
+    if runtime.is_first and runtime.world_size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def require_own_gpus(runtime: Runtime) -> None:
+    """Raises ConfigError, on all ranks, where two of them have the same GPU; NCCL says so later and less clearly."""
+    if runtime.device.type != "cuda" or runtime.world_size == 1:
+        return
+    properties = torch.cuda.get_device_properties(runtime.device)
+    own = (socket.gethostname(), str(properties.uuid))
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank, gpu in enumerate(runtime.gather(own)):
+        holders.setdefault(gpu, []).append(rank)
+    for (host, _), ranks in holders.items():
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"ranks {', '.join(map(str, ranks))} on {host} would share one GPU; start as many ranks per machine as "
+                "it has GPUs"
+            )

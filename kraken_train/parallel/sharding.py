@@ -1,0 +1,107 @@
+"""What of a model lives here: pure arithmetic, no communication.
+
+A model copy is cut along units that have global numbers: sub-layers, attention heads, rows of the vocabulary. A rank
+holds a contiguous range of them. Names, seeds and checkpoints use the global numbers, never a rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UnitRange:
+    """The `count` units from `first` on, out of `total`."""
+
+    total: int
+    first: int
+    count: int
+
+    @property
+    def ids(self) -> range:
+        return range(self.first, self.first + self.count)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count == self.total
+
+    def in_units_of(self, size: int) -> UnitRange:
+        """The same range where each unit consists of `size` smaller ones, as a head of its columns."""
+        return UnitRange(self.total * size, self.first * size, self.count * size)
+
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(index among the units here, or 0; whether it is here) of global ids, of any shape each."""
+        local = ids - self.first
+        here = (local >= 0) & (local < self.count)
+        return local * here, here
+
+
+@dataclass(frozen=True)
+class ShardedDim:
+    """How a parameter is cut: `axis` runs over the units of `placement`."""
+
+    units: UnitRange
+    axis: int
+
+    def whole_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the whole parameter, given that of the part here."""
+        return torch.Size([*shape[: self.axis], self.units.total, *shape[self.axis + 1 :]])
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The part of `whole` that lives here, a view."""
+        return whole.narrow(self.axis, self.units.first, self.units.count)
+
+
+@dataclass(frozen=True)
+class ModelRank:
+    """This process is number `rank` of the `size` that share one copy of a model."""
+
+    rank: int = 0
+    size: int = 1
+
+    def place(self, total: int) -> UnitRange:
+        """An even share of `total` units. Raises ValueError where there is none."""
+        if total % self.size:
+            raise ValueError(f"{total} units cannot be shared evenly by {self.size} ranks")
+        count = total // self.size
+        return UnitRange(total, first=self.rank * count, count=count)
+
+
+def share_units(total: int, speeds: Sequence[float]) -> list[UnitRange]:
+    """Contiguous shares of `total` units for devices of these relative speeds, at least one unit each.
+
+    The device that would finish last finishes as early as possible: largest count / speed is the least there is. Each
+    further unit goes where it would be done first, to the first of equals: 6 units on 4 equal devices are 2, 2, 1, 1.
+    Raises ValueError where there are more devices than units, or a speed is not positive and finite.
+    """
+    if not 1 <= len(speeds) <= total or not all(0 < speed < math.inf for speed in speeds):
+        raise ValueError(f"{total} units cannot be shared by devices of the speeds {list(speeds)}")
+    counts = [1] * len(speeds)
+    for _ in range(total - len(speeds)):
+        fastest = min(range(len(speeds)), key=lambda device: (counts[device] + 1) / speeds[device])
+        counts[fastest] += 1
+    firsts = accumulate(counts, initial=0)
+    return [UnitRange(total, first, count) for first, count in zip(firsts, counts, strict=False)]
+
+
+def all_units(total: int) -> UnitRange:
+    """All units in one process."""
+    return UnitRange(total, first=0, count=total)
+
+
+def sharded_dims(model: nn.Module) -> dict[str, ShardedDim | None]:
+    """How each parameter of a model is cut; None: all of it is on every rank (a shared parameter).
+
+    Modules that hold a part of something say so with an attribute `partition`.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: getattr(module, "partition", None)
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }

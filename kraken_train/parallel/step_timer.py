@@ -1,0 +1,76 @@
+"""Where the time of a step goes: the parts of a step mark when they begin and end, and the marks become seconds.
+
+On a GPU the marks are events on the stream of the computation, so nothing waits for them until the seconds are asked
+for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+DATA = "data"  # waiting for the next batch
+FORWARD = "forward"
+BACKWARD = "backward"
+EXCHANGE = "exchange"  # waiting for a sum over the ranks of a model copy: what of it nothing hides
+REDUCTION = "reduction"  # of gradients over the copies
+OPTIMIZER = "optimizer"
+OTHER = "other"  # between phases
+
+
+class StepTimer:
+    """Seconds by phase while `active`; nothing is done otherwise.
+
+    Phases nest, and time counts for the innermost one only: a sum that the forward pass waits for is `EXCHANGE`, not
+    `FORWARD`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.active = False
+        self.open: list[str] = []
+        self.marks: list[tuple[float | torch.cuda.Event, str]] = []  # (when, what takes the time from then on)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What runs within takes time for `name`, whichever thread it is in."""
+        if not self.active:
+            yield
+            return
+        self.open.append(name)
+        self.mark()
+        try:
+            yield
+        finally:
+            self.open.pop()
+            self.mark()
+
+    def mark(self) -> None:
+        self.marks.append((self.now(), self.open[-1] if self.open else OTHER))
+
+    def now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call, which begins anew. On a GPU it waits for the last mark."""
+        marks, self.marks = self.marks, []
+        if self.device.type == "cuda" and marks:
+            marks[-1][0].synchronize()  # type: ignore[union-attr]
+        seconds: dict[str, float] = {}
+        for (begin, name), (end, _) in itertools.pairwise(marks):
+            seconds[name] = seconds.get(name, 0.0) + between(begin, end)
+        return seconds
+
+
+def between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(begin, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3  # type: ignore[arg-type]  # from milliseconds
+    return float(end) - begin  # type: ignore[arg-type]

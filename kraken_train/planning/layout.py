@@ -1,0 +1,60 @@
+"""How a model is trained on a number of devices: what a plan chooses, and what is the same for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kraken_train.training.precision import DTYPES
+
+
+@dataclass(frozen=True)
+class TrainingLayout:
+    """Settings of conf/train.yaml that decide memory, communication and time."""
+
+    sub_layer_parallel_size: int  # devices of a model copy
+    data_parallel_size: int  # copies
+    micro_batch_size: int  # samples
+    accumulation_steps: int
+    zero_stage: int = 1
+    activation_checkpointing: bool = False
+    vocab_parallel: bool = False
+    precision: str = "bf16"
+
+    @property
+    def devices(self) -> int:
+        return self.sub_layer_parallel_size * self.data_parallel_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of an optimizer step."""
+        return self.micro_batch_size * self.accumulation_steps * self.data_parallel_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return self.dtype.itemsize
+
+    @property
+    def keeps_accumulator(self) -> bool:
+        """Whether fp32 gradients stay in memory between steps: DeepSpeed's BF16_Optimizer, which is bf16 at stage 1."""
+        return self.precision == "bf16" and self.zero_stage == 1
+
+    @property
+    def overrides(self) -> str:
+        """The command-line settings of kraken_train.train."""
+        values = {
+            "parallel.sub_layer_parallel_size": self.sub_layer_parallel_size,
+            "micro_batch_size": self.micro_batch_size,
+            "global_batch_size": self.global_batch_size,
+            "engine.zero_stage": self.zero_stage,
+            "engine.activation_checkpointing": str(self.activation_checkpointing).lower(),
+            "parallel.vocab_parallel": str(self.vocab_parallel).lower(),
+            "precision": self.precision,
+        }
+        return " ".join(f"{name}={value}" for name, value in values.items())

@@ -1,0 +1,81 @@
+"""Curves of training runs as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from kraken_train.common.errors import DataError
+from kraken_train.run.metrics import Run
+
+
+def draw_curves(runs: Sequence[Run], output: Path) -> None:
+    """Loss, learning rate, gradient norm and throughput over steps, all runs in the same four plots.
+
+    Raises DataError if the picture cannot be written.
+    """
+    figure = Figure(figsize=(12, 7.5), layout="constrained")  # not of pyplot, so no display is looked for
+    fill_curves(figure, runs)
+    if len(runs) == 1:
+        figure.suptitle(runs[0].label)
+    save(figure, output)
+
+
+def fill_curves(figure: Figure | SubFigure, runs: Sequence[Run]) -> None:
+    (loss, rate), (norm, speed) = figure.subplots(2, 2, sharex=True)
+    for index, run in enumerate(runs):
+        color = f"C{index % 10}"
+        draw_loss(loss, run, color, several=len(runs) > 1)
+        rate.plot(*run.series("lr"), color=color, label=run.label)
+        norm.plot(*run.series("grad_norm"), color=color, label=run.label, linewidth=0.8)
+        speed.plot(*run.series("tokens_per_second"), color=color, label=run.label)
+    for axes, title in (
+        (loss, "loss (nats per token)"),
+        (rate, "learning rate"),
+        (norm, "gradient norm before clipping"),
+        (speed, "tokens per second"),
+    ):
+        finish(axes, title, legend=axes is loss or len(runs) > 1)
+    norm.set_yscale("log")
+    norm.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    norm.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    speed.set_ylim(0, 1.1 * max([1.0, *(value for run in runs for value in run.series("tokens_per_second")[1])]))
+    speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.supxlabel("optimizer step", fontsize="medium")
+
+
+def draw_loss_curve(run: Run, output: Path) -> None:
+    """The loss alone. Raises DataError if the picture cannot be written."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    draw_loss(axes, run, "C0", several=False)
+    finish(axes, "loss (nats per token)", legend=True)
+    axes.set_xlabel("optimizer step")
+    save(figure, output)
+
+
+def draw_loss(axes: Axes, run: Run, color: str, several: bool) -> None:
+    prefix = f"{run.label} " if several else ""
+    axes.plot(*run.series("loss"), color=color, alpha=0.45, linewidth=1, label=f"{prefix}training")
+    steps, values = run.series("validation_loss")
+    if steps:
+        axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=f"{prefix}validation {values[-1]:.3f}")
+
+
+def finish(axes: Axes, title: str, legend: bool) -> None:
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelbottom=True)
+    if legend and axes.has_data():
+        axes.legend(frameon=False, fontsize="small")
+
+
+def save(figure: Figure, output: Path) -> None:
+    try:
+        figure.savefig(output, dpi=120)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{output} cannot be written: {error}") from error

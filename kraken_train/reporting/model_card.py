@@ -1,0 +1,212 @@
+"""The model card of an export, README.md: what it is, how it was trained, how good it is and how to load it.
+
+It is written once, from the run, and is then the user's to edit. Only what stands between the two marks is written
+again when the export is evaluated, and with it the results in the front matter that the Hub reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from checkpoints.exports.folder import Export, read_export
+from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import replace_synced
+from kraken_train.common.settings import to_dict
+from kraken_train.evaluation.results import Results, markdown, markdown_table, read_results
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.reporting.curves import draw_loss_curve
+from kraken_train.run.metrics import METRICS_FILE, Run, read_run
+
+CARD_FILE = "README.md"
+PAPER = "https://arxiv.org/abs/2408.07802"
+LOSS_CURVE_FILE = "loss.png"
+BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+# Settings of a run that say how a model was trained; the others say where and with what.
+TRAINING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision", "seed")
+METRIC_TYPES = {"acc": "accuracy", "acc_norm": "accuracy", "f1": "f1", "perplexity": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a card says of the run; `metrics` is None where they are lost."""
+
+    settings: Mapping[str, Any]  # the run's configuration
+    metrics: Run | None
+
+    @classmethod
+    def of_run(cls, run_dir: Path, settings: Mapping[str, Any], last_step: int) -> Training:
+        """Raises DataError if what the run has logged is damaged."""
+        if not (run_dir / METRICS_FILE).is_file():
+            return cls(settings, None)
+        run = read_run(run_dir)
+        return cls(settings, Run(run.label, [record for record in run.records if record["step"] <= last_step]))
+
+
+def write_card(export_dir: Path, training: Training | None = None, license_name: str | None = None) -> None:
+    """Write the card, and the loss curve beside it where there is one. Raises CheckpointError."""
+    export = read_export(export_dir)
+    results = read_results(export_dir)
+    has_curve = training is not None and training.metrics is not None and len(training.metrics.records) > 0
+    if has_curve:
+        draw_loss_curve(training.metrics, export_dir / LOSS_CURVE_FILE)  # type: ignore[union-attr, arg-type]
+    data = ModelCardData(
+        license=license_name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["kraken", *([export.config.architecture] if isinstance(export.config, GPTConfig) else [])],
+        model_name=export_dir.resolve().name,
+        eval_results=eval_results(results) or None,
+    )
+    text = body(export, training, has_curve, results)
+    save(export_dir, f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def refresh_results(export: Export, results: Results) -> None:
+    """Write the card's results again, and the rest only if there is no card. Raises CheckpointError."""
+    path = export.folder / CARD_FILE
+    if not path.exists():
+        write_card(export.folder)
+        return
+    try:
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read ({reason}); repair its front matter or remove it") from error
+    before, begin, rest = card.text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"note: {path} has no place for results ({BEGIN} ... {END}), so they are in its front matter only")
+    else:
+        card.text = f"{before}{section(results)}{after}"
+    card.data.model_name = card.data.get("model_name") or export.folder.resolve().name
+    card.data.eval_results = eval_results(results) or None
+    save(export.folder, str(card))
+
+
+def save(export_dir: Path, text: str) -> None:
+    try:
+        replace_synced(export_dir / CARD_FILE, text.rstrip() + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{export_dir / CARD_FILE} cannot be written: {error.strerror}") from error
+
+
+def eval_results(results: Results) -> list[EvalResult]:
+    """The suites' results as the Hub's front matter takes them: one per task, its main metric."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task.dataset,
+            dataset_name=f"{suite.title}: {name}",
+            metric_type=METRIC_TYPES.get(task.metric, task.metric),
+            metric_name=task.metric,
+            metric_value=round(task.scores[task.metric].value, 6),
+            source_name=f"{task.harness}, task version {task.version}, {task.shots}-shot",
+            source_url="https://github.com/EleutherAI/lm-evaluation-harness",
+        )
+        for suite in results.suites.values()
+        for name, task in suite.tasks.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def body(export: Export, training: Training | None, has_curve: bool, results: Results) -> str:
+    """The card below its front matter."""
+    parts = [
+        f"# {export.folder.resolve().name}",
+        introduction(export.config),
+        "## Configuration",
+        two_columns({**to_dict(export.config), "parameters": f"{export.config.num_parameters:,}"}),
+        "## Training",
+        two_columns(training_facts(export, training)),
+    ]
+    if has_curve:
+        parts.append(f"![loss over the steps of training]({LOSS_CURVE_FILE})")
+    parts += ["## Evaluation", section(results), "## How to load it", loading(export)]
+    return "\n\n".join(parts)
+
+
+def introduction(config: ModelConfig) -> str:
+    if isinstance(config, KrakenConfig):
+        return (
+            f"A language model of the Kraken architecture ([arXiv 2408.07802]({PAPER})) with {config.num_parameters:,} "
+            f"parameters: each layer is {config.num_sub_layers} independent sub-layers, which as many devices can "
+            "share. Trained with kraken-train."
+        )
+    return (
+        f"A language model with {config.num_parameters:,} parameters, a Transformer of the {config.architecture} form, "
+        f"a baseline of Kraken ([arXiv 2408.07802]({PAPER})). Trained with kraken-train."
+    )
+
+
+def training_facts(export: Export, training: Training | None) -> dict[str, Any]:
+    known = export.training
+    facts: dict[str, Any] = {
+        "tokens seen": f"{known['tokens']:,}" if "tokens" in known else None,
+        "optimizer steps": f"{known['step']:,}" if "step" in known else None,
+        "data fingerprint": known.get("data_fingerprint"),
+    }
+    if training is not None:
+        if training.metrics is not None:
+            facts |= {
+                "training loss (nats per token)": last_value(training.metrics, "loss"),
+                "validation loss (nats per token)": last_value(training.metrics, "validation_loss"),
+            }
+        for name in TRAINING_SETTINGS:
+            value = training.settings.get(name)
+            facts |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    facts = {name: value for name, value in facts.items() if value is not None}
+    return facts or {"training": "unknown"}
+
+
+def last_value(run: Run, key: str) -> str | None:
+    """Of the last step that logged it, and which step that was."""
+    steps, values = run.series(key)
+    if not steps:
+        return None
+    extra = f", perplexity {math.exp(values[-1]):,.2f}" if key == "validation_loss" and values[-1] < 700 else ""
+    return f"{values[-1]:.4f} at step {steps[-1]:,.0f}{extra}"
+
+
+def section(results: Results) -> str:
+    """The results between their marks."""
+    return f"{BEGIN}\n{markdown(results)}{END}"
+
+
+def loading(export: Export) -> str:
+    name = export.folder.resolve().name
+    return f"""The files hold all that is needed; the modelling file runs with `trust_remote_code=True`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+As is usual in transformers, text that spells a special token, such as the end of a document, becomes that token. In
+training it was text; `AutoTokenizer.from_pretrained("{name}", split_special_tokens=True)` makes it text too.
+
+With kraken-train:
+
+```
+python -m kraken_train.generate export_dir={name} prompt="Once upon a time"
+python -m kraken_train.evaluate export_dir={name} suite=superglue
+```"""
+
+
+def two_columns(facts: Mapping[str, Any]) -> str:
+    rows = [(name, str(value)) for name, value in facts.items() if value is not None]
+    return markdown_table(("setting", "value"), rows)

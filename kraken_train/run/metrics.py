@@ -1,0 +1,55 @@
+"""What a run has logged: RUN_DIR/metrics.jsonl, one JSON object per logged step."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kraken_train.common.errors import DataError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    label: str
+    records: list[dict[str, Any]]  # in the order of steps
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of the steps that logged a finite `key`."""
+        points = [(r["step"], r[key]) for r in self.records if is_finite(r.get(key))]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_run(run_dir: Path) -> Run:
+    """What the run logged; where a resumed run logged a step again, the later record counts. Raises DataError."""
+    path = run_dir / METRICS_FILE
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); name the run_dir of a training run") from error
+    by_step: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        record = parse_record(line)
+        if record is not None:
+            by_step[record["step"]] = by_step.get(record["step"], {}) | record
+        elif line.strip() and number < len(lines):  # the last line may be cut off: the run is still writing
+            raise DataError(f"{path}:{number} is not a JSON object with a step; the file is damaged, remove that line")
+    if not by_step:
+        raise DataError(f"{path} holds no metrics yet; wait for the run's first logged step")
+    return Run(run_dir.resolve().name, [by_step[step] for step in sorted(by_step)])
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -1,0 +1,56 @@
+"""How the ranks of a start have failed, in files of their own: RUN_DIR/starts/0001/errors/rank-0000.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kraken_train.run.layout import ERRORS
+
+
+@dataclass(frozen=True)
+class RankError:
+    """Why a rank has failed, in its own words, or in its launcher's if it could say nothing."""
+
+    time: str
+    rank: int
+    host: str
+    pid: int
+    message: str  # for people
+    traceback: str | None  # of what is not a user's mistake
+    follows: bool  # it failed only because another rank had
+    restart_helps: bool  # whether the same command may succeed next time
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+def error_file(folder: Path, rank: int) -> Path:
+    return folder / ERRORS / f"rank-{rank:04d}.json"
+
+
+def record_error(folder: Path, error: RankError) -> None:
+    """Keep it in the folder of its start; where that cannot be written, say so."""
+    try:
+        error_file(folder, error.rank).write_text(json.dumps(asdict(error), indent=1), encoding="utf-8")
+    except OSError as problem:
+        print(f"note: rank {error.rank}'s error cannot be kept: {problem}", file=sys.stderr, flush=True)
+
+
+def read_errors(folder: Path) -> list[RankError]:
+    """How the ranks of a start have failed: first what others only follow from, each in the order of time."""
+    errors = []
+    for path in (folder / ERRORS).glob("rank-*.json"):
+        try:
+            errors.append(RankError(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):  # cut short when its rank was killed
+            continue
+    return sorted(errors, key=lambda error: (error.follows, error.time))
+
+
+def root_causes(errors: list[RankError]) -> list[RankError]:
+    """Of `read_errors`, those that the others follow from, each message once; all if every one follows."""
+    causes = [error for error in errors if not error.follows] or errors
+    return list({error.message: error for error in reversed(causes)}.values())[::-1]

@@ -1,0 +1,44 @@
+"""Settings that a run has recorded, maybe by an older program: one that is not in the record has today's default."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from kraken_train.common.cli import CONF_DIR, compose_command
+from kraken_train.common.settings import to_dict
+from kraken_train.config import TrainConfig
+from kraken_train.model.config import MODEL_CONFIGS
+
+OF_THE_RUN = ("model", "data_dir", "run_dir")  # these have no default
+CHOICES = {"schedule": "name", "tracking": "kind"}  # the setting that names the file in conf/ of a group
+
+
+def recorded_settings(recorded: dict[str, Any]) -> dict[str, Any]:
+    """`recorded`, the settings of a TrainConfig, with the defaults of conf/ for those that it lacks."""
+    chosen = {group: recorded.get(group, {}).get(setting) for group, setting in CHOICES.items()}
+    choices = [f"{group}={name}" for group, name in chosen.items() if (CONF_DIR / group / f"{name}.yaml").is_file()]
+    return filled(defaults_with(*choices), recorded)
+
+
+@functools.cache
+def defaults_with(*choices: str) -> dict[str, Any]:
+    """The settings of conf/ with these choices of groups."""
+    defaults = to_dict(compose_command(["data_dir=DATA", "run_dir=RUN", *choices], TrainConfig, "train"))
+    return {key: value for key, value in defaults.items() if key not in OF_THE_RUN}
+
+
+def recorded_model(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The same for the settings of a model, whose defaults its class has."""
+    schema = MODEL_CONFIGS.get(recorded.get("architecture", "kraken"))
+    fields = () if schema is None else dataclasses.fields(schema)
+    return filled({field.name: field.default for field in fields if field.default is not dataclasses.MISSING}, recorded)
+
+
+def filled(defaults: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """`recorded` and what only `defaults` has, in groups of settings as well."""
+    return defaults | {
+        key: filled(defaults[key], value) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        for key, value in recorded.items()
+    }

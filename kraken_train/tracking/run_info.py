@@ -1,0 +1,54 @@
+"""What a copy says of a run beside its metrics, from the run folder alone: this must not wait for torch to load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kraken_train.common.errors import CheckpointError
+from kraken_train.common.settings import from_dict
+from kraken_train.config import TrackingConfig
+from kraken_train.model.config import parse_model
+from kraken_train.run.layout import CONFIG_FILE, IDENTITY_FILE, start_folders
+from kraken_train.run.recorded_settings import recorded_settings
+
+ENVIRONMENT_FILE = "environment.json"  # in the folder of a start
+
+
+@dataclass(frozen=True)
+class DescribedRun:
+    path: Path
+    run_id: str
+    tracking: TrackingConfig
+    settings: dict[str, Any]  # resolved, those of the latest start
+    facts: dict[str, Any]  # model, num_parameters, data_fingerprint, environment: versions, commit, hosts
+
+    @property
+    def name(self) -> str:
+        return self.tracking.name or self.path.resolve().name
+
+
+def read_described_run(path: Path) -> DescribedRun:
+    """The run in the folder `path`. Raises CheckpointError if there is none, ConfigError for its settings."""
+    try:
+        identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
+        settings = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        run_id, model, tracking = identity["id"], identity["model"], recorded_settings(settings)["tracking"]
+        facts = {
+            "model": model,
+            "num_parameters": parse_model(model, model["vocab_size"]).num_parameters,
+            "data_fingerprint": identity["data_fingerprint"],
+        }
+        environments = [start / ENVIRONMENT_FILE for start in start_folders(path)]
+        for file in [file for file in environments if file.is_file()][-1:]:
+            facts["environment"] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as the folder of a run ({error}); name the run_dir of a training run that has "
+            "begun its first step"
+        ) from error
+    return DescribedRun(path, run_id, from_dict(tracking, TrackingConfig, "tracking"), settings, facts)

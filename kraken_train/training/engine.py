@@ -1,0 +1,385 @@
+"""DeepSpeed behind a small interface: accumulate gradients, step, and hand out or take in the training state.
+
+This is the only file that imports deepspeed. Which of its modes are used, and why:
+
+- ZeRO-1 or 2, also in fp32: ZeRO-0 with bf16 reports and clips wrong gradient norms.
+- bf16 weights with fp32 masters and fp32 accumulation of gradients.
+- `overlap_comm: false`: races with it are open (deepspeedai/DeepSpeed#5545, #8061).
+- A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute.
+- It neither computes the gradients' norm, nor clips, nor decides which steps to skip: it would read from the device
+  several times a step. `Engine.update` does, on the device.
+- Its checkpoints are not used; `checkpoints.training.writer` writes the state that `Engine.state` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kraken_train.config import TrainConfig
+from kraken_train.model.language_model import LanguageModel
+from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.rendezvous import RENDEZVOUS_SECONDS, Rendezvous, connect_ranks, launcher_holds_store
+from kraken_train.parallel.replica_check import require_equal_replicas
+from kraken_train.parallel.sharding import ShardedDim, sharded_dims
+from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
+from kraken_train.training.optim import parameter_groups, reduce_bucket_elements
+from kraken_train.training.precision import DTYPES
+
+# DeepSpeed looks for its accelerator, and logs, while it is imported.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed  # noqa: E402
+from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+# Two habits of DeepSpeed cost seconds at each start. Its bf16 optimizer collects garbage ten times to print its memory
+# use. And ZeRO imports the Muon optimizer, to ask whether it is in use, which loads TorchInductor to compile it.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
+make_decorator, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+compiler.compile = make_decorator
+# DeepSpeed calls it on every step; newer PyTorch has another name for it.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of an optimizer step, the same on all ranks."""
+
+    loss: float  # nats per token, mean over the global batch
+    grad_norm: float  # before clipping, over the whole model
+    applied: bool  # False: something was not finite, and no weight has changed on any rank
+    stop: bool  # some rank has been asked to stop
+
+
+def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
+    """Join the ranks of the run, within `seconds`, and claim this rank's device.
+
+    Raises ConfigError where the ranks cannot meet.
+    """
+    runtime.configure_device()
+    store = connect_ranks(runtime, seconds)
+    # On a CPU it would compile a kernel for half a minute that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False)
+    return Rendezvous(store, None if launcher_holds_store() else 0)
+
+
+def stop_processes(runtime: Runtime) -> None:
+    """Leave the other ranks in good order, at the end of a run that has succeeded."""
+    if runtime.world_size > 1:
+        dist.destroy_process_group()
+
+
+class Engine:
+    """This rank's part of a model under DeepSpeed with AdamW."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: TrainConfig,
+        mesh: ParallelMesh,
+        runtime: Runtime,
+        timer: StepTimer | None = None,
+    ) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.runtime = runtime
+        self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
+        self.sharded_dims = sharded_dims(model)
+        self.kept = self.share_out()
+        model.recompute = config.engine.activation_checkpointing
+        if config.engine.compile:
+            model.compile_parts()
+        groups = parameter_groups(model, config.optim.weight_decay)
+        self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=True,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=LossModule(model),
+                optimizer=optimizer,
+                config=deepspeed_settings(config, mesh.data_size, reduce_bucket_elements(model)),
+                mpu=mesh,
+                dist_init_required=False,
+            )
+        if isinstance(self.deepspeed.optimizer, BF16_Optimizer):
+            self.deepspeed.optimizer.step = lambda: apply_gradients(self.deepspeed.optimizer)
+            self.deepspeed.allreduce_gradients = self.average_gradients
+        self.max_grad_norm = config.optim.max_grad_norm
+        self.micro_losses: list[Tensor] = []
+        self.reports: list[Tensor] = []  # (sum over ranks of losses, of squares of gradients, of requests to stop)
+        self.timer = timer or StepTimer(runtime.device)
+        # Part of `backward`. At stage 2 it is what is left after the sums during the backward pass.
+        self.deepspeed.allreduce_gradients = self.timer.phase(REDUCTION)(self.deepspeed.allreduce_gradients)
+        self.create_optimizer_state()
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    def accumulate(self, input_ids: Tensor, targets: Tensor) -> None:
+        """Forward and backward of one micro-batch, (micro_batch_size, context_length) each.
+
+        The last one of a step reduces the gradients.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(len(self.micro_losses) + 1 == self.accumulation_steps)
+        with self.timer.phase(FORWARD):
+            loss = self.deepspeed(input_ids, targets)
+        with self.timer.phase(BACKWARD):
+            self.deepspeed.backward(loss)
+        self.micro_losses.append(loss.detach())
+
+    def step(self, lr: float, stop: bool = False) -> None:
+        """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere.
+
+        `stop` says that this rank has been asked to stop. Nothing waits for the device; `results` says what came of it.
+        """
+        with self.timer.phase(OPTIMIZER):
+            self.update(lr, stop)
+
+    def results(self) -> list[StepResult]:
+        """Of the steps since the last call, in their order. Waits for the device."""
+        if not self.reports:
+            return []
+        reports, self.reports = torch.stack(self.reports).tolist(), []
+        results = []
+        for loss_sum, squares, stopping in reports:
+            applied = math.isfinite(loss_sum) and math.isfinite(squares)
+            loss, norm = (loss_sum / self.runtime.world_size, math.sqrt(squares)) if applied else (math.nan, math.nan)
+            results.append(StepResult(loss, norm, applied, stopping > 0))
+        return results
+
+    @torch.no_grad()
+    def update(self, lr: float, stop: bool) -> None:
+        loss = torch.stack(self.micro_losses).double().mean()
+        self.micro_losses = []
+        # One sum tells all ranks the mean loss, the gradients' norm, whether something is not finite anywhere, so that
+        # they skip together, and whether one has been asked to stop.
+        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop)])
+        if self.runtime.world_size > 1:
+            dist.all_reduce(report, group=self.runtime.group)
+        self.reports.append(report)
+        self.equalize_shared_gradients()  # not before what is not finite on one rank has counted
+        loss_sum, squares, _ = report
+        adamw = self.deepspeed.optimizer.optimizer
+        # How PyTorch's gradient scaler tells a fused AdamW, on the device, to leave everything as it is, and what to
+        # divide gradients by: here what makes their norm `max_grad_norm`.
+        adamw.found_inf = (~torch.isfinite(loss_sum + squares)).float()
+        if self.max_grad_norm > 0:
+            adamw.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+
+    def average_gradients(self) -> None:
+        """Of a `BF16_Optimizer`, over the copies. DeepSpeed's own copies to a buffer and back, even for one copy."""
+        copies = self.mesh.data_size
+        if copies > 1 and self.deepspeed.is_gradient_accumulation_boundary():
+            for gradients in self.deepspeed.optimizer.fp32_groups_gradients_flat:
+                dist.all_reduce(gradients.div_(copies), group=self.mesh.get_data_parallel_group())
+
+    def gradient_squares(self) -> Tensor:
+        """Their sum here, in float64; the sum over all ranks is that over the whole model. Not finite if any is not."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, gradients in enumerate(self.reduced_gradients()):
+            if gradients:
+                # What the ranks of a copy share counts on the first of them; 0 times what is not finite is NaN.
+                counts = 0.0 if index in self.shared_groups and self.mesh.model_rank.rank > 0 else 1.0
+                squares += torch.nn.utils.get_total_norm(gradients).double().square() * counts
+        return squares
+
+    def reduced_gradients(self) -> list[list[Tensor]]:
+        """What this rank's optimizer updates with, by its groups, after reduction and before clipping."""
+        optimizer = self.deepspeed.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            return [[partition] for partition in optimizer.fp32_groups_gradient_flat_partition]
+        groups = [optimizer.averaged_gradients.get(index) for index in range(len(optimizer.param_groups))]
+        return [[gradient for gradient in group or () if gradient is not None] for group in groups]
+
+    def equalize_shared_gradients(self) -> None:
+        """Give the ranks of a copy the same gradients of shared parameters, bit for bit.
+
+        Each rank has summed them over the copies in a group of its own, and nothing promises that NCCL adds in the same
+        order in all of these groups. Ranks of a copy hold the same slices of these gradients.
+        """
+        if self.mesh.model_rank.size == 1:
+            return
+        gradients = self.reduced_gradients()
+        for index in self.shared_groups:
+            for gradient in gradients[index]:
+                dist.broadcast(gradient, group=self.mesh.get_model_parallel_group(), group_src=0)
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's share of the training state, on the CPU, in copies. A collective.
+
+        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). What the ranks of a copy
+        hold parts of is a DTensor.
+        """
+        state = {}
+        for name, parameter in self.model.named_parameters():
+            tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
+            for moment in MOMENTS:
+                tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
+            if name in self.kept:
+                partition = self.sharded_dims[name]
+                state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
+        return state
+
+    def share_out(self) -> set[str]:
+        """The parameters that this rank keeps in `state`, so that memory and writing are shared evenly.
+
+        One model copy keeps a parameter: each of its ranks the own part, or one of them all of a shared one.
+        """
+        copies, size = self.mesh.data_size, self.mesh.model_rank.size
+        here = (self.mesh.data_rank, self.mesh.model_rank.rank)
+        loads = {(copy, rank): 0 for copy in range(copies) for rank in range(size)}
+        kept = set()
+        for name, parameter in self.model.named_parameters():
+            owners = [min(loads, key=lambda place: loads[place])]
+            if self.sharded_dims[name] is not None:
+                owners = [(owners[0][0], rank) for rank in range(size)]
+            for owner in owners:
+                loads[owner] += parameter.numel()
+            if here in owners:
+                kept.add(name)
+        return kept
+
+    def load_state(self, fill: Callable[[dict[str, Tensor]], None], optimizer_steps: int) -> None:
+        """Take over the state after `optimizer_steps` updates.
+
+        `fill` puts values into tensors of the names that `state` gives and of any sharding.
+        """
+        self.set_optimizer_steps(optimizer_steps)
+        for name, parameter in self.model.named_parameters():
+            keys = [f"model.{name}", *(f"optimizer.{moment}.{name}" for moment in MOMENTS)]
+            parts = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in keys}
+            fill({key: self.mesh.as_global(part, self.sharded_dims[name]) for key, part in parts.items()})
+            weight, *moments = [part.to(self.device) for part in parts.values()]
+            set_weight(parameter, weight)
+            for moment, value in zip(MOMENTS, moments, strict=True):
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+    def load_weights(self, read: Callable[[str, ShardedDim | None], Tensor]) -> None:
+        """Take over weights and nothing else; `read` gives this rank's part of the one of a name."""
+        for name, parameter in self.model.named_parameters():
+            set_weight(parameter, read(name, self.sharded_dims[name]).to(self.device, torch.float32))
+
+    def verify_replicas(self) -> None:
+        """Check that weights which several ranks hold are the same bits there. A collective. Raises ReplicaError."""
+
+        def held() -> Iterator[tuple[str, Tensor, bool]]:
+            for name, parameter in self.model.named_parameters():
+                shared = self.sharded_dims[name] is None
+                yield name, parameter, shared
+                if shared:
+                    yield f"{name} (fp32)", safe_get_full_fp32_param(parameter), shared
+
+        require_equal_replicas(held(), self.mesh.model_rank.size, self.runtime)
+
+    def create_optimizer_state(self) -> None:
+        """Make AdamW's state, which otherwise appears with the first update, without changing a weight.
+
+        DeepSpeed links parameters to their state after the first group's first update, when the second group has
+        none yet, and so never finds that of the norms.
+        """
+        zero, adamw = self.deepspeed.optimizer, self.deepspeed.optimizer.optimizer
+        rates = [(group["lr"], group["weight_decay"]) for group in adamw.param_groups]
+        for group in adamw.param_groups:
+            group.update(lr=0.0, weight_decay=0.0)
+            for partition in group["params"]:
+                partition.grad = torch.zeros_like(partition)
+        adamw.step()
+        for group, (lr, weight_decay) in zip(adamw.param_groups, rates, strict=True):
+            group.update(lr=lr, weight_decay=weight_decay)
+            for partition in group["params"]:
+                partition.grad = None
+        zero._lazy_init_hp_params_optimizer_state()
+        self.set_optimizer_steps(0)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        for state in self.deepspeed.optimizer.optimizer.state.values():
+            state["step"].fill_(steps)
+
+
+def set_weight(parameter: nn.Parameter, weight: Tensor) -> None:
+    """Both what the optimizer changes, in fp32, and what the model computes with, bf16 or fp32."""
+    safe_set_full_fp32_param(parameter, weight)
+    parameter.data.copy_(weight)
+
+
+def cpu_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def apply_gradients(optimizer: BF16_Optimizer) -> None:
+    """What is left of `BF16_Optimizer.step` without its norm, clipping and decision, which read from the device."""
+    partitions = zip(optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True)
+    for weights, gradients in partitions:
+        weights.grad = gradients
+    optimizer.optimizer.step()
+    optimizer.update_lp_params()
+
+
+class LossModule(nn.Module):
+    """DeepSpeed hooks into `forward`; training's forward is the loss."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(input_ids, targets)
+
+
+def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elements: int) -> dict[str, Any]:
+    bf16, stage = DTYPES[config.precision] == torch.bfloat16, config.engine.zero_stage
+    accumulation_steps = config.gradient_accumulation_steps(data_parallel_size)
+    return {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        # The norm, clipping and what is not finite are the business of `Engine.update`.
+        "gradient_clipping": 0.0,
+        # Where micro-batches accumulate, gradients go to their fp32 sums as they come; bf16 ones would else be kept,
+        # cleared and added to as well.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False, "immediate_grad_update": accumulation_steps > 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # by default bf16 gradients are summed over the ranks in bf16
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket_elements,
+            "compute_grad_norm": bf16 and stage == 1,  # where it cannot be switched off; see `apply_gradients`
+        },
+        "timers": {"throughput": {"enabled": False}},  # by default it waits for the device twice per micro-batch
+        "steps_per_print": None,
+    }

@@ -1,0 +1,234 @@
+"""Run by a launcher: saves, verifies and reads checkpoints over several ranks, and writes what happened as JSON.
+
+Usage: store_ranks.py FOLDER SUB_LAYER_PARALLEL_SIZE. FOLDER/alone holds a checkpoint of the same tensors that one
+process has written. Rank 0 writes FOLDER/report.json with one entry per rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import resource
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from checkpoints.training import store, writer
+from checkpoints.training.manifest import step_folders
+from checkpoints.training.store import fill_tensors, find_good_checkpoint
+from checkpoints.training.writer import CheckpointWriter
+from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import file_sha256
+from kraken_train.parallel.ranks import Runtime, read_runtime
+
+AXES = {"model.a": 0, "model.b": 1, "optimizer.exp_avg.a": 0, "optimizer.exp_avg.b": 1}  # the sharded ones
+WRITE_TENSORS = writer.write_tensors
+PLAIN = ("model.norm", "optimizer.exp_avg.norm")
+
+
+def whole_tensors(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    shapes = dict.fromkeys(AXES, (4, 8, 40)) | dict.fromkeys(PLAIN, (7,))
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def local_part(whole: torch.Tensor, axis: int, mesh: DeviceMesh) -> torch.Tensor:
+    return whole.chunk(mesh.size(), axis)[mesh.get_local_rank()].contiguous()
+
+
+def share(step: int, runtime: Runtime, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """What this rank keeps: each sharded tensor is on one copy of the model, each plain one on one rank."""
+    size = mesh.size()
+    copies = runtime.world_size // size
+    kept: dict[str, torch.Tensor] = {}
+    for index, (name, whole) in enumerate(whole_tensors(step).items()):
+        if name in AXES and index % copies == runtime.rank // size:
+            local = local_part(whole, AXES[name], mesh)
+            kept[name] = DTensor.from_local(local, mesh, [Shard(AXES[name])], run_check=False)
+        elif name in PLAIN and index % runtime.world_size == runtime.rank:
+            kept[name] = whole
+    return kept
+
+
+def message(function: Any, *arguments: Any) -> str | None:
+    try:
+        function(*arguments)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def recorded_hashes() -> Iterator[list[str]]:
+    """The names of the files that this rank hashes meanwhile."""
+    names: list[str] = []
+
+    def recorded(path: Path) -> str:
+        names.append(path.name)
+        return file_sha256(path)
+
+    with mock.patch.object(store, "file_sha256", recorded), mock.patch.object(writer, "file_sha256", recorded):
+        yield names
+
+
+def agree(runtime: Runtime) -> dict[str, Any]:
+    """Over the default group and one more."""
+    other = dataclasses.replace(runtime, group=dist.new_group(backend="gloo"))
+    return {
+        "gather": [channel.gather(f"rank {channel.rank}") for channel in (runtime, other)],
+        "sum": [channel.sum([1.0, float(channel.rank)]) for channel in (runtime, other)],
+        "all_true": [channel.all_true(channel.rank == 0) for channel in (runtime, other)],
+        "on_first": [channel.on_first(lambda: runtime.rank) for channel in (runtime, other)],
+    }
+
+
+def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
+    """Step 1 while waiting, step 2 in the background with training's messages meanwhile, step 3 with an error after."""
+    with recorded_hashes() as hashed:
+        CheckpointWriter(folder, 9, runtime, asynchronous=False).save(1, share(1, runtime, mesh), {"tokens": 1})
+    seen = threading.Event()
+
+    def slow_write(*arguments: Any) -> str | None:
+        seen.wait()
+        return WRITE_TENSORS(*arguments)
+
+    with (
+        CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves,
+        mock.patch.object(writer, "write_tensors", slow_write),
+    ):
+        saves.save(2, share(2, runtime, mesh), {"tokens": 2})
+        at_once = [path.name for path in step_folders(folder)]
+        sums = [runtime.sum([float(index)])[0] for index in range(100)]
+        under_way = saves.under_way is not None and saves.under_way.is_alive()
+        seen.set()
+        saves.finish()
+        saves.finish()
+        after_finish = [path.name for path in step_folders(folder)]
+    try:
+        with CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves:
+            saves.save(3, share(3, runtime, mesh), {"tokens": 3})
+            raise ArithmeticError("training has failed")
+    except ArithmeticError:
+        after_error = [path.name for path in step_folders(folder)]
+    return {
+        "keys": sorted(share(1, runtime, mesh)),
+        "hashed": hashed,
+        "at_once": at_once,
+        "under_way": under_way,
+        "sums_right": sums == [index * runtime.world_size for index in range(100)],
+        "after_finish": after_finish,
+        "after_error": after_error,
+    }
+
+
+def fail_to_save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
+    """The last rank alone cannot write its part, or cannot read it again to hash it."""
+    last = runtime.rank == runtime.world_size - 1
+    found: dict[str, Any] = {}
+    for asynchronous in (False, True):
+        saves = CheckpointWriter(folder, 9, runtime, asynchronous)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if last:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        started = message(saves.save, 4, share(4, runtime, mesh), {})
+        told = message(saves.finish) or started
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        found[f"write, asynchronous={asynchronous}"] = told
+        if asynchronous:
+            found["started"], found["told twice"] = started, message(saves.finish)
+    unreadable = mock.patch.object(writer, "file_sha256", side_effect=OSError(errno.EIO, "Input/output error"))
+    if last:
+        unreadable.start()
+    found["hash"] = message(saves.save, 4, share(4, runtime, mesh), {}) or message(saves.finish)
+    if last:
+        unreadable.stop()
+    found["left"] = sorted(path.name for path in folder.iterdir())
+    return found
+
+
+def verify(folder: Path, runtime: Runtime) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def find() -> list[Any]:
+        checkpoint, problems = find_good_checkpoint(folder, runtime)
+        return [checkpoint.step, checkpoint.metadata, problems]
+
+    with recorded_hashes() as found["hashed"]:
+        found["whole"] = find()
+
+    newest = step_folders(folder)[-1]
+    for path in sorted(newest.iterdir()):
+        intact = path.read_bytes()
+        dist.barrier()
+        if runtime.is_first:
+            path.write_bytes(bytes([intact[0] ^ 1]) + intact[1:])
+        dist.barrier()
+        found[f"flipped {path.name}"] = find()
+        dist.barrier()
+        if runtime.is_first:
+            path.write_bytes(intact)
+        dist.barrier()
+
+    refuse = PermissionError(errno.EACCES, "Permission denied")
+    with mock.patch.object(store, "file_sha256", side_effect=refuse if runtime.rank == 1 else file_sha256):
+        found["unreadable on rank 1"] = message(find)
+    found["none"] = message(find_good_checkpoint, folder / "nowhere", runtime)
+    return found
+
+
+def fill(checkpoint: store.Checkpoint, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
+    """Every rank reads its slices of everything, whoever has written them."""
+    expected = whole_tensors(checkpoint.step)
+    given: dict[str, torch.Tensor] = {}
+    local: dict[str, torch.Tensor] = {}
+    for name, whole in expected.items():
+        if name in AXES:
+            local[name] = torch.zeros_like(local_part(whole, AXES[name], mesh))
+            given[name] = DTensor.from_local(local[name], mesh, [Shard(AXES[name])], run_check=False)
+        else:
+            given[name] = local[name] = torch.zeros_like(whole)
+    fill_tensors(checkpoint, given)
+    right = {
+        name: torch.equal(local[name], local_part(whole, AXES[name], mesh) if name in AXES else whole)
+        for name, whole in expected.items()
+    }
+    larger = DTensor.from_local(torch.zeros(3, 8, 40), mesh, [Shard(0)], run_check=False)
+    return {
+        "right": right,
+        "shape": message(fill_tensors, checkpoint, {"model.a": larger}),
+        "name": message(fill_tensors, checkpoint, {"model.c": larger}),
+    }
+
+
+def main() -> None:
+    folder, sub_layer_parallel_size = Path(sys.argv[1]), int(sys.argv[2])
+    runtime = read_runtime()
+    dist.init_process_group("gloo")
+    copies = runtime.world_size // sub_layer_parallel_size
+    mesh = init_device_mesh("cpu", (copies, sub_layer_parallel_size), mesh_dim_names=("data", "sub_layers"))
+    report: dict[str, Any] = {"agree": agree(runtime)}
+    report["save"] = save(folder / "ranks", runtime, mesh["sub_layers"])
+    report["fail"] = fail_to_save(folder / "ranks", runtime, mesh["sub_layers"])
+    report["verify"] = verify(folder / "ranks", runtime)
+    for name in ("ranks", "alone"):
+        checkpoint, _ = find_good_checkpoint(folder / name)
+        report[f"fill {name}"] = fill(checkpoint, runtime, mesh["sub_layers"])
+    reports = runtime.gather(report)
+    if runtime.is_first:
+        (folder / "report.json").write_text(json.dumps(reports))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""On ranks: the distributed exchange itself, its order of events, what it hides, and what the checksums find."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from golden import Golden
+from torch import Tensor
+
+from kraken_train.common.errors import TrainingError
+from kraken_train.model.config import KrakenConfig
+from kraken_train.model.registry import build_model
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.sharding import sharded_dims
+from parity.common import MODELS, make_engine, make_mesh, make_model, run_steps
+
+OVERLAP_LAYERS = 40
+DELAY = 0.010  # seconds that every all-reduce takes longer
+
+
+def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
+    return {
+        str(size): {
+            "golden": golden(runtime, size),
+            "architectures": {
+                f"{name} {'cut' if vocab_parallel else 'whole'} vocabulary": against_whole(
+                    runtime, name, size, vocab_parallel
+                )
+                for name in ("kraken-4", "standard", "parallel")
+                for vocab_parallel in (False, True)
+            },
+            "events": {f"recompute={r}": events(runtime, size, r) for r in (False, True)},
+            "collectives": collectives(runtime, size),
+            "replicas": replicas(runtime, size),
+            "dtypes": reduction_dtypes(runtime, size),
+            "groups": groups(runtime, size),
+            "unequal sums": unequal_sums(runtime, size),
+        }
+        for size in sizes
+    }
+
+
+def golden(runtime: Runtime, size: int) -> dict[str, float]:
+    """Largest errors against the authors' float64 numbers, over all ranks."""
+    expected = Golden()
+    mesh = make_mesh(runtime, size)
+    model = make_model(expected.config, mesh).double()
+    cuts = sharded_dims(model)
+
+    def part(name: str, whole: Tensor) -> Tensor:
+        cut = cuts[name]
+        return whole if cut is None else cut.take(whole)
+
+    model.load_state_dict({name: part(name, weight) for name, weight in expected.weights.items()})
+    logits = model(expected.input_ids).detach()
+    loss = model.loss(expected.input_ids, expected.targets)
+    loss.backward()
+    gradients = [
+        float((model.get_parameter(name).grad - part(name, gradient)).norm() / part(name, gradient).norm())
+        for name, gradient in expected.gradients.items()
+    ]
+    errors = {
+        "logits": float((logits - expected.logits).abs().max()),
+        "loss": abs(loss.item() - expected.loss),
+        "gradients": max(gradients),
+    }
+    return {name: max(rank[name] for rank in runtime.gather(errors)) for name in errors}
+
+
+def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool) -> dict[str, float]:
+    """Largest relative errors against the same model in one process, in float64, ignored targets included."""
+    config = MODELS[name]
+    mesh = make_mesh(runtime, size)
+    whole, model = build_model(config).double(), make_model(config, mesh, vocab_parallel).double()
+    cuts = sharded_dims(model)
+    ids = torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(5))
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[0, 3:7] = -100
+    losses, expected_losses = model.token_losses(inputs, targets).detach(), whole.token_losses(inputs, targets).detach()
+    model.loss(inputs, targets).backward()
+    whole.loss(inputs, targets).backward()
+    gradient_errors = []
+    for parameter_name, parameter in model.named_parameters():
+        cut, expected = cuts[parameter_name], whole.get_parameter(parameter_name).grad
+        expected = expected if cut is None else cut.take(expected)
+        gradient_errors.append(float((parameter.grad - expected).norm() / expected.norm()))
+    errors = {
+        "logits": float((model(inputs) - whole(inputs)).detach().abs().max()),
+        "losses": float((losses - expected_losses).abs().max()),
+        "gradients": max(gradient_errors),
+    }
+    return {key: max(rank[key] for rank in runtime.gather(errors)) for key in errors}
+
+
+class RecordedWork:
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("wait")
+        self.work.wait()
+
+
+def events(runtime: Runtime, size: int, recompute: bool) -> list[str]:
+    """What happens in one forward and backward pass, as rank 0 sees it."""
+    log: list[str] = []
+
+    def all_reduce(buffer: Tensor, **options: Any) -> RecordedWork:
+        assert options["async_op"]
+        log.append("start")
+        return RecordedWork(dist.all_reduce(buffer, **options), log)
+
+    config = MODELS["kraken-4"]
+    model = make_model(config, make_mesh(runtime, size), collective=all_reduce).to(runtime.device)
+    model.recompute = recompute
+    for layer in model.layers:
+        layer.attention.register_forward_pre_hook(lambda *_: log.append("attention"))
+        layer.attention.register_full_backward_pre_hook(lambda *_: log.append("attention backward"))
+        layer.attention.register_full_backward_hook(lambda *_: log.append("attention done"))
+        layer.ffn.register_forward_pre_hook(lambda *_: log.append("ffn"))
+        layer.ffn.register_full_backward_pre_hook(lambda *_: log.append("ffn backward"))
+    ids = torch.zeros(1, 8, dtype=torch.long, device=runtime.device)
+    loss = model.loss(ids, ids)
+    log.append("loss")
+    loss.backward()
+    return log
+
+
+def collectives(runtime: Runtime, size: int) -> dict[str, int]:
+    """All-reduces of one forward and backward pass by architecture, with and without recomputation."""
+    counted = {}
+    for name in ("kraken-4", "standard", "parallel"):
+        for recompute in (False, True):
+            count = 0
+
+            def all_reduce(buffer: Tensor, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                return dist.all_reduce(buffer, **options)
+
+            model = make_model(MODELS[name], make_mesh(runtime, size), collective=all_reduce)
+            model.recompute = recompute
+            ids = torch.zeros(1, 8, dtype=torch.long)
+            loss = model.loss(ids, ids)
+            counted[f"{name} forward recompute={recompute}"] = count
+            loss.backward()
+            counted[f"{name} both recompute={recompute}"] = count
+    return counted
+
+
+def replicas(runtime: Runtime, size: int) -> dict[str, str]:
+    """What the checksums say of a flipped bit on the last rank, by the parameter that it is in."""
+    found = {}
+    engine = make_engine(MODELS["kraken-4"], runtime, size, precision="bf16")
+    for name in ("token_embedding.weight", "final_norm.weight", "layers.1.ffn.up.weight"):
+        bits = engine.model.get_parameter(name).data.view(torch.int16).view(-1)
+        for flip in (True, False):
+            if runtime.rank == runtime.world_size - 1:
+                bits[-1] ^= 1
+            try:
+                engine.verify_replicas()
+                message = ""
+            except TrainingError as error:
+                message = str(error)
+            messages = runtime.gather(message)
+            found[f"{name} {'flipped' if flip else 'restored'}"] = message if len(set(messages)) == 1 else str(messages)
+    return found
+
+
+def unequal_sums(runtime: Runtime, size: int) -> str:
+    """What the checksums say after steps in which the last rank had other last bits in a shared gradient."""
+    engine = make_engine(MODELS["kraken-4"], runtime, size)
+    if runtime.rank == runtime.world_size - 1:
+        engine.model.final_norm.weight.register_hook(lambda gradient: gradient * (1 + 1e-6))
+    run_steps(engine, MODELS["kraken-4"], range(2))
+    try:
+        engine.verify_replicas()
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def reduction_dtypes(runtime: Runtime, size: int) -> list[str]:
+    """The types of the buffers that are summed: model's type, setting."""
+    seen = []
+    for model_dtype, dtype in (
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ):
+        buffers = set()
+
+        def all_reduce(buffer: Tensor, buffers: set[torch.dtype] = buffers, **options: Any) -> Any:
+            buffers.add(buffer.dtype)
+            return dist.all_reduce(buffer, **options)
+
+        model = make_model(MODELS["kraken-4"], make_mesh(runtime, size), False, dtype, all_reduce).to(model_dtype)
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        model.loss(ids, ids).backward()
+        seen.append(f"{model_dtype} {dtype} -> {' '.join(map(str, buffers))}")
+    return seen
+
+
+def groups(runtime: Runtime, size: int) -> list[list[list[int]]]:
+    """The global ranks of each rank's copy, and of those on its place in the other copies."""
+    mesh = make_mesh(runtime, size)
+    mine = [mesh.get_model_parallel_group(), mesh.get_data_parallel_group()]
+    return runtime.gather([dist.get_process_group_ranks(group) for group in mine])
+
+
+class Clock:
+    """Of a rank: it goes on only by what takes time, or with the machine where `real`."""
+
+    def __init__(self, real: bool) -> None:
+        self.real, self.seconds = real, 0.0
+
+    def now(self) -> float:
+        return time.perf_counter() if self.real else self.seconds
+
+    def pass_until(self, moment: float) -> None:
+        if self.real:
+            time.sleep(max(0.0, moment - self.now()))
+        self.seconds = max(self.seconds, moment)
+
+
+class Late:
+    """A collective that completes `DELAY` after it began, without using the processor."""
+
+    def __init__(self, work: Any, clock: Clock) -> None:
+        self.work, self.clock, self.due = work, clock, clock.now() + DELAY
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.clock.pass_until(self.due)
+
+
+def run_overlap(runtime: Runtime, size: int, busy: bool) -> dict[str, float]:
+    """Seconds per forward and backward pass: without delays, with them, and with them while waiting at once.
+
+    The attention takes longer than the delay: `busy`, because it computes, with as many sequences as that needs here;
+    otherwise because it takes 1.3 of it on a clock on which nothing else takes time, so that the figures do not depend
+    on the machine.
+    """
+    count, clock = 0, Clock(real=busy)
+
+    def late(wait_at_once: bool) -> Any:
+        def all_reduce(buffer: Tensor, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            work = Late(dist.all_reduce(buffer, **options), clock)
+            if wait_at_once:
+                work.wait()
+            return work
+
+        return all_reduce
+
+    def attend(*_: Any) -> None:
+        clock.pass_until(clock.now() + 1.3 * DELAY)
+
+    tokens = 512 if busy else 8
+    config = KrakenConfig(4, OVERLAP_LAYERS, 64, 4, 64, tokens, ffn_multiplier=1)
+    mesh = make_mesh(runtime, size)
+    models = {
+        "undelayed": make_model(config, mesh),
+        "hidden": make_model(config, mesh, collective=late(wait_at_once=False)),
+        "waiting": make_model(config, mesh, collective=late(wait_at_once=True)),
+    }
+    sequences, attention = 1, 1.3 * DELAY
+    if busy:
+        layer = models["undelayed"].layers[0].attention
+        while True:
+            attention = least_seconds(layer, torch.randn(4 // size, sequences, tokens, 64))
+            if runtime.all_true(attention >= 1.3 * DELAY):
+                break
+            sequences += 1
+    else:
+        for model in models.values():
+            for layer in model.layers:
+                layer.attention.register_forward_pre_hook(attend)
+                layer.attention.register_full_backward_pre_hook(attend)
+    ids = torch.zeros(sequences, tokens, dtype=torch.long)
+    least = dict.fromkeys(models, math.inf)
+    for rounds in range(60 if busy else 1):
+        for name, model in models.items():  # in turn, so that a slow moment of the machine meets all of them
+            count = 0
+            runtime.all_true(True)
+            started = clock.now()
+            model.loss(ids, ids).backward()
+            least[name] = min(least[name], clock.now() - started)
+        # What else the machine does only adds to a time, so the least are nearest to the truth, once they are known.
+        delays = count * DELAY
+        hidden, waiting = least["hidden"] - least["undelayed"], least["waiting"] - least["undelayed"]
+        if runtime.all_true(rounds >= 10 and hidden <= 0.10 * delays and waiting >= 0.90 * delays):
+            break
+    return {**least, "delays": delays, "attention": attention}
+
+
+@torch.no_grad()
+def least_seconds(module: torch.nn.Module, streams: Tensor) -> float:
+    least = math.inf
+    for _ in range(10):
+        started = time.perf_counter()
+        module(streams)
+        least = min(least, time.perf_counter() - started)
+    return least

@@ -1,0 +1,110 @@
+"""The exchange over ranks: exact, in the right order, hidden behind the attention; and checksums that see a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from parity.common import COMMON
+from parity.communicator_checks import DELAY
+
+LAYERS = COMMON["num_layers"]
+PLACES = [(2, 2), (4, 2), (4, 4)]  # ranks, ranks of a copy
+Launched = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_golden_file_over_ranks(launched: Launched, ranks: int, size: int) -> None:
+    errors = launched(ranks)["exchange"][str(size)]["golden"]
+    assert errors["logits"] < 1e-12 and errors["loss"] < 1e-13 and errors["gradients"] < 1e-6
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_equal_to_the_whole_model(launched: Launched, ranks: int, size: int) -> None:
+    found = launched(ranks)["exchange"][str(size)]["architectures"]
+    assert len(found) == 6
+    for case, errors in found.items():
+        assert errors["logits"] < 1e-13 and errors["losses"] < 1e-13 and errors["gradients"] < 1e-12, case
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_order_of_events(launched: Launched, ranks: int, size: int) -> None:
+    events = launched(ranks)["exchange"][str(size)]["events"]
+    later, later_backward = LAYERS - 1, LAYERS - 1
+    assert events["recompute=False"] == [
+        "attention", "ffn",
+        *["start", "attention", "wait", "ffn"] * later,
+        "start", "wait",  # the conjunction
+        "loss",
+        *["ffn backward", "start", "attention backward", "attention done", "wait"] * later_backward,
+        "ffn backward", "attention backward", "attention done",
+        "start", "wait",  # the gradient of the embedding
+    ]  # fmt: skip
+    # With recomputation the parts run once more, and nothing else changes.
+    again = ["attention backward", "attention", "attention done"]
+    assert events["recompute=True"] == [
+        "attention", "ffn",
+        *["start", "attention", "wait", "ffn"] * later,
+        "start", "wait",
+        "loss",
+        *["ffn backward", "ffn", "start", *again, "wait"] * later_backward,
+        "ffn backward", "ffn", *again,
+        "start", "wait",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_number_of_collectives(launched: Launched, ranks: int, size: int) -> None:
+    counted = launched(ranks)["exchange"][str(size)]["collectives"]
+    per_layer = {"kraken-4": 1, "parallel": 1, "standard": 2}
+    for name, number in per_layer.items():
+        for recompute in (False, True):
+            assert counted[f"{name} forward recompute={recompute}"] == number * LAYERS
+            assert counted[f"{name} both recompute={recompute}"] == 2 * number * LAYERS
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_reduction_dtype(launched: Launched, ranks: int, size: int) -> None:
+    assert launched(ranks)["exchange"][str(size)]["dtypes"] == [
+        "torch.bfloat16 None -> torch.bfloat16",
+        "torch.bfloat16 torch.float32 -> torch.float32",
+        "torch.bfloat16 torch.bfloat16 -> torch.bfloat16",
+        "torch.float32 torch.bfloat16 -> torch.float32",
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_checksums_name_the_parameter_and_the_rank(launched: Launched, ranks: int, size: int) -> None:
+    found = launched(ranks)["exchange"][str(size)]["replicas"]
+    for name in ("token_embedding.weight", "final_norm.weight", "layers.1.ffn.up.weight"):
+        assert found[f"{name} restored"] == ""
+        if "layers" in name and ranks == size:  # nobody else holds it
+            assert found[f"{name} flipped"] == ""
+        else:
+            told = f"{name} is not the same on all ranks that hold it: rank {ranks - 1} has other bits than the first"
+            assert found[f"{name} flipped"].startswith(told)
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_sums_in_another_order_do_not_part_the_ranks(launched: Launched, ranks: int, size: int) -> None:
+    assert launched(ranks)["exchange"][str(size)]["unequal sums"] == ""
+
+
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_ranks_of_a_copy_are_adjacent(launched: Launched, ranks: int, size: int) -> None:
+    found = launched(ranks)["exchange"][str(size)]["groups"]
+    for rank, (copy, across) in enumerate(found):
+        assert copy == [rank - rank % size + i for i in range(size)]
+        assert across == list(range(rank % size, ranks, size))
+
+
+@pytest.mark.parametrize(
+    ("launch", "check"), [(2, "overlap"), pytest.param("slow 2", "busy-overlap", marks=pytest.mark.slow)]
+)
+def test_delays_are_hidden_behind_the_attention(launched: Launched, launch: int | str, check: str) -> None:
+    seconds = launched(launch)[check]
+    assert seconds["delays"] >= 0.79 and seconds["attention"] > DELAY
+    assert seconds["hidden"] - seconds["undelayed"] <= 0.10 * seconds["delays"], seconds
+    assert seconds["waiting"] - seconds["undelayed"] >= 0.90 * seconds["delays"], seconds
