@@ -12,8 +12,8 @@ from helpers import small_configs
 
 from kraken_train.common.cli import compose_command
 from kraken_train.common.errors import CheckpointError
-from kraken_train.common.settings import to_dict
-from kraken_train.config import TrainConfig, setting_names
+from kraken_train.common.settings import setting_names, to_dict
+from kraken_train.config import TrainConfig
 from kraken_train.run.folder import require_same_run
 from kraken_train.run.recorded_settings import OF_THE_RUN, recorded_settings
 from kraken_train.train import differences
