@@ -59,14 +59,14 @@ def test_exchange() -> None:
     kraken, standard = predict(KRAKEN, layout, H100).time, predict(GPT, layout, H100).time
     link = H100.interconnect(4, 1)
     assert kraken.hidden == pytest.approx(22 * link.all_reduce_seconds(20 * 1024 * 512 * 2, 4), rel=1e-9)
-    assert standard.hidden == 0 and kraken.hidden > 3 * kraken.communicator
+    assert standard.hidden == 0 and kraken.hidden > 3 * kraken.exchange
     hidden = 20 * 1024 * 768 * 2  # bytes
     one = link.all_reduce_seconds(hidden, 4)
-    assert standard.communicator == pytest.approx(4 * 12 * one, rel=0.3)  # and a broadcast of 200 MB
+    assert standard.exchange == pytest.approx(4 * 12 * one, rel=0.3)  # and a broadcast of 200 MB
     slow = predict(KRAKEN, layout, replace(H100, intra_node="pcie4")).time
-    assert slow.communicator > 10 * kraken.communicator
+    assert slow.exchange > 10 * kraken.exchange
     apart = predict(KRAKEN, layout, replace(H100, devices_per_node=2)).time
-    assert apart.communicator > 2 * kraken.communicator, "between nodes it is slower"
+    assert apart.exchange > 2 * kraken.exchange, "between nodes it is slower"
 
 
 def test_choices_cost_time() -> None:
