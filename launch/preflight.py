@@ -10,7 +10,7 @@ from kraken_train.common.cli import compose_command
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import TrainingData
 from kraken_train.model.config import ModelConfig, parse_model
-from kraken_train.run.folder import check_run_folder
+from kraken_train.training.open_run import check_run_folder
 
 ANY_VOCABULARY = 64  # tokens, where the data do not exist yet
 
