@@ -1,4 +1,4 @@
-# make demo    set up .venv and run the main job end to end on a CPU
+# make demo    set up .venv and run all commands, from data to generated text, on a CPU
 # make test    set up .venv and run the tests
 # make test-slurm    the tests that need a Slurm (of two nodes with ranks on their processors)
 # make lint    ruff and mypy

@@ -1,1 +1,0 @@
-"""What happens to weights after training: checkpoints on disk, exports, imports."""

@@ -1,6 +1,6 @@
-"""A run's checkpoint as an export: python -m checkpoints.export run_dir=RUN output_dir=EXPORT
+"""Exports a run's checkpoint: python -m checkpoints.export run_dir=RUN output_dir=EXPORT
 
-Needs neither the GPUs nor the number of processes of the run.
+It needs neither GPUs nor the number of ranks that the run had.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ExportConfig:
 
     run_dir: FilePath
     output_dir: FilePath
-    step: int | None  # null: the newest good checkpoint
+    step: int | None  # null: the newest undamaged checkpoint
     dtype: str  # fp32 | bf16
     license: Name | None  # of the model card
     log_artifact: bool  # add the export to the run in Weights & Biases
@@ -46,20 +46,20 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> None:
-    """Raises CheckpointError if the run has no such checkpoint or the output cannot be written."""
+    """Write the export. Raises CheckpointError if the run has no such checkpoint or the output cannot be written."""
     run_dir, output_dir = Path(config.run_dir), Path(config.output_dir)
     if not run_dir.is_dir():
-        raise CheckpointError(f"run_dir={run_dir} is not a folder; name the run_dir of a training run")
+        raise CheckpointError(f"run_dir={run_dir} is not a folder; give the run_dir of a training run")
     require_unused(output_dir)
     tracked = read_wandb_run(run_dir) if config.log_artifact else None
     trained = read_weights(run_dir, config.step)
     identity = read_identity(run_dir)
     if identity is not None and trained.metadata["run_id"] != identity["id"]:
         raise CheckpointError(
-            f"step {trained.metadata['step']} in {run_dir} is the checkpoint of another run; move it away, or name a "
-            "step=NUMBER of this one"
+            f"step {trained.metadata['step']} in {run_dir} is a checkpoint of another run; move it away, or give a "
+            "step=NUMBER of this run"
         )
-    for problem in trained.passed_over:
+    for problem in trained.skipped:
         print(f"passed over a damaged checkpoint: {problem}")
     step = trained.metadata["step"]
     training = Training.of_run(run_dir, trained.metadata.get("config", {}), step)
@@ -75,9 +75,9 @@ def export(config: ExportConfig) -> None:
     parameters = trained.model_config.num_parameters
     if not tokenizer_dir.is_dir():
         print(f"note: {run_dir} has no tokenizer, so the export has none and cannot generate text from a prompt")
-    for known in (note, head_size_note(trained.model_config)):
-        if known is not None:
-            print(f"note: {known}")
+    for message in (note, head_size_note(trained.model_config)):
+        if message is not None:
+            print(f"note: {message}")
     write_card(output_dir, training, config.license)
     try:
         record_export(run_dir, output_dir, step)

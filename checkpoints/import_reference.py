@@ -1,9 +1,9 @@
-"""A checkpoint of the authors' code as an export:
+"""Imports a checkpoint of the authors' code as an export:
 
     python -m checkpoints.import_reference checkpoint=ckpt.pt output_dir=EXPORT
 
-Their `ckpt.pt` is a pickle. It is read by PyTorch's restricted loader, which knows tensors and plain values and runs
-nothing that the file names.
+Their `ckpt.pt` is a pickle. PyTorch's restricted loader reads it, which accepts only tensors and plain values and runs
+no code from the file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kraken_train.common.validation import require_positive
 from kraken_train.model.config import KrakenConfig
 from kraken_train.model.head_dims import head_size_note
 
-# Their names of dimensions that the weights show as well.
-VISIBLE_DIMENSIONS = {
+# Their name of a dimension -> our name; only dimensions that the shapes of the weights also show.
+DIMENSIONS_IN_SHAPES = {
     "n_layer": "num_layers",
     "n_embd": "hidden_size",
     "vocab_size": "vocab_size",
@@ -44,7 +44,7 @@ class ImportConfig:
     checkpoint: FilePath
     output_dir: FilePath
     tokenizer_dir: FilePath | None
-    heads_per_sub_layer: int | None  # null: as the checkpoint says
+    heads_per_sub_layer: int | None  # null: as in the checkpoint
 
     def validate(self) -> None:
         if self.heads_per_sub_layer is not None:
@@ -52,7 +52,7 @@ class ImportConfig:
 
 
 def import_reference(config: ImportConfig) -> None:
-    """Raises CheckpointError if the file is not the authors' or the output cannot be written."""
+    """Write the export. Raises CheckpointError if the file is not of the authors' code or the output not writable."""
     output_dir = Path(config.output_dir)
     require_unused(output_dir)
     stored = read_checkpoint(Path(config.checkpoint))
@@ -63,9 +63,9 @@ def import_reference(config: ImportConfig) -> None:
     note = write_export(
         output_dir, model_config, weights, tokenizer_dir=tokenizer_dir, metadata=metadata, dtype=torch.float32
     )
-    for known in (note, head_size_note(model_config)):
-        if known is not None:
-            print(f"note: {known}")
+    for message in (note, head_size_note(model_config)):
+        if message is not None:
+            print(f"note: {message}")
     print(f"imported {model_config.num_parameters:,} parameters to {output_dir}")
 
 
@@ -76,14 +76,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint={path} holds more than tensors and plain values, which only code in the file could restore; "
-            "it was refused, and nothing in it was run"
+            f"checkpoint={path} holds objects other than tensors and plain values, which could run code; it was not "
+            "loaded"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"checkpoint={path} is not a checkpoint written by torch.save ({reason})") from error
     if not isinstance(stored, dict) or not is_state_dict(stored.get("model")):
-        raise CheckpointError(f"checkpoint={path} has no weights under `model`, so it is not one of the authors' code")
+        raise CheckpointError(f"checkpoint={path} has no weights under `model`, so it is not of the authors' code")
     arguments = stored.get("model_args")
     return {**stored, "model_args": arguments if isinstance(arguments, dict) else {}}
 
@@ -95,9 +95,10 @@ def is_state_dict(value: object) -> bool:
 def infer_config(
     weights: Mapping[str, Tensor], arguments: Mapping[str, Any], heads_per_sub_layer: int | None = None
 ) -> KrakenConfig:
-    """Dimensions from converted weights, heads (which no shape shows) from `arguments` or as given.
+    """The configuration from the shapes of converted weights.
 
-    Raises CheckpointError where `arguments` contradict the weights.
+    The number of heads is not visible in a shape: it is `heads_per_sub_layer` if given, or else that of `arguments`.
+    Raises CheckpointError if `arguments` contradict the weights.
     """
     num_sub_layers, hidden_size, _ = weights["conjunction.weight"].shape
     heads = heads_per_sub_layer or arguments.get("n_heads_in_split")
@@ -115,11 +116,13 @@ def infer_config(
         context_length=weights["position_embedding.weight"].shape[0],
         ffn_multiplier=weights["layers.0.ffn.up.weight"].shape[1] // hidden_size,
     )
-    for theirs, ours in VISIBLE_DIMENSIONS.items():
-        said, seen = arguments.get(theirs), getattr(config, ours)
-        if said is not None and said != seen:
-            raise CheckpointError(f"model_args.{theirs}={said} contradicts the checkpoint's weights, which have {seen}")
-    total = arguments.get("n_head")  # theirs counts the heads of all sub-layers
+    for theirs, ours in DIMENSIONS_IN_SHAPES.items():
+        argument, actual = arguments.get(theirs), getattr(config, ours)
+        if argument is not None and argument != actual:
+            raise CheckpointError(
+                f"model_args.{theirs}={argument} contradicts the checkpoint's weights, which have {actual}"
+            )
+    total = arguments.get("n_head")  # their n_head counts the heads of all sub-layers
     if heads_per_sub_layer is None and total is not None and total != num_sub_layers * heads:
         raise CheckpointError(
             f"model_args.n_head={total} contradicts {num_sub_layers} sub-layers with n_heads_in_split={heads} each; "

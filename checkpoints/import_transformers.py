@@ -1,9 +1,9 @@
-"""A model that transformers has fine-tuned and saved, as an export:
+"""Imports a model that transformers fine-tuned and saved, as an export:
 
     python -m checkpoints.import_transformers model_dir=FOLDER output_dir=EXPORT
 
-Training can then go on from it (`init_from=EXPORT` of kraken_train.train). Only safetensors files are read, never a
-pickle or the code in the folder.
+Training can then start from it (`init_from=EXPORT` of kraken_train.train). Only safetensors files are read, no pickles,
+and no code of the folder is run.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class ImportConfig:
 
 
 def import_transformers(config: ImportConfig) -> None:
-    """Raises CheckpointError if the folder is not that of a Kraken or baseline, or the output cannot be written."""
+    """Write the export. Raises CheckpointError if the model is not one of ours or the output cannot be written."""
     model_dir, output_dir = Path(config.model_dir), Path(config.output_dir)
     require_unused(output_dir)
     if not model_dir.is_dir():
-        raise CheckpointError(f"model_dir={model_dir} is not a folder; name one that save_pretrained has written")
+        raise CheckpointError(f"model_dir={model_dir} is not a folder; give one that save_pretrained has written")
     description = read_description(model_dir / CONFIG_FILE)
     model_config = read_model_config(description, model_dir / CONFIG_FILE)
     weights = read_weights(model_dir)
-    with ExitStack() as held:
-        tokenizer_dir = find_tokenizer(config.tokenizer_dir, model_dir, held)
+    with ExitStack() as stack:
+        tokenizer_dir = find_tokenizer(config.tokenizer_dir, model_dir, stack)
         note = write_export(
             output_dir,
             model_config,
@@ -77,15 +77,15 @@ def import_transformers(config: ImportConfig) -> None:
             dtype=DTYPES[config.dtype],
         )
     if tokenizer_dir is None:
-        print(f"note: {model_dir} has no tokenizer, so the export has none; tokenizer_dir=FOLDER adds that of the data")
-    for known in (note, head_size_note(model_config)):
-        if known is not None:
-            print(f"note: {known}")
+        print(f"note: {model_dir} has no tokenizer, so the export has none; tokenizer_dir=FOLDER adds one")
+    for message in (note, head_size_note(model_config)):
+        if message is not None:
+            print(f"note: {message}")
     print(f"imported {model_config.num_parameters:,} parameters in {config.dtype} to {output_dir}")
 
 
 def read_model_config(description: dict[str, Any], path: Path) -> ModelConfig:
-    """The model's settings out of what else transformers stores beside them. Raises CheckpointError."""
+    """The model's settings in a config.json, which also holds settings of transformers. Raises CheckpointError."""
     architecture = description.get("architecture")
     if architecture not in MODEL_CONFIGS:
         raise CheckpointError(f"{path} has architecture={architecture}; known: {', '.join(MODEL_CONFIGS)}")
@@ -97,7 +97,7 @@ def read_model_config(description: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights under our names, without a head that is the embedding. Raises CheckpointError."""
+    """All weights under our names, without the head, which is tied to the embedding. Raises CheckpointError."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
@@ -111,7 +111,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     head = weights.pop(HEAD, None)
     if head is not None and EMBEDDING in weights and not torch.equal(head, weights[EMBEDDING]):
         raise CheckpointError(
-            f"{HEAD} and {EMBEDDING} in {folder} differ, but this program's models have a head that is the embedding; "
+            f"{HEAD} and {EMBEDDING} in {folder} differ, but models of this program tie the head to the embedding; "
             "fine-tune with tie_word_embeddings=True"
         )
     if head is not None:
@@ -120,7 +120,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, of which a large model has several. Raises CheckpointError."""
+    """The safetensors files of the folder; a large model has several. Raises CheckpointError."""
     index = folder / INDEX_FILE
     if (folder / WEIGHTS_FILE).exists() or not index.exists():
         return [require_weights(folder)]
@@ -131,7 +131,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again or save the model again") from error
     for name in files:
         if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name}, which is not a file beside it; save the model again")
+            raise CheckpointError(f"{index} names {name}, which is not a file in the same folder; save the model again")
     return [folder / name for name in files]
 
 
@@ -141,14 +141,17 @@ def require_weights(folder: Path) -> Path:
             f"{folder} holds an adapter, not a model; merge it (merge_and_unload of peft) and save the model"
         )
     if any(folder.glob("pytorch_model*.bin")):
-        raise CheckpointError(f"{folder} holds a pickle, which is not read; save with safe_serialization=True")
+        raise CheckpointError(
+            f"{folder} holds a pickle, which is not read; save the model with safe_serialization=True"
+        )
     return folder / WEIGHTS_FILE
 
 
-def find_tokenizer(setting: str | None, model_dir: Path, held: ExitStack) -> Path | None:
-    """A folder in our format: as set, the model's own, or one made from its tokenizer.json until `held` is closed.
+def find_tokenizer(setting: str | None, model_dir: Path, stack: ExitStack) -> Path | None:
+    """The folder of the tokenizer in our format; None if there is no tokenizer.
 
-    Raises CheckpointError if that cannot be written.
+    It is `setting`, or that of the model, or a temporary one made from the model's tokenizer.json, which exists until
+    `stack` is closed. Raises CheckpointError if that cannot be written.
     """
     if setting is not None:
         return Path(setting)
@@ -158,7 +161,7 @@ def find_tokenizer(setting: str | None, model_dir: Path, held: ExitStack) -> Pat
         return None
     tokenizer = HuggingFaceTokenizer.from_path(model_dir, None)
     try:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tokenizer.save(folder)
     except OSError as error:
         raise CheckpointError(

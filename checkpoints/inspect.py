@@ -1,7 +1,7 @@
-"""What a training checkpoint holds, and whether it is whole: python -m checkpoints.inspect DIR
+"""Describes and verifies a training checkpoint: python -m checkpoints.inspect DIR
 
-DIR is one checkpoint, RUN/checkpoints/step-NNNNNNNN, or a run or its `checkpoints` folder: then all checkpoints are
-listed, and the newest is described and verified. Reads every byte of that one; needs none of the run's ranks or GPUs.
+DIR is one checkpoint, RUN/checkpoints/step-NNNNNNNN, or a run folder or its `checkpoints` folder: then all checkpoints
+are listed, and the newest is described and verified. Every byte of that checkpoint is read; no GPUs are needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def inspect(folder: Path) -> None:
-    """Print what is in `folder`. Raises CheckpointError if it holds no checkpoint or the one described is damaged."""
+    """Print a description. Raises CheckpointError if there is no checkpoint or the described one is damaged."""
     path = folder
     if not is_checkpoint(folder):
         checkpoints = checkpoints_folder(folder)
@@ -34,12 +34,12 @@ def inspect(folder: Path) -> None:
     checkpoint = read_manifest(path)
     print_lines(describe(checkpoint))
     verify_checkpoint(path)
-    print_lines(describe_tensors(checkpoint))  # now, as the index of a damaged checkpoint could be anything
+    print_lines(describe_tensors(checkpoint))  # after the verification: a damaged index must not be read
     print(f"verified: all {len(checkpoint.files)} files have the size and the SHA-256 that the manifest lists")
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Also one that was set aside or copied under another name; any other folder may have a manifest too."""
+    """Whether the folder is a checkpoint, also a renamed one. The manifest is no criterion: other folders have one."""
     return STEP_FOLDER.match(os.path.basename(os.path.realpath(folder))) is not None or (folder / INDEX).exists()
 
 
@@ -48,26 +48,26 @@ def checkpoints_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "checkpoints"):
         if step_folders(candidate) or damaged_folders(candidate):
             return candidate
-    what = "holds no checkpoint" if folder.is_dir() else "is not a folder"
+    problem = "holds no checkpoint" if folder.is_dir() else "is not a folder"
     raise CheckpointError(
-        f"{folder} {what}; name a run's folder, its checkpoints folder or a checkpoint in it, such as step-00000100"
+        f"{folder} {problem}; give a run folder, its checkpoints folder or a checkpoint in it, such as step-00000100"
     )
 
 
 def newest(checkpoints: Path) -> Path:
     found = step_folders(checkpoints)
     if not found:
-        raise CheckpointError(f"no checkpoint in {checkpoints} is left; those set aside as damaged can be named")
+        raise CheckpointError(f"{checkpoints} has only damaged checkpoints; give one of them to describe it")
     return found[-1]
 
 
 def damaged_folders(checkpoints: Path) -> list[Path]:
-    """Checkpoints that a resumed run has found damaged and renamed."""
+    """Checkpoints that a resumed run found damaged and renamed."""
     return sorted(checkpoints.glob("step-*.damaged"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Words
+# Descriptions
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -81,20 +81,20 @@ def describe_all(checkpoints: Path) -> list[tuple[str, str]]:
         try:
             checkpoint = read_manifest(path)
             tokens = checkpoint.metadata.get("tokens")
-            words = [size(total_bytes(checkpoint)), *([f"{tokens:,} tokens"] if tokens is not None else [])]
+            parts = [size(total_bytes(checkpoint)), *([f"{tokens:,} tokens"] if tokens is not None else [])]
         except CheckpointError as error:
-            words = [str(error)]
-        lines.append((path.name, ", ".join([*words, *(["latest"] if path.name == pointed else [])])))
+            parts = [str(error)]
+        lines.append((path.name, ", ".join([*parts, *(["latest"] if path.name == pointed else [])])))
     if pointed is None:
         lines.append((POINTER, "is missing; training does not need it"))
     elif pointed not in [path.name for path in found]:
-        lines.append((POINTER, f"points to {pointed}, which is not there; training does not need it"))
-    lines += [(path.name, "set aside by a run that found it damaged") for path in damaged_folders(checkpoints)]
+        lines.append((POINTER, f"points to {pointed}, which does not exist; training does not need it"))
+    lines += [(path.name, "renamed by a run that found it damaged") for path in damaged_folders(checkpoints)]
     return lines
 
 
 def describe(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """What the manifest tells, as (label, text); what an older checkpoint lacks is left out."""
+    """The content of the manifest as (label, text), without entries that an older checkpoint does not have."""
     metadata = checkpoint.metadata
     config = metadata.get("config", {})
     lines = [("checkpoint", str(checkpoint.path)), ("step", f"{checkpoint.step:,}")]
@@ -123,7 +123,7 @@ def describe_model(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def describe_topology(metadata: dict[str, Any]) -> list[tuple[str, str]]:
-    """The ranks that wrote it; any other number can read it."""
+    """The number of ranks that wrote the checkpoint; any other number can read it."""
     if "world_size" not in metadata:
         return []
     ranks = metadata["world_size"]

@@ -1,6 +1,6 @@
-"""An export to the Hugging Face Hub: python -m checkpoints.push export_dir=EXPORT repo=ORG/NAME
+"""Uploads an export to the Hugging Face Hub: python -m checkpoints.push export_dir=EXPORT repo=ORG/NAME
 
-Uploads what belongs to an export and nothing else. The token is that of `hf auth login`, or HF_TOKEN.
+Only the files of the export are uploaded. The token is that of `hf auth login`, or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.common.free_text import FilePath, Name
 
 CARD_FILE = "README.md"
-MESSAGE = "Upload an export of kraken-train"
+COMMIT_MESSAGE = "Upload an export of kraken-train"
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,14 @@ class PushConfig:
         except HFValidationError as error:
             raise ConfigError(f"repo={self.repo} is not a repository's name ({error}); use ORG/NAME") from error
         if self.repo.count("/") != 1:
-            raise ConfigError(f"repo={self.repo} does not say whose it is; use ORG/NAME")
+            raise ConfigError(f"repo={self.repo} has no user or organization; use ORG/NAME")
 
 
 def push(config: PushConfig) -> None:
-    """Raises CheckpointError if the export is incomplete or the Hub refuses it, ConfigError without a token."""
+    """Upload the export.
+
+    Raises CheckpointError if the export is incomplete or the upload fails, ConfigError if there is no token.
+    """
     folder = Path(config.export_dir)
     files = complete_export(folder)
     visibility = "private" if config.private else "public"
@@ -58,7 +61,7 @@ def push(config: PushConfig) -> None:
     if CARD_FILE not in files:
         print(f"note: {folder} has no {CARD_FILE}, so the Hub will show no model card")
     if config.dry_run:
-        print(f"{config.repo} would be created, {visibility}, if it does not exist; nothing has been sent")
+        print(f"{config.repo} would be created, {visibility}, if it does not exist; nothing has been uploaded")
         return
     if get_token() is None:
         raise ConfigError("there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN")
@@ -66,9 +69,9 @@ def push(config: PushConfig) -> None:
     try:
         api.create_repo(config.repo, private=config.private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=config.repo, folder_path=folder, allow_patterns=files, commit_message=MESSAGE
+            repo_id=config.repo, folder_path=folder, allow_patterns=files, commit_message=COMMIT_MESSAGE
         )
-    except Exception as error:  # of the Hub, of sockets, or of the HTTP client, which depends on the library's version
+    except Exception as error:  # the errors of the HTTP client depend on the version of the library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{config.repo} could not be written: {reason}; check the network, the repository's name and the token's "
@@ -78,7 +81,7 @@ def push(config: PushConfig) -> None:
 
 
 def complete_export(folder: Path) -> list[str]:
-    """Names of the files. Raises CheckpointError if one is damaged, or if one that transformers needs is missing."""
+    """The names of the files. Raises CheckpointError if one is damaged or one that transformers needs is missing."""
     export = read_export(folder)
     for name in [MODELING_FILE.name, *([GENERATION_FILE] if export.tokenizer_dir.is_dir() else [])]:
         if not (folder / name).is_file():
@@ -91,13 +94,13 @@ def complete_export(folder: Path) -> list[str]:
             "program"
         )
     if export.tokenizer_dir.is_dir():
-        export.load_tokenizer()  # so that it is whole
+        export.load_tokenizer()  # raises CheckpointError if it is damaged
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if not any(part.startswith((".", "__")) for part in path.parts))
 
 
 def readable(size: float) -> str:
-    """Bytes with a unit."""
+    """A number of bytes with a unit."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

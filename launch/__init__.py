@@ -1,1 +1,0 @@
-"""Starting jobs: the demo, and launchers for one machine and many."""

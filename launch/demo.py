@@ -1,8 +1,8 @@
-"""The main job end to end on a CPU, in a few minutes: python -m launch.demo [FOLDER]
+"""Data preparation, training, export and evaluation on a CPU, in a few minutes: python -m launch.demo [FOLDER]
 
-Prepares the embedded corpus, trains a small Kraken whose four sub-layers are shared by two ranks of the deepspeed
-launcher, exports it, evaluates the export, draws the curves and generates text. Every command is printed before it
-runs, to be copied and changed.
+Prepares the embedded corpus, trains a small Kraken whose four sub-layers are split over two ranks of the deepspeed
+launcher, draws the curves, exports the model, evaluates the export and generates text. Every command is printed before
+it runs, so that it can be copied and changed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -34,16 +35,16 @@ console = Console(highlight=False)
 
 def main() -> None:
     use_unicode()
-    parser = argparse.ArgumentParser(description="Run the main job end to end on a CPU.")
+    parser = argparse.ArgumentParser(description="Prepare data, train, export and evaluate on a CPU.")
     parser.add_argument("folder", nargs="?", default="runs/demo", type=Path, help="where everything is written")
     folder: Path = parser.parse_args().folder
-    clear(folder)
+    make_folder(folder)
     data, run, export = folder / "data", folder / "run", folder / "export"
     started = time.monotonic()
-    os.environ["DS_ACCELERATOR"] = "cpu"  # the same demo with and without GPUs
+    os.environ["DS_ACCELERATOR"] = "cpu"  # so that the demo is the same with and without GPUs
     console.print("$ export DS_ACCELERATOR=cpu", style="bold")
     python = [sys.executable, "-m"]
-    # The launcher lies beside the interpreter, whether or not the environment is activated.
+    # The launcher is in the folder of the interpreter, also if the environment is not activated.
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(RANKS), "--no_local_rank"]
     launcher += ["--log_level", "error", "--master_port", str(free_port()), "--module"]
 
@@ -64,8 +65,8 @@ def main() -> None:
     summarize(data, run, export, json.loads(evaluation.read_text(encoding="utf-8")), text, time.monotonic() - started)
 
 
-def clear(folder: Path) -> None:
-    """Make room for a new demo; refuses to delete a folder that is not an earlier one."""
+def make_folder(folder: Path) -> None:
+    """Delete an earlier demo and create the folder. Ends the program if the folder holds anything else."""
     marker = folder / ".demo"
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         sys.exit(f"error: {folder} is not empty and not an earlier demo; name another folder")
@@ -78,7 +79,7 @@ def clear(folder: Path) -> None:
 
 
 def step(title: str, command: list[str], capture: bool = False) -> str:
-    """Print and run one command; ends the demo with its exit code if it fails."""
+    """Print and run one command; what it printed if `capture`. Ends the demo if it fails."""
     console.rule(title)
     shown = [*command]
     shown[0] = Path(command[0]).name
@@ -93,7 +94,7 @@ def step(title: str, command: list[str], capture: bool = False) -> str:
     return finished.stdout or ""
 
 
-def summarize(data: Path, run: Path, export: Path, evaluation: dict, text: str, seconds: float) -> None:
+def summarize(data: Path, run: Path, export: Path, evaluation: dict[str, Any], text: str, seconds: float) -> None:
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     model = read_export(export).config
@@ -104,7 +105,7 @@ def summarize(data: Path, run: Path, export: Path, evaluation: dict, text: str, 
         f"{totals['text_bytes'] / 1e6:.1f} MB",
         "tokens": f"{totals['tokens']:,} prepared, {records[-1]['tokens']:,} trained on, vocabulary "
         f"{manifest['tokenizer']['vocab_size']}",
-        "model": f"{MODEL}, {model.num_parameters:,} parameters, its sub-layers shared by {RANKS} ranks",
+        "model": f"{MODEL}, {model.num_parameters:,} parameters, its sub-layers split over {RANKS} ranks",
         "loss": f"{records[0]['loss']:.3f} at step {records[0]['step']}, {records[-1]['loss']:.3f} at step "
         f"{records[-1]['step']}",
         "validation perplexity": f"{evaluation['perplexity']:.2f} over {evaluation['tokens']:,} tokens",

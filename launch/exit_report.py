@@ -1,4 +1,7 @@
-"""How a launch has ended, in one message and one exit code: the failing rank's own, not those that follow from it."""
+"""What a launch prints last and the exit code that it returns: the error of the rank that failed first.
+
+Errors of other ranks that only follow from the first one are left out.
+"""
 
 from __future__ import annotations
 
@@ -11,57 +14,59 @@ from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 from kraken_train.run.rank_errors import read_errors, root_causes
 from launch.node import Plan
 
-OWN_WORDS = re.compile(r"error: .+|(?:\w+\.)*\w*(?:Error|Exception)(?:: .+)?")  # ours, or a traceback's last line
-FOLLOWS = "see its message"  # in what is said of another rank's end
-NOT_ANSWERING = "has not answered"  # in what the watchdog says of a rank, which it then kills
-WORDS_KEPT = 100
+# One of our error messages, or the last line of a traceback.
+ERROR_LINE = re.compile(r"error: .+|(?:\w+\.)*\w*(?:Error|Exception)(?:: .+)?")
+CAUSED_BY_ANOTHER_RANK = "see its message"  # part of the message of a rank that ends because another rank failed
+NOT_ANSWERING = "has not answered"  # part of the watchdog's message about a rank that it then kills
+MAX_ERROR_LINES = 100
 
 
 @dataclass
-class Words:
-    """What ranks have said of errors, the first ones; nodes add from threads of their own."""
+class ErrorLines:
+    """The first error messages that the ranks printed. Thread-safe: a thread per node adds to it."""
 
     lines: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    latest: str = ""  # whatever it was about
+    last_printed: str = ""  # the last line of any kind
 
-    def hear(self, line: str) -> None:
-        self.latest = line = line.strip()
-        if OWN_WORDS.fullmatch(line) and FOLLOWS not in line:
+    def add(self, line: str) -> None:
+        """Keep a printed line if it is an error message that no other rank's failure caused."""
+        self.last_printed = line = line.strip()
+        if ERROR_LINE.fullmatch(line) and CAUSED_BY_ANOTHER_RANK not in line:
             with self.lock:
-                if line not in self.lines and len(self.lines) < WORDS_KEPT:
+                if line not in self.lines and len(self.lines) < MAX_ERROR_LINES:
                     self.lines.append(line)
 
-    def about_silence(self) -> list[str]:
+    def from_watchdog(self) -> list[str]:
         return [line for line in self.lines if NOT_ANSWERING in line]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ExitReport:
     exit_code: int
-    messages: list[str]  # the root cause first; none where nothing has failed
+    messages: list[str]  # the root cause first; empty if nothing failed
 
 
-def judge(plan: Plan, codes: dict[str, int], words: Words, asked: bool) -> Verdict:
-    """From each host's exit code, what was said, and what the ranks have left in the run's folder in this start.
+def diagnose(plan: Plan, exit_codes: dict[str, int], error_lines: ErrorLines, stop_requested: bool) -> ExitReport:
+    """Find the root cause from each host's exit code, the printed errors, and the error files of this launch.
 
-    `asked`: whether the launcher was asked to end.
+    `stop_requested`: whether the launcher received a signal to end.
     """
-    failed = {host: code for host, code in codes.items() if code}
+    failed = {host: code for host, code in exit_codes.items() if code}
     start = plan.newest_start()
     errors = [error for error in (read_errors(start) if start else []) if not error.follows]
     if not failed:
-        return Verdict(0, [])
+        return ExitReport(0, [])
     if errors:
-        silence = words.about_silence()
-        # A rank that the watchdog has killed is named by it, with the reason.
-        causes = root_causes([e for e in errors if not any(str(e) in line or e.message in line for line in silence)])
-        return Verdict(
+        watchdog = error_lines.from_watchdog()
+        # The watchdog's message already names a rank that it killed, with the reason.
+        causes = root_causes([e for e in errors if not any(str(e) in line or e.message in line for line in watchdog)])
+        return ExitReport(
             FAULT_EXIT_CODE if errors[0].restart_helps else USER_ERROR_EXIT_CODE,
-            silence + [f"error: {cause}: {cause.message}" for cause in causes],
+            watchdog + [f"error: {cause}: {cause.message}" for cause in causes],
         )
-    if asked or set(failed.values()) == {INTERRUPTED_EXIT_CODE}:
-        return Verdict(INTERRUPTED_EXIT_CODE, [])
+    if stop_requested or set(failed.values()) == {INTERRUPTED_EXIT_CODE}:
+        return ExitReport(INTERRUPTED_EXIT_CODE, [])
     code = USER_ERROR_EXIT_CODE if USER_ERROR_EXIT_CODE in failed.values() else FAULT_EXIT_CODE
-    ends = ", ".join(f"{host} with exit code {code}" for host, code in failed.items())
-    return Verdict(code, words.about_silence() or words.lines[:1] or [f"error: the ranks have ended on {ends}"])
+    ends = ", ".join(f"{host} (exit code {code})" for host, code in failed.items())
+    return ExitReport(code, error_lines.from_watchdog() or error_lines.lines[:1] or [f"error: ranks failed on {ends}"])

@@ -1,7 +1,7 @@
-"""An export of a run, and what it is worth: python -m launch.export_and_evaluate run_dir=RUN data_dir=DATA
+"""Exports a run and evaluates the export: python -m launch.export_and_evaluate run_dir=RUN data_dir=DATA
 
-`export_dir=FOLDER` places the export elsewhere than in RUN/export; all other arguments are those of
-`kraken_train.evaluate`. An export that is there already, of the run's newest checkpoint, is evaluated as it is.
+The export is written to RUN/export, or to FOLDER with `export_dir=FOLDER`; all other arguments are those of
+`kraken_train.evaluate`. If the folder already holds an export of the run's newest checkpoint, that one is evaluated.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class ExportAndEvaluate:
 
 def main() -> None:
     with user_errors(Path.cwd()):
-        stage = parse(sys.argv[1:])
-        if not is_done(stage.export):
-            export(stage.export)
-        evaluate(stage.evaluate)
+        configs = parse(sys.argv[1:])
+        if not is_exported(configs.export):
+            export(configs.export)
+        evaluate(configs.evaluate)
 
 
 def parse(arguments: Sequence[str]) -> ExportAndEvaluate:
@@ -51,12 +51,12 @@ def parse(arguments: Sequence[str]) -> ExportAndEvaluate:
 
 
 def value_of(key: str, arguments: Sequence[str]) -> str | None:
-    """What `key=VALUE` among the arguments says, the last one if there are several."""
+    """The value of `key=VALUE` among the arguments, of the last one if there are several; None if there is none."""
     return next((a.partition("=")[2] for a in reversed(arguments) if a.partition("=")[0].lstrip("+") == key), None)
 
 
-def is_done(config: ExportConfig) -> bool:
-    """Whether the export is there. Raises CheckpointError if it is one of another checkpoint."""
+def is_exported(config: ExportConfig) -> bool:
+    """Whether the folder holds the export. Raises CheckpointError if it holds one of another checkpoint."""
     folder = Path(config.output_dir)
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
@@ -64,8 +64,8 @@ def is_done(config: ExportConfig) -> bool:
     exported = read_export(folder).training.get("step")
     if exported != newest:
         raise CheckpointError(
-            f"{folder} holds an export of step {exported}, and the newest checkpoint of {config.run_dir} is of step "
-            f"{newest}; name another export_dir, or remove that one"
+            f"{folder} holds an export of step {exported}, but the newest checkpoint of {config.run_dir} is of step "
+            f"{newest}; give another export_dir, or remove that one"
         )
     return True
 

@@ -1,9 +1,9 @@
-"""One machine's part of a launch: starts DeepSpeed's launcher, watches its ranks, and leaves nothing behind.
+"""The ranks of one host: starts DeepSpeed's launcher, watches its ranks, and ends every process that they started.
 
-`launch.deepspeed` starts `python -m launch.node` on each machine, through ssh where it is another one, and talks to it
-over its input: first a line with a Plan, which no shell reads, so arguments arrive as they are; then anything at all to
-say that it is still there, STOP (the ranks are asked to save and end), KILL. The end of the input, or silence, means
-that the connection is lost, and is a STOP too.
+`launch.deepspeed` starts `python -m launch.node` on each host, through ssh if it is another machine, and writes to its
+standard input: first one line with a Plan as JSON (no shell reads it, so arguments arrive unchanged), then KEEP_ALIVE
+at intervals, STOP (the ranks save a checkpoint and end) and KILL. The end of the input, or CONNECTION_TIMEOUT seconds
+without input, means that the connection was lost, and has the effect of STOP.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from kraken_train.run.events import now
 from kraken_train.run.layout import start_folders
 from kraken_train.run.rank_errors import RankError, error_file, record_error
 
-STOP, KILL, STILL_HERE = b"stop\n", b"kill\n", b"\n"
-SILENCE_SECONDS = 120.0
-LOOK_SECONDS = 0.1
-LEFTOVER_SECONDS = 30.0  # for what ranks have started to end after them
-PR_SET_CHILD_SUBREAPER = 36
-SPOKEN_EXIT_CODES = (0, 1, 2, INTERRUPTED_EXIT_CODE)  # with which a rank ends that has said why
+STOP, KILL, KEEP_ALIVE = b"stop\n", b"kill\n", b"\n"
+CONNECTION_TIMEOUT = 120.0  # seconds
+POLL_SECONDS = 0.1
+LEFTOVER_SECONDS = 30.0  # how long processes that ranks started may run on after the ranks have ended
+PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl.h
+REPORTED_EXIT_CODES = (0, 1, 2, INTERRUPTED_EXIT_CODE)  # a rank with one of these has printed the reason itself
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one machine is to start."""
+    """What one host starts."""
 
     node_rank: int
-    hosts: dict[str, list[str]]  # of the whole job: the slots of each
+    hosts: dict[str, list[str]]  # all hosts of the job, each with its slots
     master_addr: str
     master_port: int
     launcher_options: list[str]
     module: str
     arguments: list[str]
-    environment: dict[str, str]  # in addition to what is there
-    run_dir: str | None  # for the errors of ranks that cannot speak any more
+    environment: dict[str, str]  # added to the environment of the host
+    run_dir: str | None  # where the errors of killed ranks are recorded
     earlier_starts: int  # the number of the run's newest start before this launch
 
     @property
@@ -66,7 +66,7 @@ class Plan:
         return list(self.hosts.values())[self.node_rank]
 
     def newest_start(self) -> Path | None:
-        """The folder of the run's start that this launch has made, as soon as it is there."""
+        """The folder of the start that this launch made in the run; None as long as it does not exist."""
         number = newest_start_number(self.run_dir)
         return start_folders(Path(self.run_dir))[-1] if self.run_dir and number > self.earlier_starts else None
 
@@ -74,12 +74,12 @@ class Plan:
         return json.dumps(asdict(self)).encode() + b"\n"
 
     def command(self) -> list[str]:
-        """What the deepspeed command would start here, with Hydra's overrides as they are."""
-        several = [f"--node_rank={self.node_rank}"] if len(self.hosts) > 1 else []
+        """The command that `deepspeed` would start on this host, with Hydra overrides unchanged."""
+        node_rank = [f"--node_rank={self.node_rank}"] if len(self.hosts) > 1 else []
         return [
             *(sys.executable, "-u", "-X", STARTED_BY_NODE, "-m", LOCAL_LAUNCHER),
             f"--world_info={encode_world(self.hosts)}",
-            *several,
+            *node_rank,
             f"--master_addr={self.master_addr}",
             f"--master_port={self.master_port}",
             "--module",
@@ -91,36 +91,37 @@ class Plan:
 
 
 def newest_start_number(run_dir: str | Path | None) -> int:
-    """0 where there is no start."""
+    """The number of the newest start of a run; 0 if it has none."""
     folders = start_folders(Path(run_dir)) if run_dir is not None else []
     return int(folders[-1].name) if folders else 0
 
 
 def encode_world(hosts: dict[str, list[str]]) -> str:
-    """As DeepSpeed's launcher reads it."""
+    """The value of DeepSpeed's option --world_info."""
     return base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
 
 
 @dataclass
-class Rank:
+class RankProcess:
     number: int
     process: psutil.Process
-    asked: bool = False  # to save and end
+    stop_sent: bool = False  # whether it was sent SIGTERM
     ended: bool = False
-    exit_code: int | None = None  # negative: the signal that killed it; None where it was not seen
-    end: int | None = None  # a file descriptor that can be read once it has ended
+    exit_code: int | None = None  # negative: the signal that killed it; None if it is not known
+    pidfd: int | None = None  # a file descriptor that becomes readable when the process ends
 
     def __str__(self) -> str:
         return f"rank {self.number} (process {self.process.pid} on {socket.gethostname()})"
 
-    def look(self) -> None:
+    def poll(self) -> None:
+        """Update `ended` and `exit_code`."""
         if not self.ended and has_ended(self.process):
-            self.exit_code = exit_code_of_dead(self.process.pid)
+            self.exit_code = exit_code_of_zombie(self.process.pid)
             self.ended = True
 
 
-def end_of(process: psutil.Process) -> int | None:
-    """A descriptor of the process; None if it is gone, or the kernel has none (before Linux 5.3)."""
+def open_pidfd(process: psutil.Process) -> int | None:
+    """A pidfd of the process; None if it has ended, or if the kernel has no pidfds (before Linux 5.3)."""
     try:
         return os.pidfd_open(process.pid)
     except OSError:
@@ -128,131 +129,141 @@ def end_of(process: psutil.Process) -> int | None:
 
 
 class Node:
-    """The ranks of a plan, from their start to the end of the last process that they leave."""
+    """The ranks of a plan, from their start to the end of the last process that they started."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.ranks: dict[int, Rank] = {}  # by process, all that were seen
-        self.order: list[Rank] = []  # in which they ended
-        self.asked: str | None = None  # why the ranks were asked to end
-        self.told_launcher = False
-        self.deadline = float("inf")
-        self.heard, self.connected = time.monotonic(), True
+        self.ranks: dict[int, RankProcess] = {}  # process id -> rank
+        self.ended_ranks: list[RankProcess] = []  # in the order in which they ended
+        self.stop_reason: str | None = None  # why the ranks must save and end; None if they need not
+        self.launcher_terminated = False
+        self.deadline = float("inf")  # the time when ranks that still run are killed
+        self.last_input, self.connected = time.monotonic(), True
         become_subreaper()
 
     def run(self) -> int:
-        """Wait for the end of all; the exit code of the rank that failed first, as far as the launcher knows it."""
+        """Start the ranks and wait for their end.
+
+        The exit code is that of the rank that failed first, as far as DeepSpeed's launcher reports it.
+        """
         for number in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self.on_signal)
-        # DeepSpeed's launcher would die of it where a whole job gets the signal. What is ignored stays so in a child.
+        # If the whole job is sent SIGUSR1, it must not kill DeepSpeed's launcher. A child inherits an ignored signal.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         self.launcher = subprocess.Popen(
             self.plan.command(), stdin=subprocess.DEVNULL, env=os.environ | self.plan.environment
         )
         signal.signal(signal.SIGUSR1, self.on_signal)
         while self.launcher.poll() is None:
-            self.listen()
-            self.look_at_ranks()
-            self.pass_on()
-        self.look_at_ranks()
+            self.read_input()
+            self.update_ranks()
+            self.forward_stop()
+        self.update_ranks()
         code = self.launcher.returncode
-        if code not in (0, INTERRUPTED_EXIT_CODE) and self.asked is None:
-            self.tell_silent_death(code)
-        self.clear()
-        return code if code in SPOKEN_EXIT_CODES else 1
+        if code not in (0, INTERRUPTED_EXIT_CODE) and self.stop_reason is None:
+            self.report_silent_end(code)
+        self.end_leftovers()
+        return code if code in REPORTED_EXIT_CODES else 1
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
+        self.request_stop(signal.Signals(number).name)
 
-    def ask(self, why: str) -> None:
-        """Let the ranks save and end, for LAUNCHER_SECONDS."""
-        if self.asked is None:
-            self.asked, self.deadline = why, time.monotonic() + LAUNCHER_SECONDS
+    def request_stop(self, reason: str) -> None:
+        """Let the ranks save and end within LAUNCHER_SECONDS. The first reason is kept."""
+        if self.stop_reason is None:
+            self.stop_reason, self.deadline = reason, time.monotonic() + LAUNCHER_SECONDS
 
-    def listen(self) -> None:
-        # A rank's end wakes at once: a moment later its launcher ends the others, and who was first is not to be seen.
+    def read_input(self) -> None:
+        """Wait up to POLL_SECONDS for a message of the launcher or for the end of a rank, and obey the message."""
+        # The end of a rank must wake this up at once: a moment later DeepSpeed's launcher ends the other ranks, and it
+        # can no longer be seen which one was first.
         inputs = [sys.stdin.fileno()] if self.connected else []
-        ends = [rank.end for rank in self.ranks.values() if not rank.ended and rank.end is not None]
-        ready = select.select([*inputs, *ends], [], [], LOOK_SECONDS)[0]
+        pidfds = [rank.pidfd for rank in self.ranks.values() if not rank.ended and rank.pidfd is not None]
+        ready = select.select([*inputs, *pidfds], [], [], POLL_SECONDS)[0]
         if not self.connected:
             return
         if inputs[0] in ready:
-            heard = os.read(sys.stdin.fileno(), 4096)
-            self.heard, self.connected = time.monotonic(), bool(heard)
-            if STOP in heard or not heard:
-                self.ask("the launcher asks" if heard else "the launcher is gone")
-            if KILL in heard:
-                self.ask("the launcher asks")
+            message = os.read(sys.stdin.fileno(), 4096)
+            self.last_input, self.connected = time.monotonic(), bool(message)
+            if STOP in message or not message:
+                self.request_stop("the launcher sent STOP" if message else "the launcher has ended")
+            if KILL in message:
+                self.request_stop("the launcher sent KILL")
                 self.deadline = 0.0
-        elif time.monotonic() - self.heard > SILENCE_SECONDS:
+        elif time.monotonic() - self.last_input > CONNECTION_TIMEOUT:
             self.connected = False
-            self.ask(f"the launcher was silent for {SILENCE_SECONDS:.0f} s")
+            self.request_stop(f"the launcher sent nothing for {CONNECTION_TIMEOUT:.0f} s")
 
-    def look_at_ranks(self) -> None:
+    def update_ranks(self) -> None:
+        """Find the ranks that have started and those that have ended."""
         if len(self.ranks) < len(self.plan.slots) and self.launcher.poll() is None:
             for process in children_of(self.launcher.pid):
                 if process.pid not in self.ranks and (number := rank_of(process)) is not None:
-                    self.ranks[process.pid] = Rank(number, process, end=end_of(process))
+                    self.ranks[process.pid] = RankProcess(number, process, pidfd=open_pidfd(process))
         for rank in self.ranks.values():
             if not rank.ended:
-                rank.look()
+                rank.poll()
                 if rank.ended:
-                    self.order.append(rank)
+                    self.ended_ranks.append(rank)
 
-    def pass_on(self) -> None:
-        if self.asked is None:
+    def forward_stop(self) -> None:
+        """Once a stop is requested: send each rank SIGTERM once; after the deadline, kill every process."""
+        if self.stop_reason is None:
             return
         for rank in self.ranks.values():
-            if not rank.asked and not rank.ended:
-                rank.asked = True
-                send(rank.process, signal.SIGTERM)
-        if len(self.ranks) < len(self.plan.slots) and not self.told_launcher:
-            self.launcher.terminate()  # it has not started all of them, and never will
-            self.told_launcher = True
+            if not rank.stop_sent and not rank.ended:
+                rank.stop_sent = True
+                send_signal(rank.process, signal.SIGTERM)
+        if len(self.ranks) < len(self.plan.slots) and not self.launcher_terminated:
+            self.launcher.terminate()  # it has not started all ranks yet and must not start more
+            self.launcher_terminated = True
         if time.monotonic() > self.deadline:
             late = [str(rank) for rank in self.ranks.values() if not rank.ended]
             if late and self.deadline > 0:
-                say(f"error: {', '.join(late)} had not ended {LAUNCHER_SECONDS:.0f} s after SIGTERM and is killed")
+                print_error(f"{', '.join(late)} did not end within {LAUNCHER_SECONDS:.0f} s after SIGTERM; killing it")
             for process in psutil.Process().children(recursive=True):
-                send(process, signal.SIGKILL)
+                send_signal(process, signal.SIGKILL)
 
-    def tell_silent_death(self, launcher_code: int) -> None:
-        """Say, and keep in the run's folder, which rank was killed if one was: it could not do so itself."""
+    def report_silent_end(self, launcher_code: int) -> None:
+        """Print, and record in the run's folder, which rank ended without a message: one that a signal killed."""
         if launcher_code < 0:
-            say(f"error: DeepSpeed's launcher on {socket.gethostname()} {describe_end(launcher_code)}")
+            print_error(f"DeepSpeed's launcher on {socket.gethostname()} {describe_end(launcher_code)}")
             return
-        # DeepSpeed's launcher ends with the code of the rank that failed first, or 256 less its signal.
-        known = launcher_code - 256 if launcher_code > 192 else launcher_code
-        if known in SPOKEN_EXIT_CODES:
+        # DeepSpeed's launcher ends with the exit code of the rank that failed first, or with 256 minus its signal.
+        code = launcher_code - 256 if launcher_code > 192 else launcher_code
+        if code in REPORTED_EXIT_CODES:
             return
         if len(self.ranks) < len(self.plan.slots):
-            say(f"error: a rank on {socket.gethostname()}: {describe_end(known)} right after its start")
+            print_error(f"a rank on {socket.gethostname()}: {describe_end(code)} right after its start")
             return
-        first = next((rank for rank in self.order if rank.exit_code in (None, known)), None)
+        first = next((rank for rank in self.ended_ranks if rank.exit_code in (None, code)), None)
         if first is None:
             return
-        say(f"error: {first}: {describe_end(known)}")
+        print_error(f"{first}: {describe_end(code)}")
         start = self.plan.newest_start()
         if start is not None and not error_file(start, first.number).exists():
             pid, host = first.process.pid, socket.gethostname()
-            record_error(start, RankError(now(), first.number, host, pid, describe_end(known), None, False, True))
+            record_error(start, RankError(now(), first.number, host, pid, describe_end(code), None, False, True))
 
-    def clear(self) -> None:
-        """Wait for what is left, ask it to end, kill it. Ranks that have lost their launcher are saving by now."""
+    def end_leftovers(self) -> None:
+        """Wait for processes that still run, then send them SIGTERM, then SIGKILL.
+
+        Ranks among them have lost DeepSpeed's launcher and are saving, so they get as long as after a STOP.
+        """
         ranks_left = any(not rank.ended for rank in self.ranks.values())
         for number, seconds in (
             (None, LAUNCHER_SECONDS if ranks_left else LEFTOVER_SECONDS),
             (signal.SIGTERM, 10.0),
             (signal.SIGKILL, 10.0),
         ):
-            left = psutil.Process().children(recursive=True)
-            if not left:
+            processes = psutil.Process().children(recursive=True)
+            if not processes:
                 return
             if number is not None:
-                for process in left:
-                    send(process, number)
+                for process in processes:
+                    send_signal(process, number)
             if self.deadline > 0:
-                psutil.wait_procs(left, timeout=seconds)
+                psutil.wait_procs(processes, timeout=seconds)
 
 
 def describe_end(code: int) -> str:
@@ -267,7 +278,7 @@ def children_of(pid: int) -> list[psutil.Process]:
 
 
 def rank_of(process: psutil.Process) -> int | None:
-    """Which rank it is by its environment; None if it is none, or not yet."""
+    """The variable RANK in the environment of a process; None if it has none (yet)."""
     try:
         number = process.environ().get("RANK")
     except (psutil.Error, OSError):
@@ -275,8 +286,8 @@ def rank_of(process: psutil.Process) -> int | None:
     return None if number is None else int(number)
 
 
-def exit_code_of_dead(pid: int) -> int | None:
-    """The exit code of a process that has ended and that its parent has not collected yet."""
+def exit_code_of_zombie(pid: int) -> int | None:
+    """The exit code of a process that has ended and that its parent has not waited for; None if it is not one."""
     try:
         status = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[49])
     except (OSError, ValueError, IndexError):
@@ -284,28 +295,28 @@ def exit_code_of_dead(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status)
 
 
-def send(process: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.Error):  # it has ended
+def send_signal(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.Error):  # the process has ended
         process.send_signal(number)
 
 
 def become_subreaper() -> None:
-    """Processes whose parent ends become children of this one, so that none can get away."""
+    """Make this process the parent of descendants whose own parent ends, so that it can find and end them all."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def say(message: str) -> None:
-    with suppress(OSError):  # nobody listens any more
-        print(message, file=sys.stderr, flush=True)
+def print_error(message: str) -> None:
+    with suppress(OSError):  # standard error is closed
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def read_plan() -> Plan:
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte: what follows is for `listen`
+    while not line.endswith(b"\n"):  # byte by byte, because `read_input` reads what follows
         byte = os.read(sys.stdin.fileno(), 1)
         if not byte:
-            sys.exit("error: launch.node is started by launch.deepspeed, which tells it what to do")
+            sys.exit("error: launch.node is started by launch.deepspeed; run `python -m launch.deepspeed` instead")
         line += byte
     return Plan(**json.loads(line))
 

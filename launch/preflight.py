@@ -1,4 +1,4 @@
-"""What can be known of a training run before its ranks start, found out by one process."""
+"""Checks of a training run that one process can make before its ranks start."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from kraken_train.data.dataset import TrainingData
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.training.open_run import check_run_folder
 
-ANY_VOCABULARY = 64  # tokens, where the data do not exist yet
+PLACEHOLDER_VOCAB_SIZE = 64  # used while the data, which determine the vocabulary size, do not exist
 
 
 def train_config(overrides: Sequence[str]) -> TrainConfig:
-    """What `kraken_train.train` makes of these arguments. Raises ConfigError."""
+    """The settings that `kraken_train.train` would read from these arguments. Raises ConfigError."""
     return compose_command(overrides, TrainConfig, "train")
 
 
-def check_training(config: TrainConfig, ranks: int, coming: Collection[Path] = ()) -> ModelConfig:
-    """The model of a run that can start with so many ranks, as far as one process can tell.
+def check_training(config: TrainConfig, ranks: int, future_data: Collection[Path] = ()) -> ModelConfig:
+    """Check that a run can start with so many ranks, as far as one process can tell; its model.
 
-    `coming` are data folders that will have been written by then: what is in them is not checked, nor what depends on
-    it. Raises ConfigError, DataError or CheckpointError.
+    `future_data` are data folders that an earlier job will write. Neither their content nor what depends on it is
+    checked. Raises ConfigError, DataError or CheckpointError.
     """
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(ranks))
-    expected = {folder.resolve() for folder in coming}
-    if any(folder.resolve() in expected for folder in config.data_shares):
-        known = config.model.get("vocab_size") is not None
-        model = parse_model(config.model, None if known else ANY_VOCABULARY)
+    future = {folder.resolve() for folder in future_data}
+    if any(folder.resolve() in future for folder in config.data_shares):
+        has_vocab_size = config.model.get("vocab_size") is not None
+        model = parse_model(config.model, None if has_vocab_size else PLACEHOLDER_VOCAB_SIZE)
         config.parallel.require_fits(model)
         return model
     data = TrainingData(config.data_shares)

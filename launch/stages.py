@@ -1,10 +1,10 @@
-"""What is to be submitted: the stages of a command line, each checked as its own command would.
+"""The stages on the command line of `launch.submit`, each checked as its own command would check it.
 
     -- OVERRIDES...                                  a training
-    -- prepare ... -- train ... -- evaluate ...      a chain, each stage after the one before
+    -- prepare ... -- train ... -- evaluate ...      a chain, in which each stage runs after the one before
 
-A stage of training may hold Hydra's sweeps (`optim.lr=1e-3,2e-3`), which make several runs, each in a folder of its
-own in `run_dir`.
+A training stage may contain Hydra sweeps (`optim.lr=1e-3,2e-3`). They make several runs, each with its own folder in
+`run_dir`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ PREPARE, TRAIN, EVALUATE = STAGES = "prepare", "train", "evaluate"  # in this or
 
 @dataclass(frozen=True)
 class Stage:
-    """One job, or a job array with several `runs`."""
+    """One job, or a job array if there are several `runs`."""
 
     name: str
-    runs: tuple[tuple[str, ...], ...]  # the arguments of each
+    runs: tuple[tuple[str, ...], ...]  # the arguments of each run
 
     @property
     def is_array(self) -> bool:
@@ -50,13 +50,13 @@ class Training:
 
 
 def split_stages(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Names and arguments of the stages that the words `--` separate. Raises ConfigError."""
+    """The name and the arguments of each stage; `--` separates stages. Raises ConfigError."""
     groups: list[list[str]] = []
     for argument in arguments:
         if argument == "--":
             groups.append([])
         elif not groups:
-            raise ConfigError(f"{argument} stands before the first --; settings of the jobs' commands come after it")
+            raise ConfigError(f"{argument} is before the first --; write the settings of the jobs' commands after it")
         else:
             groups[-1].append(argument)
     stages = [(group[0], group[1:]) if group and group[0] in STAGES else (TRAIN, group) for group in groups]
@@ -71,37 +71,37 @@ def split_stages(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
             if "=" not in argument and not argument.startswith("~"):
                 raise ConfigError(f"{argument} is neither a stage ({', '.join(STAGES)}) nor a setting key=value")
             if "\n" in argument:
-                raise ConfigError(f"{argument!r} has a line break, which a job's settings cannot have")
+                raise ConfigError(f"{argument!r} has a line break; a setting of a job must be one line")
     return stages
 
 
-def check_stages(named: Sequence[tuple[str, list[str]]], ranks: int) -> tuple[list[Stage], list[Training]]:
-    """The stages with what they leave to each other filled in, and the trainings that they run on `ranks` ranks.
+def check_stages(stage_arguments: Sequence[tuple[str, list[str]]], ranks: int) -> tuple[list[Stage], list[Training]]:
+    """The stages with paths of earlier stages filled in, and the trainings that they run on `ranks` ranks.
 
-    Raises what the stages' commands would, as far as it can be known before they run.
+    Raises the errors that the stages' commands would raise, as far as they can be known before the commands run.
     """
     stages: list[Stage] = []
-    coming: list[Path] = []
+    future_data: list[Path] = []
     trainings: list[Training] = []
     data: str | None = None
     run_dirs: list[str] = []
-    for name, arguments in named:
+    for name, arguments in stage_arguments:
         runs = [tuple(arguments)]
         if name == PREPARE:
             prepared = compose_command(arguments, prepare.PrepareConfig, "prepare")
             data = prepared.output_dir
-            coming.append(Path(data))
+            future_data.append(Path(data))
         elif name == TRAIN:
-            prepared_now = data is not None and value_of("data_dir", arguments) is None
-            runs = expand_sweeps([*arguments, f"data_dir={data}"] if prepared_now else arguments)
+            uses_prepared = data is not None and value_of("data_dir", arguments) is None
+            runs = expand_sweeps([*arguments, f"data_dir={data}"] if uses_prepared else arguments)
             for run in runs:
                 config = train_config(run)
-                trainings.append(Training(config, check_training(config, ranks, coming)))
+                trainings.append(Training(config, check_training(config, ranks, future_data)))
                 run_dirs.append(config.run_dir)
                 data = config.data_dir if isinstance(config.data_dir, str) else None
         else:
-            trained: Sequence[str | None] = run_dirs or [None]
-            runs = [complete_evaluation(arguments, run_dir, data) for run_dir in trained]
+            evaluated: Sequence[str | None] = run_dirs or [None]
+            runs = [complete_evaluation(arguments, run_dir, data) for run_dir in evaluated]
             for run in runs:
                 export_and_evaluate.parse(run)
         stages.append(Stage(name, tuple(runs)))
@@ -109,10 +109,10 @@ def check_stages(named: Sequence[tuple[str, list[str]]], ranks: int) -> tuple[li
 
 
 def complete_evaluation(arguments: Sequence[str], run_dir: str | None, data: str | None) -> tuple[str, ...]:
-    """With the run and the data of the stages before, where none are given."""
+    """The arguments of evaluate with the run and the data of the stages before it, unless they are given."""
     completed = list(arguments)
     if run_dir is not None and value_of("run_dir", arguments) is not None:
-        raise ConfigError("run_dir of evaluate is that of the training before it; leave it out")
+        raise ConfigError("run_dir is set for evaluate, which takes that of the training before it; remove it")
     if run_dir is not None:
         completed.insert(0, f"run_dir={run_dir}")
     if data is not None and value_of("data_dir", arguments) is None and value_of("suite", arguments) is None:
@@ -121,9 +121,9 @@ def complete_evaluation(arguments: Sequence[str], run_dir: str | None, data: str
 
 
 def expand_sweeps(arguments: Sequence[str]) -> list[tuple[str, ...]]:
-    """The arguments of each run; of several, each with a folder in `run_dir` that is named after its choices.
+    """The arguments of each run: of one run without sweeps, or else of every combination of their values.
 
-    Raises ConfigError.
+    With sweeps, each run gets a folder in `run_dir` that is named after its swept settings. Raises ConfigError.
     """
     try:
         overrides = OverridesParser.create().parse_overrides(quote_arguments(arguments, TrainConfig))

@@ -1,7 +1,8 @@
-"""What a run's checkpoints are said to be: their folders, and the list of files in each. Imports no torch.
+"""The folders of a run's checkpoints, and the manifest in each of them. Imports no torch.
 
-A run's `checkpoints/` folder holds one `step-NNNNNNNN/` per checkpoint and a pointer `latest`. `manifest.json` in it,
-which is written last, lists every file with its size and SHA-256, and what the run stored beside the tensors.
+A run's `checkpoints/` folder holds a folder `step-NNNNNNNN/` per checkpoint and a file `latest`, which names the newest
+one. `manifest.json` in a checkpoint, which is written last, lists every file with its size and SHA-256, and holds the
+metadata that the run stored with the tensors.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ POINTER = "latest"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint folder; `metadata` is what the run stored beside the tensors."""
+    """A checkpoint folder as its manifest describes it; `metadata` is what the run stored with the tensors."""
 
     path: Path
     step: int
     metadata: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
+    files: dict[str, dict[str, Any]]  # name -> {"bytes": ..., "sha256": ...}
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -36,14 +37,14 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Checkpoints under their final names, oldest first."""
+    """The folders of complete checkpoints, oldest first: a checkpoint gets this name after it is written."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
 
 def read_manifest(path: Path) -> Checkpoint:
-    """The checkpoint in `path` as its manifest describes it, with no other file looked at. Raises CheckpointError."""
+    """The checkpoint in `path` as its manifest describes it; no other file is read. Raises CheckpointError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         content = manifest["content"]
@@ -59,12 +60,14 @@ def read_manifest(path: Path) -> Checkpoint:
     if not intact:
         raise CheckpointError(f"{path / MANIFEST} is damaged: its content does not match its checksum")
     if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has format version {version}, but this program reads versions up to {FORMAT_VERSION}; update it"
+        )
     return checkpoint
 
 
 def find_size_problem(file: Path, expected: dict[str, Any]) -> str | None:
-    """How `file` differs from what the manifest lists of it, as far as that shows without reading it."""
+    """How the existence or size of `file` differs from the manifest; None if they do not. Reads no content."""
     try:
         if not file.is_file():
             return f"{file} is missing"
@@ -76,9 +79,9 @@ def find_size_problem(file: Path, expected: dict[str, Any]) -> str | None:
 
 
 def find_complete_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files have the sizes that its manifest lists, and what is wrong with newer ones.
+    """The newest checkpoint whose files have the sizes in its manifest, and the problems of newer ones.
 
-    Reads the manifests only, so what is in the files may still be damaged; see
+    Reads only manifests, so the content of the files may still be damaged, unlike with
     `checkpoints.training.store.find_good_checkpoint`.
     """
     problems: list[str] = []
@@ -90,7 +93,7 @@ def find_complete_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]
             problem = str(error)
         if problem is None:
             return checkpoint, problems
-        if not path.exists():  # the run has written a newer one meanwhile, and dropped this one
+        if not path.exists():  # meanwhile the run has written a newer one and deleted this one
             return find_complete_checkpoint(folder)
         problems.append(problem)
     return None, problems

@@ -1,8 +1,8 @@
-"""Training checkpoints on disk: complete or absent, verified before use, and independent of the ranks that wrote them.
+"""Verifies and reads training checkpoints, on any number of ranks.
 
 A checkpoint is a `torch.distributed.checkpoint` directory plus a manifest (`checkpoints.training.manifest`). It is
-written under a temporary name, synced, renamed, and only then pointed to, so that being killed at any moment leaves the
-previous checkpoint as it was (`checkpoints.training.writer`). This file verifies and reads them.
+written under a temporary name, synced and renamed, and only then `latest` names it, so that a kill at any moment leaves
+the previous checkpoint unchanged (`checkpoints.training.writer`).
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from kraken_train.model.config import GPTConfig, ModelConfig, parse_model
 from kraken_train.parallel.ranks import Runtime
 
 WEIGHT_PREFIX = "model."
-ALONE = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
+SINGLE_PROCESS = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
-# A single process saves and loads without a process group. Set here and not around the calls: a thread saves, and
-# warnings.catch_warnings changes the filters of all threads.
+# A single process saves and loads without a process group. The filter is set here and not around the calls, because a
+# thread saves, and warnings.catch_warnings changes the filters of all threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """The fp32 weights of a checkpoint under their global names."""
+    """The fp32 weights of a checkpoint by global name."""
 
     model_config: ModelConfig
     weights: dict[str, Tensor]
     metadata: dict[str, Any]
-    passed_over: list[str]  # why newer checkpoints of the run were not taken
+    skipped: list[str]  # the problems of newer checkpoints of the run
 
 
 def find_good_checkpoint(
     folder: Path, runtime: Runtime | None = None, before: int | None = None
 ) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that verifies, of a step `before` that one, and why newer ones were passed over.
+    """The newest undamaged checkpoint, of a step less than `before` if given, and the problems of newer ones.
 
-    With `runtime` a collective that comes to the same result on all ranks; without one, this process does all of it.
-    Raises CheckpointError where there is none, or none that is whole.
+    With `runtime` this is a collective with the same result on all ranks; without, this process reads all files.
+    Raises CheckpointError if there is no checkpoint, or if all are damaged.
     """
-    runtime = runtime or ALONE
+    runtime = runtime or SINGLE_PROCESS
     problems: list[str] = []
     for path in reversed(runtime.on_first(lambda: step_folders(folder))):
         if before is not None and int(path.name.removeprefix("step-")) >= before:
@@ -70,20 +70,20 @@ def find_good_checkpoint(
 
 
 def set_aside_after(checkpoint: Checkpoint) -> None:
-    """Rename checkpoints newer than this one, which are damaged, so that they no longer count as any."""
+    """Rename the checkpoints newer than this one, which are damaged, so that they are no longer found."""
     for path in step_folders(checkpoint.path.parent):
         if path.name > checkpoint.path.name:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            renamed = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(renamed, ignore_errors=True)
+            path.rename(renamed)
 
 
 def verify_checkpoint(path: Path, runtime: Runtime | None = None) -> Checkpoint:
     """Read the manifest of `path` and check every file's size and SHA-256 against it.
 
-    With `runtime` a collective: each rank reads a share of the files. Raises CheckpointError, on all ranks then.
+    With `runtime` this is a collective: each rank reads a share of the files. Raises CheckpointError, on all ranks.
     """
-    runtime = runtime or ALONE
+    runtime = runtime or SINGLE_PROCESS
     checkpoint = runtime.on_first(lambda: read_manifest(path))
     shares = runtime.gather(
         {
@@ -99,36 +99,36 @@ def verify_checkpoint(path: Path, runtime: Runtime | None = None) -> Checkpoint:
 
 
 def find_problem(file: Path, expected: dict[str, Any]) -> str | None:
-    """How `file` differs from what the manifest lists of it; a file that cannot be read is a problem, no error."""
+    """How `file` differs from the manifest; None if it does not. An unreadable file is a problem too, not an error."""
     problem = find_size_problem(file, expected)
     if problem is not None:
         return problem
     try:
         if file_sha256(file) != expected["sha256"]:
-            return f"{file} is damaged: its SHA-256 is not the manifest's"
+            return f"{file} is damaged: its SHA-256 is not that of the manifest"
     except OSError as error:
         return f"{file} cannot be read: {error.strerror}"
     return None
 
 
 def load_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, whole, on the CPU; all of them, or those named. No ranks are needed.
+    """The unsharded tensors of a checkpoint, or only the named ones, on the CPU, read by this process alone.
 
-    Raises CheckpointError where one is missing.
+    Raises CheckpointError if one is missing.
     """
     stored = stored_tensors(checkpoint)
-    wanted = list(stored) if names is None else names
-    require_stored(checkpoint, stored, wanted)
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in wanted}
+    names = list(stored) if names is None else names
+    require_stored(checkpoint, stored, names)
+    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     read_into(tensors, checkpoint)
     return tensors
 
 
 def fill_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-    """Read the named tensors of a checkpoint into those given, in place; of a DTensor only this rank's slices.
+    """Read tensors of a checkpoint by name into the given ones, in place; for a DTensor only this rank's shards.
 
-    No collective: each rank reads for itself, whatever ranks have written. Raises CheckpointError, with nothing
-    changed, where a name is missing or a shape (of a DTensor: the whole one) differs; and where a file cannot be read.
+    Not a collective: each rank reads on its own, whatever number of ranks wrote. Raises CheckpointError, with nothing
+    changed, if a name is missing or a (global) shape differs; and if a file cannot be read.
     """
     stored = stored_tensors(checkpoint)
     require_stored(checkpoint, stored, list(tensors))
@@ -136,7 +136,7 @@ def fill_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
         if tensor.shape != stored[name].size:
             raise CheckpointError(
                 f"{checkpoint.path} holds {name} of shape {tuple(stored[name].size)}, not {tuple(tensor.shape)}; it is "
-                "the checkpoint of another model"
+                "a checkpoint of another model"
             )
     read_into(tensors, checkpoint)
 
@@ -144,7 +144,7 @@ def fill_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
 def require_stored(checkpoint: Checkpoint, stored: dict[str, TensorStorageMetadata], names: list[str]) -> None:
     for name in names:
         if name not in stored:
-            raise CheckpointError(f"{checkpoint.path} holds no tensor {name}; it is the checkpoint of another model")
+            raise CheckpointError(f"{checkpoint.path} holds no tensor {name}; it is a checkpoint of another model")
 
 
 def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
@@ -155,40 +155,40 @@ def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
 
 
 def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
-    """The weights of a run's newest good checkpoint, or of the one at `step`. Raises CheckpointError."""
+    """The weights of a run's newest undamaged checkpoint, or of the one at `step`. Raises CheckpointError."""
     folder = run_dir / "checkpoints"
     if step is None:
-        checkpoint, passed_over = find_good_checkpoint(folder)
+        checkpoint, skipped = find_good_checkpoint(folder)
     else:
         available = [str(int(path.name.removeprefix("step-"))) for path in step_folders(folder)]
         if str(step) not in available:
-            raise CheckpointError(f"step={step} is not in {folder}; there are {', '.join(available) or 'none'}")
-        checkpoint, passed_over = verify_checkpoint(folder / f"step-{step:08d}"), []
+            raise CheckpointError(f"step={step} is not in {folder}; available steps: {', '.join(available) or 'none'}")
+        checkpoint, skipped = verify_checkpoint(folder / f"step-{step:08d}"), []
     names = [name for name in stored_tensors(checkpoint) if name.startswith(WEIGHT_PREFIX)]
     weights = {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in load_tensors(checkpoint, names).items()}
     metadata = {"step": checkpoint.step, **checkpoint.metadata}
-    return TrainedWeights(model_of(checkpoint), weights, metadata, passed_over)
+    return TrainedWeights(model_of(checkpoint), weights, metadata, skipped)
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The model whose weights a checkpoint holds. Raises CheckpointError for a layout that is no longer read."""
+    """The model configuration of a checkpoint. Raises CheckpointError if its weights are in a layout of the past."""
     config = parse_model(checkpoint.metadata["model"])
     if isinstance(config, GPTConfig) and "num_kv_heads" not in checkpoint.metadata["model"]:
         raise CheckpointError(
-            f"{checkpoint.path} is of a program from before grouped-query attention, which kept the queries, keys and "
-            f"values of a {config.architecture} Transformer in another order; use that version, or train anew"
+            f"{checkpoint.path} was written before grouped-query attention was added, with queries, keys and values "
+            f"of a {config.architecture} Transformer in another order; use the version that wrote it, or train again"
         )
     return config
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
-    """Shape and type of each tensor in the checkpoint."""
+    """The shape and dtype of each tensor in the checkpoint."""
     stored = read_index(checkpoint.path).state_dict_metadata
     return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def root_message(error: BaseException) -> str:
-    """The innermost reason, such as "No space left on device", out of what the checkpoint library wraps it in."""
+    """The innermost error message, such as "No space left on device"; the checkpoint library wraps it in others."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     chain: BaseException | None = error
@@ -197,12 +197,12 @@ def root_message(error: BaseException) -> str:
             return os.strerror(chain.errno)
         chain = chain.__cause__ or chain.__context__
     text = str(error).strip().splitlines()
-    # PyTorch's zip writer reports a short write, which is what a full disk gives, by position only.
+    # On a full disk a write is short. PyTorch's zip writer then reports only positions.
     return os.strerror(errno.ENOSPC) if "unexpected pos" in str(error) else (text[0] if text else type(error).__name__)
 
 
 def read_index(path: Path) -> Metadata:
-    """What the checkpoint library has written where. Raises CheckpointError."""
+    """The checkpoint library's index of tensors and files. Raises CheckpointError."""
     try:
         return dcp.FileSystemReader(path).read_metadata()
     except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

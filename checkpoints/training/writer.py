@@ -1,7 +1,7 @@
-"""Writing a run's checkpoints: all or nothing, by all ranks together, while training waits or in the background.
+"""Writes a run's checkpoints atomically, by all ranks together, while training waits or in the background.
 
-A checkpoint is written under a temporary name, listed with sizes and SHA-256 in its manifest, synced, renamed, and only
-then pointed to. Each rank writes and hashes a share.
+A checkpoint is written under a temporary name, with sizes and SHA-256 in its manifest, synced and renamed; only then
+`latest` names it. Each rank writes and hashes a share.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256, replace_synced, sync_folder, write_synced
 from kraken_train.parallel.ranks import Runtime
 
-PATIENCE_AFTER_ERROR = 600.0  # seconds for a save under way when training has failed; a dead disk may never answer
+ERROR_TIMEOUT = 600.0  # seconds to wait for a background save after training failed; a dead disk may never answer
 
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """What one rank has written of a checkpoint."""
+    """The part of a checkpoint that one rank wrote."""
 
-    files: dict[str, dict[str, Any]]  # as the manifest lists them
-    failure: str | None  # why it could not
+    files: dict[str, dict[str, Any]]  # entries of the manifest
+    failure: str | None  # why it could not be written
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints, either while the caller waits or in the background. Creating one is a collective.
+    """Saves a run's checkpoints, while the caller waits or in the background. The constructor is a collective.
 
-    In the background a thread does what `save_checkpoint` does, and its ranks agree over a process group of their own,
-    so that their messages never mix with training's. At most one save is under way. All ranks must call `save` and
-    `finish` in the same order. As a context manager it finishes when the block ends:
+    In the background a thread runs `save_checkpoint` with a process group of its own, so that its messages do not mix
+    with those of training. At most one save is in progress. All ranks must call `save` and `finish` in the same order.
+    As a context manager it calls `finish` when the block ends:
 
         with CheckpointWriter(folder, keep=3, runtime=runtime, asynchronous=True) as writer:
             writer.save(step, tensors, metadata)
 
-    An error that ends the block is not replaced by that of a save, which is printed only. The thread never keeps the
-    interpreter from exiting. `on_saved` is called on rank 0, maybe in the thread, with the step of each checkpoint that
-    is complete.
+    An error that ends the block is raised; an error of a save is then only printed. The thread does not keep the
+    interpreter from exiting. `on_saved` is called on rank 0, possibly in the thread, with the step of each complete
+    checkpoint.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class CheckpointWriter:
         self.under_way: BackgroundSave | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Save as `save_checkpoint` does, or start to; a save that is still under way is finished before.
+        """Run or start `save_checkpoint`, after waiting for a save that is still in progress.
 
-        In the background nobody may change `tensors`, which are on the CPU, or `metadata` any more. Raises
+        With a background save, `tensors`, which are on the CPU, and `metadata` must not be changed afterwards. Raises
         CheckpointError on all ranks if this save failed, or in the background the one before it.
         """
         self.finish()
@@ -89,21 +89,21 @@ class CheckpointWriter:
             save()
 
     def finish(self) -> None:
-        """Wait for the save that is under way, if there is one. Raises CheckpointError on all ranks if it failed."""
+        """Wait for a save that is in progress. Raises CheckpointError on all ranks if it failed."""
         failure = self.wait(None)
         if failure is not None:
             raise failure
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed, which `save` and `finish` will raise."""
+        """Whether a background save has failed; `save` and `finish` will raise its error."""
         return self.under_way is not None and self.under_way.failure is not None
 
     def wait(self, seconds: float | None) -> BaseException | None:
-        """Wait for the save that is under way, and forget it; why it failed, if it did."""
+        """Wait for a save that is in progress and drop it; its error, if it failed."""
         if self.under_way is None:
             return None
-        self.under_way.join(seconds)  # when that is interrupted, the save is still under way
+        self.under_way.join(seconds)  # if this is interrupted, `under_way` is kept
         finished, self.under_way = self.under_way, None
         return finished.failure
 
@@ -114,15 +114,15 @@ class CheckpointWriter:
         if error is None:
             self.finish()
             return
-        # The threads of all ranks agree without the main ones, so the save can end well although training did not.
-        failure = self.wait(PATIENCE_AFTER_ERROR)
+        # The threads of all ranks communicate without the main threads, so the save can succeed after training failed.
+        failure = self.wait(ERROR_TIMEOUT)
         if failure is not None and self.runtime.is_first:
             reason = failure if isinstance(failure, CheckpointError) else "another rank has ended"
-            print(f"note: a save was under way, and failed as well: {reason}", file=sys.stderr, flush=True)
+            print(f"note: a checkpoint was being saved, which failed as well: {reason}", file=sys.stderr, flush=True)
 
 
 class BackgroundSave(threading.Thread):
-    """A save and, once it has ended, why it failed. A daemon: Python exits without waiting for it."""
+    """A thread that saves; `failure` is the error of a failed save. A daemon: Python exits without waiting for it."""
 
     def __init__(self, save: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -132,41 +132,41 @@ class BackgroundSave(threading.Thread):
     def run(self) -> None:
         try:
             self.save()
-        except BaseException as error:  # told by the thread that waits; the library's errors are no Exception
+        except BaseException as error:  # raised by the thread that waits; the library's errors are not Exceptions
             self.failure = error
-        del self.save  # and with it the tensors
+        del self.save  # frees the tensors
 
 
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any], keep: int, runtime: Runtime
 ) -> None:
-    """Write `tensors` and `metadata` as the checkpoint of `step`, then drop all but the newest `keep`. A collective.
+    """Write `tensors` and `metadata` as the checkpoint of `step`, then delete all but the newest `keep`. A collective.
 
-    Each name is a plain tensor on exactly one rank, or a DTensor on the ranks of its mesh; ranks may hold different
-    names. Raises CheckpointError, with one message, on all ranks where one of them cannot write; the previous
-    checkpoints are untouched then.
+    Each name is a plain tensor on exactly one rank, or a DTensor on the ranks of its mesh; ranks may have different
+    names. Raises CheckpointError with the same message on all ranks if one of them cannot write; the previous
+    checkpoints are not changed then.
     """
     temporary = folder / f".step-{step:08d}.tmp"
     runtime.on_first(lambda: make_empty(temporary))
     parts = runtime.gather(write_part(tensors, temporary, runtime))
     runtime.on_first(lambda: publish(folder, temporary, step, metadata, parts))
-    runtime.on_first(lambda: drop_old(folder, keep))
+    runtime.on_first(lambda: delete_old(folder, keep))
 
 
 def write_part(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> WrittenPart:
-    """Write this rank's part and describe its files, so that the ranks hash in parallel."""
+    """Write this rank's part and hash its files, so that the ranks hash in parallel."""
     failure = write_tensors(tensors, folder, runtime)
     if failure is not None:
         return WrittenPart({}, failure)
     try:
-        own = folder.glob(f"__{runtime.rank}_*.distcp")  # as the library names them
+        own = folder.glob(f"__{runtime.rank}_*.distcp")  # the checkpoint library's names
         return WrittenPart({path.name: describe_file(path) for path in own}, None)
     except OSError as error:
         return WrittenPart({}, root_message(error))
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> str | None:
-    """This rank's part of the checkpoint; what went wrong, if anything did."""
+    """Write this rank's part of the checkpoint; the error message, or None."""
     try:
         dcp.save(tensors, checkpoint_id=folder, process_group=runtime.group, no_dist=runtime.world_size == 1)
     except (CheckpointException, OSError, RuntimeError) as error:
@@ -175,7 +175,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) ->
 
 
 def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], parts: list[WrittenPart]) -> None:
-    """Rank 0: make what all ranks have written the checkpoint of `step`. Raises CheckpointError."""
+    """On rank 0: complete what all ranks wrote to the checkpoint of `step`. Raises CheckpointError."""
     final = folder / f"step-{step:08d}"
     try:
         for part in parts:
@@ -189,7 +189,7 @@ def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], 
             temporary / MANIFEST, json.dumps({"content": content, "sha256": content_sha256(content)}, indent=1)
         )
         sync_folder(temporary)
-        if final.exists():  # the same step, written again after falling back behind it
+        if final.exists():  # the run went back to an earlier checkpoint and reached this step again
             discard(final)
         temporary.rename(final)
         replace_synced(folder / POINTER, final.name + "\n")
@@ -202,24 +202,25 @@ def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], 
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """What the manifest lists of a file. Raises OSError."""
+    """The manifest's entry of a file. Raises OSError."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def require_all_parts(temporary: Path, written: dict[str, dict[str, Any]]) -> None:
-    """Raises CheckpointError unless the files of all ranks are here, as they are on a shared file system."""
+    """Raises CheckpointError unless this node sees the files of all ranks, as on a shared file system."""
     indexed = {info.relative_path for info in read_index(temporary).storage_data.values()}
     for part in sorted(indexed | written.keys()):
         path = temporary / part
-        seen = path.stat().st_size if path.is_file() else None
-        if seen is None or seen != written.get(part, {}).get("bytes", seen):
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size != written.get(part, {}).get("bytes", size):
             raise CheckpointError(
-                f"{part} of the checkpoint was written by another node and cannot be seen in {temporary}"
-                f"{'' if seen is None else ' as it was written'}; run_dir must be on a file system that all nodes share"
+                f"{part} of the checkpoint was written by another node, but on this one it is "
+                f"{'missing' if size is None else 'different'} in {temporary}; run_dir must be on a file system that "
+                "all nodes share"
             )
 
 
-def drop_old(folder: Path, keep: int) -> None:
+def delete_old(folder: Path, keep: int) -> None:
     try:
         for path in step_folders(folder)[:-keep]:
             discard(path)
@@ -230,7 +231,7 @@ def drop_old(folder: Path, keep: int) -> None:
 
 
 def go_back_to(checkpoint: Checkpoint) -> None:
-    """Delete the checkpoints of later steps, which the run will do again. Raises CheckpointError."""
+    """Delete the checkpoints of later steps, which the run will repeat. Raises CheckpointError."""
     folder = checkpoint.path.parent
     try:
         replace_synced(folder / POINTER, checkpoint.path.name + "\n")
@@ -242,11 +243,11 @@ def go_back_to(checkpoint: Checkpoint) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a deletion cut short leaves no half of one under a good name."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Rename and delete a checkpoint, so that an interrupted deletion leaves no incomplete one under its name."""
+    renamed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(renamed, ignore_errors=True)
+    path.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def make_empty(folder: Path) -> None:

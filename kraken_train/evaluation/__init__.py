@@ -1,1 +1,0 @@
-"""Suites of tasks through lm-evaluation-harness, and what evaluations leave in an export."""

@@ -1,4 +1,4 @@
-"""Slurm's commands: what the cluster has, whether it would take a job, and handing jobs over."""
+"""Slurm's commands: which partitions the cluster has, whether it would accept a job, and submitting jobs."""
 
 from __future__ import annotations
 
@@ -12,98 +12,105 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import suggestion
 
 UNLIMITED = "infinite"
-ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
+ACTIVE_STATES = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
 class SlurmError(ConfigError):
-    """What Slurm has refused, in its own words."""
+    """A command of Slurm failed; the message contains Slurm's own."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What `sinfo` and `scontrol` tell of a partition."""
+    """A partition as `sinfo` and `scontrol` describe it."""
 
     name: str
     is_default: bool
-    time_limit: str  # as Slurm writes it, or UNLIMITED
-    nodes: dict[int, int]  # GPUs per node -> how many such nodes
-    max_nodes: int | None  # of a job
-    accounts: tuple[str, ...] | None  # None: all
+    time_limit: str  # in Slurm's notation, or UNLIMITED
+    nodes: dict[int, int]  # GPUs per node -> number of such nodes
+    max_nodes: int | None  # per job; None: no limit
+    accounts: tuple[str, ...] | None  # that may use it; None: all
     qos: tuple[str, ...] | None
 
     @property
     def gpus_per_node(self) -> int:
-        """Of the nodes that have most."""
+        """The largest number of GPUs of any of its nodes."""
         return max(self.nodes, default=0)
 
     def nodes_with(self, gpus: int) -> int:
-        return sum(count for has, count in self.nodes.items() if has >= gpus)
+        """The number of nodes with at least so many GPUs."""
+        return sum(count for node_gpus, count in self.nodes.items() if node_gpus >= gpus)
 
 
-def call(*command: str, given: str | None = None) -> str:
-    """What a command of Slurm prints, `given` something to read. Raises SlurmError with what it complains about."""
+def call(*command: str, stdin: str | None = None) -> str:
+    """The output of a Slurm command. Raises SlurmError with its error message."""
     try:
         result = subprocess.run(
-            command, input=given, capture_output=True, encoding="utf-8", errors="replace", check=False
+            command, input=stdin, capture_output=True, encoding="utf-8", errors="replace", check=False
         )
     except FileNotFoundError as error:
         raise SlurmError(
-            f"there is no {command[0]} on this machine; submit from a login node of the cluster, or look at the script "
+            f"there is no {command[0]} on this machine; submit from a login node of the cluster, or print the script "
             "with dry_run=true"
         ) from error
     if result.returncode:
-        said = " ".join(line.strip() for line in result.stderr.splitlines() if line.strip())
-        raise SlurmError(f"{command[0]} has refused: {said or f'exit code {result.returncode}'}")
+        message = " ".join(line.strip() for line in result.stderr.splitlines() if line.strip())
+        raise SlurmError(f"{command[0]} failed: {message or f'exit code {result.returncode}'}")
     return result.stdout
 
 
-def partitions() -> list[Partition]:
-    """All partitions that this user sees. Raises SlurmError."""
-    rules = {}
+def read_partitions() -> list[Partition]:
+    """All partitions that this user can see. Raises SlurmError."""
+    settings = {}
     for line in call("scontrol", "--oneliner", "show", "partition").splitlines():
-        told = dict(re.findall(r"(\w+)=(\S*)", line))
-        rules[told["PartitionName"]] = told
+        values = dict(re.findall(r"(\w+)=(\S*)", line))
+        settings[values["PartitionName"]] = values
     found: dict[str, Partition] = {}
     for line in call("sinfo", "--noheader", "--format=%P|%l|%D|%G").splitlines():
         name, time_limit, count, gres = line.strip().split("|")
         key = name.rstrip("*")
         if key not in found:
-            told = rules.get(key, {})
-            most = told.get("MaxNodes", "")
-            allowed = listed(told.get("AllowAccounts")), listed(told.get("AllowQos"))
+            values = settings.get(key, {})
+            max_nodes = values.get("MaxNodes", "")
             found[key] = Partition(
-                key, name.endswith("*"), time_limit, {}, int(most) if most.isdigit() else None, *allowed
+                name=key,
+                is_default=name.endswith("*"),
+                time_limit=time_limit,
+                nodes={},
+                max_nodes=int(max_nodes) if max_nodes.isdigit() else None,
+                accounts=parse_names(values.get("AllowAccounts")),
+                qos=parse_names(values.get("AllowQos")),
             )
-        nodes, gpus = found[key].nodes, gpus_of(gres)
+        nodes, gpus = found[key].nodes, parse_gpus(gres)
         nodes[gpus] = nodes.get(gpus, 0) + int(count)
     return list(found.values())
 
 
-def listed(names: str | None) -> tuple[str, ...] | None:
-    return None if names in (None, "ALL", "N/A", "(null)") else tuple(str(names).split(","))
+def parse_names(names: str | None) -> tuple[str, ...] | None:
+    """`lab,class` -> ("lab", "class"); None for all."""
+    return None if names is None or names in ("ALL", "N/A", "(null)") else tuple(names.split(","))
 
 
-def gpus_of(gres: str) -> int:
-    """`gpu:a100:8(S:0-1),nvme:1` -> 8."""
+def parse_gpus(gres: str) -> int:
+    """The number of GPUs in a list of generic resources: `gpu:a100:8(S:0-1),nvme:1` -> 8."""
     return sum(int(count) for count in re.findall(r"(?:^|,)gpu:(?:[^:,(]+:)?(\d+)", gres))
 
 
-def choose_partition(known: Sequence[Partition], name: str | None) -> Partition:
-    """The one of that name, or the cluster's default. Raises ConfigError."""
-    names = tuple(partition.name for partition in known)
+def choose_partition(partitions: Sequence[Partition], name: str | None) -> Partition:
+    """The partition of that name, or the cluster's default if it is None. Raises ConfigError."""
+    names = tuple(partition.name for partition in partitions)
     if name is None:
-        default = next((partition for partition in known if partition.is_default), None)
+        default = next((partition for partition in partitions if partition.is_default), None)
         if default is None:
             raise ConfigError(f"this cluster has no default partition; give partition={' or '.join(names)}")
         return default
-    for partition in known:
+    for partition in partitions:
         if partition.name == name:
             return partition
-    raise ConfigError(f"partition={name} is not known here; use {' or '.join(names)}{suggestion(name, names)}")
+    raise ConfigError(f"partition={name} is not on this cluster; use {' or '.join(names)}{suggestion(name, names)}")
 
 
 def require_allowed(partition: Partition, account: str | None, qos: str | None) -> None:
-    """Raises ConfigError for a job that would wait for ever, which many a Slurm does not refuse by itself."""
+    """Raises ConfigError if account or QOS may not use the partition: Slurm may accept the job and never start it."""
     for name, value, allowed in (("account", account, partition.accounts), ("qos", qos, partition.qos)):
         if value is not None and allowed is not None and value not in allowed:
             raise ConfigError(
@@ -112,31 +119,31 @@ def require_allowed(partition: Partition, account: str | None, qos: str | None) 
             )
 
 
-def require_room(partition: Partition, nodes: int, gpus_per_node: int, time: str) -> None:
-    """Raises ConfigError for a job that could never run there."""
-    has = min(sum(partition.nodes.values()), partition.max_nodes or 10**9)
-    if nodes > has:
-        raise ConfigError(f"nodes={nodes} is more than partition {partition.name} has; use at most {has}")
+def require_available(partition: Partition, nodes: int, gpus_per_node: int, time: str) -> None:
+    """Raises ConfigError if a job needs more nodes, GPUs or time than the partition offers."""
+    most = min(sum(partition.nodes.values()), partition.max_nodes or 10**9)
+    if nodes > most:
+        raise ConfigError(f"nodes={nodes} is more than partition {partition.name} allows; use at most {most}")
     if gpus_per_node > partition.gpus_per_node:
         raise ConfigError(
             f"gpus_per_node={gpus_per_node} is more than a node of partition {partition.name} has; use at most "
             f"{partition.gpus_per_node}"
-            + ("" if partition.gpus_per_node else ", and ranks_per_node=NUMBER for ranks on its processors")
+            + ("" if partition.gpus_per_node else ", and ranks_per_node=NUMBER for ranks on CPUs")
         )
     if nodes > partition.nodes_with(gpus_per_node):
         raise ConfigError(
             f"nodes={nodes} is more than the {partition.nodes_with(gpus_per_node)} nodes of partition {partition.name} "
-            f"that have gpus_per_node={gpus_per_node}"
+            f"that have gpus_per_node={gpus_per_node}; use fewer nodes, or fewer GPUs per node"
         )
     if partition.time_limit != UNLIMITED and seconds(time) > seconds(partition.time_limit):
         raise ConfigError(
             f"time={time} is longer than partition {partition.name} allows; use at most {partition.time_limit} (the "
-            "job requeues itself at the end of its time, and continues)"
+            "job requeues itself at its time limit, and continues)"
         )
 
 
 def seconds(time: str) -> int:
-    """Of a time as Slurm writes it: MINUTES[:SECONDS], HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]].
+    """Converts a time in Slurm's notation: MINUTES[:SECONDS], HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]].
 
     Raises ConfigError.
     """
@@ -154,19 +161,19 @@ def seconds(time: str) -> int:
 
 
 def require_accepted(script: str) -> None:
-    """Raises SlurmError if Slurm would not take this script: a wrong account, too much memory, no such feature."""
-    call("sbatch", "--test-only", given=script)
+    """Raises SlurmError if Slurm would reject this script: a wrong account, too much memory, an unknown feature."""
+    call("sbatch", "--test-only", stdin=script)
 
 
 def submit(script: Path, arguments: Sequence[str], *options: str) -> str:
-    """Hand a script over; its job's number. Raises SlurmError."""
+    """Submit a script; the id of its job. Raises SlurmError."""
     return call("sbatch", "--parsable", *options, str(script), *arguments).strip().partition(";")[0]
 
 
 def is_active(job: str) -> bool:
-    """Whether a job still waits or runs."""
+    """Whether a job is still pending or running."""
     try:
         states = call("squeue", "--noheader", "--jobs", job, "--format=%T").split()
-    except SlurmError:  # it is so old that Slurm has forgotten it
+    except SlurmError:  # Slurm no longer knows a job that ended long ago
         return False
-    return any(state in ACTIVE for state in states)
+    return any(state in ACTIVE_STATES for state in states)

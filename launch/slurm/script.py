@@ -1,4 +1,4 @@
-"""Fills in the shipped scripts of launch/slurm: their #SBATCH lines and the settings that people would edit."""
+"""Fills in the shipped scripts of launch/slurm: their #SBATCH lines and the settings between two marker lines."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent
-FIRST, LAST = "# ---- settings", "# ---- end of settings"
+BEGIN_SETTINGS, END_SETTINGS = "# ---- settings", "# ---- end of settings"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What stands between FIRST and LAST."""
+    """The settings between the lines BEGIN_SETTINGS and END_SETTINGS."""
 
     environment: Sequence[str]  # shell commands
-    python: Sequence[str]  # the command that runs a module, given its name
+    python: Sequence[str]  # the command that runs a module; its name is appended
     srun_options: Sequence[str]
-    max_restarts: int | None = None  # of training only
-    overrides: Path | None = None  # a job array's: FOLDER/NAME, of which NAME.3 has an override per line
+    max_restarts: int | None = None  # None: not a training script
+    overrides: Path | None = None  # of a job array: PREFIX; the file PREFIX.3 has the overrides of task 3
 
 
 def fill_in(name: str, options: Mapping[str, str | None], settings: Settings) -> str:
-    """`launch/slurm/NAME.sbatch` with other values.
+    """The script `launch/slurm/NAME.sbatch` with these options of sbatch and these settings.
 
-    Of `options`, those that the script has are replaced, or left out where None, and the others are added; "" stands
-    for an option without a value.
+    An option that the script already has is replaced, or removed if its value is None; other options are added. The
+    value "" means an option without a value.
     """
-    lines, rest = [], dict(options)
+    lines, remaining = [], dict(options)
     text = (SCRIPTS / f"{name}.sbatch").read_text(encoding="utf-8")
     for line in text.splitlines():
         if not line.startswith("#SBATCH "):
             lines.append(line)
             continue
         key = line.split()[1].removeprefix("--").partition("=")[0]
-        if key not in rest:
+        if key not in remaining:
             lines.append(line)
-        elif (value := rest.pop(key)) is not None:
+        elif (value := remaining.pop(key)) is not None:
             lines.append(sbatch_line(key, value))
     last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH "))
-    lines[last + 1 : last + 1] = [sbatch_line(key, value) for key, value in rest.items() if value is not None]
-    begin, end = lines.index(FIRST), lines.index(LAST)
+    lines[last + 1 : last + 1] = [sbatch_line(key, value) for key, value in remaining.items() if value is not None]
+    begin, end = lines.index(BEGIN_SETTINGS), lines.index(END_SETTINGS)
     lines[begin + 1 : end] = settings_block(settings)
     return "\n".join(lines) + "\n"
 

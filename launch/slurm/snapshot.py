@@ -1,7 +1,7 @@
-"""A copy of the code beside a run, so that a requeued job continues with the code that was submitted.
+"""A copy of the code in the folder of a submission, so that a requeued job runs the code that was submitted.
 
-`python FOLDER MODULE ARGUMENTS...` runs a module of the copy as `python -m` would, but the copy comes first: before
-the current folder, which `-m` would prefer, and before what is installed.
+`python FOLDER MODULE ARGUMENTS...` runs a module of the copy as `python -m` would. The copy comes first in the module
+search path: before the current folder, which `-m` puts first, and before installed packages.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from kraken_train.run.start import COMMIT_FILE, git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("kraken_train", "data_prep", "checkpoints", "launch", "conf")
-KEPT = ("*.py", "*.yaml", "*.sbatch")
+FOLDERS = ("kraken_train", "data_prep", "checkpoints", "launch", "conf")
+FILES = ("*.py", "*.yaml", "*.sbatch")
 STARTER = '''"""Runs a module of this folder: python FOLDER MODULE ARGUMENTS..."""
 
 import os
@@ -22,7 +22,7 @@ import sys
 
 if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
-    # For what is started from here with -m; PYTHONSAFEPATH is understood by Python 3.11 and newer.
+    # For processes that this one starts with -m. PYTHONSAFEPATH has an effect in Python 3.11 and newer.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     os.environ["PYTHONSAFEPATH"] = "1"
     sys.path[0] = here
@@ -32,11 +32,11 @@ if __name__ == "__main__":
 
 
 def write_snapshot(folder: Path) -> None:
-    """Copy the code that runs now into `folder`, which is created. Raises OSError."""
+    """Create `folder` and copy the running code into it. Raises OSError."""
     folder.mkdir()
-    for part in PARTS:
-        for pattern in KEPT:
-            for source in (ROOT / part).rglob(pattern):
+    for name in FOLDERS:
+        for pattern in FILES:
+            for source in (ROOT / name).rglob(pattern):
                 target = folder / source.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to an export."""
+"""Exporting a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_weights_and_training_of_a_step(run_dir: Path, tmp_path: Path, settings:
     assert text.stdout.startswith("The"), text.stderr
 
 
-def test_heads_that_no_attention_kernel_takes_are_told(tmp_path: Path) -> None:
+def test_a_note_on_slow_head_sizes(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, hidden_size=18)  # heads of 9
     tensors = {f"model.{name}": tensor for name, tensor in rough_model(config, torch.float32).state_dict().items()}
     save_checkpoint(tmp_path / "run" / "checkpoints", 5, tensors, {"model": to_dict(config)}, 3, Runtime(0, 0, 1, 1))
@@ -71,7 +71,7 @@ def test_bf16(run_dir: Path, tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in weights(10).items())
 
 
-def test_what_cannot_be_exported(run_dir: Path, tmp_path: Path) -> None:
+def test_export_errors(run_dir: Path, tmp_path: Path) -> None:
     base = ["checkpoints.export", f"run_dir={run_dir}"]
     assert "step=7 is not in" in user_error(run_here(*base, f"output_dir={tmp_path / 'e'}", "step=7"))
     assert "is not an empty folder" in user_error(run_here(*base, f"output_dir={run_dir}"))

@@ -1,4 +1,4 @@
-"""From the authors' `ckpt.pt` to an export that computes the authors' numbers."""
+"""Importing a `ckpt.pt` of the authors' code: the export computes the authors' numbers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MODEL_ARGS = {
 
 def golden() -> dict[str, torch.Tensor]:
     with safe_open(REPOSITORY / "tests" / "artefacts" / "kraken_4way.safetensors", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def write_checkpoint(path: Path, **changes: Any) -> Path:
-    """A file as their training script writes it; a change of None leaves an entry of model_args out."""
+    """A file like those of their training script. `changes` are of model_args; None removes an entry."""
     weights = {n.removeprefix("weight/"): t for n, t in golden().items() if n.startswith("weight/")}
     arguments = {key: value for key, value in {**MODEL_ARGS, **changes}.items() if value is not None}
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]).state_dict()
@@ -49,7 +49,7 @@ def run_import(checkpoint: Path, output: Path, heads: int | None = None) -> None
     import_reference(ImportConfig(str(checkpoint), str(output), None, heads))
 
 
-def test_golden_logits_through_the_whole_route(tmp_path: Path) -> None:
+def test_golden_logits(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a checkpoint, (1).pt")
     result = run_here("checkpoints.import_reference", f"checkpoint={checkpoint}", f"output_dir={tmp_path / 'e'}")
     assert result.returncode == 0, result.stderr
@@ -68,7 +68,7 @@ def test_arguments_that_contradict_the_weights(tmp_path: Path, name: str) -> Non
     assert not (tmp_path / "e").exists()
 
 
-def test_heads_that_the_checkpoint_does_not_tell(tmp_path: Path) -> None:
+def test_number_of_heads_missing_in_the_checkpoint(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "ckpt.pt", n_heads_in_split=None)
     with pytest.raises(CheckpointError, match="give heads_per_sub_layer=NUMBER"):
         run_import(checkpoint, tmp_path / "e")
@@ -78,7 +78,7 @@ def test_heads_that_the_checkpoint_does_not_tell(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Unpickling this makes a folder."""
+    """Unpickling this creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,19 +88,19 @@ class Payload:
 
 
 def test_code_in_the_file_is_not_run(tmp_path: Path) -> None:
-    sign = tmp_path / "was run"
-    torch.save({"model": {}, "model_args": {}, "config": Payload(sign)}, tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(sign)))
-    torch.save({"model": Payload(sign)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="nothing in it was run"):
+    marker = tmp_path / "was run"
+    torch.save({"model": {}, "model_args": {}, "config": Payload(marker)}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(marker)))
+    torch.save({"model": Payload(marker)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="it was not loaded"):
         run_import(tmp_path / "zip.pt", tmp_path / "e")
     for name in ("plain.pt", "legacy.pt"):
         with pytest.raises(CheckpointError, match=r"not a checkpoint written by torch.save"):
             run_import(tmp_path / name, tmp_path / "e")
-    assert not sign.exists()
+    assert not marker.exists()
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
     message = user_error(run_here("checkpoints.import_reference", "checkpoint=no.pt", f"output_dir={tmp_path}/e"))
     assert message == "checkpoint=no.pt does not exist; name a file"
     content = write_checkpoint(tmp_path / "ckpt.pt").read_bytes()

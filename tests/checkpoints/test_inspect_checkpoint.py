@@ -1,4 +1,4 @@
-"""What `python -m checkpoints.inspect` tells of checkpoints that are whole, damaged or none."""
+"""`checkpoints.inspect` on undamaged and damaged checkpoints, and on other folders."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import run_here, user_error
 
-from checkpoints.training.store import ALONE, set_aside_after, verify_checkpoint
+from checkpoints.training.store import SINGLE_PROCESS, set_aside_after, verify_checkpoint
 from checkpoints.training.writer import save_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest drops the store's filter
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest resets the filter of the store
 
 METADATA: dict[str, Any] = {
     "model": {"architecture": "kraken", "num_sub_layers": 4, "hidden_size": 32},
@@ -40,11 +40,11 @@ def run(tmp_path: Path) -> Path:
 def save(run_dir: Path, step: int, metadata: dict[str, Any]) -> None:
     weights = {"model.a": torch.zeros(50, 30), "model.b": torch.zeros(7)}
     moments = {f"optimizer.{name}.a": torch.zeros(50, 30) for name in ("exp_avg", "exp_avg_sq")}
-    save_checkpoint(run_dir / "checkpoints", step, weights | moments, metadata, 9, ALONE)
+    save_checkpoint(run_dir / "checkpoints", step, weights | moments, metadata, 9, SINGLE_PROCESS)
 
 
-def told(folder: Path) -> dict[str, str]:
-    """The lines of a command that succeeds, by label."""
+def inspect(folder: Path) -> dict[str, str]:
+    """Run the command, which must succeed; its lines by label."""
     result = run_here("checkpoints.inspect", str(folder))
     assert result.returncode == 0, result.stderr
     return dict(re.split(r"  +|: ", line, maxsplit=1) for line in result.stdout.splitlines() if line)
@@ -52,7 +52,7 @@ def told(folder: Path) -> dict[str, str]:
 
 def test_one_checkpoint(run: Path) -> None:
     path = run / "checkpoints" / "step-00010000"
-    lines = told(path)
+    lines = inspect(path)
     total = sum(file.stat().st_size for file in path.iterdir() if file.name != "manifest.json")
     assert lines == {
         "checkpoint": str(path),
@@ -78,9 +78,9 @@ def test_one_checkpoint(run: Path) -> None:
 def test_older_metadata(tmp_path: Path) -> None:
     new = ("sub_layer_parallel_size", "data_parallel_size")
     save(tmp_path, 1, {key: value for key, value in METADATA.items() if key not in new} | {"world_size": 1})
-    assert told(tmp_path)["written by"] == "1 rank"
+    assert inspect(tmp_path)["written by"] == "1 rank"
     save(tmp_path, 2, {})
-    assert told(tmp_path / "checkpoints" / "step-00000002").keys() == {
+    assert inspect(tmp_path / "checkpoints" / "step-00000002").keys() == {
         *("checkpoint", "step", "files", "tensors", "weights", "moments", "verified")
     }
 
@@ -90,19 +90,19 @@ def test_all_checkpoints_of_a_run(run: Path, inside: str) -> None:
     save(run, 20_000, METADATA)
     set_aside_after(verify_checkpoint(run / "checkpoints" / "step-00010000"))
     (run / "checkpoints" / "latest").write_text("step-00010000\n")
-    lines = told(run / inside)
+    lines = inspect(run / inside)
     assert lines["checkpoints"] == f"2 in {run / 'checkpoints'}"
     assert re.fullmatch(r"[\d.]+ KiB, 40,960,000 tokens", lines["step-00000100"])
     assert re.fullmatch(r"[\d.]+ KiB, 40,960,000 tokens, latest", lines["step-00010000"])
-    assert lines["step-00020000.damaged"] == "set aside by a run that found it damaged"
+    assert lines["step-00020000.damaged"] == "renamed by a run that found it damaged"
     assert lines["step"] == "10,000"
     assert "verified" in lines
-    assert told(run / "checkpoints" / "step-00020000.damaged")["step"] == "20,000"
+    assert inspect(run / "checkpoints" / "step-00020000.damaged")["step"] == "20,000"
 
     (run / "checkpoints" / "latest").write_text("step-00020000\n")
-    assert told(run)["latest"] == "points to step-00020000, which is not there; training does not need it"
+    assert inspect(run)["latest"] == "points to step-00020000, which does not exist; training does not need it"
     (run / "checkpoints" / "latest").unlink()
-    assert told(run)["latest"] == "is missing; training does not need it"
+    assert inspect(run)["latest"] == "is missing; training does not need it"
 
 
 def test_a_flipped_byte_in_any_file(run: Path) -> None:
@@ -115,20 +115,20 @@ def test_a_flipped_byte_in_any_file(run: Path) -> None:
             assert user_error(result).startswith(f"{path} is damaged")
             assert "verified" not in result.stdout
         path.write_bytes(intact)
-    assert "verified" in told(newest)
+    assert "verified" in inspect(newest)
 
 
-def test_a_damaged_older_one_is_only_told(run: Path) -> None:
+def test_a_damaged_older_checkpoint_is_listed(run: Path) -> None:
     manifest = run / "checkpoints" / "step-00000100" / "manifest.json"
     manifest.write_text("{}")
-    assert told(run)["step-00000100"] == f"{manifest} is damaged"
+    assert inspect(run)["step-00000100"] == f"{manifest} is damaged"
 
 
 def test_not_a_checkpoint(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    (other / "manifest.json").write_text("{}")  # as a data set has
-    assert user_error(run_here("checkpoints.inspect", str(other))).startswith(f"{other} holds no checkpoint; name")
+    (other / "manifest.json").write_text("{}")  # a data folder has one too
+    assert user_error(run_here("checkpoints.inspect", str(other))).startswith(f"{other} holds no checkpoint; give")
     assert "nowhere is not a folder" in user_error(run_here("checkpoints.inspect", str(tmp_path / "nowhere")))
     missing = run / "checkpoints" / "step-00000007"
     assert user_error(run_here("checkpoints.inspect", str(missing))) == f"{missing / 'manifest.json'} is missing"
@@ -136,6 +136,6 @@ def test_not_a_checkpoint(run: Path, tmp_path: Path) -> None:
     for step in (100, 10_000):
         path = run / "checkpoints" / f"step-{step:08d}"
         path.rename(path.with_name(f"{path.name}.damaged"))
-    assert "set aside as damaged" in user_error(run_here("checkpoints.inspect", str(run)))
+    assert "has only damaged checkpoints" in user_error(run_here("checkpoints.inspect", str(run)))
     shutil.rmtree(run / "checkpoints")
     assert "holds no checkpoint" in user_error(run_here("checkpoints.inspect", str(run)))

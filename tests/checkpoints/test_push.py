@@ -1,4 +1,4 @@
-"""What is sent to the Hub, and what is not."""
+"""Which files `checkpoints.push` uploads to the Hub."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CONFIG = small_configs(vocab_size=320)["kraken"]
 
 
 class ClientError(Exception):
-    """Of an HTTP client that we do not know."""
+    """An error of an unknown HTTP client."""
 
 
 class Hub:
-    """Stands for huggingface_hub.HfApi."""
+    """A replacement of huggingface_hub.HfApi that records calls."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -53,17 +53,19 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_a_dry_run_says_what_it_would_do(export_dir: Path, hub: Hub) -> None:
+def test_dry_run(export_dir: Path, hub: Hub) -> None:
     result = run_here("checkpoints.push", f"export_dir={export_dir}", "repo=me/model", "dry_run=true", "private=false")
     assert result.returncode == 0, result.stderr
-    assert "would upload 8 files" in result.stdout and "me/model would be created, public" in result.stdout
+    assert "would upload 8 files" in result.stdout
+    assert "me/model would be created, public" in result.stdout
     size = (export_dir / "model.safetensors").stat().st_size
     assert f"{size / 1000:.1f} kB  model.safetensors" in result.stdout
-    assert "no README.md" in result.stdout and "secret" not in result.stdout
+    assert "no README.md" in result.stdout
+    assert "secret" not in result.stdout
     assert not hub.calls
 
 
-def test_all_files_and_no_others_are_uploaded(export_dir: Path, hub: Hub) -> None:
+def test_exactly_the_files_of_the_export_are_uploaded(export_dir: Path, hub: Hub) -> None:
     (export_dir / "README.md").write_text("# A model")
     result = run_here("checkpoints.push", f"export_dir={export_dir}", "repo=me/model")
     assert result.returncode == 0, result.stderr
@@ -77,12 +79,13 @@ def test_all_files_and_no_others_are_uploaded(export_dir: Path, hub: Hub) -> Non
     ]  # fmt: skip
 
 
-def test_what_is_refused(export_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(export_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(repo: str = "me/model") -> str:
         return user_error(run_here("checkpoints.push", f"export_dir={export_dir}", f"repo={repo}"))
 
     for repo in ("model", "a/b/c", "me/my model"):
-        assert f"repo={repo}" in refused(repo) and "use ORG/NAME" in refused(repo)
+        assert f"repo={repo}" in refused(repo)
+        assert "use ORG/NAME" in refused(repo)
     hub.failure = ClientError("no route to host")
     assert "me/model could not be written: no route to host; check the network" in refused()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -24,7 +24,7 @@ from kraken_train.generate import GenerateConfig, read_prompts
 from kraken_train.model.config import KrakenConfig
 from kraken_train.run.metrics import read_run
 from kraken_train.run.state import read_state
-from launch.demo import clear
+from launch.demo import make_folder
 from launch.hosts import read_hostfile
 
 pytestmark = pytest.mark.timeout(60)
@@ -97,4 +97,4 @@ def test_a_demo_below_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SystemExit, match=f"error: {tmp_path}/file/demo cannot be written: Not a directory; name another"
     ):
-        clear(tmp_path / "file" / "demo")
+        make_folder(tmp_path / "file" / "demo")

@@ -1,4 +1,4 @@
-"""A real Slurm, small enough to break: jobs on it, what becomes of them, and whom to kill."""
+"""Helpers for tests on a real Slurm: submit jobs, read their state, and kill ranks and nodes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from helpers import run_module, wait_until
 Result = TypeVar("Result")
 
 STEP_MODULE = "kraken_train.train"
-# Steps of the tiny model take milliseconds; these last long enough for something to happen between them.
+# Appended to kraken_train/train.py of a submission's code: steps of the tiny model take milliseconds, and these take as
+# long as the file `seconds` says, so that a test can act in between.
 SLOW_STEPS = """
 import resource
 import signal
 
 
 def slow_step(trainer, step=Trainer.train_step):
-    begun, seconds = time.monotonic(), Path(__file__).with_name("seconds")
-    while time.monotonic() < begun + float(seconds.read_text()) and not trainer.stop.requested:
+    started, seconds = time.monotonic(), Path(__file__).with_name("seconds")
+    while time.monotonic() < started + float(seconds.read_text()) and not trainer.stop.requested:
         time.sleep(0.1)
-    if Path(__file__).with_name("disk-is-full").exists():  # no room for a checkpoint, but for words
+    if Path(__file__).with_name("disk-is-full").exists():  # room for log lines, but not for a checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     step(trainer)
@@ -40,8 +41,8 @@ Trainer.train_step = slow_step
 """
 
 
-def answers() -> bool:
-    """Whether there is a controller."""
+def has_slurm() -> bool:
+    """Whether a Slurm controller answers."""
     if shutil.which("sbatch") is None:
         return False
     return subprocess.run(["scontrol", "ping"], capture_output=True, check=False, timeout=300).returncode == 0
@@ -49,7 +50,7 @@ def answers() -> bool:
 
 needs_slurm = [
     pytest.mark.slurm,
-    pytest.mark.skipif(not answers(), reason="no Slurm answers here (see make test-slurm)"),
+    pytest.mark.skipif(not has_slurm(), reason="no Slurm controller answers (see make test-slurm)"),
 ]
 
 
@@ -60,14 +61,14 @@ def call(*command: str) -> str:
 
 
 def submit(*arguments: str) -> list[str]:
-    """The numbers of the jobs that `launch.submit` makes of this."""
+    """Run `launch.submit`; the ids of the jobs."""
     result = run_module("launch.submit", "gpus_per_node=0", "ranks_per_node=2", *arguments)
     assert result.returncode == 0, result.stderr
     return re.findall(r"as job (\d+)", result.stdout)
 
 
 def submit_slow(run: Path, seconds: float, *arguments: str) -> list[str]:
-    """Jobs whose training steps take longer, by a change in the copy of the code that they run; their numbers."""
+    """Like `submit`, with training steps that take so many seconds, by a change in the copy of the code."""
     jobs = submit('sbatch_options=["--hold"]', *arguments)
     path = newest(run) / "code" / "kraken_train" / "train.py"
     text, end = path.read_text(), 'if __name__ == "__main__":'
@@ -80,28 +81,29 @@ def submit_slow(run: Path, seconds: float, *arguments: str) -> list[str]:
 
 
 def set_step_seconds(run: Path, seconds: float) -> None:
-    """Of all ranks, from now on: also of the step that is under way."""
+    """Change how long steps take on all ranks, including the current step."""
     file = newest(run) / "code" / "kraken_train" / "seconds"
     file.with_suffix(".tmp").write_text(str(seconds))
     file.with_suffix(".tmp").rename(file)
 
 
 def fill_disk(run: Path) -> None:
+    """Let all ranks fail to write a checkpoint from the next step on."""
     (newest(run) / "code" / "kraken_train" / "disk-is-full").touch()
 
 
 def newest(run: Path) -> Path:
-    """The folder of a run's last submission."""
+    """The folder of the newest submission of a run."""
     return max((run / "submissions").iterdir())
 
 
 def output(run: Path) -> str:
-    """All that the jobs of the last submission have printed."""
+    """The output of all jobs of the newest submission."""
     return "".join(path.read_text() for path in sorted(newest(run).glob("*.out")))
 
 
 def show(job: str) -> dict[str, str]:
-    """What `scontrol show job` tells."""
+    """The fields that `scontrol show job` prints."""
     return dict(re.findall(r"(\S+?)=(\S*)", call("scontrol", "show", "job", job)))
 
 
@@ -109,15 +111,15 @@ def state(job: str) -> str:
     return show(job)["JobState"]
 
 
-def wait_for(what: str, condition: Callable[[], Result]) -> Result:
+def wait_for(description: str, condition: Callable[[], Result]) -> Result:
     """The first result of `condition` that is true."""
-    return wait_until(condition, lambda: f"{what} has not come\n{call('squeue')}")
+    return wait_until(condition, lambda: f"timeout while waiting for {description}\n{call('squeue')}")
 
 
 def wait_for_end(job: str) -> str:
-    """The state in which a job stays; a requeued one is pending for a while."""
-    ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-    return wait_for(f"the end of job {job}", lambda: (now := state(job)) in ends and now)
+    """The final state of a job. A requeued job is pending for a while, which is not final."""
+    final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+    return wait_for(f"the end of job {job}", lambda: (now := state(job)) in final and now)
 
 
 def restarts(job: str) -> int:
@@ -125,7 +127,7 @@ def restarts(job: str) -> int:
 
 
 def processes(run: Path) -> list[psutil.Process]:
-    """All that work on this run, on any pretend node: their processes are children of this machine's."""
+    """All processes of a run, on all nodes: the nodes are slurmd daemons of this machine."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -138,7 +140,7 @@ def processes(run: Path) -> list[psutil.Process]:
 
 
 def ranks(run: Path) -> list[psutil.Process]:
-    """Those of them that train."""
+    """The processes of a run that train."""
     found = []
     for process in processes(run):
         try:
@@ -150,18 +152,19 @@ def ranks(run: Path) -> list[psutil.Process]:
     return found
 
 
-def require_nothing_left(run: Path) -> None:
+def wait_for_no_processes(run: Path) -> None:
     wait_for(f"the end of all processes of {run}", lambda: not processes(run))
 
 
-def pretend_folder() -> Path:
+def slurm_folder() -> Path:
+    """The folder of slurm.conf, with the subfolders pids and log."""
     return Path(os.environ["SLURM_CONF"]).parent
 
 
 @contextmanager
 def dead_node(name: str) -> Iterator[None]:
-    """A context in which this pretend node has lost its power."""
-    pid_file = pretend_folder() / "pids" / f"{name}.pid"
+    """A context in which the slurmd of this node is dead, as if the node had lost its power."""
+    pid_file = slurm_folder() / "pids" / f"{name}.pid"
     process = psutil.Process(int(pid_file.read_text()))
     command, environment = process.cmdline(), process.environ()
     process.kill()
@@ -169,10 +172,10 @@ def dead_node(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with (pretend_folder() / "log" / f"{name}.out").open("a") as log:
-            again = subprocess.Popen(
+        with (slurm_folder() / "log" / f"{name}.out").open("a") as log:
+            restarted = subprocess.Popen(
                 command, env=environment, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        pid_file.write_text(f"{again.pid}\n")
+        pid_file.write_text(f"{restarted.pid}\n")
         wait_for(f"node {name}", lambda: "IDLE" in call("scontrol", "show", "node", name))

@@ -1,6 +1,6 @@
-"""Training under a real Slurm of two nodes with two ranks each, undisturbed and disturbed.
+"""Training under a real Slurm of two nodes with two ranks each: without faults, and with them.
 
-`make test-slurm` runs all of it, in about 25 minutes on two cores; `make test` the first test only.
+`make test-slurm` runs all tests, in about 25 minutes on two cores; `make test` runs only the first one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from kraken_train.tracking.wandb_files import history, wandb_files
 pytestmark = [*cluster.needs_slurm, pytest.mark.timeout(3600)]
 
 STEPS, HOUR = 30, 3600.0
-SECONDS_PER_STEP = 3.0  # until what a test waits for has happened, which leaves it more than a minute
+SECONDS_PER_STEP = 3.0  # while a test waits for an event: the whole run then takes more than a minute
 OFFLINE = "tracking.mode=offline"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, ...]]:
-    """What a run that nothing happens to has learned; srun starts all of its Python, as with a container."""
+    """The metrics of a run without faults; srun starts all of its Python processes, as with a container."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     (job,) = submit("nodes=2", 'srun_options=["--export=ALL"]', "--", *settings(data, run))
     assert wait_for_end(job) == "COMPLETED", cluster.output(run)
-    cluster.require_nothing_left(run)
+    cluster.wait_for_no_processes(run)
     return learned(run)
 
 
@@ -48,12 +48,12 @@ def outcomes(run: Path) -> list[str]:
 
 
 def requeued(run: Path) -> list[str]:
-    """Why the batch script has requeued the job, each time."""
+    """The reasons for which the batch script requeued the job."""
     return [event["reason"] for event in read_events(run / "events.jsonl") if event["event"] == "requeued"]
 
 
 def curve(run: Path) -> list[tuple[float, float]]:
-    """Step and loss as Weights & Biases has them, over all starts of the run."""
+    """Step and loss as recorded for Weights & Biases, over all starts of the run."""
     run_id = json.loads((run / "run.json").read_text())["id"]
     return [(step, values["loss"]) for file in wandb_files(run, run_id) for step, values in history(file)]
 
@@ -67,21 +67,23 @@ def test_time_limit(data: Path, tmp_path: Path, undisturbed: list[tuple[float, .
     run = tmp_path / "run"
     (job,) = submit_slow(run, 6, "nodes=2", "signal_seconds=55", "time=60", "--", *settings(data, run, OFFLINE))
     wait_for("a checkpoint", lambda: saved(run, 4))
-    minutes = int(cluster.show(job)["RunTime"].split(":")[-2]) + 2  # ends soon, and tells 55 s before
+    minutes = int(cluster.show(job)["RunTime"].split(":")[-2]) + 2  # soon; the signal comes 55 s earlier
     cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     wait_for("the time limit", lambda: requeued(run))
     cluster.set_step_seconds(run, 0)
     wait_for("the queue", lambda: cluster.state(job) == "PENDING" or cluster.restarts(job) == 1)
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert wait_for_end(job) == "COMPLETED", cluster.output(run)
-    assert learned(run) == undisturbed and curve(run) == [record[:2] for record in undisturbed]
-    assert outcomes(run) == ["interrupted", "finished"] and requeued(run) == ["the time limit is near"]
-    cluster.require_nothing_left(run)
+    assert learned(run) == undisturbed
+    assert curve(run) == [record[:2] for record in undisturbed]
+    assert outcomes(run) == ["interrupted", "finished"]
+    assert requeued(run) == ["the time limit is near"]
+    cluster.wait_for_no_processes(run)
 
 
 @pytest.fixture
 def grace(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Seconds that Slurm leaves a job that is preempted."""
+    """Slurm's GraceTime for preempted jobs, in seconds."""
     cluster.call("scontrol", "update", "PartitionName=debug", f"GraceTime={request.param}")
     yield request.param
     cluster.call("scontrol", "update", "PartitionName=debug", "GraceTime=0")
@@ -99,8 +101,8 @@ def test_preempted(data: Path, tmp_path: Path, undisturbed: list[tuple[float, ..
     assert wait_for_end(job) == "COMPLETED", cluster.output(run)
     assert learned(run) == undisturbed
     assert outcomes(run) == ["interrupted", "finished"]
-    assert len(requeued(run)) == (1 if grace else 0)  # 0: Slurm has done it
-    cluster.require_nothing_left(run)
+    assert len(requeued(run)) == (1 if grace else 0)  # 0: Slurm itself requeued it
+    cluster.wait_for_no_processes(run)
 
 
 @pytest.mark.slow
@@ -112,9 +114,11 @@ def test_killed_rank(data: Path, tmp_path: Path, undisturbed: list[tuple[float, 
     wait_for("the restart", lambda: cluster.restarts(job) == 1)
     cluster.set_step_seconds(run, 0)
     assert wait_for_end(job) == "COMPLETED", cluster.output(run)
-    assert learned(run) == undisturbed and curve(run) == [record[:2] for record in undisturbed]
-    assert outcomes(run)[-1] == "finished" and len(requeued(run)) == 1
-    cluster.require_nothing_left(run)
+    assert learned(run) == undisturbed
+    assert curve(run) == [record[:2] for record in undisturbed]
+    assert outcomes(run)[-1] == "finished"
+    assert len(requeued(run)) == 1
+    cluster.wait_for_no_processes(run)
 
 
 @pytest.mark.slow
@@ -127,37 +131,42 @@ def test_dead_node(data: Path, tmp_path: Path, undisturbed: list[tuple[float, ..
         wait_for("the end of the ranks on the other node", lambda: not cluster.ranks(run))
         cluster.set_step_seconds(run, 0)
     assert wait_for_end(job) == "COMPLETED", cluster.output(run)
-    # A returning node may still end what Slurm had wanted to end on it before, which costs a second restart.
-    assert cluster.restarts(job) >= 1 and learned(run) == undisturbed
-    cluster.require_nothing_left(run)
+    # When the node returns, Slurm may still end the old job on it, which costs a second restart.
+    assert cluster.restarts(job) >= 1
+    assert learned(run) == undisturbed
+    cluster.wait_for_no_processes(run)
 
 
 @pytest.mark.slow
-def test_a_fault_that_stays(data: Path, tmp_path: Path) -> None:
-    """Ranks that always die are not started for ever."""
+def test_permanent_fault(data: Path, tmp_path: Path) -> None:
+    """The job ends after `max_restarts` restarts if the ranks die in every start."""
     run = tmp_path / "run"
     (job,) = submit_slow(run, HOUR, "nodes=1", "max_restarts=1", "--", *settings(data, run))
     for start in (1, 2):
         wait_for(f"start {start}", lambda count=start: len(list(run.glob("starts/*/environment.json"))) == count)
         wait_for("ranks", lambda: cluster.ranks(run))[0].kill()
         wait_for("their end", lambda: not cluster.ranks(run))
-    assert wait_for_end(job) == "FAILED" and cluster.restarts(job) == 1
+    assert wait_for_end(job) == "FAILED"
+    assert cluster.restarts(job) == 1
     assert "error: 1 restarts in a row have saved no newer checkpoint" in cluster.output(run)
-    cluster.require_nothing_left(run)
+    cluster.wait_for_no_processes(run)
 
 
 @pytest.mark.slow
-def test_scancel_and_the_same_again(data: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]]) -> None:
+def test_scancel_and_submit_again(data: Path, tmp_path: Path, undisturbed: list[tuple[float, ...]]) -> None:
     run = tmp_path / "run"
     (job,) = submit_slow(run, HOUR, "nodes=2", "--", *settings(data, run))
     again = run_module("launch.submit", "gpus_per_node=0", "ranks_per_node=2", "nodes=2", "--", *settings(data, run))
-    assert again.returncode == 2 and f"has job {job}, which still waits or runs" in again.stderr
+    assert again.returncode == 2
+    assert f"has job {job}, which is still pending or running" in again.stderr
     cluster.set_step_seconds(run, SECONDS_PER_STEP)
     wait_for("a checkpoint", lambda: saved(run, 4))
     cluster.call("scancel", job)
-    assert wait_for_end(job) == "CANCELLED" and cluster.restarts(job) == 0
-    cluster.require_nothing_left(run)
-    assert outcomes(run) == ["interrupted"] and requeued(run) == []
+    assert wait_for_end(job) == "CANCELLED"
+    assert cluster.restarts(job) == 0
+    cluster.wait_for_no_processes(run)
+    assert outcomes(run) == ["interrupted"]
+    assert requeued(run) == []
     (job,) = submit("nodes=2", "--", *settings(data, run))
     assert wait_for_end(job) == "COMPLETED", cluster.output(run)
     assert learned(run) == undisturbed
@@ -170,8 +179,9 @@ def test_full_disk(data: Path, tmp_path: Path, undisturbed: list[tuple[float, ..
     wait_for("a checkpoint", lambda: saved(run, 4))
     cluster.fill_disk(run)
     assert wait_for_end(job) == "FAILED", cluster.output(run)
-    assert cluster.restarts(job) == 0 and "no restart would help" in cluster.output(run)
-    cluster.require_nothing_left(run)
+    assert cluster.restarts(job) == 0
+    assert "a restart would not help" in cluster.output(run)
+    cluster.wait_for_no_processes(run)
     newest_checkpoint = max(run.glob("checkpoints/step-*"))
     assert run_module("checkpoints.inspect", str(newest_checkpoint)).returncode == 0  # verifies it
     (job,) = submit("nodes=2", "--", *settings(data, run))
@@ -181,7 +191,7 @@ def test_full_disk(data: Path, tmp_path: Path, undisturbed: list[tuple[float, ..
 
 @pytest.mark.slow
 def test_chain(prepare_settings: list[str], tmp_path: Path, undisturbed: list[tuple[float, ...]]) -> None:
-    """Data, training, export and evaluation by one command; the training's time limit comes in the middle."""
+    """Data, training, export and evaluation by one command, with a time limit during the training."""
     data, run = tmp_path / "data", tmp_path / "run"
     training = [argument for argument in settings(data, run) if not argument.startswith("data_dir=")]
     jobs = submit_slow(
@@ -194,15 +204,18 @@ def test_chain(prepare_settings: list[str], tmp_path: Path, undisturbed: list[tu
     wait_for("the restart", lambda: cluster.restarts(jobs[1]) == 1)
     cluster.set_step_seconds(run, 0)
     assert [wait_for_end(job) for job in jobs] == ["COMPLETED"] * 3, cluster.output(run)
-    assert requeued(run) == ["the time limit is near"] and learned(run) == undisturbed
+    assert requeued(run) == ["the time limit is near"]
+    assert learned(run) == undisturbed
     evaluation = next(newest(run).glob("evaluate-*.out")).read_text()
     export = run / "export"
-    assert f"to {export}" in evaluation and "perplexity" in evaluation and (export / "model.safetensors").is_file()
+    assert f"to {export}" in evaluation
+    assert "perplexity" in evaluation
+    assert (export / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_chain_ends_with_its_first_failure(data: Path, tmp_path: Path) -> None:
-    """And what could never run is not left waiting."""
+    """Jobs after it are cancelled, since they could never run."""
     run = tmp_path / "run"
     jobs = submit(
         "nodes=1", "evaluate.cpus_per_task=2", 'setup=["exit 2"]',
@@ -214,7 +227,7 @@ def test_chain_ends_with_its_first_failure(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sweep(data: Path, tmp_path: Path) -> None:
-    """A job array: one of its runs is asked for its time limit, and only that one is requeued."""
+    """A job array: only the run that gets the signal of the time limit is requeued."""
     parent = tmp_path / "runs"
     sweep = ("optim.lr=1e-3,2e-3", "max_steps=12")
     arguments = [argument for argument in settings(data, parent, *sweep) if argument != f"max_steps={STEPS}"]
@@ -226,23 +239,26 @@ def test_sweep(data: Path, tmp_path: Path) -> None:
     wait_for("both jobs", lambda: not cluster.call("squeue", "--noheader", "--jobs", job).strip())
     assert [outcomes(run) for run in runs] == [["finished"], ["interrupted", "finished"]]
     assert learned(runs[0])[-1] != learned(runs[1])[-1]
-    cluster.require_nothing_left(parent)
+    cluster.wait_for_no_processes(parent)
 
 
 @pytest.mark.slow
 def test_refusals(data: Path, tmp_path: Path) -> None:
-    """What Slurm would refuse, or never start, is told before anything is written."""
+    """Jobs that Slurm would reject, or never start, are refused before anything is written."""
     run = tmp_path / "run"
 
     def refused(*options: str) -> str:
         result = run_module(
             "launch.submit", "gpus_per_node=0", "ranks_per_node=2", *options, "--", *settings(data, run)
         )
-        assert result.returncode == 2 and not run.exists(), result.stdout
+        assert result.returncode == 2, result.stdout
+        assert not run.exists()
         return result.stderr
 
-    assert "partition=debgu is not known here; use debug or urgent (did you mean debug?)" in refused("partition=debgu")
-    assert "nodes=3 is more than partition debug has; use at most 2" in refused("nodes=3")
+    assert "partition=debgu is not on this cluster; use debug or urgent (did you mean debug?)" in refused(
+        "partition=debgu"
+    )
+    assert "nodes=3 is more than partition debug allows; use at most 2" in refused("nodes=3")
     assert "Requested node configuration is not available" in refused("mem=900G")
     assert "invalid" in refused('sbatch_options=["--constraint=none"]').lower()
     cluster.call("scontrol", "update", "PartitionName=debug", "AllowAccounts=others")

@@ -1,7 +1,7 @@
-"""Run by a launcher: saves, verifies and reads checkpoints over several ranks, and writes what happened as JSON.
+"""Runs on several ranks: saves, verifies and reads checkpoints, and writes the results as JSON.
 
-Usage: store_ranks.py FOLDER SUB_LAYER_PARALLEL_SIZE. FOLDER/alone holds a checkpoint of the same tensors that one
-process has written. Rank 0 writes FOLDER/report.json with one entry per rank.
+Usage: store_ranks.py FOLDER SUB_LAYER_PARALLEL_SIZE. `FOLDER/one process` holds a checkpoint of the same tensors that
+one process wrote. Rank 0 writes FOLDER/report.json with one entry per rank.
 """
 
 from __future__ import annotations
@@ -31,29 +31,34 @@ from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
 from kraken_train.parallel.ranks import Runtime, read_runtime
 
-AXES = {"model.a": 0, "model.b": 1, "optimizer.exp_avg.a": 0, "optimizer.exp_avg.b": 1}  # the sharded ones
+AXES = {
+    "model.a": 0,
+    "model.b": 1,
+    "optimizer.exp_avg.a": 0,
+    "optimizer.exp_avg.b": 1,
+}  # the sharded dimension
 WRITE_TENSORS = writer.write_tensors
 PLAIN = ("model.norm", "optimizer.exp_avg.norm")
 
 
-def whole_tensors(step: int) -> dict[str, torch.Tensor]:
+def unsharded_tensors(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     shapes = dict.fromkeys(AXES, (4, 8, 40)) | dict.fromkeys(PLAIN, (7,))
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def local_part(whole: torch.Tensor, axis: int, mesh: DeviceMesh) -> torch.Tensor:
+def local_shard(whole: torch.Tensor, axis: int, mesh: DeviceMesh) -> torch.Tensor:
     return whole.chunk(mesh.size(), axis)[mesh.get_local_rank()].contiguous()
 
 
-def share(step: int, runtime: Runtime, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """What this rank keeps: each sharded tensor is on one copy of the model, each plain one on one rank."""
+def tensors_of_rank(step: int, runtime: Runtime, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """The tensors that this rank saves: a sharded tensor is on one model replica, a plain one on one rank."""
     size = mesh.size()
     copies = runtime.world_size // size
     kept: dict[str, torch.Tensor] = {}
-    for index, (name, whole) in enumerate(whole_tensors(step).items()):
+    for index, (name, whole) in enumerate(unsharded_tensors(step).items()):
         if name in AXES and index % copies == runtime.rank // size:
-            local = local_part(whole, AXES[name], mesh)
+            local = local_shard(whole, AXES[name], mesh)
             kept[name] = DTensor.from_local(local, mesh, [Shard(AXES[name])], run_check=False)
         elif name in PLAIN and index % runtime.world_size == runtime.rank:
             kept[name] = whole
@@ -70,7 +75,7 @@ def message(function: Any, *arguments: Any) -> str | None:
 
 @contextmanager
 def recorded_hashes() -> Iterator[list[str]]:
-    """The names of the files that this rank hashes meanwhile."""
+    """The names of the files that this rank hashes in the context."""
     names: list[str] = []
 
     def recorded(path: Path) -> str:
@@ -81,8 +86,8 @@ def recorded_hashes() -> Iterator[list[str]]:
         yield names
 
 
-def agree(runtime: Runtime) -> dict[str, Any]:
-    """Over the default group and one more."""
+def collectives(runtime: Runtime) -> dict[str, Any]:
+    """Results of collectives over the default group and over a second one."""
     other = dataclasses.replace(runtime, group=dist.new_group(backend="gloo"))
     return {
         "gather": [channel.gather(f"rank {channel.rank}") for channel in (runtime, other)],
@@ -93,38 +98,40 @@ def agree(runtime: Runtime) -> dict[str, Any]:
 
 
 def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
-    """Step 1 while waiting, step 2 in the background with training's messages meanwhile, step 3 with an error after."""
+    """Save step 1 synchronously, step 2 in the background during collectives, step 3 with an error after it."""
     with recorded_hashes() as hashed:
-        CheckpointWriter(folder, 9, runtime, asynchronous=False).save(1, share(1, runtime, mesh), {"tokens": 1})
-    seen = threading.Event()
+        CheckpointWriter(folder, 9, runtime, asynchronous=False).save(
+            1, tensors_of_rank(1, runtime, mesh), {"tokens": 1}
+        )
+    allowed = threading.Event()
 
     def slow_write(*arguments: Any) -> str | None:
-        seen.wait()
+        allowed.wait()
         return WRITE_TENSORS(*arguments)
 
     with (
         CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves,
         mock.patch.object(writer, "write_tensors", slow_write),
     ):
-        saves.save(2, share(2, runtime, mesh), {"tokens": 2})
-        at_once = [path.name for path in step_folders(folder)]
+        saves.save(2, tensors_of_rank(2, runtime, mesh), {"tokens": 2})
+        after_start = [path.name for path in step_folders(folder)]
         sums = [runtime.sum([float(index)])[0] for index in range(100)]
-        under_way = saves.under_way is not None and saves.under_way.is_alive()
-        seen.set()
+        in_progress = saves.under_way is not None and saves.under_way.is_alive()
+        allowed.set()
         saves.finish()
         saves.finish()
         after_finish = [path.name for path in step_folders(folder)]
     try:
         with CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves:
-            saves.save(3, share(3, runtime, mesh), {"tokens": 3})
+            saves.save(3, tensors_of_rank(3, runtime, mesh), {"tokens": 3})
             raise ArithmeticError("training has failed")
     except ArithmeticError:
         after_error = [path.name for path in step_folders(folder)]
     return {
-        "keys": sorted(share(1, runtime, mesh)),
+        "keys": sorted(tensors_of_rank(1, runtime, mesh)),
         "hashed": hashed,
-        "at_once": at_once,
-        "under_way": under_way,
+        "after_start": after_start,
+        "in_progress": in_progress,
         "sums_right": sums == [index * runtime.world_size for index in range(100)],
         "after_finish": after_finish,
         "after_error": after_error,
@@ -132,7 +139,7 @@ def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def fail_to_save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
-    """The last rank alone cannot write its part, or cannot read it again to hash it."""
+    """Save while the last rank cannot write its part, or cannot read it to hash it."""
     last = runtime.rank == runtime.world_size - 1
     found: dict[str, Any] = {}
     for asynchronous in (False, True):
@@ -140,19 +147,19 @@ def fail_to_save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, 
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if last:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
-        started = message(saves.save, 4, share(4, runtime, mesh), {})
-        told = message(saves.finish) or started
+        started = message(saves.save, 4, tensors_of_rank(4, runtime, mesh), {})
+        raised = message(saves.finish) or started
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        found[f"write, asynchronous={asynchronous}"] = told
+        found[f"write, asynchronous={asynchronous}"] = raised
         if asynchronous:
-            found["started"], found["told twice"] = started, message(saves.finish)
+            found["started"], found["raised again"] = started, message(saves.finish)
     unreadable = mock.patch.object(writer, "file_sha256", side_effect=OSError(errno.EIO, "Input/output error"))
     if last:
         unreadable.start()
-    found["hash"] = message(saves.save, 4, share(4, runtime, mesh), {}) or message(saves.finish)
+    found["hash"] = message(saves.save, 4, tensors_of_rank(4, runtime, mesh), {}) or message(saves.finish)
     if last:
         unreadable.stop()
-    found["left"] = sorted(path.name for path in folder.iterdir())
+    found["files"] = sorted(path.name for path in folder.iterdir())
     return found
 
 
@@ -164,7 +171,7 @@ def verify(folder: Path, runtime: Runtime) -> dict[str, Any]:
         return [checkpoint.step, checkpoint.metadata, problems]
 
     with recorded_hashes() as found["hashed"]:
-        found["whole"] = find()
+        found["undamaged"] = find()
 
     newest = step_folders(folder)[-1]
     for path in sorted(newest.iterdir()):
@@ -187,24 +194,24 @@ def verify(folder: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 def fill(checkpoint: store.Checkpoint, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
-    """Every rank reads its slices of everything, whoever has written them."""
-    expected = whole_tensors(checkpoint.step)
+    """Read this rank's shards of all tensors, whichever ranks wrote them."""
+    expected = unsharded_tensors(checkpoint.step)
     given: dict[str, torch.Tensor] = {}
     local: dict[str, torch.Tensor] = {}
     for name, whole in expected.items():
         if name in AXES:
-            local[name] = torch.zeros_like(local_part(whole, AXES[name], mesh))
+            local[name] = torch.zeros_like(local_shard(whole, AXES[name], mesh))
             given[name] = DTensor.from_local(local[name], mesh, [Shard(AXES[name])], run_check=False)
         else:
             given[name] = local[name] = torch.zeros_like(whole)
     fill_tensors(checkpoint, given)
-    right = {
-        name: torch.equal(local[name], local_part(whole, AXES[name], mesh) if name in AXES else whole)
+    is_equal = {
+        name: torch.equal(local[name], local_shard(whole, AXES[name], mesh) if name in AXES else whole)
         for name, whole in expected.items()
     }
     larger = DTensor.from_local(torch.zeros(3, 8, 40), mesh, [Shard(0)], run_check=False)
     return {
-        "right": right,
+        "equal": is_equal,
         "shape": message(fill_tensors, checkpoint, {"model.a": larger}),
         "name": message(fill_tensors, checkpoint, {"model.c": larger}),
     }
@@ -216,11 +223,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     copies = runtime.world_size // sub_layer_parallel_size
     mesh = init_device_mesh("cpu", (copies, sub_layer_parallel_size), mesh_dim_names=("data", "sub_layers"))
-    report: dict[str, Any] = {"agree": agree(runtime)}
+    report: dict[str, Any] = {"collectives": collectives(runtime)}
     report["save"] = save(folder / "ranks", runtime, mesh["sub_layers"])
     report["fail"] = fail_to_save(folder / "ranks", runtime, mesh["sub_layers"])
     report["verify"] = verify(folder / "ranks", runtime)
-    for name in ("ranks", "alone"):
+    for name in ("ranks", "one process"):
         checkpoint, _ = find_good_checkpoint(folder / name)
         report[f"fill {name}"] = fill(checkpoint, runtime, mesh["sub_layers"])
     reports = runtime.gather(report)

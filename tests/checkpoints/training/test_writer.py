@@ -1,4 +1,4 @@
-"""Saves: all or nothing, waited for or in the background."""
+"""Saving checkpoints atomically, synchronously and in the background."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from helpers import REPOSITORY
-from test_store import files, same, save, tensors
+from small_checkpoints import equal, files, save, tensors
 
 from checkpoints.training import writer
-from checkpoints.training.store import ALONE, find_good_checkpoint, load_tensors, verify_checkpoint
+from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, load_tensors, verify_checkpoint
 from checkpoints.training.writer import CheckpointWriter
 from kraken_train.common.errors import CheckpointError
 
@@ -35,8 +35,8 @@ def test_failed_write_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_good_checkpoint(tmp_path)[0].step == 1
 
 
-def test_parts_that_rank_0_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that is not shared, or not yet up to date."""
+def test_parts_that_rank_0_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that is not shared, or whose view is out of date."""
     save(tmp_path, 1)
 
     def hidden(*arguments: Any) -> writer.WrittenPart:
@@ -50,30 +50,30 @@ def test_parts_that_rank_0_cannot_see(tmp_path: Path, monkeypatch: pytest.Monkey
         return part
 
     write_part = writer.write_part
-    for broken, words in ((hidden, "cannot be seen in"), (truncated, "as it was written; run_dir must be on")):
+    for broken, state in ((hidden, "missing"), (truncated, "different")):
         monkeypatch.setattr(writer, "write_part", broken)
-        with pytest.raises(CheckpointError, match=f"written by another node.*{words}"):
+        with pytest.raises(CheckpointError, match=f"written by another node, but on this one it is {state} in"):
             save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
 
 
 class SlowWrite:
-    """Stands for `writer.write_tensors`; a write begins when called and goes on once it is allowed to."""
+    """A replacement of `writer.write_tensors` that sets `started` and waits for `allowed` before it writes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.allowed = threading.Event(), threading.Event()
+        self.started, self.allowed = threading.Event(), threading.Event()
         self.real = writer.write_tensors
         monkeypatch.setattr(writer, "write_tensors", self)
 
     def __call__(self, *arguments: Any) -> str | None:
-        self.begun.set()
+        self.started.set()
         self.allowed.wait()
         return self.real(*arguments)
 
 
 def test_background_save_equals_a_synchronous_one(tmp_path: Path) -> None:
     for name, asynchronous in (("now", False), ("later", True)):
-        with CheckpointWriter(tmp_path / name, 2, ALONE, asynchronous) as saves:
+        with CheckpointWriter(tmp_path / name, 2, SINGLE_PROCESS, asynchronous) as saves:
             for step in (1, 2, 3):
                 saves.save(step, tensors(step), {"updates": step})
     now, later = ({path.name: path for path in files(tmp_path / name)} for name in ("now", "later"))
@@ -82,16 +82,16 @@ def test_background_save_equals_a_synchronous_one(tmp_path: Path) -> None:
     for step in (2, 3):
         checkpoint = verify_checkpoint(tmp_path / "later" / f"step-{step:08d}")
         assert (checkpoint.step, checkpoint.metadata) == (step, {"updates": step})
-        assert same(load_tensors(checkpoint), tensors(step))
+        assert equal(load_tensors(checkpoint), tensors(step))
 
 
 def test_background_save_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     slow = SlowWrite(monkeypatch)
-    saves = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
+    saves = CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True)
     saves.save(2, tensors(2), {})
-    slow.begun.wait()
-    assert find_good_checkpoint(tmp_path)[0].step == 1, "step 2 is only being written"
+    slow.started.wait()
+    assert find_good_checkpoint(tmp_path)[0].step == 1, "step 2 is not complete yet"
     slow.allowed.set()
     saves.finish()
     saves.finish()
@@ -100,34 +100,34 @@ def test_background_save_does_not_block(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowWrite(monkeypatch)
-    saves = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
+    saves = CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True)
     saves.save(1, tensors(1), {})
     assert saves.under_way is not None
     join = saves.under_way.join
     saves.under_way.join = lambda *arguments: (slow.allowed.set(), join(*arguments))[1]  # type: ignore[method-assign]
     saves.save(2, tensors(2), {})
-    assert (tmp_path / "step-00000001").is_dir(), "the second save began before the first had ended"
+    assert (tmp_path / "step-00000001").is_dir(), "the second save started before the first had ended"
     slow.allowed.set()
     saves.finish()
     assert find_good_checkpoint(tmp_path)[0].step == 2
 
 
-def test_a_failed_background_save_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_background_save_raises_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
-    saves = CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True)
+    saves = CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True)
     expected = r"step 2 could not be written.*No space left.*step-00000001"
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for tell in (lambda: saves.save(3, tensors(3), {}), saves.finish):
+    for raising_call in (lambda: saves.save(3, tensors(3), {}), saves.finish):
         with monkeypatch.context() as patch:
             patch.setattr(writer, "file_sha256", full)
             saves.save(2, tensors(2), {})
             assert saves.under_way is not None
             saves.under_way.join()
         with pytest.raises(CheckpointError, match=expected):
-            tell()
+            raising_call()
         saves.finish()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     saves.save(3, tensors(3), {})
@@ -135,28 +135,31 @@ def test_a_failed_background_save_is_told_once(tmp_path: Path, monkeypatch: pyte
     assert find_good_checkpoint(tmp_path)[0].step == 3
 
 
-def test_an_error_of_training_is_not_replaced(
+def test_an_error_of_training_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ArithmeticError), CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True) as saves:
-        saves.save(1, tensors(1), {})
-        raise ArithmeticError("training has failed")
-    assert find_good_checkpoint(tmp_path)[0].step == 1, "the save that was under way was not waited for"
+    def train(step: int) -> None:
+        with CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True) as saves:
+            saves.save(step, tensors(step), {})
+            raise ArithmeticError("training has failed")
+
+    with pytest.raises(ArithmeticError):
+        train(1)
+    assert find_good_checkpoint(tmp_path)[0].step == 1, "did not wait for the save in progress"
     assert not capsys.readouterr().err
     monkeypatch.setattr(writer, "write_tensors", lambda *arguments: "the disk is gone")
-    with pytest.raises(ArithmeticError), CheckpointWriter(tmp_path, 3, ALONE, asynchronous=True) as saves:
-        saves.save(2, tensors(2), {})
-        raise ArithmeticError("training has failed")
+    with pytest.raises(ArithmeticError):
+        train(2)
     assert "the checkpoint of step 2 could not be written" in capsys.readouterr().err
 
 
-LEAVING = """
+EXITS_DURING_A_SAVE = """
 import sys, threading
 from pathlib import Path
 import torch
 from checkpoints.training import store, writer
 folder = Path(sys.argv[1])
-saves = writer.CheckpointWriter(folder, 3, store.ALONE, asynchronous=True)
+saves = writer.CheckpointWriter(folder, 3, store.SINGLE_PROCESS, asynchronous=True)
 saves.save(1, {"model.a": torch.ones(3)}, {})
 saves.finish()
 written, real = threading.Event(), writer.write_tensors
@@ -171,12 +174,12 @@ raise SystemExit(7)
 """
 
 
-def test_a_save_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_a_save_that_hangs_does_not_delay_the_exit(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", LEAVING, str(tmp_path)]
+    command = [sys.executable, "-c", EXITS_DURING_A_SAVE, str(tmp_path)]
     assert subprocess.run(command, env=environment, check=False).returncode == 7
     checkpoint, problems = find_good_checkpoint(tmp_path)
     assert (checkpoint.step, problems) == (1, [])
     assert (tmp_path / "latest").read_text() == "step-00000001\n"
     save(tmp_path, 3)
-    assert not list(tmp_path.glob(".step-*")), "what the interrupted save has left was not cleared away"
+    assert not list(tmp_path.glob(".step-*")), "files of the interrupted save were not deleted"

@@ -1,22 +1,18 @@
-"""What would be submitted, and what is refused, on a cluster that only exists as three small scripts."""
+"""`launch.submit` with shell scripts in place of Slurm's commands: what it submits and what it refuses."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, run_here, user_error
+from helpers import run_here, user_error
 from integration.training import overrides
 
 from launch.preflight import train_config
-from launch.slurm import scheduler
-from launch.slurm.script import FIRST, LAST
-from launch.slurm.snapshot import write_snapshot
-from launch.stages import expand_sweeps
+from launch.slurm.script import BEGIN_SETTINGS, END_SETTINGS
 
 SINFO = """echo 'gpu*|2-00:00:00|4|gpu:a100:8(S:0-1)'
 echo 'gpu*|2-00:00:00|2|gpu:4,nvme:1'
@@ -34,7 +30,7 @@ SQUEUE = "echo RUNNING"
 
 @pytest.fixture
 def cluster_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file to which each submission adds the arguments of sbatch."""
+    """Puts the scripts in PATH; the file to which each submission appends the arguments of sbatch."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in {"sinfo": SINFO, "scontrol": SCONTROL, "sbatch": SBATCH, "squeue": SQUEUE}.items():
@@ -64,12 +60,14 @@ def test_dry_run(data: Path, tmp_path: Path) -> None:
         "--account=lab", "--exclusive", "--gres=gpu:2",
     ]  # fmt: skip
     script = result.stdout[result.stdout.index("#!/bin/bash") : result.stdout.index("# arguments:")]
-    assert "    module load cuda\n" in script and "srun_options=(--container-image=/images/k.sqsh)" in script
+    assert "    module load cuda\n" in script
+    assert "srun_options=(--container-image=/images/k.sqsh)" in script
     assert f"python=(python3 {run}/submissions/0001/code)" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     # 2 layers, forward and backward; 2 x 32 x 16 numbers of 4 bytes; 4 micro-batches
-    said = " ".join(result.stdout.split())
-    assert "does not divide ranks_per_node=2" in said and "4 all-reduces of 0.0041 MB" in said
+    printed = " ".join(result.stdout.split())
+    assert "does not divide ranks_per_node=2" in printed
+    assert "4 all-reduces of 0.0041 MB" in printed
     assert not run.exists()
 
 
@@ -77,24 +75,24 @@ def test_dry_run(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
-        (["nodes=7"], [], "nodes=7 is more than partition gpu has; use at most 5"),
+        (["nodes=7"], [], "nodes=7 is more than partition gpu allows; use at most 5"),
         (["nodes=5"], [], "nodes=5 is more than the 4 nodes of partition gpu that have gpus_per_node=8"),
         (["gpus_per_node=16"], [], "gpus_per_node=16 is more than a node of partition gpu has; use at most 8"),
         (["time=3-00:00:00"], [], "time=3-00:00:00 is longer than partition gpu allows; use at most 2-00:00:00"),
         (["time=1:2:3:4"], [], "time=1:2:3:4 is not a time of Slurm"),
-        (["time=5"], [], "that leaves 0 s to start and to train, and it needs 240 s; use time=9 (minutes) or longer"),
+        (["time=5"], [], "that leaves 0 s to start and to train, and 240 s are needed; use time=9 (minutes) or longer"),
         (
             ["time=6:00"],
             [],
-            "time=6:00 is 360 s, and signal_seconds=300 before its end the job is told to save: that "
-            "leaves 60 s to start and to train, and it needs 240 s; use time=9 (minutes) or longer, "
-            "or signal_seconds=120 at most",
+            "time=6:00 is 360 s, and the job gets the signal to save signal_seconds=300 before its end: that leaves "
+            "60 s to start and to train, and 240 s are needed; use time=9 (minutes) or longer, or "
+            "signal_seconds=120 at most",
         ),
         (["time=2", "signal_seconds=60"], [], "use time=5 (minutes) or longer"),
         (["ranks_per_node=1"], ["run_dir=a\\b"], "Slurm cannot write a job's output to a folder with a backslash"),
-        (["partition=gpus"], [], "partition=gpus is not known here; use gpu or cpu (did you mean gpu?)"),
+        (["partition=gpus"], [], "partition=gpus is not on this cluster; use gpu or cpu (did you mean gpu?)"),
         (["partition=cpu", "account=me"], [], "account=me cannot use partition cpu; use lab or class"),
-        (["qos=nope"], ["global_batch_size=16"], "sbatch has refused: Invalid qos"),
+        (["qos=nope"], ["global_batch_size=16"], "sbatch failed: Invalid qos"),
         (["nodez=7"], [], "nodez is not a setting (did you mean nodes?)"),
         ([], ["max_stps=3"], "max_stps is not a setting (did you mean max_steps?)"),
         ([], ["global_batch_size=4"], "global_batch_size=4 is not a multiple of micro_batch_size=2 times 8"),
@@ -111,7 +109,7 @@ def test_refusals(data: Path, tmp_path: Path, options: list[str], settings: list
 
 
 def test_a_chain(tmp_path: Path, cluster_commands: Path) -> None:
-    """Data that the first stage will write need not be there; each stage waits for the one before, and knows it."""
+    """Each stage depends on the job of the stage before it and gets its paths; the data need not exist yet."""
     data, run = tmp_path / "data", tmp_path / "run"
     training = [argument for argument in overrides(data, run) if not argument.startswith("data_dir=")]
     chain = ["--", "prepare", "source=embedded", f"output_dir={data}", "--", "train", *training, "--", "evaluate"]
@@ -125,14 +123,15 @@ def test_a_chain(tmp_path: Path, cluster_commands: Path) -> None:
         f"--parsable --dependency=afterok:102 --kill-on-invalid-dep=yes {folder}/evaluate.sbatch run_dir={run} "
         f"data_dir={data}",
     ]
-    assert "job 102 (1 run)" in result.stdout and '"job": "102"' in (run / "events.jsonl").read_text()
+    assert "job 102 (1 run)" in result.stdout
+    assert '"job": "102"' in (run / "events.jsonl").read_text()
     again = run_here("launch.submit", "ranks_per_node=1", "snapshot=false", *chain)
-    assert "has job 102, which still waits or runs" in user_error(again)
+    assert "has job 102, which is still pending or running" in user_error(again)
 
 
 @pytest.mark.parametrize("sweep", [[], ["seed=1,2"]])
-def test_awkward_names_reach_the_job(data: Path, tmp_path: Path, cluster_commands: Path, sweep: list[str]) -> None:
-    """A folder's name that Hydra, the shell and Slurm would each read in another way, and other free text."""
+def test_special_characters_reach_the_job(data: Path, tmp_path: Path, cluster_commands: Path, sweep: list[str]) -> None:
+    """A folder name that Hydra, the shell and Slurm would each change, and other free text."""
     run = tmp_path / "a=b,c {x} 70%j 'q' #1"
     text = ["tracking.name=me@lab#1", "tracking.group=a b, c", "tracking.notes=see 70% $HOME"]
     result = run_here("launch.submit", "ranks_per_node=1", "snapshot=false", "--", *overrides(data, run, *text), *sweep)
@@ -142,13 +141,14 @@ def test_awkward_names_reach_the_job(data: Path, tmp_path: Path, cluster_command
     (output,) = (line for line in option_lines(script) if line.startswith("--output"))
     number = "%A_%a" if sweep else "%j"
     assert shlex.split(output) == [f"--output={str(folder).replace('%', '%%')}/train-{number}.out"]
-    settings = script[script.index(FIRST) : script.index(LAST)]
+    settings = script[script.index(BEGIN_SETTINGS) : script.index(END_SETTINGS)]
     arguments = subprocess.run(
         ["bash", "-c", f'{settings}\nprintf "%s\\n" "$@"', "script", *overrides(data, run, *text)],
         env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     config = train_config(arguments)
-    assert config.run_dir == str(run / "seed=2" if sweep else run) and config.seed == (2 if sweep else 0)
+    assert config.run_dir == str(run / "seed=2" if sweep else run)
+    assert config.seed == (2 if sweep else 0)
     tracking = config.tracking
     assert (tracking.name, tracking.group, tracking.notes) == ("me@lab#1", "a b, c", "see 70% $HOME")
     if not sweep:
@@ -156,46 +156,3 @@ def test_awkward_names_reach_the_job(data: Path, tmp_path: Path, cluster_command
             cluster_commands.read_text(encoding="utf-8") == f"--parsable {folder}/train.sbatch {' '.join(arguments)}\n"
         )
     assert f"kraken_train.status {shlex.quote(config.run_dir)}" in result.stdout
-
-
-def test_sweeps() -> None:
-    assert expand_sweeps(["a=1", "run_dir=r,1"]) == [("a=1", "run_dir=r,1")]
-    runs = expand_sweeps(["run_dir=runs", "optim.lr=1e-3,2e-3", "model=choice(x/y,z)", "seed=range(0,2)"])
-    assert len(runs) == 8
-    assert runs[0] == ("optim.lr=0.001", "model=x/y", "seed=0", "run_dir=runs/optim.lr=0.001,model=x_y,seed=0")
-
-
-@pytest.mark.parametrize(
-    ("time", "seconds"),
-    [("5", 300), ("5:30", 330), ("1:02:03", 3723), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:5", 86405)],
-)
-def test_times(time: str, seconds: int) -> None:
-    assert scheduler.seconds(time) == seconds
-
-
-def test_gpus() -> None:
-    gres = {"(null)": 0, "gpu:4": 4, "gpu:a100:8(S:0-1)": 8, "nvme:1,gpu:h100:2(S:0),gpu:a100:2(S:1)": 4}
-    assert {text: scheduler.gpus_of(text) for text in gres} == gres
-
-
-def test_a_copy_of_the_code_comes_first(tmp_path: Path) -> None:
-    """Before the folder that the command runs in, and before what is installed."""
-    write_snapshot(tmp_path / "code")
-    (tmp_path / "code" / "kraken_train" / "probe.py").write_text(
-        "import sys, launch, kraken_train.common.cli as cli\n"
-        "print(launch.__file__, cli.CONF_DIR, __name__, sys.argv[1:])\n"
-    )
-    result = subprocess.run(
-        [sys.executable, str(tmp_path / "code"), "kraken_train.probe", "a=1"],
-        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    code = tmp_path / "code"
-    assert result.stdout.split(" ", 3) == [f"{code}/launch/__init__.py", f"{code}/conf", "__main__", "['a=1']\n"]
-
-
-@pytest.mark.parametrize("name", ["prepare", "train", "evaluate"])
-def test_shipped_scripts(name: str) -> None:
-    """Valid by themselves, with the lines that restarts rely on."""
-    path = REPOSITORY / "launch" / "slurm" / f"{name}.sbatch"
-    subprocess.run(["bash", "-n", str(path)], check=True)
-    assert {"--requeue", "--open-mode=append"} <= set(option_lines(path.read_text()))
