@@ -39,7 +39,7 @@ def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
             for slice_, sub_layer in zip(module.weight, module.sharded_dim.units.ids, strict=True):
                 slice_.copy_(draw_normal(slice_.shape, std, f"{seed}/{name}.weight/{sub_layer}"))
         elif isinstance(module, nn.Linear | nn.Embedding | QKVLinear | Vocabulary):
-            sharded_dim: ShardedDim | None = getattr(module, "partition", None)
+            sharded_dim: ShardedDim | None = getattr(module, "sharded_dim", None)
             shape = module.weight.shape if sharded_dim is None else sharded_dim.whole_shape(module.weight.shape)
             whole = draw_normal(shape, std, f"{seed}/{name}.weight")
             module.weight.copy_(whole if sharded_dim is None else sharded_dim.take(whole))

@@ -98,10 +98,10 @@ def all_units(total: int) -> UnitRange:
 def sharded_dims(model: nn.Module) -> dict[str, ShardedDim | None]:
     """How each parameter of a model is cut; None: all of it is on every rank (a shared parameter).
 
-    Modules that hold a part of something say so with an attribute `partition`.
+    Modules that hold a part of something say so with an attribute `sharded_dim`.
     """
     return {
-        f"{prefix}.{name}" if prefix else name: getattr(module, "partition", None)
+        f"{prefix}.{name}" if prefix else name: getattr(module, "sharded_dim", None)
         for prefix, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
