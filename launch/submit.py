@@ -31,7 +31,7 @@ from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.settings import to_yaml
 from kraken_train.common.validation import require_at_least, require_positive
 from kraken_train.config import TrainConfig
-from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.config import ModelConfig
 from kraken_train.planning.interconnect import Interconnect
 from kraken_train.run.events import EventLog, read_events
 from kraken_train.run.folder import SUBMISSIONS
@@ -251,19 +251,16 @@ def warn_of_network(config: TrainConfig, model: ModelConfig, ranks_per_node: int
     size = config.parallel.sub_layer_parallel_size
     if ranks_per_node % size == 0:
         return
-    # Forward and backward, a Kraken and a parallel GPT have one all-reduce per layer each, a standard GPT two.
-    sums = 2 if isinstance(model, KrakenConfig) or model.architecture == "parallel" else 4
+    all_reduces = sum(one.count for one in model.all_reduces)  # per micro-batch, forward and backward
     bytes_per_number = 4 if config.precision == "fp32" else 2  # auto: nodes of GPUs
     message = config.micro_batch_size * model.context_length * model.hidden_size * bytes_per_number
     copies_in_batch = config.global_batch_size // config.micro_batch_size
-    near, far = (
-        sums * model.num_layers * read_interconnect(name).all_reduce_seconds(message, size) for name in (NEAR, FAR)
-    )
+    near, far = (all_reduces * read_interconnect(name).all_reduce_seconds(message, size) for name in (NEAR, FAR))
     console.print(
         f"warning: parallel.sub_layer_parallel_size={size} does not divide ranks_per_node={ranks_per_node}, so copies "
-        f"of the model exchange over the network: per micro-batch {sums * model.num_layers} all-reduces of "
+        f"of the model exchange over the network: per micro-batch {all_reduces} all-reduces of "
         f"{message / 1e6:,.3g} MB, {1e3 * far:,.3g} ms on {FAR} and {1e3 * near:,.3g} ms on {NEAR}; "
-        f"{sums * model.num_layers * message * copies_in_batch / 1e9:,.3g} GB per step over all "
+        f"{all_reduces * message * copies_in_batch / 1e9:,.3g} GB per step over all "
         f"{copies_in_batch} micro-batches. Ranks of a copy belong into one node",
         style="yellow",
         markup=False,

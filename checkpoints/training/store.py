@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
-from kraken_train.model.config import GPTConfig, ModelConfig, parse_model
+from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.ranks import Runtime
 
 WEIGHT_PREFIX = "model."
@@ -173,7 +173,7 @@ def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """The model whose weights a checkpoint holds. Raises CheckpointError for a layout that is no longer read."""
     config = parse_model(checkpoint.metadata["model"])
-    if isinstance(config, GPTConfig) and "num_kv_heads" not in checkpoint.metadata["model"]:
+    if config.first_export_format > 1 and config.kv_heads_setting not in checkpoint.metadata["model"]:
         raise CheckpointError(
             f"{checkpoint.path} is of a program from before grouped-query attention, which kept the queries, keys and "
             f"values of a {config.architecture} Transformer in another order; use that version, or train anew"
