@@ -41,8 +41,14 @@ def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
         elif role is WeightRole.STACKED_MATRIX and sharded_dim is not None:
             for slice_, sub_layer in zip(weight, sharded_dim.units.ids, strict=True):
                 slice_.copy_(draw_normal(slice_.shape, std, f"{seed}/{name}.weight/{sub_layer}"))
+<<<<<<< HEAD
         elif role is WeightRole.MATRIX:
             shape = weight.shape if sharded_dim is None else sharded_dim.whole_shape(weight.shape)
+=======
+        elif isinstance(module, nn.Linear | nn.Embedding | QKVLinear | Vocabulary):
+            sharded_dim: ShardedDim | None = getattr(module, "sharded_dim", None)
+            shape = module.weight.shape if sharded_dim is None else sharded_dim.whole_shape(module.weight.shape)
+>>>>>>> origin/main
             whole = draw_normal(shape, std, f"{seed}/{name}.weight")
             weight.copy_(whole if sharded_dim is None else sharded_dim.take(whole))
         elif any(True for _ in module.parameters(recurse=False)):

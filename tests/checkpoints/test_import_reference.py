@@ -24,7 +24,7 @@ MODEL_ARGS = {
 
 
 def golden() -> dict[str, torch.Tensor]:
-    with safe_open(REPOSITORY / "tests" / "data" / "kraken_4way.safetensors", framework="pt") as file:
+    with safe_open(REPOSITORY / "tests" / "artefacts" / "kraken_4way.safetensors", framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 

@@ -150,7 +150,7 @@ def test_who_holds_the_others_up(ends: None) -> None:
         dog.step = 4
         dog.watch_steps(0.0)
     stand(busy, "data.py:120 read", waits=False)
-    stand(waiting, "runtime.py:99 sum", waits=True)
+    stand(waiting, "ranks.py:99 sum", waits=True)
     assert waiting.store is not None
     waiting.store.set("beat/0", encode(beat(0, state=DONE)))
     waiting.watch_steps(11.0)
@@ -160,7 +160,7 @@ def test_who_holds_the_others_up(ends: None) -> None:
     waiting.communicator(waiting.store)
     expected = (
         r"no step for 10 s: rank 1 \(process 17 on node3\) is in data.py:120 read; the others wait for it in "
-        "runtime.py:99 sum"
+        "ranks.py:99 sum"
     )
     with pytest.raises(Ended, match=expected):
         waiting.watch_ranks(12.0)
@@ -173,7 +173,7 @@ def test_who_holds_the_others_up(ends: None) -> None:
 
 def test_a_rank_that_does_not_say_where_it_is(ends: None) -> None:
     dog, store = build()
-    stand(dog, "runtime.py:99 sum", waits=True)
+    stand(dog, "ranks.py:99 sum", waits=True)
     dog.step, dog.stalled = 4, 60.0
     for _ in range(watchdog.PLACE_BEATS):
         dog.communicator(store)
@@ -378,7 +378,7 @@ def test_a_hanging_rank(start: Start, tmp_path: Path, culprit: int) -> None:
     errors = [line for line in output(tmp_path).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output(tmp_path)
     message = errors[0].removeprefix("error: ").partition("; the job is ended")[0]
-    stuck, waiting = re.escape(f"rank {culprit} (process {pids[culprit]} on "), r"runtime.py:\d+ sum"
+    stuck, waiting = re.escape(f"rank {culprit} (process {pids[culprit]} on "), r"ranks.py:\d+ sum"
     assert re.fullmatch(
         rf"no step for 4 s: {stuck}.*\) is in watched_rank.py:\d+ read_for_ever; the others wait for it in {waiting}",
         message,
