@@ -34,25 +34,22 @@ def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
             std /= math.sqrt(2 * residual_depth)
         role = weight_role(module)
         if role is not None:
-            weight = cast(Tensor, module.weight)
-            sharded_dim: ShardedDim | None = getattr(module, "sharded_dim", None)
-        if role is WeightRole.NORM:
-            weight.fill_(1.0)
-        elif role is WeightRole.STACKED_MATRIX and sharded_dim is not None:
-            for slice_, sub_layer in zip(weight, sharded_dim.units.ids, strict=True):
-                slice_.copy_(draw_normal(slice_.shape, std, f"{seed}/{name}.weight/{sub_layer}"))
-<<<<<<< HEAD
-        elif role is WeightRole.MATRIX:
-            shape = weight.shape if sharded_dim is None else sharded_dim.whole_shape(weight.shape)
-=======
-        elif isinstance(module, nn.Linear | nn.Embedding | QKVLinear | Vocabulary):
-            sharded_dim: ShardedDim | None = getattr(module, "sharded_dim", None)
-            shape = module.weight.shape if sharded_dim is None else sharded_dim.whole_shape(module.weight.shape)
->>>>>>> origin/main
-            whole = draw_normal(shape, std, f"{seed}/{name}.weight")
-            weight.copy_(whole if sharded_dim is None else sharded_dim.take(whole))
+            fill(cast(Tensor, module.weight), role, getattr(module, "sharded_dim", None), std, f"{seed}/{name}.weight")
         elif any(True for _ in module.parameters(recurse=False)):
             raise TypeError(f"{name} ({type(module).__name__}) has parameters but no rule for their initial values")
+
+
+def fill(weight: Tensor, role: WeightRole, sharded_dim: ShardedDim | None, std: float, identity: str) -> None:
+    """Fill the part of a weight that is here."""
+    if role is WeightRole.NORM:
+        weight.fill_(1.0)
+    elif sharded_dim is None:
+        weight.copy_(draw_normal(weight.shape, std, identity))
+    elif role is WeightRole.STACKED_MATRIX:
+        for slice_, unit in zip(weight, sharded_dim.units.ids, strict=True):
+            slice_.copy_(draw_normal(slice_.shape, std, f"{identity}/{unit}"))
+    else:
+        weight.copy_(sharded_dim.take(draw_normal(sharded_dim.whole_shape(weight.shape), std, identity)))
 
 
 def draw_normal(shape: torch.Size, std: float, identity: str) -> Tensor:
