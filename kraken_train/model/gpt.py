@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.initialization import initialize
 from kraken_train.model.language_model import LanguageModel
@@ -108,7 +109,7 @@ LAYERS: dict[str, type[StandardLayer] | type[ParallelLayer]] = {"standard": Stan
 class AddNorm(nn.LayerNorm):
     """x and what is added to it, (B, T, D) each -> (x + added, LN(x + added))."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_size, config.norm_epsilon, bias=False)
 
     def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -119,9 +120,9 @@ class AddNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """The heads here, (B, T, D) -> their part of (B, T, D)."""
 
-    def __init__(self, config: GPTConfig, groups: UnitRange) -> None:
+    def __init__(self, config: ModelConfig, groups: UnitRange) -> None:
         super().__init__()
-        heads_per_group = config.num_heads // config.kv_heads
+        heads_per_group = config.heads // config.kv_heads
         self.qkv = QKVLinear(config.hidden_size, groups, heads_per_group, config.head_dim)
         self.out = RowParallelLinear(groups.in_units_of(heads_per_group * config.head_dim), config.hidden_size)
 
@@ -136,7 +137,7 @@ class FFN(nn.Module):
     In the parallel form that of the attention, `attended`, is added.
     """
 
-    def __init__(self, config: GPTConfig, groups: UnitRange) -> None:
+    def __init__(self, config: ModelConfig, groups: UnitRange) -> None:
         super().__init__()
         inner = groups.in_units_of(config.ffn_size // config.kv_heads)
         self.up = ColumnParallelLinear(config.hidden_size, inner)
