@@ -40,8 +40,8 @@ MEASURED = {
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_products_are_all_matrix_parameters(config: KrakenConfig | GPTConfig, size: int) -> None:
     layout = replace(ALONE, sub_layer_parallel_size=size, vocab_parallel=size > 1)
-    attention, ffn, once = products(config, layout)
-    flops = config.num_layers * sum(p.flops for p in [*attention, *ffn]) + sum(p.flops for p in once)
+    parts, once = products(config, layout)
+    flops = config.num_layers * sum(p.flops for part in parts.values() for p in part) + sum(p.flops for p in once)
     assert 3 * size * flops == pytest.approx(matrix_flops_per_token(config) * 20 * 1024, rel=1e-12)
 
 
