@@ -45,8 +45,9 @@ format: setup  ## fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Not with --quiet, under which --strict counts no warnings.
 docs: $(VENV)/.docs-ready  ## build the documentation into site/, with links checked
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Versions that constraints.txt has are kept where they still fit; with UPGRADE=--upgrade the newest are chosen.
 constraints:  ## write constraints.txt: a version of every package, within the ranges of pyproject.toml

@@ -1,0 +1,64 @@
+"""A hook of mkdocs that makes the pages of the API, one for each folder of the packages, and takes in CHANGELOG.md
+and CONTRIBUTING.md.
+
+Folders and modules are found, not listed, so that a new one is documented without a change here.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("kraken_train", "data_prep", "checkpoints", "launch")
+TEXTS = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Adds the pages to the navigation."""
+    reference = next(item["Reference"] for item in config.nav or [] if "Reference" in item)
+    entry = next(item for item in reference if "API" in item)
+    entry["API"] = [{room: page_of(room)} for room in rooms()]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for room, modules in rooms().items():
+        files.append(File.generated(config, page_of(room), content=room_page(room, modules)))
+    for page, name in TEXTS.items():
+        files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
+    return files
+
+
+def page_of(room: str) -> str:
+    return f"api/{room}.md"
+
+
+def rooms() -> dict[str, list[str]]:
+    """The folders that hold modules, such as `kraken_train.model`, and the names of these."""
+    found: dict[str, list[str]] = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name != "__init__.py":
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found.setdefault(".".join(parts[:-1]), []).append(".".join(parts))
+    return found
+
+
+def room_page(room: str, modules: list[str]) -> str:
+    parts = [f"# {room}", table_of(modules)]
+    parts += [f"::: {module}" for module in modules]
+    return "\n\n".join(parts) + "\n"
+
+
+def table_of(modules: list[str]) -> str:
+    """What each module is about: the first sentence of its docstring."""
+    rows = []
+    for module in modules:
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        first = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0].replace("|", "\\|")
+        rows.append(f"| [`{module.rpartition('.')[2]}`](#{module}) | {first} |")
+    return "\n".join(["| module | |", "| --- | --- |", *rows])
