@@ -23,9 +23,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # before the imports of what is there
 
 from settings import (  # noqa: E402
-    CONF, MISSING, all_comments, choices, chosen_groups, composed_defaults, field_default, meaning, nested_schemas,
-    ordered_fields, type_name,
-)  # fmt: skip
+    CONF,
+    MISSING,
+    all_comments,
+    choices,
+    chosen_groups,
+    composed_defaults,
+    field_default,
+    meaning,
+    nested_schemas,
+    ordered_fields,
+    type_name,
+)
 
 PACKAGES = ("data_prep", "kraken_train", "checkpoints", "launch")
 # Programs that other commands start.
@@ -86,7 +95,7 @@ def command_page(command: str) -> str:
         schema, config_name = entry
         parts += [
             "## Settings",
-            f"Settings are given as `key=value`, see [how](index.md#settings). `conf/{config_name}.yaml` has the defaults.",
+            f"Give them as `key=value` ([how](index.md#settings)). `conf/{config_name}.yaml` has the defaults.",
             *settings_sections(getattr(importlib.import_module(command), schema), config_name),
         ]
     return "\n\n".join(parts) + "\n"
@@ -117,7 +126,12 @@ def hydra_entry(tree: ast.Module) -> tuple[str, str] | None:
 def help_text(command: str) -> str:
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT), "TERM": "dumb", "NO_COLOR": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", command, "--help"], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8"
+        [sys.executable, "-m", command, "--help"],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
     )
     if result.returncode:
         raise RuntimeError(f"python -m {command} --help has failed: {result.stderr}")
@@ -194,8 +208,8 @@ def groups_section(groups: dict[str, str | None]) -> list[str]:
 def choices_page() -> str:
     parts = [
         "# Files of conf/",
-        "Each folder in `conf/` is a group of settings, and each file in it a choice. `GROUP=NAME` takes all settings of "
-        "a file, and `GROUP.KEY=VALUE` changes one of them.",
+        "Each folder in `conf/` is a group of settings, and each file in it a choice. `GROUP=NAME` takes all settings "
+        "of a file, and `GROUP.KEY=VALUE` changes one of them.",
     ]
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
         parts.append(f"## {group}")
