@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.validation import require_choice
-from kraken_train.model.config import MODEL_CONFIGS, ModelConfig, parse_model
+from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.model.head_dims import head_size_note
+from kraken_train.model.registry import ARCHITECTURES
 from kraken_train.training.precision import DTYPES
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -87,9 +88,9 @@ def import_transformers(config: ImportConfig) -> None:
 def read_model_config(description: dict[str, Any], path: Path) -> ModelConfig:
     """The model's settings in a config.json, which also holds settings of transformers. Raises CheckpointError."""
     architecture = description.get("architecture")
-    if architecture not in MODEL_CONFIGS:
-        raise CheckpointError(f"{path} has architecture={architecture}; known: {', '.join(MODEL_CONFIGS)}")
-    names = {field.name for field in fields(MODEL_CONFIGS[architecture])}
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(f"{path} has architecture={architecture}; known: {', '.join(ARCHITECTURES)}")
+    names = ARCHITECTURES[architecture].setting_names()
     try:
         return parse_model({name: value for name, value in description.items() if name in names})
     except ConfigError as error:

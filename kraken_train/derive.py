@@ -16,7 +16,7 @@ from rich.table import Table
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import require_positive
-from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig, ModelSettings, parse_model
+from kraken_train.model.config import KrakenConfig, ModelConfig, ModelSettings, parse_model
 from kraken_train.model.head_dims import BEST, STEP, distance_to_best, head_dims
 
 BYTES_PER_VALUE = 2  # bf16
@@ -44,7 +44,7 @@ class Candidate:
     """A Kraken beside the standard Transformer that it matches."""
 
     config: KrakenConfig
-    base: GPTConfig
+    base: ModelConfig
 
     @property
     def difference(self) -> float:
@@ -64,7 +64,7 @@ class Candidate:
     @property
     def base_cache_bytes(self) -> int:
         """The same for the base under N-way tensor parallelism, which splits it by whole heads."""
-        heads = math.ceil(self.base.num_heads / self.config.num_sub_layers)
+        heads = math.ceil(self.base.heads / self.config.num_sub_layers)
         return cache_bytes(self.base.num_layers, heads * self.base.head_dim)
 
     @property
@@ -89,7 +89,7 @@ def derive(base: ModelConfig, num_sub_layers: int, tolerance: float = 0.02) -> l
 
     Raises ConfigError if the base is not a standard or parallel Transformer, or if no width fits.
     """
-    if not isinstance(base, GPTConfig):
+    if not base.is_baseline:
         raise ConfigError(f"model.architecture={base.architecture} is no base to derive from; use model=gpt2-124m or "
                           "another standard Transformer")  # fmt: skip
     candidates = list(around(base, num_sub_layers, tolerance))
@@ -109,7 +109,7 @@ def round_up(fraction: float) -> float:
     return math.ceil(fraction * 1000) / 1000
 
 
-def around(base: GPTConfig, num_sub_layers: int, tolerance: float) -> Iterator[Candidate]:
+def around(base: ModelConfig, num_sub_layers: int, tolerance: float) -> Iterator[Candidate]:
     """All widths from the smallest to the first that has too many parameters, that one included."""
     width, too_large = STEP, False
     while not too_large:
@@ -126,7 +126,7 @@ def good_head_dims(width: int) -> list[int]:
     return [size for size in possible if size in BEST] or sorted(possible, key=distance_to_best)[:1]
 
 
-def kraken_like(base: GPTConfig, num_sub_layers: int, width: int, heads: int) -> KrakenConfig:
+def kraken_like(base: ModelConfig, num_sub_layers: int, width: int, heads: int) -> KrakenConfig:
     return KrakenConfig(
         num_sub_layers=num_sub_layers,
         num_layers=base.num_layers,
@@ -138,7 +138,7 @@ def kraken_like(base: GPTConfig, num_sub_layers: int, width: int, heads: int) ->
     )
 
 
-def nearest_with_best_heads(base: GPTConfig, num_sub_layers: int) -> Candidate:
+def nearest_with_best_heads(base: ModelConfig, num_sub_layers: int) -> Candidate:
     """The Kraken with heads of 64 or 128 whose parameters come nearest to the base's, however far that is."""
     candidates = []
     for width in range(min(BEST), 4 * base.hidden_size, min(BEST)):

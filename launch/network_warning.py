@@ -6,7 +6,7 @@ import yaml
 
 from kraken_train.common.cli import CONF_DIR
 from kraken_train.config import TrainConfig
-from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.config import ModelConfig
 from kraken_train.planning.interconnect import Interconnect
 
 WITHIN_NODE, BETWEEN_NODES = "h100_nvswitch", "ethernet_100g"  # of conf/interconnect
@@ -17,9 +17,7 @@ def network_warning(config: TrainConfig, model: ModelConfig, ranks_per_node: int
     size = config.parallel.sub_layer_parallel_size
     if ranks_per_node % size == 0:
         return None
-    # Forward and backward together: per layer 2 all-reduces in a Kraken and a parallel GPT, 4 in a standard GPT.
-    per_layer = 2 if isinstance(model, KrakenConfig) or model.architecture == "parallel" else 4
-    all_reduces = per_layer * model.num_layers
+    all_reduces = sum(one.count for one in model.all_reduces)  # per micro-batch, forward and backward
     bytes_per_number = 4 if config.precision == "fp32" else 2  # precision=auto is a 16-bit format on GPUs
     message_bytes = config.micro_batch_size * model.context_length * model.hidden_size * bytes_per_number
     micro_batches = config.global_batch_size // config.micro_batch_size

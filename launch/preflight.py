@@ -10,7 +10,7 @@ from kraken_train.common.cli import compose_command
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import TrainingData
 from kraken_train.model.config import ModelConfig, parse_model
-from kraken_train.run.folder import check_run_folder
+from kraken_train.training.open_run import check_run_folder
 
 PLACEHOLDER_VOCAB_SIZE = 64  # used while the data, which determine the vocabulary size, do not exist
 

@@ -49,6 +49,17 @@ def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, M
     }
 
 
+def shareable_configs() -> dict[str, ModelConfig]:
+    """At least one model of each architecture that 2 and 4 ranks, or 2, 3 and 6 ranks, can share."""
+    common = {"num_layers": 3, "vocab_size": 132, "context_length": 16}
+    return {
+        "kraken-4": KrakenConfig(num_sub_layers=4, hidden_size=32, heads_per_sub_layer=2, **common),
+        "kraken-6": KrakenConfig(6, hidden_size=24, heads_per_sub_layer=2, kv_heads_per_sub_layer=1, **common),
+        "standard": GPTConfig(hidden_size=48, num_heads=4, **common),
+        "parallel": GPTConfig(hidden_size=48, num_heads=8, num_kv_heads=4, architecture="parallel", **common),
+    }
+
+
 def rough_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> LanguageModel:
     """A model whose weights are so large that all of its parts matter; norms are not all ones."""
     model = build_model(config).to(dtype)

@@ -31,7 +31,7 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.common.files import copy_folder, kind_of, real_path, sync_folder
 from kraken_train.common.settings import to_dict
-from kraken_train.model.config import GPTConfig, ModelConfig, parse_model
+from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
 
@@ -217,7 +217,7 @@ def read_export(export_dir: Path) -> Export:
         config = parse_model(settings)
     except ConfigError as error:
         raise CheckpointError(f"{export_dir / CONFIG_FILE} does not describe a model: {error}") from error
-    if description["format_version"] == 1 and isinstance(config, GPTConfig):
+    if description["format_version"] < config.first_export_format:
         raise CheckpointError(
             f"{export_dir / CONFIG_FILE} has format_version=1, of a program from before grouped-query attention, which "
             f"kept queries, keys and values of a {config.architecture} Transformer in another order; use that version"

@@ -51,7 +51,7 @@ def open_initial_export(folder: Path, config: ModelConfig, tokenizer_files: Mapp
 
 @contextmanager
 def export_reader(export: Export) -> Iterator[Callable[[str, ShardedDim | None], Tensor]]:
-    """A function that reads the part of a weight, by name, that a partition says; None means all of it.
+    """A function that reads the part of a weight, by name, that `sharded_dim` says; None: all of it.
 
     Raises CheckpointError where the file cannot be read.
     """
@@ -62,9 +62,7 @@ def export_reader(export: Export) -> Iterator[Callable[[str, ShardedDim | None],
             def read(name: str, sharded_dim: ShardedDim | None) -> Tensor:
                 if sharded_dim is None:
                     return file.get_tensor(name)
-                here = sharded_dim.units
-                index = [slice(None)] * sharded_dim.axis + [slice(here.first, here.first + here.count)]
-                return file.get_slice(name)[tuple(index)]
+                return sharded_dim.read(file.get_slice(name))
 
             yield read
     except (OSError, SafetensorError) as error:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,11 @@ INITIAL_STD = 0.02
 
 
 class KrakenConfig(PretrainedConfig):
-    """The settings of config.json. `architecture` is kraken, standard or parallel.
+    """The settings of config.json. `architecture` is one of `LAYERS`.
 
-    A Kraken has `num_sub_layers` with `heads_per_sub_layer` and `kv_heads_per_sub_layer` each, a baseline `num_heads`
-    and `num_kv_heads`; where the number of key-value heads is None it is that of the heads.
+    Each architecture has settings of its own, which its class in `LAYERS` declares: a Kraken has `num_sub_layers` with
+    `heads_per_sub_layer` and `kv_heads_per_sub_layer` each, a baseline `num_heads` and `num_kv_heads`. Where the number
+    of key-value heads is None it is that of the heads.
     """
 
     model_type = "kraken"
@@ -70,13 +71,7 @@ class KrakenConfig(PretrainedConfig):
         hidden_size: int = 32,
         vocab_size: int = 256,
         context_length: int = 512,  # tokens
-        ffn_multiplier: int | None = None,  # of hidden_size; by default 2 in a Kraken and 4 in a baseline
         norm_epsilon: float = 1e-5,
-        num_sub_layers: int = 2,
-        heads_per_sub_layer: int = 2,
-        kv_heads_per_sub_layer: int | None = None,
-        num_heads: int = 4,
-        num_kv_heads: int | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
         bos_token_id: int | None = None,
@@ -87,23 +82,17 @@ class KrakenConfig(PretrainedConfig):
     ) -> None:
         if format_version > FORMAT_VERSION:
             raise ValueError(f"format_version={format_version}, and this file knows up to {FORMAT_VERSION}")
-        if architecture not in ("kraken", "standard", "parallel"):
-            raise ValueError(f"architecture={architecture} is not known; this file has kraken, standard and parallel")
+        if architecture not in LAYERS:
+            raise ValueError(f"architecture={architecture} is not known; this file has {', '.join(LAYERS)}")
         self.architecture = architecture
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.norm_epsilon = norm_epsilon
-        if architecture == "kraken":
-            self.ffn_multiplier = 2 if ffn_multiplier is None else ffn_multiplier
-            self.num_sub_layers = num_sub_layers
-            self.heads_per_sub_layer = heads_per_sub_layer
-            self.kv_heads_per_sub_layer = kv_heads_per_sub_layer
-        else:
-            self.ffn_multiplier = 4 if ffn_multiplier is None else ffn_multiplier
-            self.num_heads = num_heads
-            self.num_kv_heads = num_kv_heads
+        for name, default in LAYERS[architecture].settings.items():
+            given = kwargs.pop(name, None)
+            setattr(self, name, default if given is None else given)
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id = bos_token_id
@@ -113,18 +102,27 @@ class KrakenConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def layer_class(self) -> type[KrakenLayer] | type[GPTLayer]:
+        return LAYERS[self.architecture]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether there are residual streams side by side, (N, B, T, D), which a conjunction joins."""
+        return self.layer_class.streams_setting is not None
+
+    @property
     def streams(self) -> int:
-        """Residual streams side by side: N in a Kraken."""
-        return self.num_sub_layers if self.architecture == "kraken" else 1
+        """N in a Kraken, else 1."""
+        setting = self.layer_class.streams_setting
+        return 1 if setting is None else getattr(self, setting)
 
     @property
     def heads_per_stream(self) -> int:
-        return self.heads_per_sub_layer if self.architecture == "kraken" else self.num_heads
+        return getattr(self, self.layer_class.heads_setting)
 
     @property
     def kv_heads_per_stream(self) -> int:
-        kv_heads = self.kv_heads_per_sub_layer if self.architecture == "kraken" else self.num_kv_heads
-        return kv_heads or self.heads_per_stream
+        return getattr(self, self.layer_class.kv_heads_setting) or self.heads_per_stream
 
     # Under the names by which caches and inference servers ask for them:
 
@@ -275,7 +273,14 @@ class StackedFFN(nn.Module):
 
 
 class KrakenLayer(GradientCheckpointingLayer):
-    """(N, B, T, D) -> (N, B, T, D)."""
+    """a_i = MHA_i(LN1_i(x_i)); x_i = x_i + a_i + FFN_i(LN2_i(a_i + sum_j x_j)), (N, B, T, D) -> (N, B, T, D)."""
+
+    settings: ClassVar[dict[str, Any]] = {  # of this architecture, with their defaults
+        "ffn_multiplier": 2, "num_sub_layers": 2, "heads_per_sub_layer": 2, "kv_heads_per_sub_layer": None,
+    }  # fmt: skip
+    streams_setting: ClassVar[str | None] = "num_sub_layers"
+    heads_setting: ClassVar[str] = "heads_per_sub_layer"
+    kv_heads_setting: ClassVar[str] = "kv_heads_per_sub_layer"
 
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
         super().__init__()
@@ -340,7 +345,16 @@ class GPTFFN(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-class StandardLayer(GradientCheckpointingLayer):
+class GPTLayer(GradientCheckpointingLayer):
+    """A layer with one residual stream: what its architecture declares."""
+
+    settings: ClassVar[dict[str, Any]] = {"ffn_multiplier": 4, "num_heads": 4, "num_kv_heads": None}
+    streams_setting: ClassVar[str | None] = None
+    heads_setting: ClassVar[str] = "num_heads"
+    kv_heads_setting: ClassVar[str] = "num_kv_heads"
+
+
+class StandardLayer(GPTLayer):
     """x = x + MHA(LN1 x); x = x + FFN(LN2 x), (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
@@ -356,7 +370,7 @@ class StandardLayer(GradientCheckpointingLayer):
         return x + self.ffn(self.ffn_norm(x)), weights
 
 
-class ParallelLayer(GradientCheckpointingLayer):
+class ParallelLayer(GPTLayer):
     """x = x + MHA(LN x) + FFN(LN x), (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
@@ -380,7 +394,9 @@ def plain_norm(config: KrakenConfig) -> nn.LayerNorm:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-LAYERS = {"kraken": KrakenLayer, "standard": StandardLayer, "parallel": ParallelLayer}
+LAYERS: dict[str, type[KrakenLayer] | type[GPTLayer]] = {  # by architecture
+    "kraken": KrakenLayer, "standard": StandardLayer, "parallel": ParallelLayer,
+}  # fmt: skip
 
 
 class KrakenModel(PreTrainedModel):
@@ -396,7 +412,7 @@ class KrakenModel(PreTrainedModel):
     config_class = KrakenConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["KrakenLayer", "StandardLayer", "ParallelLayer"]  # noqa: RUF012
+    _no_split_modules = [layer.__name__ for layer in LAYERS.values()]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -408,9 +424,8 @@ class KrakenModel(PreTrainedModel):
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
-        self.layers = nn.ModuleList(LAYERS[config.architecture](config, index) for index in range(config.num_layers))
-        self.is_kraken = config.architecture == "kraken"
-        if self.is_kraken:
+        self.layers = nn.ModuleList(config.layer_class(config, index) for index in range(config.num_layers))
+        if config.is_stacked:
             self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, config.hidden_size)
         self.final_norm = plain_norm(config)
         self.gradient_checkpointing = False
@@ -471,7 +486,7 @@ class KrakenModel(PreTrainedModel):
         )
         embedding = inputs_embeds + self.position_embedding(position_ids).to(inputs_embeds.device)
 
-        streams = embedding.expand(self.config.streams, -1, -1, -1) if self.is_kraken else embedding
+        streams = embedding.expand(self.config.streams, -1, -1, -1) if self.config.is_stacked else embedding
         states, all_weights = [embedding], []
         for layer in self.layers:
             streams, weights = layer(
@@ -482,9 +497,9 @@ class KrakenModel(PreTrainedModel):
                 **kwargs,
             )
             if keep_states:
-                states.append(streams.sum(dim=0) if self.is_kraken else streams)
+                states.append(streams.sum(dim=0) if self.config.is_stacked else streams)
             all_weights.append(weights)
-        last = self.final_norm(self.conjunction(streams).sum(dim=0) if self.is_kraken else streams)
+        last = self.final_norm(self.conjunction(streams).sum(dim=0) if self.config.is_stacked else streams)
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values if use_cache else None,

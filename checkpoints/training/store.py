@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
-from kraken_train.model.config import GPTConfig, ModelConfig, parse_model
+from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.ranks import Runtime
 
 WEIGHT_PREFIX = "model."
@@ -173,7 +173,7 @@ def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """The model configuration of a checkpoint. Raises CheckpointError if its weights are in a layout of the past."""
     config = parse_model(checkpoint.metadata["model"])
-    if isinstance(config, GPTConfig) and "num_kv_heads" not in checkpoint.metadata["model"]:
+    if config.first_export_format > 1 and config.kv_heads_setting not in checkpoint.metadata["model"]:
         raise CheckpointError(
             f"{checkpoint.path} was written before grouped-query attention was added, with queries, keys and values "
             f"of a {config.architecture} Transformer in another order; use the version that wrote it, or train again"

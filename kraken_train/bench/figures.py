@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kraken_train.bench.breakdown import ATTENTION, EXPOSED, GEMM, HEAD, HIDDEN, IDLE, NORM, OTHER, PARTS
+from kraken_train.bench.grid import REFERENCE
 from kraken_train.bench.results import Case, Result, by_case, footnote, geometric_mean, marks, speed_up
 
-COLORS = {"kraken": "#d1495b", "parallel": "#8d99ae", "standard": "#2b4c7e"}
 PART_COLORS = {
     GEMM: "#2b4c7e", ATTENTION: "#5b8fb9", NORM: "#9fc5a8", OTHER: "#e3d5a4", HEAD: "#b39bc8", EXPOSED: "#d1495b",
     IDLE: "#d9d9d9",
@@ -26,16 +26,17 @@ PART_LABELS = {
 def draw_speed_ups(results: Sequence[Result], title: str, path: Path) -> None:
     """Bars of how much faster than the standard Transformer, case by case, and their geometric means."""
     cases = by_case(results)
-    names = [name for name in next(iter(cases.values())) if name != "standard"]
+    names = [name for name in next(iter(cases.values())) if name != REFERENCE]
     figure = Figure(figsize=(max(7.0, 3.2 + 0.55 * len(cases)), 5.2), layout="constrained")
     axes = figure.subplots()
+    colors = {name: result.model.color for name, result in next(iter(cases.values())).items()}
     width = 0.8 / len(names)
     places = [*range(len(cases)), len(cases) + 0.6]  # the mean stands apart
     for index, name in enumerate(names):
-        ratios = [1 + speed_up(case[name], case["standard"]) for case in cases.values()]
+        ratios = [1 + speed_up(case[name], case[REFERENCE]) for case in cases.values()]
         heights = [100 * (ratio - 1) for ratio in (*ratios, geometric_mean(ratios))]
         offset = (index - (len(names) - 1) / 2) * width
-        bars = axes.bar([place + offset for place in places], heights, width, color=COLORS[name], label=name)
+        bars = axes.bar([place + offset for place in places], heights, width, color=colors[name], label=name)
         axes.bar_label(bars, [f"{height:+.0f}" for height in heights], fontsize=7, padding=2)
     axes.set_xticks(places, [*(short_label(case, of[names[0]]) for case, of in cases.items()), "geometric\nmean"],
                     fontsize=7)  # fmt: skip
@@ -77,7 +78,7 @@ def draw_panel(axes: Axes, cases: dict[Case, dict[str, Result]]) -> None:
     middles: list[tuple[float, str]] = []
     place = 0.0
     for case, architectures in cases.items():
-        reference = architectures.get("standard", next(iter(architectures.values())))
+        reference = architectures.get(REFERENCE, next(iter(architectures.values())))
         unit = sum(reference.figures.breakdown[part] for part in PARTS) / 100
         middles.append((place + (len(architectures) - 1) / 2, case.size.upper() + marks(reference)))
         for name, result in architectures.items():

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.architecture import ModelConfig
+from kraken_train.model.registry import ARCHITECTURES
 
-ARCHITECTURES = ("kraken", "standard", "parallel")
+REFERENCE = "standard"  # the architecture that the others are compared with
 TOLERANCE = 0.03  # of parameters per layer
 HEAD_DIM_STEP = 16
 LARGEST_HEAD_DIM = 128
@@ -46,51 +47,57 @@ SIZES = {
 }
 
 
+def architectures() -> tuple[str, ...]:
+    """Those that can be compared."""
+    return tuple(ARCHITECTURES)
+
+
 def model_config(
     architecture: str, size: Size, degree: int, vocab_size: int, context_length: int, heads_multiple: int = 1
 ) -> ModelConfig:
     """The model of this architecture that is run on `degree` devices.
 
-    Raises ConfigError where the devices cannot share it.
+    One that is made for a number of devices gets dimensions with which it matches the size; another has those of the
+    size. Raises ConfigError where the devices cannot share it, ValueError for an unknown architecture.
     """
-    if architecture == "kraken":
-        hidden_size, heads = kraken_dimensions(size, degree, heads_multiple)
-        return KrakenConfig(
-            num_sub_layers=degree,
-            num_layers=size.num_layers,
-            hidden_size=hidden_size,
-            heads_per_sub_layer=heads,
-            vocab_size=vocab_size,
-            context_length=context_length,
-        )
-    if size.num_heads % degree:
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture} is not known; use one of {', '.join(ARCHITECTURES)}")
+    schema = ARCHITECTURES[architecture]
+    if schema.units_setting is not None:
+        hidden_size, heads = matched_dimensions(architecture, size, degree, heads_multiple)
+    elif size.num_heads % degree:
         raise ConfigError(f"degrees={degree} does not divide the {size.num_heads} heads of sizes={size.name}")
-    return GPTConfig(
+    else:
+        hidden_size, heads = size.hidden_size, size.num_heads
+    return schema.sized(
+        architecture,
+        devices=degree,
         num_layers=size.num_layers,
-        hidden_size=size.hidden_size,
-        num_heads=size.num_heads,
+        hidden_size=hidden_size,
+        heads=heads,
         vocab_size=vocab_size,
         context_length=context_length,
-        architecture=architecture,
     )
 
 
-def kraken_dimensions(size: Size, degree: int, heads_multiple: int = 1) -> tuple[int, int]:
-    """(width, heads) of each of `degree` sub-layers, with parameters per layer within `TOLERANCE` of the size's.
+def matched_dimensions(architecture: str, size: Size, degree: int, heads_multiple: int = 1) -> tuple[int, int]:
+    """(width, heads) of a model for `degree` devices, with parameters per layer within `TOLERANCE` of the size's.
 
     Among all such widths with a multiple of `heads_multiple` heads the head dimension decides (`PREFERRED_HEAD_DIMS`,
     then the largest), then how close the parameters are. Raises ConfigError where no width fits.
     """
+    widths = range(HEAD_DIM_STEP, 2 * size.hidden_size, HEAD_DIM_STEP)
+    excesses = {width: layer_excess(architecture, width, size, degree) for width in widths}
     candidates = [
         (width, head_dim)
-        for width in range(HEAD_DIM_STEP, 2 * size.hidden_size, HEAD_DIM_STEP)
-        if abs(layer_excess(width, size, degree)) <= TOLERANCE
+        for width, excess in excesses.items()
+        if abs(excess) <= TOLERANCE
         for head_dim in range(HEAD_DIM_STEP, LARGEST_HEAD_DIM + 1, HEAD_DIM_STEP)
         if width % (head_dim * heads_multiple) == 0
     ]
     if not candidates:
         raise ConfigError(
-            f"degrees={degree}: no Kraken of {degree} sub-layers whose width is a multiple of "
+            f"degrees={degree}: no {degree}-way {architecture} whose width is a multiple of "
             f"{HEAD_DIM_STEP * heads_multiple} matches sizes={size.name} within {TOLERANCE:.0%}; use 2, 4 or 8"
         )
 
@@ -98,18 +105,22 @@ def kraken_dimensions(size: Size, degree: int, heads_multiple: int = 1) -> tuple
         width, head_dim = candidate
         preferred = head_dim in PREFERRED_HEAD_DIMS
         place = PREFERRED_HEAD_DIMS.index(head_dim) if preferred else len(PREFERRED_HEAD_DIMS)
-        return place, -head_dim, abs(layer_excess(width, size, degree))
+        return place, -head_dim, abs(excesses[width])
 
     width, head_dim = min(candidates, key=rank)
     return width, width // head_dim
 
 
-def layer_excess(width: int, size: Size, degree: int) -> float:
-    """Parameters of a Kraken layer more than the standard's, as a fraction of those."""
-    return 8 * degree * width**2 / (12 * size.hidden_size**2) - 1
+def layer_excess(architecture: str, width: int, size: Size, degree: int) -> float:
+    """Parameters of a layer of this width more than the standard's, as a fraction of those."""
+    config = ARCHITECTURES[architecture].sized(
+        architecture, devices=degree, num_layers=1, hidden_size=width, heads=1, vocab_size=1, context_length=1
+    )
+    layer = sum(matrix.parameters for part in config.layer_parts(1).values() for matrix in part.matrices)
+    return layer / (12 * size.hidden_size**2) - 1
 
 
 def require_axis(name: str, values: Sequence[object]) -> None:
-    """What a setting names is compared with each other. Raises ConfigError."""
+    """The values of a setting are compared with each other, so each counts once. Raises ConfigError."""
     if not values or len(set(values)) < len(values):
         raise ConfigError(f"{name}={list(values)} must name at least one, and none twice")

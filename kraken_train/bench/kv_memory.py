@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
+from kraken_train.bench.grid import SIZES, architectures, model_config, require_axis
 from kraken_train.bench.kv_memory_figure import draw
 from kraken_train.bench.memory_row import GIB, MemoryRow
 from kraken_train.common.cli import run_entry
@@ -30,7 +30,7 @@ from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.inference.kv_cache import KeyValueCache
 from kraken_train.inference.loading import served_config, share_model
 from kraken_train.inference.memory import free_memory, serving_memory
-from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.device import DEVICES, choose_device
 from kraken_train.parallel.sharding import UnitRange
@@ -57,7 +57,7 @@ class KVMemoryConfig:
 
     def validate(self) -> None:
         """Raises ConfigError."""
-        for name, known in (("architectures", ARCHITECTURES), ("sizes", tuple(SIZES)), ("attention", FORMS)):
+        for name, known in (("architectures", architectures()), ("sizes", tuple(SIZES)), ("attention", FORMS)):
             require_axis(name, getattr(self, name))
             for value in getattr(self, name):
                 require_choice(name, value, known)
@@ -81,26 +81,18 @@ def model_with(config: KVMemoryConfig, size: str, degree: int, architecture: str
     plain = (architecture, SIZES[size], degree, config.vocab_size, max(config.contexts))
     model = model_config(*plain)
     if form != "gqa":
-        return share_heads(model, num_heads(model) if form == "mqa" else 1)
+        return share_heads(model, model.heads if form == "mqa" else 1)
     for sharing in range(config.heads_per_kv_head, 1, -1):
         if config.heads_per_kv_head % sharing == 0:
             with suppress(ConfigError):  # no such width; perhaps with less sharing
                 shared = model_config(*plain, heads_multiple=sharing)
-                if num_heads(shared) % sharing == 0:
+                if shared.heads % sharing == 0:
                     return share_heads(shared, sharing)
     return share_heads(model, 1)
 
 
 def share_heads(model: ModelConfig, heads_per_kv_head: int) -> ModelConfig:
-    kv_heads = num_heads(model) // heads_per_kv_head
-    if isinstance(model, KrakenConfig):
-        return dataclasses.replace(model, kv_heads_per_sub_layer=kv_heads)
-    return dataclasses.replace(model, num_kv_heads=kv_heads)
-
-
-def num_heads(config: ModelConfig) -> int:
-    """Of a sub-layer, or of the standard layer."""
-    return config.heads_per_sub_layer if isinstance(config, KrakenConfig) else config.num_heads
+    return model.with_kv_heads(model.heads // heads_per_kv_head)
 
 
 def first_share(
@@ -122,7 +114,7 @@ def compute(config: KVMemoryConfig) -> list[MemoryRow]:
         one = serving_memory(served, units, 1, 1, DTYPES[config.dtype])
         rows += [
             MemoryRow(
-                architecture, size, form, model.kv_heads, num_heads(model) // model.kv_heads, degree, context,
+                architecture, size, form, model.kv_heads, model.heads // model.kv_heads, degree, context,
                 batch_size, one.weights, one.cache * context * batch_size,
             )
             for context, batch_size in itertools.product(config.contexts, config.batch_sizes)
@@ -191,7 +183,9 @@ def main(config: KVMemoryConfig) -> None:
     for size in config.sizes:
         path = output_dir / f"kv_memory_{size}.png"
         title = f"{size}: memory per device, {label}"
-        draw([row for row in rows if row.size == size], config.heads_per_kv_head, title, path)
+        models = (first_share(config, size, config.degrees[0], name, "mha")[0] for name in config.architectures)
+        colors = {model.architecture: model.color for model in models}
+        draw([row for row in rows if row.size == size], colors, config.heads_per_kv_head, title, path)
         print(f"drawn: {path}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,15 +10,14 @@ from matplotlib.patches import Patch
 
 from kraken_train.bench.memory_row import GIB, MemoryRow
 
-COLOURS = {"kraken": "#1b6ca8", "standard": "#c8553d", "parallel": "#e0a458"}
 SHADES = {"mha": 1.0, "gqa": 0.7, "mqa": 0.4}  # of the cache, by form of attention
 WEIGHTS = "#9a9a9a"
 
 
-def draw(rows: Sequence[MemoryRow], heads_per_kv_head: int, title: str, path: Path) -> None:
+def draw(rows: Sequence[MemoryRow], colors: Mapping[str, str], heads_per_kv_head: int, title: str, path: Path) -> None:
     """One panel per batch and context; in it a group per degree, and in that a bar per model and form of attention.
 
-    `heads_per_kv_head` is the most that grouped-query attention was allowed.
+    `colors` are those of the architectures; `heads_per_kv_head` is the most that grouped-query attention was allowed.
     """
     batch_sizes = sorted({row.batch_size for row in rows})
     contexts = sorted({row.context for row in rows})
@@ -37,7 +36,7 @@ def draw(rows: Sequence[MemoryRow], heads_per_kv_head: int, title: str, path: Pa
                 )
                 weights, cache = row.weights / GIB, row.cache / GIB
                 panel.bar(place, weights, width * 0.92, color=WEIGHTS)
-                colour = (COLOURS[row.architecture], SHADES[row.attention])
+                colour = (colors[row.architecture], SHADES[row.attention])
                 panel.bar(place, cache, width * 0.92, bottom=weights, color=colour)
                 total = f"{weights + cache:.3g}"
                 panel.annotate(total, (place, weights + cache), ha="center", va="bottom", fontsize=7, rotation=90,
@@ -51,7 +50,7 @@ def draw(rows: Sequence[MemoryRow], heads_per_kv_head: int, title: str, path: Pa
     legend = [Patch(color=WEIGHTS, label="weights")]
     forms = {"gqa": f"gqa ({heads_per_kv_head} heads per key-value head)"}
     legend += [
-        Patch(color=(COLOURS[architecture], SHADES[form]), label=f"{architecture}, {forms.get(form, form)}: cache")
+        Patch(color=(colors[architecture], SHADES[form]), label=f"{architecture}, {forms.get(form, form)}: cache")
         for architecture, form in kinds
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8)

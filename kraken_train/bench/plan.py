@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from kraken_train.bench.timing import Conditions, variants_of
 from kraken_train.common.errors import ConfigError
 from kraken_train.inference.memory import free_memory, serving_memory
-from kraken_train.model.config import ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.parallel.sharding import ModelRank
 
@@ -54,13 +54,13 @@ def bytes_by_depth(config: ModelConfig, degree: int, conditions: Conditions) -> 
 
     def need(depth: int) -> int:
         memory = serving_memory(
-            replace(config, num_layers=depth),
-            ModelRank(0, degree).place(units),
+            config.replace(num_layers=depth),
+            ModelRank(0, degree).unit_range(units),
             conditions.batch_size,
             conditions.capacity,
             conditions.dtype,
         )
-        return memory.weights + len(variants_of(config.architecture)) * (memory.cache + memory.activations)
+        return memory.weights + len(variants_of(config)) * (memory.cache + memory.activations)
 
     one, two = need(1), need(2)
     return lambda depth: one + (depth - 1) * (two - one)

@@ -11,9 +11,10 @@ import numpy as np
 from rich.table import Table
 
 from kraken_train.bench.breakdown import HIDDEN, PARTS
+from kraken_train.bench.grid import REFERENCE
 from kraken_train.bench.timing import Figures, Rounds
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT
-from kraken_train.model.config import ModelConfig
+from kraken_train.model.architecture import ModelConfig
 
 MEASURED, SIMULATED = "measured", "simulated"
 SCALED, NOT_INTERLEAVED = "*", "†"  # marks, which the footnote explains
@@ -145,8 +146,8 @@ def summarize(results: Iterable[Result]) -> dict[str, dict[str, Any]]:
                 "kind": own[0].kind,
             }
         }
-        if "standard" in cases[0] and name != "standard":
-            pairs = [(case[name], case["standard"]) for case in cases]
+        if REFERENCE in cases[0] and name != REFERENCE:
+            pairs = [(case[name], case[REFERENCE]) for case in cases]
             means |= {
                 "speed_up_over_standard": {
                     "value": geometric_mean(1 + speed_up(*pair) for pair in pairs) - 1,
@@ -198,17 +199,17 @@ def as_table(results: Iterable[Result], title: str) -> Table:
         table.add_column(f"{name}\n({label})", justify="right")
     for case, architectures in cases.items():
         for name, result in architectures.items():
-            standard = architectures.get("standard")
+            standard = architectures.get(REFERENCE)
             table.add_row(
                 case.size.upper() + marks(result),
                 str(case.context),
                 str(case.degree),
                 name,
                 milliseconds(result.ttft),
-                "" if standard is None or name == "standard" else f"{speed_up(result, standard):+.1%}",
+                "" if standard is None or name == REFERENCE else f"{speed_up(result, standard):+.1%}",
                 milliseconds(result.compute),
                 with_spread(result.exposed),
-                with_spread(result.hidden) if name == "kraken" else "",
+                with_spread(result.hidden) if result.model.overlaps_communication else "",
                 milliseconds(result.output_token),
             )
         table.add_section()

@@ -98,7 +98,7 @@ class ThroughputConfig:
         if settings["vocab_size"] is None and data_vocab_size is None:
             settings["vocab_size"] = self.vocab_size
         model = parse_model(settings, data_vocab_size)
-        return model if self.context_length is None else dataclasses.replace(model, context_length=self.context_length)
+        return model if self.context_length is None else model.replace(context_length=self.context_length)
 
     def global_batch_size(self, data_parallel_size: int) -> int:
         """Samples per optimizer step."""

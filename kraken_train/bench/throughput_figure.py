@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from kraken_train.bench.throughput_results import PHASES, Result
 from kraken_train.parallel.step_timer import BACKWARD, DATA, EXCHANGE, FORWARD, OPTIMIZER, OTHER, REDUCTION
 
-COLORS = {"kraken": "#d1495b", "parallel": "#8d99ae", "standard": "#2b4c7e"}  # as in the figures of `ttft`
 PHASE_COLORS = {
     DATA: "#b39bc8", FORWARD: "#9fc5a8", BACKWARD: "#2b4c7e", EXCHANGE: "#d1495b", REDUCTION: "#e08e45",
     OPTIMIZER: "#5b8fb9", OTHER: "#d9d9d9",
@@ -37,7 +36,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         places,
         [result.tokens_per_second for result in results],
         0.7,
-        color=[COLORS[result.entry.model.architecture] for result in results],
+        color=[result.entry.model.color for result in results],
     )
     labels = [f"{result.tokens_per_second:,.0f}  ({result.to_reference.median:.2f} x)" for result in results]
     speeds.bar_label(bars, labels, fontsize=8, padding=3)

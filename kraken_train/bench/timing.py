@@ -22,7 +22,7 @@ from kraken_train.bench.share import load_share
 from kraken_train.bench.simulated_communicator import SimulatedCommunicator, Traffic
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedCommunicator
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
-from kraken_train.model.config import ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.parallel.ranks import Runtime
 
 WARMUP_ROUNDS = 2
@@ -66,9 +66,9 @@ class Conditions:
         return ExecutionConfig(self.compile, self.cuda_graphs, prefill_lengths=(self.context,))
 
 
-def variants_of(architecture: str) -> tuple[str, ...]:
-    """Only Kraken overlaps anything; the baselines wait for each sum as they are."""
-    return (OVERLAPPED, SILENT, BLOCKING) if architecture == "kraken" else (OVERLAPPED, SILENT)
+def variants_of(config: ModelConfig) -> tuple[str, ...]:
+    """A model that overlaps nothing waits for each sum as it is."""
+    return (OVERLAPPED, SILENT, BLOCKING) if config.overlaps_communication else (OVERLAPPED, SILENT)
 
 
 class Contender:
@@ -85,7 +85,7 @@ class Contender:
         self.last = self.ids[:, -1]
         self.traffic = self.count_traffic()
         self.engines: dict[str, InferenceEngine] = {}
-        for variant in variants_of(config.architecture):
+        for variant in variants_of(config):
             communicator.use(variant)  # what the engine captures stays as it is
             self.engines[variant] = self.make_engine(conditions.execution)
 

@@ -11,7 +11,6 @@ operator. Where a share does not fit into memory two smaller depths are run and 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ import torch
 from rich.console import Console
 
 from kraken_train.bench import figures
-from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config, require_axis
+from kraken_train.bench.grid import REFERENCE, SIZES, architectures, model_config, require_axis
 from kraken_train.bench.plan import Plan, make_plan, usable_bytes
 from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_table, summarize, summary_lines
 from kraken_train.bench.simulated_communicator import Link, SimulatedCommunicator, make_link
@@ -39,7 +38,7 @@ from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
 from kraken_train.common.validation import require_at_least, require_choice, require_positive
 from kraken_train.inference.ranks import connect, started_ranks
-from kraken_train.model.config import ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.device import DEVICES, choose_device
 from kraken_train.parallel.ranks import Runtime, read_runtime
@@ -78,7 +77,7 @@ class TTFTConfig:
             if getattr(self, name) is not None:  # as degrees may be
                 require_axis(name, getattr(self, name))
         for architecture in self.architectures:
-            require_choice("architectures", architecture, ARCHITECTURES)
+            require_choice("architectures", architecture, architectures())
         for size in self.sizes:
             require_choice("sizes", size, tuple(SIZES))
         for context in self.contexts:
@@ -158,7 +157,7 @@ def run(
     for group in plan.groups:
         at_depth = [
             compare(
-                {name: dataclasses.replace(comparison.models[name], num_layers=depth) for name in group},
+                {name: comparison.models[name].replace(num_layers=depth) for name in group},
                 communicator,
                 comparison.conditions,
                 runtime,
@@ -272,7 +271,7 @@ def write_json(path: Path, about: dict[str, Any], results: list[Result]) -> None
 
 
 def draw(results: list[Result], title: str, folder: Path) -> None:
-    if {"standard"} < {result.model.architecture for result in results}:
+    if {REFERENCE} < {result.model.architecture for result in results}:
         figures.draw_speed_ups(results, title, folder / SPEED_UP_FILE)
     figures.draw_breakdowns(results, title, folder / BREAKDOWN_FILE)
 

@@ -53,7 +53,7 @@ def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") 
 
 
 def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
-    kinds = get_type_hints(schema)
+    kinds = field_types(schema)
     for key, value in settings.items():
         if key not in kinds:
             known = ", ".join(dot + name for name in kinds)
@@ -62,6 +62,12 @@ def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
             refuse_unknown(value, kinds[key], f"{dot}{key}.")
         elif isinstance(value, bool) and kinds[key] in (int, float, int | None, float | None):
             raise ConfigError(f"{dot}{key}={str(value).lower()} must be a number")
+
+
+def field_types(schema: type, include_extras: bool = False) -> dict[str, Any]:
+    """The type of each field of a dataclass; class variables are no fields."""
+    hints = get_type_hints(schema, include_extras=include_extras)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
 def describe_validation_error(error: ValidationError, dot: str) -> str:
@@ -96,7 +102,7 @@ def escape_interpolations(text: str) -> str:
 def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:
     """Dotted names of all settings of a dataclass, those of nested dataclasses and of each of `OneOf` included."""
     names: list[str] = []
-    for name, kind in get_type_hints(schema, include_extras=True).items():
+    for name, kind in field_types(schema, include_extras=True).items():
         names.append(prefix + name)
         marks = kind.__metadata__ if get_origin(kind) is Annotated else ()
         nested = [schema for mark in marks if isinstance(mark, OneOf) for schema in mark.schemas]

@@ -29,7 +29,7 @@ class Trouble:
     reason: str  # for people
 
 
-class LossWatch:
+class LossMonitor:
     """Watches the losses of one start of a run. All ranks see the same losses and come to the same conclusions.
 
     `recent` are the losses of the window; kept in a checkpoint, they let a run that resumes judge like one that was

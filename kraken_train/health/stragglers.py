@@ -51,6 +51,14 @@ class Stragglers:
         return changes
 
 
+def describe_change(change: Change, host: str) -> str:
+    what = "holds the others up" if change.slow else "no longer holds the others up"
+    return (
+        f"rank {change.rank} on {host} {what}: it takes {change.factor:.1f} times as long as the median rank for its "
+        "own part of a step"
+    )
+
+
 def describe_ranks(seconds: Sequence[float]) -> Record:
     """What a step's record says of the ranks: the longest and the median time, and whose is the longest."""
     slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])

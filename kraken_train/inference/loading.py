@@ -2,14 +2,11 @@
 
 A model that N ranks could train together is served by any number of devices up to N, evenly or not, since sub-layers
 and key-value heads are independent units. Where there are more devices than key-value heads, each head is held by
-several of them, together with a part of the heads that it serves.
-
-Shapes: G key-value heads, each for H / G heads, K head dimension, D hidden size.
+several of them, together with a part of the heads that it serves (`parallel.sharding.KVGroupsDim`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from checkpoints.exports.folder import WEIGHTS_FILE, Export
 from kraken_train.common.errors import CheckpointError, ConfigError
-from kraken_train.model.config import GPTConfig, ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.communicator import Communicator
@@ -32,32 +29,21 @@ def share_model(config: ModelConfig, speeds: Sequence[float]) -> list[UnitRange]
     Raises ConfigError where there are more devices than a model can be shared by.
     """
     devices = len(speeds)
-    name, units = config.parallel_units
-    if isinstance(config, GPTConfig) and units < devices:
-        name, units = "model.num_heads", least_copies(config, devices) * units
+    name, units = config.serving_units(devices)
     if units < devices:
         raise ConfigError(f"{name}={units} cannot be shared by {devices} devices; start at most {units} ranks")
     return share_units(units, speeds)
 
 
-def least_copies(config: GPTConfig, devices: int) -> int:
-    """Of each key-value head, so that every device has one; at most as many as it serves heads."""
-    heads_per_group = config.num_heads // config.kv_heads
-    enough = (r for r in range(1, heads_per_group) if heads_per_group % r == 0 and r * config.kv_heads >= devices)
-    return next(enough, heads_per_group)
-
-
 def served_config(config: ModelConfig, units: UnitRange) -> ModelConfig:
     """The settings of the model as it is served: `units` may count copies of key-value heads."""
-    if isinstance(config, GPTConfig) and units.total != config.kv_heads:
-        return dataclasses.replace(config, num_kv_heads=units.total)
-    return config
+    return config.served_with(units.total)
 
 
 def load_part(
     export: Export, units: UnitRange, communicator: Communicator, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    """The part of the export's model that has these `units`, connected to the others by `exchange`, for inference.
+    """The part of the export's model that has these `units`, connected to the others by `communicator`, for inference.
 
     Of the weights only the part is read, one tensor at a time. Raises CheckpointError.
     """
@@ -66,36 +52,15 @@ def load_part(
     path = export.folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: part.to(device, dtype) for name, part in read_parts(file, model, export.config)}
+            weights = {name: part.to(device, dtype) for name, part in read_parts(file, model)}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again or export again") from error
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def read_parts(file: Any, model: LanguageModel, stored: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `model`, by name, out of an open safetensors file with those of `stored`."""
+def read_parts(file: Any, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `model`, by name, out of an open safetensors file."""
     for name, sharded_dim in sharded_dims(model).items():
         weight = file.get_slice(name)
-        if sharded_dim is None:
-            yield name, weight[:]
-            continue
-        units = sharded_dim.units
-        if isinstance(stored, GPTConfig) and name.endswith("attention.qkv.weight"):
-            copies = units.total // stored.kv_heads
-            yield name, torch.stack([read_group(weight, unit, copies, stored) for unit in units.ids])
-        else:
-            here = slice(units.first, units.first + units.count)
-            yield name, weight[(slice(None),) * sharded_dim.axis + (here,)]
-
-
-def read_group(weight: Any, unit: int, copies: int, stored: GPTConfig) -> Tensor:
-    """Of a `QKVLinear` weight (G, (H / G + 2) K, D): a key-value head with its heads, or a copy with some of them.
-
-    The `copies` of a key-value head are adjacent units and have H / G / copies heads each.
-    """
-    group, number = divmod(unit, copies)
-    all_queries = stored.num_heads // stored.kv_heads * stored.head_dim
-    queries = all_queries // copies
-    parts = [weight[group, number * queries : (number + 1) * queries], weight[group, all_queries:]]
-    return torch.cat(parts)
+        yield name, weight[:] if sharded_dim is None else sharded_dim.read(weight)

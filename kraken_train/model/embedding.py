@@ -15,10 +15,13 @@ from torch.nn import functional as F
 from kraken_train.model.cross_entropy import CrossEntropy
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
+from kraken_train.parallel.weight_role import WeightRole
 
 
 class Vocabulary(nn.Module):
     """Holds the rows `rows` of the (V, D) embedding."""
+
+    weight_role = WeightRole.MATRIX
 
     def __init__(self, rows: UnitRange, hidden_size: int, communicator: Communicator) -> None:
         super().__init__()

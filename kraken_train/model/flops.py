@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from kraken_train.model.config import ModelConfig
+from kraken_train.model.architecture import ModelConfig
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets.
 BF16_PEAK_TFLOPS = {

@@ -3,7 +3,7 @@
     standard  x = x + MHA(LN1 x);  x = x + FFN(LN2 x)
     parallel  x = x + MHA(LN x) + FFN(LN x)
 
-Over several ranks both are cut as in Megatron-LM (arXiv 1909.08053, section 3): attention by heads, the FFN by its
+Over several ranks both are sharded as in Megatron-LM (arXiv 1909.08053, section 3): attention by heads, the FFN by its
 inner width. The standard form waits for two all-reduces per layer, the parallel form for one, and as many backward.
 
 Shapes: B batch, T tokens, D hidden size.
@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kraken_train.model.config import GPTConfig
+from kraken_train.model.architecture import ModelConfig
+from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.initialization import initialize
 from kraken_train.model.language_model import LanguageModel
-from kraken_train.model.layers import KeyValueStore, causal_attention
+from kraken_train.model.layers import KeyValueStore, Layer, causal_attention
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 from kraken_train.parallel.tensor_parallel import ColumnParallelLinear, QKVLinear, RowParallelLinear
@@ -29,7 +30,7 @@ class GPTModel(LanguageModel):
     """Either form, by `config.architecture`.
 
     `groups` says which key-value heads are here (default: all), and with them which heads and which part of the FFN;
-    `vocabulary`, `exchange` and `seed` as in `KrakenModel`.
+    `vocabulary`, `communicator` and `seed` as in `KrakenModel`.
     """
 
     def __init__(
@@ -43,9 +44,9 @@ class GPTModel(LanguageModel):
         super().__init__(config, communicator or LocalCommunicator(), vocabulary)
         self.config = config
         self.groups = groups or all_units(config.kv_heads)
-        layer = StandardLayer if config.architecture == "standard" else ParallelLayer
+        layer = LAYERS[config.architecture]
         self.layers = nn.ModuleList(  # type: ignore[assignment]
-            layer(config, self.groups) for _ in range(config.num_layers)
+            layer(config, self.groups, self.communicator) for _ in range(config.num_layers)
         )
         initialize(self, seed, residual_depth=config.num_layers)
 
@@ -55,54 +56,60 @@ class GPTModel(LanguageModel):
 
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        layer_form = self.standard_layer if self.config.architecture == "standard" else self.parallel_layer
         x, added = embedding, embedding.new_zeros(())
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, added = layer_form(layer, x, added, cache)
+            x, added = layer(x, added, cache)
         return x + added
 
-    # `added` is what the part before adds to x: the next norm makes the sum, so that compilation can fuse the two.
 
-    def standard_layer(
-        self, layer: StandardLayer, x: Tensor, added: Tensor, cache: KeyValueStore | None
-    ) -> tuple[Tensor, Tensor]:
-        x, normed = layer.attention_norm(x, added)
-        added = self.communicator.all_reduce(
-            self.run_part(layer.attention, self.communicator.copy_to_ranks(normed), cache)
-        )
-        x, normed = layer.ffn_norm(x, added)
-        return x, self.communicator.all_reduce(self.run_part(layer.ffn, self.communicator.copy_to_ranks(normed)))
-
-    def parallel_layer(
-        self, layer: ParallelLayer, x: Tensor, added: Tensor, cache: KeyValueStore | None
-    ) -> tuple[Tensor, Tensor]:
-        x, normed = layer.norm(x, added)
-        normed = self.communicator.copy_to_ranks(normed)
-        attended = self.run_part(layer.attention, normed, cache)
-        return x, self.communicator.all_reduce(self.run_part(layer.ffn, normed, attended))
+# In both layers `added` is what the part before adds to x: the next norm makes the sum, so that compilation can fuse
+# the two. Both are (B, T, D).
 
 
-class StandardLayer(nn.Module):
-    def __init__(self, config: GPTConfig, groups: UnitRange) -> None:
+class StandardLayer(Layer):
+    """x = x + MHA(LN1 x);  x = x + FFN(LN2 x)"""
+
+    def __init__(self, config: GPTConfig, groups: UnitRange, communicator: Communicator) -> None:
         super().__init__()
+        self.communicator = communicator
         self.attention_norm = AddNorm(config)
         self.attention = Attention(config, groups)
         self.ffn_norm = AddNorm(config)
         self.ffn = FFN(config, groups)
 
+    def forward(self, x: Tensor, added: Tensor, cache: KeyValueStore | None) -> tuple[Tensor, Tensor]:
+        x, normed = self.attention_norm(x, added)
+        normed = self.communicator.copy_to_ranks(normed)
+        added = self.communicator.all_reduce(self.run(self.attention, normed, cache))
+        x, normed = self.ffn_norm(x, added)
+        normed = self.communicator.copy_to_ranks(normed)
+        return x, self.communicator.all_reduce(self.run(self.ffn, normed))
 
-class ParallelLayer(nn.Module):
-    def __init__(self, config: GPTConfig, groups: UnitRange) -> None:
+
+class ParallelLayer(Layer):
+    """x = x + MHA(LN x) + FFN(LN x)"""
+
+    def __init__(self, config: GPTConfig, groups: UnitRange, communicator: Communicator) -> None:
         super().__init__()
+        self.communicator = communicator
         self.norm = AddNorm(config)
         self.attention = Attention(config, groups)
         self.ffn = FFN(config, groups)
+
+    def forward(self, x: Tensor, added: Tensor, cache: KeyValueStore | None) -> tuple[Tensor, Tensor]:
+        x, normed = self.norm(x, added)
+        normed = self.communicator.copy_to_ranks(normed)
+        attended = self.run(self.attention, normed, cache)
+        return x, self.communicator.all_reduce(self.run(self.ffn, normed, attended))
+
+
+LAYERS: dict[str, type[StandardLayer] | type[ParallelLayer]] = {"standard": StandardLayer, "parallel": ParallelLayer}
 
 
 class AddNorm(nn.LayerNorm):
     """x and what is added to it, (B, T, D) each -> (x + added, LN(x + added))."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_size, config.norm_epsilon, bias=False)
 
     def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -113,9 +120,9 @@ class AddNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """The heads here, (B, T, D) -> their part of (B, T, D)."""
 
-    def __init__(self, config: GPTConfig, groups: UnitRange) -> None:
+    def __init__(self, config: ModelConfig, groups: UnitRange) -> None:
         super().__init__()
-        heads_per_group = config.num_heads // config.kv_heads
+        heads_per_group = config.heads // config.kv_heads
         self.qkv = QKVLinear(config.hidden_size, groups, heads_per_group, config.head_dim)
         self.out = RowParallelLinear(groups.in_units_of(heads_per_group * config.head_dim), config.hidden_size)
 
@@ -130,7 +137,7 @@ class FFN(nn.Module):
     In the parallel form that of the attention, `attended`, is added.
     """
 
-    def __init__(self, config: GPTConfig, groups: UnitRange) -> None:
+    def __init__(self, config: ModelConfig, groups: UnitRange) -> None:
         super().__init__()
         inner = groups.in_units_of(config.ffn_size // config.kv_heads)
         self.up = ColumnParallelLinear(config.hidden_size, inner)

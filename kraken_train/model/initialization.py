@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from kraken_train.model.embedding import Vocabulary
-from kraken_train.model.layers import StackedLayerNorm, StackedLinear
 from kraken_train.parallel.sharding import ShardedDim
-from kraken_train.parallel.tensor_parallel import QKVLinear
+from kraken_train.parallel.weight_role import WeightRole, weight_role
 
 STANDARD_DEVIATION = 0.02
 RESIDUAL_PROJECTIONS = ("attention.out", "ffn.down")
@@ -26,25 +25,31 @@ def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
     """Fill all parameters in place.
 
     Each tensor, and of a stacked one each sub-layer's slice, has a random stream of its own, seeded by (seed,
-    name, global sub-layer id): ranks that hold other slices draw the same model. Raises TypeError for a module whose
-    initial values nobody has decided.
+    name, global sub-layer id): ranks that hold other slices draw the same model. Raises TypeError for a module with
+    parameters that has no role.
     """
     for name, module in model.named_modules():
         std = STANDARD_DEVIATION
         if name.endswith(RESIDUAL_PROJECTIONS):
             std /= math.sqrt(2 * residual_depth)
-        if isinstance(module, nn.LayerNorm | StackedLayerNorm):
-            module.weight.fill_(1.0)
-        elif isinstance(module, StackedLinear):
-            for slice_, sub_layer in zip(module.weight, module.sharded_dim.units.ids, strict=True):
-                slice_.copy_(draw_normal(slice_.shape, std, f"{seed}/{name}.weight/{sub_layer}"))
-        elif isinstance(module, nn.Linear | nn.Embedding | QKVLinear | Vocabulary):
-            sharded_dim: ShardedDim | None = getattr(module, "sharded_dim", None)
-            shape = module.weight.shape if sharded_dim is None else sharded_dim.whole_shape(module.weight.shape)
-            whole = draw_normal(shape, std, f"{seed}/{name}.weight")
-            module.weight.copy_(whole if sharded_dim is None else sharded_dim.take(whole))
+        role = weight_role(module)
+        if role is not None:
+            fill(cast(Tensor, module.weight), role, getattr(module, "sharded_dim", None), std, f"{seed}/{name}.weight")
         elif any(True for _ in module.parameters(recurse=False)):
             raise TypeError(f"{name} ({type(module).__name__}) has parameters but no rule for their initial values")
+
+
+def fill(weight: Tensor, role: WeightRole, sharded_dim: ShardedDim | None, std: float, identity: str) -> None:
+    """Fill the part of a weight that is here."""
+    if role is WeightRole.NORM:
+        weight.fill_(1.0)
+    elif sharded_dim is None:
+        weight.copy_(draw_normal(weight.shape, std, identity))
+    elif role is WeightRole.STACKED_MATRIX:
+        for slice_, unit in zip(weight, sharded_dim.units.ids, strict=True):
+            slice_.copy_(draw_normal(slice_.shape, std, f"{identity}/{unit}"))
+    else:
+        weight.copy_(sharded_dim.take(draw_normal(sharded_dim.whole_shape(weight.shape), std, identity)))
 
 
 def draw_normal(shape: torch.Size, std: float, identity: str) -> Tensor:

@@ -7,7 +7,7 @@ Inference", NeurIPS 2024, arXiv 2408.07802, section 3.
     layer l > 1  s = sum_j x_j;  a_i = MHA_i(LN1_i(x_i));  x_i = x_i + a_i + FFN_i(LN2_i(a_i + s))
     conjunction  y = sum_i W_i x_i;  logits = LN(y) E^T
 
-The sum s is asked for before the attention and needed only after it, so its AllReduce hides behind the attention.
+The all-reduce of the sum s starts before the attention and is needed only after it, so the attention hides it.
 
 Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V vocabulary size.
 """
@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kraken_train.model.config import KrakenConfig
 from kraken_train.model.initialization import initialize
+from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
-from kraken_train.model.layers import KeyValueStore, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.model.layers import KeyValueStore, Layer, StackedAttention, StackedFFN, StackedLinear
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
@@ -45,7 +45,7 @@ class KrakenModel(LanguageModel):
         self.config = config
         self.units = units or all_units(config.num_sub_layers)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
-            KrakenLayer(config, self.units) for _ in range(config.num_layers)
+            KrakenLayer(config, self.units, self.communicator) for _ in range(config.num_layers)
         )
         self.conjunction = StackedLinear(self.units, config.hidden_size, config.hidden_size)
         initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers)
@@ -59,21 +59,26 @@ class KrakenModel(LanguageModel):
         embedding = self.communicator.copy_to_ranks(embedding)
         # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
         streams = embedding.expand(self.units.count, -1, -1, -1).contiguous()
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            # All streams start as the embedding, and it counts once, not N times: layer 1 has no sum to wait for.
-            pending = self.communicator.start_all_reduce(streams) if index > 0 else None
-            attended = self.run_part(layer.attention, streams, cache)
-            total = self.communicator.wait(pending) if index > 0 else embedding  # s, (B, T, D)
-            streams = self.run_part(layer.ffn, streams, attended, total)
+        total: Tensor | None = embedding  # all streams start as the embedding, and it counts once, not N times
+        for layer, cache in zip(self.layers, caches, strict=True):
+            streams, total = layer(streams, total, cache), None
         return self.communicator.all_reduce(self.conjunction(streams).sum(dim=0))
 
 
-class KrakenLayer(nn.Module):
-    """The two parts of a layer; `KrakenModel.hidden` puts the exchange between them."""
+class KrakenLayer(Layer):
+    """a_i = MHA_i(LN1_i(x_i));  x_i = x_i + a_i + FFN_i(LN2_i(a_i + s)) of the sub-layers here."""
 
-    def __init__(self, config: KrakenConfig, units: UnitRange) -> None:
+    def __init__(self, config: KrakenConfig, units: UnitRange, communicator: Communicator) -> None:
         super().__init__()
+        self.communicator = communicator
         self.attention = StackedAttention(
             units, config.hidden_size, config.heads_per_sub_layer, config.kv_heads, config.norm_epsilon
         )
         self.ffn = StackedFFN(units, config.hidden_size, config.ffn_size, config.norm_epsilon)
+
+    def forward(self, streams: Tensor, total: Tensor | None, cache: KeyValueStore | None) -> Tensor:
+        """x_i (n, B, T, D) -> x_i (n, B, T, D); `total` is s (B, T, D) where it is known, else it is summed here."""
+        pending = self.communicator.start_all_reduce(streams) if total is None else None
+        attended = self.run(self.attention, streams, cache)
+        total = self.communicator.wait(pending) if total is None else total
+        return self.run(self.ffn, streams, attended, total)

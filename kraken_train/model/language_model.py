@@ -6,16 +6,14 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from kraken_train.model.config import ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import IGNORED
 from kraken_train.model.embedding import Vocabulary
-from kraken_train.model.layers import KeyValueStore
+from kraken_train.model.layers import KeyValueStore, Layer
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
@@ -23,11 +21,10 @@ from kraken_train.parallel.sharding import UnitRange, all_units
 class LanguageModel(nn.Module):
     """What Kraken and the baselines share: embeddings in, the tied head and the loss out.
 
-    A subclass turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer; the parts that
-    its `layers` consist of communicate nothing.
+    A subclass has `layers` and turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer.
     """
 
-    layers: Sequence[Any]
+    layers: Sequence[Layer]
 
     def __init__(self, config: ModelConfig, communicator: Communicator, vocabulary: UnitRange | None) -> None:
         super().__init__()
@@ -36,7 +33,6 @@ class LanguageModel(nn.Module):
         self.token_embedding = Vocabulary(vocabulary or all_units(config.vocab_size), config.hidden_size, communicator)
         self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
         self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)
-        self.recompute = False
 
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define hidden()")
@@ -49,6 +45,16 @@ class LanguageModel(nn.Module):
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the layers compute activations again in the backward pass instead of keeping them."""
+        return self.layers[0].recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        for layer in self.layers:
+            layer.recompute = value
 
     def forward(
         self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
@@ -84,14 +90,8 @@ class LanguageModel(nn.Module):
         """The mean of `token_losses` over the targets that count, a scalar."""
         return self.token_embedding.loss(self.last_hidden(input_ids), targets) / (targets != IGNORED).sum()
 
-    def run_part(self, part: nn.Module, *inputs: Any) -> Tensor:
-        """A part of a layer; with `recompute` its activations are not kept but computed again in the backward pass."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return part(*inputs)
-
     def compile_parts(self) -> None:
-        """Compile the parts of the layers, once for all of them, and what the loss does to the logits."""
+        """Compile the parts of the layers, which share one compilation, and what the loss does to the logits."""
         self.token_embedding.cross_entropy.compile()
         for layer in self.layers:
             for part in layer.children():

@@ -1,4 +1,4 @@
-"""Primitives whose weights are stacked over sub-layers, so that a device runs all of its sub-layers as one product.
+"""What layers are made of. A Kraken's weights are stacked over sub-layers, which a rank then runs as one product.
 
 Shapes: n sub-layers here, B batch, T tokens, S tokens seen so far (cache included), D hidden size, F FFN size,
 H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dimension. D = H K.
@@ -6,13 +6,15 @@ H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dim
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
+from kraken_train.parallel.weight_role import WeightRole
 
 
 class KeyValueStore(Protocol):
@@ -27,8 +29,25 @@ class KeyValueStore(Protocol):
         ...
 
 
+class Layer(nn.Module):
+    """A layer of a model: `forward` states its formula and communicates between its parts.
+
+    The parts are its children. They communicate nothing, so that each is compiled and computed again on its own.
+    """
+
+    recompute = False
+
+    def run(self, part: nn.Module, *inputs: Any) -> Tensor:
+        """A part's output; with `recompute` its activations are not kept but computed again in the backward pass."""
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return cast(Tensor, part(*inputs))
+
+
 class StackedLinear(nn.Module):
     """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product."""
+
+    weight_role = WeightRole.STACKED_MATRIX
 
     def __init__(self, units: UnitRange, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -45,6 +64,8 @@ class StackedLinear(nn.Module):
 
 class StackedLayerNorm(nn.Module):
     """n LayerNorms without bias over the last axis of (n, B, T, D)."""
+
+    weight_role = WeightRole.NORM
 
     def __init__(self, units: UnitRange, size: int, epsilon: float) -> None:
         super().__init__()

@@ -1,13 +1,21 @@
-"""From a model's configuration to the model: the place where a further architecture is added."""
+"""The architectures: a further one is entered here. From a configuration to the model, without importing PyTorch."""
 
 from __future__ import annotations
 
-from kraken_train.model.config import KrakenConfig, ModelConfig
-from kraken_train.model.gpt import GPTModel
-from kraken_train.model.kraken import KrakenModel
-from kraken_train.model.language_model import LanguageModel
-from kraken_train.parallel.communicator import Communicator
-from kraken_train.parallel.sharding import ModelRank, UnitRange
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from kraken_train.model.architecture import ModelConfig
+from kraken_train.model.gpt_config import GPTConfig
+from kraken_train.model.kraken_config import KrakenConfig
+
+if TYPE_CHECKING:
+    from kraken_train.model.language_model import LanguageModel
+    from kraken_train.parallel.communicator import Communicator
+    from kraken_train.parallel.sharding import ModelRank, UnitRange
+
+ARCHITECTURES: dict[str, type[ModelConfig]] = {"kraken": KrakenConfig, "standard": GPTConfig, "parallel": GPTConfig}
+DEFAULT_ARCHITECTURE = "kraken"  # of settings that name none
 
 
 def build_model(
@@ -20,11 +28,11 @@ def build_model(
     """The part of the model that has these `units`, by default all, with initial weights drawn from `seed`.
 
     Units are what `config.parallel_units` counts; `vocabulary` are rows of the embedding and the head. Where several
-    ranks have parts, `exchange` connects them.
+    ranks have parts, `communicator` connects them.
     """
-    if isinstance(config, KrakenConfig):
-        return KrakenModel(config, units, communicator, seed, vocabulary)
-    return GPTModel(config, units, communicator, seed, vocabulary)
+    module, _, name = config.model_class.rpartition(".")
+    model_class = getattr(import_module(module), name)
+    return cast("LanguageModel", model_class(config, units, communicator, seed, vocabulary))
 
 
 def even_share(
@@ -35,4 +43,4 @@ def even_share(
     Raises ValueError where the ranks do not divide the model (`ParallelConfig.require_fits` says so to the user).
     """
     _, total = config.parallel_units
-    return model_rank.place(total), model_rank.place(config.vocab_size) if vocab_parallel else None
+    return model_rank.unit_range(total), model_rank.unit_range(config.vocab_size) if vocab_parallel else None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class UnitRange:
 
 @dataclass(frozen=True)
 class ShardedDim:
-    """How a parameter is cut: `axis` runs over the units of `placement`."""
+    """How a parameter is sharded: its `axis` runs over `units`."""
 
     units: UnitRange
     axis: int
@@ -57,6 +58,36 @@ class ShardedDim:
         """The part of `whole` that lives here, a view."""
         return whole.narrow(self.axis, self.units.first, self.units.count)
 
+    def read(self, stored: Any) -> Tensor:
+        """The part of a stored weight that lives here; `stored` is a slice of an open safetensors file."""
+        here = slice(self.units.first, self.units.first + self.units.count)
+        return cast(Tensor, stored[(slice(None),) * self.axis + (here,)])
+
+
+@dataclass(frozen=True)
+class KVGroupsDim(ShardedDim):
+    """The first axis of a weight (G, (H / G + 2) K, D): key-value heads, each behind the H / G heads that it serves.
+
+    For inference there may be more units than key-value heads. Each key-value head then has copies, which are adjacent
+    units and serve an equal part of its heads each.
+    """
+
+    head_dim: int
+
+    def read(self, stored: Any) -> Tensor:
+        groups, rows, _ = stored.get_shape()
+        copies = self.units.total // groups
+        if copies == 1:
+            return super().read(stored)
+        all_queries = rows - 2 * self.head_dim
+        queries = all_queries // copies
+        parts = []
+        for unit in self.units.ids:
+            group, number = divmod(unit, copies)
+            own = stored[group, number * queries : (number + 1) * queries]
+            parts.append(torch.cat([own, stored[group, all_queries:]]))
+        return torch.stack(parts)
+
 
 @dataclass(frozen=True)
 class ModelRank:
@@ -65,7 +96,7 @@ class ModelRank:
     rank: int = 0
     size: int = 1
 
-    def place(self, total: int) -> UnitRange:
+    def unit_range(self, total: int) -> UnitRange:
         """An even share of `total` units. Raises ValueError where there is none."""
         if total % self.size:
             raise ValueError(f"{total} units cannot be shared evenly by {self.size} ranks")
@@ -98,7 +129,7 @@ def all_units(total: int) -> UnitRange:
 def sharded_dims(model: nn.Module) -> dict[str, ShardedDim | None]:
     """How each parameter of a model is cut; None: all of it is on every rank (a shared parameter).
 
-    Modules that hold a part of something say so with an attribute `sharded_dim`.
+    Modules that hold a part of a weight say so with an attribute `sharded_dim`.
     """
     return {
         f"{prefix}.{name}" if prefix else name: getattr(module, "sharded_dim", None)

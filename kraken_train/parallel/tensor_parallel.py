@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kraken_train.parallel.sharding import ShardedDim, UnitRange
+from kraken_train.parallel.sharding import KVGroupsDim, ShardedDim, UnitRange
+from kraken_train.parallel.weight_role import WeightRole
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -37,9 +38,11 @@ class QKVLinear(nn.Module):
     queries, key and value one after the other, as in Megatron-LM, so that a rank's share is one range.
     """
 
+    weight_role = WeightRole.MATRIX
+
     def __init__(self, in_features: int, groups: UnitRange, heads_per_group: int, head_dim: int) -> None:
         super().__init__()
-        self.sharded_dim = ShardedDim(groups, axis=0)
+        self.sharded_dim = KVGroupsDim(groups, axis=0, head_dim=head_dim)
         self.heads_per_group = heads_per_group
         self.head_dim = head_dim
         self.weight = nn.Parameter(torch.empty(groups.count, (heads_per_group + 2) * head_dim, in_features))

@@ -64,7 +64,7 @@ def rehearse(config: ModelConfig, layout: TrainingLayout) -> Rehearsal:
     alike = replace(layout, data_parallel_size=1, zero_stage=1, accumulation_steps=1)  # what matters no further
     if config.num_layers <= DEEP:
         return rehearse_all(config, alike, treat)
-    shallow, deep = (rehearse_all(replace(config, num_layers=depth), alike, treat) for depth in (SHALLOW, DEEP))
+    shallow, deep = (rehearse_all(config.replace(num_layers=depth), alike, treat) for depth in (SHALLOW, DEEP))
     return Rehearsal.through(shallow, deep, config.num_layers)
 
 
@@ -167,7 +167,7 @@ def stretches(model: LanguageModel, live: LiveBytes) -> Iterator[list[int]]:
 
     handles = [
         model.final_norm.register_forward_pre_hook(into_head),
-        next(iter(model.layers[-1].children())).register_forward_pre_hook(into_last_layer),
+        model.layers[-1].register_forward_pre_hook(into_last_layer),
         model.position_embedding.register_forward_hook(out_of_embedding),
     ]
     try:

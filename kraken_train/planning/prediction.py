@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kraken_train.config import ParallelConfig
-from kraken_train.model.config import ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.flops import training_flops_per_token
 from kraken_train.planning.cluster import Cluster
 from kraken_train.planning.layout import TrainingLayout
@@ -40,7 +40,7 @@ class Prediction:
             "memory": {**self.memory.parts, "total": self.memory.total, "moment": self.memory.moment},
             "usable_bytes": self.usable_bytes,
             "fits": self.fits,
-            "traffic": [{**vars(collective), "bytes": collective.bytes} for collective in self.traffic],
+            "traffic": [collective.as_dict() for collective in self.traffic],
             "seconds": {**self.time.parts, "total": self.time.total, "hidden exchange": self.time.hidden},
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,

@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step, from what each part has to compute, to move and to say.
+"""Seconds of an optimizer step, from what each part computes, moves through memory and communicates.
 
 A part takes as long as its arithmetic at the device's achievable rate or its bytes at the memory's, whichever is
 longer. Counted is the compiled model (`engine.compile=true`), in which element-wise operations between two products
@@ -9,23 +9,16 @@ Shapes of a product: m rows (tokens) x k inner x n columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.architecture import ATTENTION, Matrix, ModelConfig
 from kraken_train.planning.cluster import Cluster, known
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
 from kraken_train.planning.traffic import COPY, Collective, loss_chunks
 
 PADDED_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of which FlashAttention-2 has kernels; it computes the next larger
-# Passes over (tokens, width) of the compiled parts, reads and writes, forward and backward.
-NORM = (2, 5)  # x in, normed out; its gradient, x and what has been added up in, gradient out and added
-JOIN_HEADS = (2, 2)
-RESIDUAL = (4, 3)  # of Kraken: streams, attended and FFN in, streams out
-ADD = (2, 2)  # of the baselines, whose norm makes the sum
-GELU = (2, 3)
-SUM_OF_STREAMS = (1, 1)
 LOSS = 6  # bytes per logit: read for its sum, read and written as gradient, in bf16
 UPDATE = 28  # bytes per weight of a fused AdamW: master, moments and gradient in, the first three out
 
@@ -69,10 +62,10 @@ class StepTime:
     element_wise: float
     loss: float  # what the head does beside its products
     recomputation: float
-    exchange: float  # exposed
+    exchange: float  # exposed communication within a model copy
     reduction: float  # of gradients over the copies, and handing out weights
     update: float
-    hidden: float  # exchange behind attention, not part of the total
+    hidden: float  # communication during computation, not part of the total
 
     @property
     def parts(self) -> dict[str, float]:
@@ -90,36 +83,46 @@ def predict_time(
     """`traffic` is that of `predict_traffic`."""
     steps, layers = layout.accumulation_steps, config.num_layers
     tokens = layout.micro_batch_size * config.context_length
-    attention_products, ffn_products, once = products(config, layout)
+    parts, once = products(config, layout)
 
     def of(some: Sequence[Product]) -> float:
         return sum(product.seconds(cluster, layout) for product in some)
 
     # Backward, each product becomes two of the same size; fused attention computes its scores again, 5 for 2.
-    matrices = 3 * (layers * (of(attention_products) + of(ffn_products)) + of(once))
+    of_part = {name: of(some) for name, some in parts.items()}
+    matrices = 3 * (layers * sum(of_part.values()) + of(once))
     attend = attention_seconds(config, layout, cluster)
-    passes = [passes_of_part * layout.width * tokens / cluster.bandwidth for passes_of_part in widths(config, layout)]
-    attention_element_wise, ffn_element_wise = passes[:2], passes[2:]
-    recomputed = of(attention_products) + of(ffn_products) + attend[0] + attention_element_wise[0] + ffn_element_wise[0]
+    # By part: (forward, backward)
+    passes = {
+        name: [values * layout.width * tokens / cluster.bandwidth for values in both]
+        for name, both in widths(config, layout).items()
+    }
+    recomputed = sum(of_part.values()) + attend[0]
+    for one_forward, _ in passes.values():
+        recomputed += one_forward
 
-    forward = of(attention_products) + attend[0] + attention_element_wise[0]
-    backward = 2 * of(attention_products) + attend[1] + attention_element_wise[1]
-    backward += forward if layout.activation_checkpointing else 0.0
+    def both_ways(part: str) -> tuple[float, float]:
+        """Of one part of a layer, forward and backward."""
+        scores = attend if part == ATTENTION else (0.0, 0.0)
+        forward = of_part[part] + scores[0] + passes[part][0]
+        backward = 2 * of_part[part] + scores[1] + passes[part][1]
+        return forward, backward + (forward if layout.activation_checkpointing else 0.0)
+
     exchange, hidden, reduction = 0.0, 0.0, 0.0
     for collective in traffic:
         one = collective.seconds(layout, cluster)
         if collective.group != COPY:
             reduction += collective.count * one
-        elif not collective.hides:
+        elif collective.behind is None:
             exchange += collective.count * one
         else:  # as many forward as backward
-            exposed = max(0.0, one - forward) + max(0.0, one - backward)
+            exposed = sum(max(0.0, one - computed) for computed in both_ways(collective.behind))
             exchange += collective.count / 2 * exposed
             hidden += collective.count / 2 * (2 * one - exposed)
     return StepTime(
         matrices=steps * matrices,
         attention=steps * layers * sum(attend),
-        element_wise=steps * layers * sum(passes),
+        element_wise=steps * layers * sum(seconds for both in passes.values() for seconds in both),
         loss=steps * loss_bytes(config, layout) / cluster.bandwidth,
         recomputation=steps * layers * recomputed if layout.activation_checkpointing else 0.0,
         exchange=exchange,
@@ -129,19 +132,16 @@ def predict_time(
     )
 
 
-def products(config: ModelConfig, layout: TrainingLayout) -> tuple[list[Product], list[Product], list[Product]]:
-    """Forward on one device: of a layer's attention, of its FFN, and of what there is once."""
+def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, list[Product]], list[Product]]:
+    """Forward on one device: of each part of a layer, and of what there is once."""
     ranks, tokens = layout.sub_layer_parallel_size, layout.micro_batch_size * config.context_length
-    d = config.hidden_size
-    head = Product(tokens, d, config.vocab_size // (ranks if layout.vocab_parallel else 1))
-    if isinstance(config, KrakenConfig):
-        here = config.num_sub_layers // ranks
-        attention = [Product(tokens, d, d + 2 * config.kv_size, here), Product(tokens, d, d, here)]
-        ffn = [Product(tokens, d, config.ffn_size, here), Product(tokens, config.ffn_size, d, here)]
-        return attention, ffn, [Product(tokens, d, d, here), head]
-    attention = [Product(tokens, d, (d + 2 * config.kv_size) // ranks), Product(tokens, d // ranks, d)]
-    ffn = [Product(tokens, d, config.ffn_size // ranks), Product(tokens, config.ffn_size // ranks, d)]
-    return attention, ffn, [head]
+
+    def with_tokens(matrices: Sequence[Matrix]) -> list[Product]:
+        return [Product(tokens, matrix.in_features, matrix.out_features, matrix.count) for matrix in matrices]
+
+    parts = {name: with_tokens(part.matrices) for name, part in config.layer_parts(ranks).items()}
+    head = Matrix(config.hidden_size, config.vocab_size // (ranks if layout.vocab_parallel else 1))
+    return parts, with_tokens([*config.last_matrices(ranks), head])
 
 
 def attention_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> tuple[float, float]:
@@ -156,22 +156,15 @@ def attention_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Clus
     return flops / rate, 2.5 * flops / rate
 
 
-def widths(config: ModelConfig, layout: TrainingLayout) -> list[float]:
-    """Values per token that the element-wise operations of a layer move: attention forward, backward; FFN likewise."""
-    ranks, d = layout.sub_layer_parallel_size, config.hidden_size
-
-    def of(*parts: tuple[tuple[int, int], float]) -> Iterator[float]:
-        return (sum(passes[way] * width for passes, width in parts) for way in (0, 1))
-
-    if isinstance(config, KrakenConfig):
-        own = config.num_sub_layers // ranks * d
-        ffn = config.num_sub_layers // ranks * config.ffn_size
-        return [*of((NORM, own), (JOIN_HEADS, own), (SUM_OF_STREAMS, own + d)),
-                *of((NORM, own), (SUM_OF_STREAMS, d), (RESIDUAL, own), (GELU, ffn))]  # fmt: skip
-    added_norm = ((NORM, d), (ADD, d))
-    ffn_part = (GELU, config.ffn_size / ranks)
-    before_ffn = added_norm if config.architecture == "standard" else ((ADD, d),)
-    return [*of(*added_norm, (JOIN_HEADS, d / ranks)), *of(*before_ffn, ffn_part)]
+def widths(config: ModelConfig, layout: TrainingLayout) -> dict[str, tuple[float, float]]:
+    """Values per token that the element-wise operations of a layer move, by part: forward and backward."""
+    return {
+        name: (
+            sum(passes.forward * width for passes, width in part.element_wise),
+            sum(passes.backward * width for passes, width in part.element_wise),
+        )
+        for name, part in config.layer_parts(layout.sub_layer_parallel_size).items()
+    }
 
 
 def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:

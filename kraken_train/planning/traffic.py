@@ -1,17 +1,18 @@
-"""What the devices of a run say to each other in an optimizer step: collectives, their number and their bytes.
+"""The communication of an optimizer step: its collectives, their number and their bytes.
 
-Among the devices of a model copy, for each micro-batch of B x T tokens: Kraken's 2 L sums of (B, T, D), all but two of
-which hide behind attention, 4 L of the standard form and 2 L of the parallel one, which hide behind nothing
-(`kraken_train.parallel.distributed`). Among the copies: the sum of the fp32 gradients and the updated weights.
-Left out are the few numbers on which all agree (loss, norm), and sums of gradients over one copy, which say nothing.
+Among the devices of a model copy, for each micro-batch of B x T tokens: the all-reduces of (B, T, D) that the
+architecture declares (`ModelConfig.all_reduces`). Among the copies: the sum of the fp32 gradients and the updated
+weights. Left out are collectives of a few numbers (loss, norm), and sums of gradients over a single copy, which
+transfer nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import LOGITS_AT_ONCE
 from kraken_train.planning.cluster import Cluster
 from kraken_train.planning.layout import TrainingLayout
@@ -30,11 +31,20 @@ class Collective:
     group: str
     size: int
     count: int
-    hides: bool = False  # behind attention
+    behind: str | None = None  # the part of a layer that is computed meanwhile; None: the devices wait
+
+    @property
+    def hides(self) -> bool:
+        return self.behind is not None
 
     @property
     def bytes(self) -> int:
         return self.size * self.count
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        names = ("purpose", "kind", "group", "size", "count", "hides", "bytes")
+        return {name: getattr(self, name) for name in names}
 
     def seconds(self, layout: TrainingLayout, cluster: Cluster) -> float:
         """Of one of them."""
@@ -61,16 +71,9 @@ def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collect
         return
     tokens = layout.micro_batch_size * config.context_length
     hidden = tokens * config.hidden_size * layout.width
-    if isinstance(config, KrakenConfig):
-        later = config.num_layers - 1
-        if later:
-            yield Collective("sum of the sub-layers, and of its gradient", "all-reduce", COPY, hidden,
-                             2 * later * steps, hides=True)  # fmt: skip
-        yield Collective("conjunction, and gradient of the embedding", "all-reduce", COPY, hidden, 2 * steps)
-    else:
-        per_layer = 4 if config.architecture == "standard" else 2
-        yield Collective("attention and FFN, and their gradients", "all-reduce", COPY, hidden,
-                         per_layer * config.num_layers * steps)  # fmt: skip
+    for reduced in config.all_reduces:
+        if reduced.count:
+            yield Collective(reduced.purpose, "all-reduce", COPY, hidden, reduced.count * steps, reduced.behind)
     if layout.vocab_parallel:
         yield Collective("embedding, and gradient of the head", "all-reduce", COPY, hidden, 2 * steps)
         chunks = loss_chunks(config, layout)

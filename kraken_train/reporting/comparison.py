@@ -27,7 +27,7 @@ from kraken_train.evaluation.results import (
     average,
     read_results,
 )
-from kraken_train.model.config import KrakenConfig, ModelConfig, parse_model
+from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.run.exports import read_exports
 from kraken_train.run.folder import METRICS_FILE, read_identity
 from kraken_train.run.metrics import Run, read_run
@@ -217,8 +217,7 @@ def notes(entries: Sequence[Entry]) -> list[str]:
 def describe_model(model: ModelConfig | None) -> str:
     if model is None:
         return UNKNOWN
-    kind = f"{model.num_sub_layers}-way Kraken" if isinstance(model, KrakenConfig) else f"{model.architecture} GPT"
-    return f"{kind}, {model.num_layers} layers of {model.hidden_size}"
+    return f"{model.title}, {model.num_layers} layers of {model.hidden_size}"
 
 
 def format_number(value: float | None, format_spec: str) -> str:

@@ -20,12 +20,11 @@ from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import replace_synced
 from kraken_train.common.settings import to_dict
 from kraken_train.evaluation.results import Results, markdown, markdown_table, read_results
-from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.reporting.curves import draw_loss_curve
 from kraken_train.run.metrics import METRICS_FILE, Run, read_run
 
 CARD_FILE = "README.md"
-PAPER = "https://arxiv.org/abs/2408.07802"
+PROJECT_TAG = "kraken"  # of all models of this program on the Hub
 LOSS_CURVE_FILE = "loss.png"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 # Settings that describe the training; the others describe places and machines.
@@ -60,7 +59,7 @@ def write_card(export_dir: Path, training: Training | None = None, license_name:
         license=license_name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["kraken", *([export.config.architecture] if isinstance(export.config, GPTConfig) else [])],
+        tags=list(dict.fromkeys([PROJECT_TAG, export.config.architecture])),
         model_name=export_dir.resolve().name,
         eval_results=eval_results(results) or None,
     )
@@ -124,7 +123,7 @@ def body(export: Export, training: Training | None, has_curve: bool, results: Re
     """The card below its front matter."""
     parts = [
         f"# {export.folder.resolve().name}",
-        introduction(export.config),
+        f"{export.config.introduction} Trained with kraken-train.",
         "## Configuration",
         two_columns({**to_dict(export.config), "parameters": f"{export.config.num_parameters:,}"}),
         "## Training",
@@ -134,19 +133,6 @@ def body(export: Export, training: Training | None, has_curve: bool, results: Re
         parts.append(f"![loss over the steps of training]({LOSS_CURVE_FILE})")
     parts += ["## Evaluation", section(results), "## How to load it", loading(export)]
     return "\n\n".join(parts)
-
-
-def introduction(config: ModelConfig) -> str:
-    if isinstance(config, KrakenConfig):
-        return (
-            f"A language model of the Kraken architecture ([arXiv 2408.07802]({PAPER})) with {config.num_parameters:,} "
-            f"parameters: each layer consists of {config.num_sub_layers} independent sub-layers, which can run on as "
-            "many devices. Trained with kraken-train."
-        )
-    return (
-        f"A language model with {config.num_parameters:,} parameters: a {config.architecture} Transformer, "
-        f"a baseline for Kraken ([arXiv 2408.07802]({PAPER})). Trained with kraken-train."
-    )
 
 
 def training_facts(export: Export, training: Training | None) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 from kraken_train.common.cli import CONF_DIR, compose_command
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
-from kraken_train.model.config import MODEL_CONFIGS
+from kraken_train.model.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
 
 OF_THE_RUN = ("model", "data_dir", "run_dir")  # these have no default
 CHOICES = {"schedule": "name", "tracking": "kind"}  # the setting that names the file in conf/ of a group
@@ -31,9 +30,8 @@ def defaults_with(*choices: str) -> dict[str, Any]:
 
 def recorded_model(recorded: dict[str, Any]) -> dict[str, Any]:
     """The same for the settings of a model, whose defaults its class has."""
-    schema = MODEL_CONFIGS.get(recorded.get("architecture", "kraken"))
-    fields = () if schema is None else dataclasses.fields(schema)
-    return filled({field.name: field.default for field in fields if field.default is not dataclasses.MISSING}, recorded)
+    schema = ARCHITECTURES.get(recorded.get("architecture", DEFAULT_ARCHITECTURE))
+    return filled({} if schema is None else schema.defaults(), recorded)
 
 
 def filled(defaults: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class PatientConsole(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Metrics:
+class MetricsLogger:
     """A context for the reports of one start of a run; `step` is the number of optimizer steps it continues after."""
 
     def __init__(self, config: TrainConfig, run: RunFolder, step: int) -> None:
@@ -85,7 +85,7 @@ class Metrics:
         self.say(f"note: {text}")
         self.run.events.write("tracking", note=text)
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> MetricsLogger:
         return self
 
     def __exit__(

@@ -9,13 +9,9 @@ from typing import Any
 from torch import nn
 
 from kraken_train.config import ScheduleConfig
-from kraken_train.model.embedding import Vocabulary
-from kraken_train.model.layers import StackedLayerNorm, StackedLinear
 from kraken_train.parallel.sharding import sharded_dims
-from kraken_train.parallel.tensor_parallel import QKVLinear
+from kraken_train.parallel.weight_role import WeightRole, weight_role
 
-DECAYED_MODULES = (nn.Linear, nn.Embedding, QKVLinear, StackedLinear, Vocabulary)
-UNDECAYED_MODULES = (nn.LayerNorm, StackedLayerNorm)
 SMALLEST_JUMP = 0.01  # of a learning rate, relative
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 
@@ -25,15 +21,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     share the parameter ("shared") or each hold a part. Empty ones are left out.
 
     The role comes from the module that owns the weight, since a stacked norm has two axes like a matrix. Raises
-    TypeError for a module whose role nobody has decided.
+    TypeError for a module with parameters that has no role.
     """
     cuts = sharded_dims(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if not isinstance(module, DECAYED_MODULES + UNDECAYED_MODULES):
+            role = weight_role(module)
+            if role is None:
                 raise TypeError(f"{prefix} ({type(module).__name__}) has parameters but no role in weight decay")
-            decay = weight_decay if isinstance(module, DECAYED_MODULES) else 0.0
+            decay = 0.0 if role is WeightRole.NORM else weight_decay
             groups.setdefault((decay, cuts[name] is None), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "shared": shared}

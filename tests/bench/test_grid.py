@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kraken_train.bench.grid import SIZES, kraken_dimensions, model_config
+from kraken_train.bench.grid import SIZES, matched_dimensions, model_config
 from kraken_train.common.errors import ConfigError
 from kraken_train.model.config import ModelConfig
 
@@ -44,5 +44,5 @@ def test_small_and_impossible() -> None:
             assert units % degree == 0, name
     with pytest.raises(ConfigError, match=r"degrees=3 does not divide the 16 heads of sizes=1.3b"):
         model_config("standard", SIZES["1.3b"], 3, 50304, 64)
-    with pytest.raises(ConfigError, match=r"degrees=64: no Kraken of 64 sub-layers .* matches sizes=tiny within 3%"):
-        kraken_dimensions(SIZES["tiny"], 64)
+    with pytest.raises(ConfigError, match=r"degrees=64: no 64-way kraken whose width .* matches sizes=tiny within 3%"):
+        matched_dimensions("kraken", SIZES["tiny"], 64)

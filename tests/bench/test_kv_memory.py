@@ -74,7 +74,7 @@ def test_a_kraken_whose_heads_can_be_shared(size: str, degree: int, asked: int, 
     kraken = model_with(settings, size, degree, "kraken", "gqa")
     assert isinstance(kraken, KrakenConfig)
     assert (kraken.heads_per_sub_layer, kraken.heads_per_sub_layer // kraken.kv_heads) == (heads, sharing)
-    assert abs(layer_excess(kraken.hidden_size, SIZES[size], degree)) < 0.03 and kraken.head_dim % 16 == 0
+    assert abs(layer_excess("kraken", kraken.hidden_size, SIZES[size], degree)) < 0.03 and kraken.head_dim % 16 == 0
     standard = model_with(settings, size, degree, "standard", "gqa")
     assert isinstance(standard, GPTConfig) and standard.num_heads // standard.kv_heads == asked
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from kraken_train.bench.breakdown import HIDDEN, PARTS, Interval
 from kraken_train.bench.figures import draw_breakdowns, short_label
-from kraken_train.bench.grid import ARCHITECTURES, SIZES, model_config
+from kraken_train.bench.grid import SIZES, architectures, model_config
 from kraken_train.bench.plan import bytes_by_depth, make_plan
 from kraken_train.bench.results import Case, Result, as_table, footnote, summarize
 from kraken_train.bench.timing import Conditions, Figures, attention_kernels, extrapolate, of_slowest
@@ -154,22 +154,22 @@ def test_ranks_must_be_the_degree(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_plan() -> None:
-    models = {name: model_config(name, SIZES["175b"], 4, 50304, 2064) for name in ARCHITECTURES}
+    models = {name: model_config(name, SIZES["175b"], 4, 50304, 2064) for name in architectures()}
     needs = {name: bytes_by_depth(config, 4, CONDITIONS) for name, config in models.items()}
     for name, config in models.items():
         _, units = config.parallel_units
-        memory = serving_memory(config, ModelRank(0, 4).place(units), 1, 2064, torch.bfloat16)
+        memory = serving_memory(config, ModelRank(0, 4).unit_range(units), 1, 2064, torch.bfloat16)
         engines = 3 if name == "kraken" else 2
         assert needs[name](96) == memory.weights + engines * (memory.cache + memory.activations)
     everything, largest = sum(need(96) for need in needs.values()), max(need(96) for need in needs.values())
-    assert make_plan(models, 4, CONDITIONS, everything).groups == (ARCHITECTURES,)
+    assert make_plan(models, 4, CONDITIONS, everything).groups == (architectures(),)
     one_by_one = make_plan(models, 4, CONDITIONS, everything - 1)
-    assert one_by_one.groups == tuple((name,) for name in ARCHITECTURES) and one_by_one.depths == (96,)
+    assert one_by_one.groups == tuple((name,) for name in architectures()) and one_by_one.depths == (96,)
     assert make_plan(models, 4, CONDITIONS, largest).groups == one_by_one.groups
     for usable in (largest - 1, sum(need(5) for need in needs.values())):
         scaled = make_plan(models, 4, CONDITIONS, usable)
         few, more = scaled.depths
-        assert scaled.groups == (ARCHITECTURES,) and 1 <= few < more <= 12
+        assert scaled.groups == (architectures(),) and 1 <= few < more <= 12
         assert sum(need(more) for need in needs.values()) <= usable
     on_cpu = replace(CONDITIONS, device=torch.device("cpu"))
     for conditions, usable in ((on_cpu, largest - 1), (CONDITIONS, 10**9)):

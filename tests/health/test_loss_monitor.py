@@ -10,7 +10,7 @@ import pytest
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.config import HealthConfig
-from kraken_train.health.loss_monitor import LossWatch, Trouble
+from kraken_train.health.loss_monitor import LossMonitor, Trouble
 from kraken_train.health.stack_dump import Place, describe_stall
 from kraken_train.health.stragglers import LEAST_SECONDS, WINDOW, Change, Stragglers, describe_ranks
 
@@ -27,9 +27,9 @@ HEALTH = HealthConfig(
 USUAL = [3.0, 3.1, 2.9, 3.05, 2.95]  # median 3, median absolute deviation 0.05: suspicious above 3.5
 
 
-def watch(*losses: float, health: HealthConfig = HEALTH) -> tuple[LossWatch, list[Trouble | None]]:
+def watch(*losses: float, health: HealthConfig = HEALTH) -> tuple[LossMonitor, list[Trouble | None]]:
     """What is found in these steps after USUAL; NaN is a skipped step."""
-    watch = LossWatch(health, max_nonfinite_steps=2)
+    watch = LossMonitor(health, max_nonfinite_steps=2)
     watch.continue_from(USUAL)
     return watch, [watch.observe(6 + i, loss, applied=not math.isnan(loss)) for i, loss in enumerate(losses)]
 
@@ -57,13 +57,13 @@ def test_nothing_is_saved_while_a_loss_is_suspicious() -> None:
 
 def test_a_loss_that_hardly_moves_may_move_a_little() -> None:
     for loss, found in ((3.29, False), (3.31, True)):  # 10 times 1% of 3 above it
-        flat = LossWatch(HEALTH, 2)
+        flat = LossMonitor(HEALTH, 2)
         flat.continue_from([3.0] * 5)
         assert flat.is_suspicious(loss) == found
 
 
 def test_too_few_losses_to_judge_and_not_asked_to() -> None:
-    young = LossWatch(HEALTH, 2)
+    young = LossMonitor(HEALTH, 2)
     young.continue_from(USUAL[1:])
     assert not any(young.observe(step, 99.0, applied=True) for step in (5,))
     assert not any(watch(9.0, 9.0, 9.0, 9.0, health=replace(HEALTH, loss_spike="ignore"))[1])

@@ -82,6 +82,8 @@ class RecordingFile:
         whole = self.file.get_slice(name)
 
         class Slice:
+            get_shape = whole.get_shape
+
             def __getitem__(self, index: Any) -> torch.Tensor:
                 part = whole[index]
                 READ[name] = READ.get(name, 0) + part.numel()

@@ -26,11 +26,12 @@ from torch.distributed.tensor import DTensor
 from checkpoints.training import writer
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.store import find_good_checkpoint, load_tensors
-from kraken_train import train
 from kraken_train.data.dataset import Samples
 from kraken_train.health.loss_monitor import Trouble
-from kraken_train.train import Trainer, main
+from kraken_train.train import main
 from kraken_train.training import precision
+from kraken_train.training import trainer as trainer_module
+from kraken_train.training.trainer import Trainer
 
 SLOW_STEPS, SLOW_SECONDS = 10, 100.0  # on a clock on which a forward pass takes 1 second otherwise
 BAD_STEPS = 3
@@ -193,13 +194,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def die_after_rollback(when: int) -> None:
     """A spike, and the end before the run has saved again."""
     before_bad_data(when, raise_loss)
-    original = train.go_back_to
+    original = trainer_module.go_back_to
 
     def last_wish(checkpoint: Checkpoint) -> None:
         original(checkpoint)
         die()
 
-    train.go_back_to = last_wish
+    trainer_module.go_back_to = last_wish
 
 
 TRAINER_FAULTS = {

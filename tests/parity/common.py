@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import shareable_configs
 
 from kraken_train.config import (
     CheckpointConfig,
@@ -20,7 +21,7 @@ from kraken_train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.config import ModelConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import DistributedCommunicator, make_communicator
@@ -30,13 +31,7 @@ from kraken_train.training.engine import Engine
 from kraken_train.training.optim import parameter_groups
 from kraken_train.training.precision import reduce_dtype
 
-COMMON = {"num_layers": 3, "vocab_size": 132, "context_length": 16}
-MODELS: dict[str, ModelConfig] = {
-    "kraken-4": KrakenConfig(num_sub_layers=4, hidden_size=32, heads_per_sub_layer=2, **COMMON),
-    "kraken-6": KrakenConfig(6, hidden_size=24, heads_per_sub_layer=2, kv_heads_per_sub_layer=1, **COMMON),
-    "standard": GPTConfig(hidden_size=48, num_heads=4, **COMMON),
-    "parallel": GPTConfig(hidden_size=48, num_heads=8, num_kv_heads=4, architecture="parallel", **COMMON),
-}
+MODELS = shareable_configs()
 GLOBAL_BATCH = 24
 ACCUMULATION_STEPS = 2  # whatever the grid
 MAX_GRAD_NORM = 0.5

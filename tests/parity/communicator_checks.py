@@ -30,7 +30,7 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
                 f"{name} {'cut' if vocab_parallel else 'whole'} vocabulary": against_whole(
                     runtime, name, size, vocab_parallel
                 )
-                for name in ("kraken-4", "standard", "parallel")
+                for name in shared_by(size)
                 for vocab_parallel in (False, True)
             },
             "events": {f"recompute={r}": events(runtime, size, r) for r in (False, True)},
@@ -42,6 +42,11 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
         }
         for size in sizes
     }
+
+
+def shared_by(size: int) -> list[str]:
+    """The models that so many ranks can share."""
+    return [name for name, config in MODELS.items() if config.parallel_units[1] % size == 0]
 
 
 def golden(runtime: Runtime, size: int) -> dict[str, float]:
@@ -133,7 +138,7 @@ def events(runtime: Runtime, size: int, recompute: bool) -> list[str]:
 def collectives(runtime: Runtime, size: int) -> dict[str, int]:
     """All-reduces of one forward and backward pass by architecture, with and without recomputation."""
     counted = {}
-    for name in ("kraken-4", "standard", "parallel"):
+    for name in shared_by(size):
         for recompute in (False, True):
             count = 0
 

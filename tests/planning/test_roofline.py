@@ -40,8 +40,8 @@ MEASURED = {
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_products_are_all_matrix_parameters(config: KrakenConfig | GPTConfig, size: int) -> None:
     layout = replace(ALONE, sub_layer_parallel_size=size, vocab_parallel=size > 1)
-    attention, ffn, once = products(config, layout)
-    flops = config.num_layers * sum(p.flops for p in [*attention, *ffn]) + sum(p.flops for p in once)
+    parts, once = products(config, layout)
+    flops = config.num_layers * sum(p.flops for part in parts.values() for p in part) + sum(p.flops for p in once)
     assert 3 * size * flops == pytest.approx(matrix_flops_per_token(config) * 20 * 1024, rel=1e-12)
 
 
@@ -59,14 +59,14 @@ def test_exchange() -> None:
     kraken, standard = predict(KRAKEN, layout, H100).time, predict(GPT, layout, H100).time
     link = H100.interconnect(4, 1)
     assert kraken.hidden == pytest.approx(22 * link.all_reduce_seconds(20 * 1024 * 512 * 2, 4), rel=1e-9)
-    assert standard.hidden == 0 and kraken.hidden > 3 * kraken.communicator
+    assert standard.hidden == 0 and kraken.hidden > 3 * kraken.exchange
     hidden = 20 * 1024 * 768 * 2  # bytes
     one = link.all_reduce_seconds(hidden, 4)
-    assert standard.communicator == pytest.approx(4 * 12 * one, rel=0.3)  # and a broadcast of 200 MB
+    assert standard.exchange == pytest.approx(4 * 12 * one, rel=0.3)  # and a broadcast of 200 MB
     slow = predict(KRAKEN, layout, replace(H100, intra_node="pcie4")).time
-    assert slow.communicator > 10 * kraken.communicator
+    assert slow.exchange > 10 * kraken.exchange
     apart = predict(KRAKEN, layout, replace(H100, devices_per_node=2)).time
-    assert apart.communicator > 2 * kraken.communicator, "between nodes it is slower"
+    assert apart.exchange > 2 * kraken.exchange, "between nodes it is slower"
 
 
 def test_choices_cost_time() -> None:

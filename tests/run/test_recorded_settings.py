@@ -14,9 +14,9 @@ from kraken_train.common.cli import compose_command
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.settings import setting_names, to_dict
 from kraken_train.config import TrainConfig
-from kraken_train.run.folder import require_same_run
 from kraken_train.run.recorded_settings import OF_THE_RUN, recorded_settings
-from kraken_train.train import differences
+from kraken_train.training.open_run import require_same_run
+from kraken_train.training.resume import changed_settings
 
 SETTINGS = [name for name in setting_names(TrainConfig) if name.partition(".")[0] not in OF_THE_RUN]
 
@@ -43,17 +43,17 @@ def test_a_setting_that_is_not_recorded_has_its_default(choices: tuple[str, ...]
         if not choices or name not in of_choices:  # whose default is another choice
             found = recorded_settings(without(now, name))
             assert found == now, name
-            assert differences(found, now) == []
+            assert changed_settings(found, now) == []
 
 
 def test_a_change_is_still_one() -> None:
     now = settings_of()
     older = without(settings_of("optim.lr=0.5", "optim.eps=1e-7", "health.spike_factor=3"), "optim.betas")
     assert recorded_settings(older)["health"]["spike_factor"] == 3
-    changes = differences(recorded_settings(older), now)
+    changes = changed_settings(recorded_settings(older), now)
     assert changes == [f"optim.lr: 0.5 -> {now['optim']['lr']}", "optim.eps: 1e-07 -> 1e-08"]
     changed = settings_of("optim.weight_decay=0.5")
-    (change,) = differences(recorded_settings(without(now, "optim.weight_decay")), changed)
+    (change,) = changed_settings(recorded_settings(without(now, "optim.weight_decay")), changed)
     assert change.endswith(" -> 0.5") and "None" not in change
 
 

@@ -13,7 +13,7 @@ from parity.common import settings
 from kraken_train.common.settings import to_dict
 from kraken_train.run.folder import RunFolder
 from kraken_train.run.layout import IDENTITY_FILE
-from kraken_train.training.metrics_logger import Metrics
+from kraken_train.training.metrics_logger import MetricsLogger
 
 RUN_ID = "abcd1234"
 
@@ -25,7 +25,7 @@ def write_run(path: Path) -> Path:
     return path
 
 
-def begin_start(path: Path, number: int, step: int, **tracking: Any) -> Metrics:
+def begin_start(path: Path, number: int, step: int, **tracking: Any) -> MetricsLogger:
     """The metrics of a start that goes on after `step`, for use as a context."""
     chosen = {"mode": "offline", "project": "p", "finish_seconds": PATIENCE, **tracking}
     config = dataclasses.replace(settings(), tracking=dataclasses.replace(settings().tracking, **chosen))
@@ -33,7 +33,7 @@ def begin_start(path: Path, number: int, step: int, **tracking: Any) -> Metrics:
     run.start.mkdir(parents=True)
     (run.start / "environment.json").write_text(json.dumps({"commit": "c0ffee", "start": number}))
     run.events.write("started", start=number, step=step)
-    return Metrics(config, run, step)
+    return MetricsLogger(config, run, step)
 
 
 def record(step: int) -> dict[str, Any]:

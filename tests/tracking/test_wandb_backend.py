@@ -28,7 +28,7 @@ from kraken_train.tracking.wandb_files import (
     records,
     wandb_files,
 )
-from kraken_train.training.metrics_logger import Metrics
+from kraken_train.training.metrics_logger import MetricsLogger
 
 
 def offline_curve(run: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -46,7 +46,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "INTERRUPTED_SECONDS", PATIENCE)
 
 
-def kill_follower(metrics: Metrics) -> None:
+def kill_follower(metrics: MetricsLogger) -> None:
     """As a machine does that dies."""
     assert metrics.follower is not None
     follower = psutil.Process(metrics.follower.process.pid)

@@ -20,10 +20,10 @@ from parity.common import settings
 
 from kraken_train.common.errors import CheckpointError
 from kraken_train.parallel.ranks import Runtime
-from kraken_train.run import folder as run_folder
-from kraken_train.run.folder import RunFolder, locked, open_run_folder
+from kraken_train.run.folder import RunFolder, locked
 from kraken_train.run.start import recorded, write_environment
-from kraken_train.training.metrics_logger import Metrics
+from kraken_train.training import open_run
+from kraken_train.training.metrics_logger import MetricsLogger
 
 ALONE = Runtime(0, 0, 1, 1)
 Open = Callable[..., RunFolder]
@@ -40,7 +40,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
 
         def open_folder(path: Path, held: ExitStack | None = None, **changes: Any) -> RunFolder:
             config = dataclasses.replace(settings(), run_dir=str(path), **changes)
-            return open_run_folder(config, small_configs()["kraken"], tokenizer, "f", held or until_the_end)
+            return open_run.open_run_folder(config, small_configs()["kraken"], tokenizer, "f", held or until_the_end)
 
         yield open_folder
 
@@ -71,14 +71,14 @@ def test_a_start_that_has_waited_for_another_goes_by_what_that_has_made(
 
     @contextmanager
     def locked_late(path: Path) -> Iterator[None]:
-        monkeypatch.setattr(run_folder, "locked", locked)
+        monkeypatch.setattr(open_run, "locked", locked)
         with ExitStack() as held:
             faster.append(opened(path, held))
         with locked(path):
             yield
 
     def open_late(path: Path, **changes: Any) -> RunFolder:
-        monkeypatch.setattr(run_folder, "locked", locked_late)
+        monkeypatch.setattr(open_run, "locked", locked_late)
         return opened(path, **changes)
 
     run = open_late(tmp_path / "a")
@@ -155,7 +155,7 @@ def begin(opened: Open, path: Path) -> None:
         run = opened(path, held)
         held.enter_context(recorded(run.start, ALONE))
         write_environment(run.start, ALONE)
-        with Metrics(dataclasses.replace(settings(), run_dir=str(path)), run, 0):
+        with MetricsLogger(dataclasses.replace(settings(), run_dir=str(path)), run, 0):
             pass
 
 

@@ -1,0 +1,96 @@
+"""The settings of a Kraken, and what it declares about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kraken_train.model.architecture import (
+    ATTENTION,
+    FFN,
+    GELU,
+    JOIN_HEADS,
+    NORM,
+    RESIDUAL,
+    SUM_OF_STREAMS,
+    AllReduces,
+    LayerPart,
+    Matrix,
+    ModelConfig,
+)
+
+PAPER = "https://arxiv.org/abs/2408.07802"
+
+
+@dataclass(frozen=True)
+class KrakenConfig(ModelConfig):
+    """A Kraken model (arXiv 2408.07802, section 3): every layer is `num_sub_layers` narrow sub-layers.
+
+    The product `num_sub_layers * heads_per_sub_layer` is the total number of heads of a layer. Parameters, with
+    d = hidden_size, k the width of the keys, m = ffn_multiplier:
+    L N ((2 + 2m) d^2 + 2dk + 2d) + V d + T d + N d^2 + d for sub-layers, embeddings, conjunction and final norm.
+    """
+
+    num_sub_layers: int
+    num_layers: int
+    hidden_size: int  # width of each sub-layer's own residual stream
+    heads_per_sub_layer: int
+    vocab_size: int  # rows of the embedding; at least the tokenizer's size
+    context_length: int  # tokens
+    ffn_multiplier: int = 2  # width of a sub-layer's FFN in units of hidden_size
+    norm_epsilon: float = 1e-5
+    kv_heads_per_sub_layer: int | None = None  # fewer than heads: grouped-query attention; 1: multi-query
+    architecture: str = "kraken"
+
+    architectures = ("kraken",)
+    model_class = "kraken_train.model.kraken.KrakenModel"
+    heads_setting = "heads_per_sub_layer"
+    kv_heads_setting = "kv_heads_per_sub_layer"
+    units_setting = "num_sub_layers"
+    first_export_format = 1
+    color = "#d1495b"
+
+    @property
+    def num_streams(self) -> int:
+        return self.num_sub_layers
+
+    @property
+    def norm_parameters(self) -> int:
+        return self.num_layers * self.num_sub_layers * 2 * self.hidden_size + self.hidden_size
+
+    @property
+    def parallel_units(self) -> tuple[str, int]:
+        """The sub-layers."""
+        return "model.num_sub_layers", self.num_sub_layers
+
+    def layer_parts(self, ranks: int) -> dict[str, LayerPart]:
+        here, d = self.num_sub_layers // ranks, self.hidden_size
+        attention = (Matrix(d, d + 2 * self.kv_size, here), Matrix(d, d, here))
+        ffn = (Matrix(d, self.ffn_size, here), Matrix(self.ffn_size, d, here))
+        own = here * d
+        return {
+            ATTENTION: LayerPart(attention, ((NORM, own), (JOIN_HEADS, own), (SUM_OF_STREAMS, own + d))),
+            FFN: LayerPart(ffn, ((NORM, own), (SUM_OF_STREAMS, d), (RESIDUAL, own), (GELU, here * self.ffn_size))),
+        }
+
+    def last_matrices(self, ranks: int) -> tuple[Matrix, ...]:
+        """The conjunction."""
+        return (Matrix(self.hidden_size, self.hidden_size, self.num_sub_layers // ranks),)
+
+    @property
+    def all_reduces(self) -> tuple[AllReduces, ...]:
+        """The sum over the sub-layers hides behind the attention of the next layer; the first layer has none."""
+        return (
+            AllReduces("sum of the sub-layers, and of its gradient", 2 * (self.num_layers - 1), behind=ATTENTION),
+            AllReduces("conjunction, and gradient of the embedding", 2),
+        )
+
+    @property
+    def title(self) -> str:
+        return f"{self.num_sub_layers}-way Kraken"
+
+    @property
+    def introduction(self) -> str:
+        return (
+            f"A language model of the Kraken architecture ([arXiv 2408.07802]({PAPER})) with {self.num_parameters:,} "
+            f"parameters: each layer is {self.num_sub_layers} independent sub-layers, which as many devices can share."
+        )

@@ -1,0 +1,159 @@
+"""Opening the folder of a run: when a command may start in it, continue in it, or must leave it alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoints.training.manifest import has_checkpoints
+from checkpoints.training.store import find_good_checkpoint
+from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
+from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import copy_folder, replace_synced
+from kraken_train.common.settings import to_dict
+from kraken_train.config import TrainConfig
+from kraken_train.model.config import ModelConfig
+from kraken_train.run.exports import is_export
+from kraken_train.run.folder import SUBMISSIONS, RunFolder, locked, read_identity, system_errors
+from kraken_train.run.layout import CONFIG_FILE, EVENTS_FILE, IDENTITY_FILE, start_folders
+from kraken_train.run.recorded_settings import recorded_model
+
+
+def open_run_folder(
+    config: TrainConfig, model: ModelConfig, tokenizer_dir: Path, fingerprint: str, held: ExitStack
+) -> RunFolder:
+    """Create the run's folder, or open it to continue, as `config.resume` says.
+
+    It stays locked against other processes until `held` is closed. Raises CheckpointError, with nothing changed,
+    where it holds something else, where `resume=must` finds no checkpoint, and where `resume=never` would overwrite
+    a run.
+    """
+    path = Path(config.run_dir)
+    check_run_folder(config, model, fingerprint)
+    with system_errors(f"run_dir={path} cannot be written"):
+        path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(path))
+    # Another start may have been faster, and this one has waited for its end.
+    identity, existing = check_run_folder(config, model, fingerprint)
+    run_id = existing["id"] if existing else uuid.uuid4().hex[:8]
+    with system_errors(f"run_dir={path} cannot be written"):
+        if not (path / IDENTITY_FILE).exists():
+            replace_synced(path / IDENTITY_FILE, json.dumps({"id": run_id, **identity}, indent=1))
+        copy_once(tokenizer_dir, path / TOKENIZER_FOLDER)
+        number = max((int(start.name) for start in start_folders(path)), default=0) + 1
+        run = RunFolder(path, run_id, resuming=has_checkpoints(path / "checkpoints"), start_number=number)
+        run.start.mkdir(parents=True)
+    return run
+
+
+def check_run_folder(
+    config: TrainConfig, model: ModelConfig, fingerprint: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What identifies the run, and what identifies the one that is in its folder already (None: there is none).
+
+    Raises CheckpointError as `open_run_folder` does. Changes nothing.
+    """
+    path = Path(config.run_dir)
+    checkpoints = path / "checkpoints"
+    identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
+    with system_errors(f"run_dir={path} cannot be read"):
+        existing = read_identity(path) or identity_of_checkpoints(checkpoints)
+        if existing is None and path.exists() and any(not is_of_no_run(entry) for entry in path.iterdir()):
+            raise CheckpointError(
+                f"run_dir={path} is not empty and holds {what_it_holds(path)}; use a new or empty folder"
+            )
+    if config.resume == "must" and not has_checkpoints(checkpoints):
+        raise CheckpointError(
+            f"resume=must, but there is no checkpoint in {checkpoints}; name the run's folder in run_dir, or start "
+            "from the beginning with resume=auto"
+        )
+    if existing is not None:
+        if config.resume == "never":
+            raise CheckpointError(
+                f"run_dir={path} holds another run, which resume=never would overwrite; use a new folder, or "
+                "resume=auto to continue it"
+            )
+        require_same_run(path, existing, identity)
+    return identity, existing
+
+
+def is_of_no_run(entry: Path) -> bool:
+    """Whether a folder may hold this before a run begins in it."""
+    return entry.name.startswith(".") or entry.name in (SUBMISSIONS, EVENTS_FILE)
+
+
+def what_it_holds(path: Path) -> str:
+    """In place of a run."""
+    run = next((parent for parent in path.resolve().parents if (parent / IDENTITY_FILE).is_file()), None)
+    if run is not None:
+        return f"a part of the run in {run}"
+    if (path / MANIFEST_NAME).is_file():
+        return "prepared data"
+    return "an export" if is_export(path) else f"no run ({IDENTITY_FILE} is missing)"
+
+
+def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
+    """The same from the newest good checkpoint, for a run whose identity file was lost."""
+    if not has_checkpoints(folder):
+        return None
+    metadata = find_good_checkpoint(folder)[0].metadata
+    return {
+        "id": metadata["run_id"],
+        "model": metadata["model"],
+        "data_fingerprint": metadata["data_fingerprint"],
+        "seed": metadata["config"]["seed"],
+    }
+
+
+def recorded_precision(path: Path) -> str | None:
+    """The precision of the run in this folder, from its latest start or else its newest good checkpoint; None: no run.
+
+    Raises CheckpointError.
+    """
+    file, checkpoints = path / CONFIG_FILE, path / "checkpoints"
+    if (path / IDENTITY_FILE).is_file() and file.is_file():
+        try:
+            return str(yaml.safe_load(file.read_text(encoding="utf-8"))["precision"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{file} is damaged; restore the file, or give precision=bf16 or fp32") from error
+    if not has_checkpoints(checkpoints):
+        return None
+    return str(find_good_checkpoint(checkpoints)[0].metadata["config"]["precision"])
+
+
+def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:
+    """The model, the data and the seed of a run are fixed. Raises CheckpointError naming what differs."""
+    there, here = recorded_model(existing["model"]), identity["model"]
+    for name in [*here, *(name for name in there if name not in here)]:
+        if there.get(name) != here.get(name):
+            raise CheckpointError(
+                f"run_dir={path} holds a run of another model: model.{name} is {there.get(name)} there and "
+                f"{here.get(name)} here; use another run_dir, or the model of that run"
+            )
+    if existing["data_fingerprint"] != identity["data_fingerprint"]:
+        raise CheckpointError(
+            f"run_dir={path} holds a run on other data (fingerprint {existing['data_fingerprint']} there, "
+            f"{identity['data_fingerprint']} here); use the same data_dir, with the same weights if it has several, or "
+            "another run_dir"
+        )
+    if existing["seed"] != identity["seed"]:
+        raise CheckpointError(
+            f"run_dir={path} holds a run with seed={existing['seed']}, not {identity['seed']}; use the same seed, or "
+            "another run_dir"
+        )
+
+
+def copy_once(source: Path, target: Path) -> None:
+    """Copy a folder, unless the whole of it is there already."""
+    if target.exists():
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    copy_folder(source, temporary)
+    temporary.rename(target)

@@ -1,0 +1,77 @@
+"""Resuming a run: which checkpoint it continues from, and whether today's settings can continue it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from checkpoints.training.manifest import Checkpoint
+from checkpoints.training.store import find_good_checkpoint, model_of, set_aside_after
+from kraken_train.common.errors import CheckpointError
+from kraken_train.common.settings import to_dict
+from kraken_train.config import TrainConfig
+from kraken_train.model.config import ModelConfig
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.run.folder import RunFolder
+from kraken_train.run.recorded_settings import recorded_settings
+from kraken_train.training.optim import describe_jump
+
+LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
+
+
+def find_checkpoint_to_resume(
+    run: RunFolder,
+    config: TrainConfig,
+    model_config: ModelConfig,
+    data_fingerprint: str,
+    runtime: Runtime,
+    print_line: Callable[[str], None],
+) -> Checkpoint:
+    """The newest good checkpoint of `run`; newer, damaged ones are renamed. A collective.
+
+    `print_line` gets what deserves a line on the console: damaged checkpoints and changed settings. Raises
+    CheckpointError where there is no good checkpoint, where it belongs to another run, model or data, or where
+    `max_steps` leaves no step to do.
+    """
+    checkpoint, problems = find_good_checkpoint(run.checkpoints, runtime)
+    for problem in problems:
+        print_line(f"passed over a damaged checkpoint: {problem}")
+    metadata = checkpoint.metadata
+    for what, differs in (
+        ("another model", model_of(checkpoint) != model_config),
+        ("a run on other data", metadata["data_fingerprint"] != data_fingerprint),
+        ("another run", metadata["run_id"] != run.run_id),
+    ):
+        if differs:
+            raise CheckpointError(f"{checkpoint.path} is the checkpoint of {what}; move it out of this run's folder")
+    runtime.on_first(lambda: set_aside_after(checkpoint))
+    check_settings(checkpoint, config, print_line)
+    return checkpoint
+
+
+def check_settings(checkpoint: Checkpoint, config: TrainConfig, print_line: Callable[[str], None]) -> None:
+    """Print which settings differ from the checkpoint's. Raises CheckpointError where no step is left to do."""
+    before, now = recorded_settings(checkpoint.metadata["config"]), to_dict(config)
+    changes = changed_settings(before, now)
+    for change in changes:
+        print_line(f"changed since the checkpoint: {change}")
+    others = "; ".join(change for change in changes if not change.startswith("max_steps"))
+    if checkpoint.step > config.max_steps or (checkpoint.step == config.max_steps and others):
+        raise CheckpointError(
+            f"run_dir={config.run_dir} holds a run that has done {checkpoint.step} steps"
+            f"{f' with other settings ({others})' if others else ''}, and max_steps={config.max_steps}; "
+            "raise max_steps, or use another run_dir"
+        )
+    jump = describe_jump(before, now, checkpoint.step)
+    if jump is not None and checkpoint.step < config.max_steps:
+        print_line(f"note: {jump}")
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings with influence on what is learned that differ, as "optim.lr: 0.001 -> 0.002"."""
+    found = []
+    for group in LEARNING_SETTINGS:
+        old, new = before[group], now[group]
+        pairs = {f"{group}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {group: (old, new)}
+        found += [f"{name}: {then} -> {today}" for name, (then, today) in pairs.items() if then != today]
+    return found

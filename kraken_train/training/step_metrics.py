@@ -1,0 +1,70 @@
+"""The metrics of optimizer steps: loss, gradient norm, learning rate, throughput, utilization and data wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kraken_train.config import TrainConfig
+from kraken_train.model.config import ModelConfig
+from kraken_train.model.flops import device_peak_flops, training_flops_per_token
+from kraken_train.parallel.ranks import Runtime
+from kraken_train.training.engine import StepResult
+from kraken_train.training.metrics_logger import Record
+
+
+class StepMetrics:
+    """Collects the learning rates and times of steps until their results are read.
+
+    Throughput, utilization and data wait are means over the steps whose results are read together.
+    """
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, runtime: Runtime) -> None:
+        self.samples_per_step = config.global_batch_size
+        self.tokens_per_sample = model_config.context_length
+        self.flops_per_token = training_flops_per_token(model_config)
+        device_peak = config.peak_tflops * 1e12 if config.peak_tflops else None
+        if device_peak is None:
+            device_peak = device_peak_flops(runtime.device, config.precision)
+        self.peak_flops = device_peak * runtime.world_size if device_peak else None  # of all ranks; None: not known
+        # Of the steps whose results have not been read:
+        self.learning_rates: list[float] = []
+        self.started = 0.0  # when the first of them began, by time.perf_counter
+        self.data_seconds = 0.0  # waiting for batches
+
+    def begin_step(self, lr: float) -> None:
+        if not self.learning_rates:
+            self.started, self.data_seconds = time.perf_counter(), 0.0
+        self.learning_rates.append(lr)
+
+    @contextmanager
+    def wait_for_data(self) -> Iterator[None]:
+        """A context whose time counts as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - started
+
+    def take(self, results: Sequence[StepResult], last_step: int, samples: int) -> list[Record]:
+        """One record for each of the `results`, which are those of all steps since the last call.
+
+        `last_step` is the number of the last of them; `samples` were consumed before the first.
+        """
+        learning_rates, self.learning_rates = self.learning_rates, []
+        seconds = time.perf_counter() - self.started
+        tokens_per_second = len(results) * self.samples_per_step * self.tokens_per_sample / seconds
+        records = []
+        for index, (lr, result) in enumerate(zip(learning_rates, results, strict=True), start=1):
+            record: Record = {
+                "step": last_step - len(results) + index,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "tokens": (samples + index * self.samples_per_step) * self.tokens_per_sample,
+                "tokens_per_second": tokens_per_second,
+                "data_wait": self.data_seconds / seconds,
+            }
+            if self.peak_flops:
+                record["mfu"] = self.flops_per_token * tokens_per_second / self.peak_flops
+            records.append(record)
+        return records

@@ -1,0 +1,334 @@
+"""The training loop: batch, forward and backward, update, log, validate, save, roll back, stop."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.exports.initial import export_reader, open_initial_export
+from checkpoints.training.manifest import Checkpoint
+from checkpoints.training.store import fill_tensors
+from checkpoints.training.writer import CheckpointWriter, go_back_to
+from kraken_train.common.settings import to_dict
+from kraken_train.config import TrainConfig
+from kraken_train.data.dataset import Samples, TrainingData
+from kraken_train.data.loader import BatchLoader, ranges_of_rank
+from kraken_train.evaluation.perplexity import perplexity
+from kraken_train.health.loss_monitor import LossMonitor, Trouble
+from kraken_train.health.shutdown import Interrupted, StopRequest
+from kraken_train.health.stragglers import Stragglers, describe_change, describe_ranks
+from kraken_train.health.watchdog import Watchdog
+from kraken_train.model.config import ModelConfig
+from kraken_train.model.registry import build_model, even_share
+from kraken_train.parallel.distributed import make_communicator
+from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.ranks import Runtime, slurm_job
+from kraken_train.parallel.step_timer import DATA, FORWARD, StepTimer
+from kraken_train.run.folder import RunFolder
+from kraken_train.training.engine import Engine, StepResult
+from kraken_train.training.metrics_logger import MetricsLogger, Record
+from kraken_train.training.optim import learning_rate
+from kraken_train.training.precision import reduce_dtype
+from kraken_train.training.resume import find_checkpoint_to_resume
+from kraken_train.training.rollback import find_checkpoint_before, require_rollback
+from kraken_train.training.step_metrics import StepMetrics
+from kraken_train.training.summary import summary_lines
+from kraken_train.training.validation import validation_loss
+
+
+class Trainer:
+    """One start of a run, on one rank: `restore` the state, then `train`. Both are collectives."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        data: TrainingData,
+        samples: Samples,
+        run: RunFolder,
+        runtime: Runtime,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.data = data
+        self.samples = samples
+        self.run = run
+        self.runtime = runtime
+        self.stop = stop
+        self.watchdog = watchdog
+        size = config.parallel.sub_layer_parallel_size
+        self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
+        self.timer = StepTimer(runtime.device)  # active in logged steps
+        communicator = make_communicator(self.mesh, reduce_dtype(config.parallel), self.timer)
+        units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
+        model = build_model(model_config, config.seed, units, communicator, vocabulary)
+        self.engine = Engine(model, config, self.mesh, runtime, self.timer)
+        self.checkpoints = CheckpointWriter(
+            run.checkpoints,
+            config.checkpoint.keep,
+            runtime,
+            config.checkpoint.asynchronous,
+            on_saved=lambda step: self.log_event("saved", step=step),
+        )
+        self.loss_monitor = LossMonitor(config.health, config.max_nonfinite_steps)
+        self.stragglers = Stragglers(config.health.straggler_factor)
+
+        # The state that checkpoints keep, beside the engine's.
+        self.step = 0  # optimizer steps done, skipped ones included
+        self.updates = 0  # of these, those that changed the weights
+        self.consumed_samples = 0  # the position in the data; not counted are steps whose results were not read yet
+
+        self.save_due = False  # save as soon as the loss gives no reason to doubt the weights
+
+        # Set when training begins.
+        self.hosts: list[str] = []  # by rank
+        self.metrics: MetricsLogger | None = None  # on rank 0
+        self.step_metrics: StepMetrics
+        self.batches: Iterator[tuple[Tensor, Tensor]]
+
+    # ----------------------------------------------------------------------------------------------------------
+    # The loop
+    # ----------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to `max_steps`.
+
+        Raises TrainingError for losses with which training cannot go on, and Interrupted after a request to stop.
+        """
+        self.engine.verify_replicas()
+        self.hosts = self.runtime.gather(socket.gethostname())
+        self.runtime.on_first(self.open_metrics)
+        with self.metrics or nullcontext():
+            for line in summary_lines(self.config, self.model_config, self.data, self.mesh, self.runtime, self.step):
+                self.print_rank0(line)
+            self.step_metrics = StepMetrics(self.config, self.model_config, self.runtime)
+            with self.checkpoints, self.open_batches() as self.batches:
+                while self.step < self.config.max_steps:
+                    self.train_step()
+
+    def train_step(self) -> None:
+        """Do one optimizer step and, if its results are needed, act on those of all steps since the last time.
+
+        Until then results stay on the device, so that no step waits for it.
+        """
+        config = self.config
+        if config.parallel.verify_every and self.step % config.parallel.verify_every == 0:
+            self.engine.verify_replicas()
+        self.timer.active = self.is_logged(self.step + 1)
+
+        # Gradients of the micro-batches, then the update.
+        lr = learning_rate(config.schedule, config.optim.lr, self.step, config.max_steps)
+        self.step_metrics.begin_step(lr)
+        for _ in range(self.engine.accumulation_steps):
+            with self.step_metrics.wait_for_data(), self.timer.phase(DATA):
+                input_ids, targets = next(self.batches)
+            self.engine.accumulate(input_ids, targets)
+        # A failed background save stops all ranks as well: the save that then follows raises its error on all of them.
+        self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
+        self.timer.active = False
+        self.step += 1
+        self.watchdog.step = self.step
+        if not (self.is_logged(self.step) or self.is_validated(self.step) or self.is_saved(self.step)):
+            return
+
+        # Log, validate, and roll back if a loss is not what it should be.
+        results = self.engine.results()
+        for step, result, record in self.count_steps(results):
+            if self.is_logged(step):
+                record.update(self.compare_ranks())
+            if self.is_validated(step):
+                record.update(self.validate())
+            self.log_step(record, result)
+            trouble = self.loss_monitor.observe(step, result.loss, result.applied, last=step == config.max_steps)
+            if trouble is not None:
+                self.roll_back(trouble)
+                return
+
+        # Save and stop, unless the last losses give a reason to doubt the weights: no checkpoint keeps such weights.
+        last, stop = self.step == config.max_steps, any(result.stop for result in results)
+        self.save_due |= last or stop or self.is_saved(self.step)
+        if not self.loss_monitor.calm:
+            return
+        if self.save_due:
+            self.save()
+        if stop and not last:
+            self.stop_early()
+
+    def is_logged(self, step: int) -> bool:
+        return step == self.config.max_steps or step % self.config.log_every == 0
+
+    def is_validated(self, step: int) -> bool:
+        every = self.config.validation.every
+        return self.data.has_validation and every > 0 and (step == self.config.max_steps or step % every == 0)
+
+    def is_saved(self, step: int) -> bool:
+        return step % self.config.checkpoint.every == 0
+
+    def open_batches(self) -> BatchLoader:
+        """The micro-batches of this rank's model copy from here on, without an end, since a rollback takes more."""
+        size, mesh = self.config.micro_batch_size, self.mesh
+        ranges = ranges_of_rank(self.consumed_samples, sys.maxsize, size, mesh.data_rank, mesh.data_size)
+        return BatchLoader(self.samples, ranges, self.runtime.device)
+
+    def count_steps(self, results: list[StepResult]) -> list[tuple[int, StepResult, Record]]:
+        """Count the steps of these results as done -> (step, result, metrics) of each."""
+        records = self.step_metrics.take(results, self.step, self.consumed_samples)
+        self.consumed_samples += len(results) * self.config.global_batch_size
+        self.updates += sum(result.applied for result in results)
+        steps = range(self.step - len(results) + 1, self.step + 1)
+        return list(zip(steps, results, records, strict=True))
+
+    def validate(self) -> Record:
+        loss = validation_loss(self.engine.model, self.data, self.config, self.mesh, self.runtime)
+        self.watchdog.alive()
+        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+
+    def stop_early(self) -> None:
+        """Wait for the save and raise Interrupted."""
+        self.checkpoints.finish()
+        reason = self.stop.reason or "asked to on another rank"
+        self.log_event("stopping", step=self.step, reason=reason)
+        self.print_rank0(f"stopped ({reason}) after step {self.step}; the same command continues")
+        raise Interrupted(reason)
+
+    # ----------------------------------------------------------------------------------------------------------
+    # Checkpoints
+    # ----------------------------------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Continue from the newest good checkpoint, or start a new run as `init_from` says. Raises CheckpointError."""
+        if not self.run.resuming:
+            self.load_initial_weights()
+            return
+        checkpoint = find_checkpoint_to_resume(
+            self.run, self.config, self.model_config, self.data.fingerprint, self.runtime, self.print_rank0
+        )
+        self.load_checkpoint(checkpoint)
+        self.watchdog.alive()
+        tokens = checkpoint.metadata["tokens"]
+        self.print_rank0(f"resumed from {checkpoint.path}: step {self.step}, {tokens:,} tokens")
+
+    def load_initial_weights(self) -> None:
+        """Load the weights of `init_from`, if it is set, as those of step 0."""
+        if self.config.init_from is None:
+            return
+        export = open_initial_export(Path(self.config.init_from), self.model_config, self.data.tokenizer_files)
+        with export_reader(export) as read:
+            self.engine.load_weights(read)
+        self.print_rank0(f"starting with the weights of {export.folder}")
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Load the state that `save` has written. Raises CheckpointError."""
+        metadata = checkpoint.metadata
+        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
+        self.step, self.updates = checkpoint.step, metadata["updates"]
+        self.consumed_samples = metadata["consumed_samples"]
+        self.loss_monitor.continue_from(metadata.get("recent_losses", ()))  # which older programs did not keep
+        self.save_due = False
+
+    def save(self) -> None:
+        # No random number is drawn after initialisation (the order of the data is a function of seed and position),
+        # so there is no generator's state to keep.
+        self.checkpoints.finish()  # before there is a second copy of the state
+        self.engine.verify_replicas()
+        if self.metrics is not None:
+            self.metrics.sync()
+        metadata = {
+            "model": to_dict(self.model_config),
+            "config": to_dict(self.config),
+            "data_fingerprint": self.data.fingerprint,
+            "run_id": self.run.run_id,
+            "updates": self.updates,
+            "consumed_samples": self.consumed_samples,
+            "tokens": self.consumed_samples * self.model_config.context_length,
+            "recent_losses": list(self.loss_monitor.recent),
+            "world_size": self.runtime.world_size,
+            "sub_layer_parallel_size": self.mesh.model_rank.size,
+            "data_parallel_size": self.mesh.data_size,
+        }
+        self.checkpoints.save(self.step, self.engine.state(), metadata)
+        self.save_due = False
+        self.watchdog.alive()
+
+    # ----------------------------------------------------------------------------------------------------------
+    # Health
+    # ----------------------------------------------------------------------------------------------------------
+
+    def roll_back(self, trouble: Trouble) -> None:
+        """Continue from the newest good checkpoint from before the trouble, with the data after it.
+
+        Raises TrainingError where the settings do not want that, where it has not helped, or where there is none. If
+        the run is killed before it has saved again, it meets the same data again, and rolls back again.
+        """
+        require_rollback(trouble, self.loss_monitor, self.config, self.run.checkpoints)
+        self.checkpoints.finish()
+        checkpoint = find_checkpoint_before(trouble, self.run.checkpoints, self.runtime)
+        step, consumed = self.step, self.consumed_samples
+        self.load_checkpoint(checkpoint)
+        self.consumed_samples, skipped = consumed, consumed - self.consumed_samples
+        self.engine.verify_replicas()
+        self.runtime.on_first(lambda: go_back_to(checkpoint))
+        if self.metrics is not None:
+            self.metrics.rewind(self.step)
+        self.watchdog.alive()
+        self.log_event("rolled_back", step=step, to_step=self.step, reason=trouble.reason, skipped_samples=skipped)
+        self.print_rank0(
+            f"{trouble.reason}: back from step {step} to {checkpoint.path}, and on with the data after step {step}; "
+            f"{skipped:,} samples are skipped"
+        )
+
+    def compare_ranks(self) -> Record:
+        """How long this step took each rank without waiting for others; empty for a single rank. A collective."""
+        seconds = self.timer.take()
+        if self.runtime.world_size == 1:
+            return {}
+        own = [0.0] * self.runtime.world_size
+        own[self.runtime.rank] = seconds.get(DATA, 0.0) + seconds.get(FORWARD, 0.0)
+        by_rank = self.runtime.sum(own)
+        for change in self.stragglers.observe(by_rank):
+            host, factor = self.hosts[change.rank], round(change.factor, 2)
+            event = "straggler" if change.slow else "straggler_over"
+            self.log_event(event, step=self.step, rank=change.rank, host=host, factor=factor)
+            self.print_rank0(f"note: {describe_change(change, host)} (step {self.step})")
+        return describe_ranks(by_rank)
+
+    # ----------------------------------------------------------------------------------------------------------
+    # Logging
+    # ----------------------------------------------------------------------------------------------------------
+
+    def open_metrics(self) -> None:
+        self.log_event(
+            "started",
+            start=self.run.start_number,
+            step=self.step,
+            world_size=self.runtime.world_size,
+            precision=self.config.precision,
+            **slurm_job(),
+        )
+        self.metrics = MetricsLogger(self.config, self.run, self.step)
+
+    def log_step(self, record: Record, result: StepResult) -> None:
+        """Report a step that is logged or validated, or that changed no weight."""
+        step = int(record["step"])
+        if self.metrics is not None and (self.is_logged(step) or self.is_validated(step) or not result.applied):
+            record["memory"] = self.runtime.take_peak_memory()
+            self.metrics.record(record)
+        if not result.applied:
+            self.log_event("skipped", step=step)
+
+    def log_event(self, event: str, **details: Any) -> None:
+        """Append to events.jsonl, on rank 0."""
+        if self.runtime.is_first:
+            self.run.events.write(event, **details)
+
+    def print_rank0(self, text: str) -> None:
+        if self.runtime.is_first:
+            print(text, flush=True)

@@ -1,0 +1,655 @@
+"""Kraken (arXiv 2408.07802) and its two baselines, GPT-2 in standard and parallel form, for Hugging Face transformers.
+
+This file travels in every export of kraken-train (Apache-2.0) and needs nothing but torch and transformers:
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+It computes what kraken-train computes, from the same weights under the same names; sub-layers are stacked. What the
+library builds upon is all here: its caches, its masks and its table of attention functions. To these the sub-layers of
+a Kraken are more attention heads, `num_attention_heads` in all, so that a cache's first axis is the batch and beam
+search can reorder it. That makes the base models fit for backends that bring an attention function of their own, such
+as vLLM's Transformers backend: `AutoModel` is in `auto_map`, keyword arguments pass through all modules down to that
+function, and `_supports_attention_backend` is set. There is no plan for tensor or pipeline parallelism.
+
+Shapes: N sub-layers, B batch, T new tokens, S tokens seen so far, D hidden size, H heads of a sub-layer (of a layer in
+the baselines), G <= H key-value heads, K head dimension, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.4", "This model's file builds on it: pip install -U transformers")
+import transformers.initialization as init  # noqa: E402 (older versions have none)
+
+FORMAT_VERSION = 2  # of config.json and the weights
+INITIAL_STD = 0.02
+
+
+class KrakenConfig(PretrainedConfig):
+    """The settings of config.json. `architecture` is kraken, standard or parallel.
+
+    A Kraken has `num_sub_layers` with `heads_per_sub_layer` and `kv_heads_per_sub_layer` each, a baseline `num_heads`
+    and `num_kv_heads`; where the number of key-value heads is None it is that of the heads.
+    """
+
+    model_type = "kraken"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as the library declares it)
+    attribute_map = {  # noqa: RUF012
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "context_length",
+    }
+
+    def __init__(
+        self,
+        architecture: str = "kraken",
+        num_layers: int = 2,
+        hidden_size: int = 32,
+        vocab_size: int = 256,
+        context_length: int = 512,  # tokens
+        ffn_multiplier: int | None = None,  # of hidden_size; by default 2 in a Kraken and 4 in a baseline
+        norm_epsilon: float = 1e-5,
+        num_sub_layers: int = 2,
+        heads_per_sub_layer: int = 2,
+        kv_heads_per_sub_layer: int | None = None,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if format_version > FORMAT_VERSION:
+            raise ValueError(f"format_version={format_version}, and this file knows up to {FORMAT_VERSION}")
+        if architecture not in ("kraken", "standard", "parallel"):
+            raise ValueError(f"architecture={architecture} is not known; this file has kraken, standard and parallel")
+        self.architecture = architecture
+        self.num_layers = num_layers
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.norm_epsilon = norm_epsilon
+        if architecture == "kraken":
+            self.ffn_multiplier = 2 if ffn_multiplier is None else ffn_multiplier
+            self.num_sub_layers = num_sub_layers
+            self.heads_per_sub_layer = heads_per_sub_layer
+            self.kv_heads_per_sub_layer = kv_heads_per_sub_layer
+        else:
+            self.ffn_multiplier = 4 if ffn_multiplier is None else ffn_multiplier
+            self.num_heads = num_heads
+            self.num_kv_heads = num_kv_heads
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        self.format_version = format_version
+        super().__init__(**kwargs)
+
+    @property
+    def streams(self) -> int:
+        """Residual streams side by side: N in a Kraken."""
+        return self.num_sub_layers if self.architecture == "kraken" else 1
+
+    @property
+    def heads_per_stream(self) -> int:
+        return self.heads_per_sub_layer if self.architecture == "kraken" else self.num_heads
+
+    @property
+    def kv_heads_per_stream(self) -> int:
+        kv_heads = self.kv_heads_per_sub_layer if self.architecture == "kraken" else self.num_kv_heads
+        return kv_heads or self.heads_per_stream
+
+    # Under the names by which caches and inference servers ask for them:
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Of all sub-layers of a layer together."""
+        return self.streams * self.heads_per_stream
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.streams * self.kv_heads_per_stream
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads_per_stream
+
+    @property
+    def intermediate_size(self) -> int:
+        """Of one sub-layer's FFN."""
+        return self.ffn_multiplier * self.hidden_size
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: KrakenAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Queries (B, heads, T, K) on keys and values (B, kv heads, S, K) -> mixed (B, T, heads, K), weights (.., T, S)."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=precise).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class KrakenAttention(nn.Module):
+    """What the attention of both kinds of layers shares: how queries, keys and values reach the cache and the library's
+    attention functions."""
+
+    is_causal = True
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.heads_per_stream
+        self.num_kv_heads = config.kv_heads_per_stream
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.scaling = self.head_dim**-0.5
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries (B, N H, T, K), keys and values (B, N G, T, K) -> (B, T, N, H K), and weights if there are any."""
+        batch, _, tokens, _ = query.shape
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, weights = attention(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )  # (B, T, N H, K), but some backends flatten it
+        return mixed.reshape(batch, tokens, self.config.streams, -1), weights
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kraken: stacked parts, all sub-layers as one product
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class StackedLinear(nn.Module):
+    """N independent bias-free linear maps, (N, B, T, in) -> (N, B, T, out)."""
+
+    def __init__(self, count: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, batch, tokens, _ = x.shape
+        product = torch.bmm(x.reshape(n, batch * tokens, -1), self.weight.transpose(1, 2))
+        return product.view(n, batch, tokens, -1)
+
+
+class StackedLayerNorm(nn.Module):
+    """N LayerNorms without bias over the last axis of (N, B, T, D)."""
+
+    def __init__(self, count: int, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(count, size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.epsilon) * self.weight[:, None, None, :]
+
+
+class StackedAttention(KrakenAttention):
+    """MHA_i(LN1_i(x_i)) of all sub-layers, (N, B, T, D) -> (N, B, T, D)."""
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        count, width = config.num_sub_layers, config.hidden_size
+        self.norm = StackedLayerNorm(count, width, config.norm_epsilon)
+        self.qkv = StackedLinear(count, width, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        self.out = StackedLinear(count, width, width)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        n, batch, tokens, _ = x.shape
+        by_head = self.qkv(self.norm(x)).view(n, batch, tokens, -1, self.head_dim).permute(1, 0, 3, 2, 4)
+        parts = by_head.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        query, key, value = (part.flatten(1, 2) for part in parts)  # (B, N heads, T, K)
+        mixed, weights = self.attend(query, key, value, **kwargs)
+        return self.out(mixed.permute(2, 0, 1, 3)), weights
+
+
+class StackedFFN(nn.Module):
+    """x_i + a_i + FFN_i(LN2_i(a_i + s)) of all sub-layers, each (N, B, T, D), but s (B, T, D)."""
+
+    def __init__(self, config: KrakenConfig) -> None:
+        super().__init__()
+        count, width, inner = config.num_sub_layers, config.hidden_size, config.intermediate_size
+        self.norm = StackedLayerNorm(count, width, config.norm_epsilon)
+        self.up = StackedLinear(count, width, inner)
+        self.down = StackedLinear(count, inner, width)
+
+    def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
+        inner = F.gelu(self.up(self.norm(attended + total)), approximate="tanh")
+        return streams + attended + self.down(inner)
+
+
+class KrakenLayer(GradientCheckpointingLayer):
+    """(N, B, T, D) -> (N, B, T, D)."""
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.is_first = layer_idx == 0
+        self.attention = StackedAttention(config, layer_idx)
+        self.ffn = StackedFFN(config)
+
+    def forward(self, streams: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        # All streams start as the embedding, and it counts once, not N times.
+        total = streams[0] if self.is_first else streams.sum(dim=0)
+        attended, weights = self.attention(streams, **kwargs)
+        return self.ffn(streams, attended, total), weights
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The baselines
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class QKVLinear(nn.Module):
+    """(B, T, D) -> queries (B, H, T, K), keys and values (B, G, T, K), without bias.
+
+    The weight is (G, (H / G + 2) K, D): each key-value head behind the heads that it serves.
+    """
+
+    def __init__(self, config: KrakenConfig) -> None:
+        super().__init__()
+        self.heads_per_group = config.heads_per_stream // config.kv_heads_per_stream
+        self.head_dim = config.head_dim
+        rows = (self.heads_per_group + 2) * self.head_dim
+        self.weight = nn.Parameter(torch.empty(config.kv_heads_per_stream, rows, config.hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grouped = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (len(self.weight), -1, self.head_dim))
+        by_head = grouped.permute(0, 2, 3, 1, 4)  # (B, G, H / G + 2, T, K)
+        query, key, value = by_head.split((self.heads_per_group, 1, 1), dim=2)
+        return query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
+
+
+class GPTAttention(KrakenAttention):
+    """(B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.qkv = QKVLinear(config)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.attend(*self.qkv(x), **kwargs)
+        return self.out(mixed.squeeze(2)), weights
+
+
+class GPTFFN(nn.Module):
+    """(B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: KrakenConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class StandardLayer(GradientCheckpointingLayer):
+    """x = x + MHA(LN1 x); x = x + FFN(LN2 x), (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = plain_norm(config)
+        self.attention = GPTAttention(config, layer_idx)
+        self.ffn_norm = plain_norm(config)
+        self.ffn = GPTFFN(config)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.attention(self.attention_norm(x), **kwargs)
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), weights
+
+
+class ParallelLayer(GradientCheckpointingLayer):
+    """x = x + MHA(LN x) + FFN(LN x), (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.norm = plain_norm(config)
+        self.attention = GPTAttention(config, layer_idx)
+        self.ffn = GPTFFN(config)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        normed = self.norm(x)
+        attended, weights = self.attention(normed, **kwargs)
+        return x + (attended + self.ffn(normed)), weights
+
+
+def plain_norm(config: KrakenConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+LAYERS = {"kraken": KrakenLayer, "standard": StandardLayer, "parallel": ParallelLayer}
+
+
+class KrakenModel(PreTrainedModel):
+    """A Kraken or a baseline, as `config.architecture` says, without its head.
+
+    One class serves all, since the library remembers one for each configuration class. The model with a head is a base
+    model that has `lm_head`, not one that contains a base model, so that weights have the same names in both.
+    """
+
+    token_embedding: nn.Module
+    layers: nn.ModuleList
+
+    config_class = KrakenConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KrakenLayer", "StandardLayer", "ParallelLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: KrakenConfig) -> None:
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        self.layers = nn.ModuleList(LAYERS[config.architecture](config, index) for index in range(config.num_layers))
+        self.is_kraken = config.architecture == "kraken"
+        if self.is_kraken:
+            self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, config.hidden_size)
+        self.final_norm = plain_norm(config)
+        self.gradient_checkpointing = False
+        self.build_head(config)
+        self.post_init()
+
+    def build_head(self, config: KrakenConfig) -> None:
+        """A base model has none."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.token_embedding = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Token ids (B, T) -> `last_hidden_state` (B, T, D), which is what the head takes.
+
+        `attention_mask` (B, S) has 0 for padding, on either side. `hidden_states` are the embedding, the sum over
+        sub-layers after each layer but the last, and the last hidden state.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            self.require_tokens(input_ids)  # type: ignore[arg-type]
+            inputs_embeds = self.token_embedding(input_ids)
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given = position_ids is not None
+        if position_ids is None:
+            position_ids = self.find_positions(inputs_embeds, attention_mask, past_key_values)
+        # Whoever gives positions and keeps the cache, as an inference server does, sees to their range.
+        if not torch.compiler.is_compiling() and (not given or past_key_values is not None):
+            self.require_context(position_ids, attention_mask, past_key_values)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        embedding = inputs_embeds + self.position_embedding(position_ids).to(inputs_embeds.device)
+
+        streams = embedding.expand(self.config.streams, -1, -1, -1) if self.is_kraken else embedding
+        states, all_weights = [embedding], []
+        for layer in self.layers:
+            streams, weights = layer(
+                streams,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if keep_states:
+                states.append(streams.sum(dim=0) if self.is_kraken else streams)
+            all_weights.append(weights)
+        last = self.final_norm(self.conjunction(streams).sum(dim=0) if self.is_kraken else streams)
+        return BaseModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states[:-1], last) if keep_states else None,
+            attentions=tuple(all_weights) if keep_weights and all_weights[0] is not None else None,
+        )
+
+    def require_tokens(self, ids: Tensor, on_gpu: bool = False) -> None:
+        """Raises ValueError unless these are token ids (B, T) of the vocabulary, of one token at least.
+
+        Ids on a GPU are looked at only if asked for, since that makes the host wait for it.
+        """
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(
+                f"input_ids has the shape {tuple(ids.shape)}, and the model reads rows of at least one token, (B, T); "
+                "to begin a text, give the token that ends documents (tokenizer.eos_token_id)"
+            )
+        if torch.compiler.is_compiling() or not (on_gpu or ids.device.type == "cpu"):
+            return
+        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(wrong):
+            raise ValueError(
+                f"input_ids has the token {int(wrong[0])}, and the model's vocabulary has the tokens 0 to "
+                f"{self.config.vocab_size - 1}; use the tokenizer in the model's folder"
+            )
+
+    def find_positions(self, embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+        """Positions (B or 1, T) of new tokens that follow those of the cache; padding does not count."""
+        tokens = embeds.shape[1]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -tokens:].to(embeds.device)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(tokens, device=embeds.device) + seen)[None]
+
+    def require_context(self, positions: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> None:
+        """Raises ValueError for positions beyond the context, which on a GPU would end the process.
+
+        Looks at them only where there are so many tokens, padding included, since that makes the host wait for the GPU.
+        """
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        tokens = positions.shape[1] + (seen if isinstance(seen, int) else 0)  # a static cache's length is on the GPU
+        if attention_mask is not None and attention_mask.dim() == 2:
+            tokens = attention_mask.shape[1]
+        if tokens > self.config.context_length and bool(positions.max() >= self.config.context_length):
+            raise ValueError(
+                f"{int(positions.max()) + 1} tokens are more than the model's context_length="
+                f"{self.config.context_length}; shorten the text, for example by truncation=True of the tokenizer"
+            )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """normal(0, 0.02), projections onto a residual stream normal(0, 0.02 / sqrt(2 depth)), norms 1."""
+        if isinstance(module, StackedLayerNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, StackedLinear | QKVLinear | nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=INITIAL_STD)
+        # A layer's parts come before the layer.
+        if isinstance(module, KrakenLayer | StandardLayer | ParallelLayer):
+            depth = self.config.num_layers * self.config.streams
+            for projection in (module.attention.out, module.ffn.down):
+                init.normal_(projection.weight, mean=0.0, std=INITIAL_STD / math.sqrt(2 * depth))
+
+
+class ContextEnd(StoppingCriteria):
+    """Ends a generation when the longest of its sequences fills the context.
+
+    `uncounted` are the tokens of that sequence that `generate` has not in its ids, less the padding that it has.
+    """
+
+    def __init__(self, context_length: int, uncounted: int) -> None:
+        self.context_length = context_length
+        self.uncounted = uncounted
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        full = input_ids.shape[1] + self.uncounted >= self.context_length
+        if full:
+            message = f"generation ends here: the model's context of {self.context_length} tokens is full"
+            warnings.warn(message, stacklevel=2)
+        return torch.full((len(input_ids),), full, device=input_ids.device)
+
+
+class KrakenForCausalLM(KrakenModel, GenerationMixin):
+    """With the head, which is tied to the embedding, and the loss."""
+
+    lm_head: nn.Module
+
+    _tied_weights_keys = {"lm_head.weight": "token_embedding.weight"}  # noqa: RUF012
+
+    def build_head(self, config: KrakenConfig) -> None:
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the library has it, but the prompts are checked first, and a sequence that fills the context is the end.
+
+        Raises ValueError for prompts that are empty or not of the vocabulary.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        uncounted = 0
+        if embeds is None and ids is not None:
+            self.require_tokens(ids, on_gpu=True)
+        elif embeds is not None and (ids is None or ids.shape[1] == 0):
+            uncounted = embeds.shape[1]
+        if mask is not None and mask.dim() == 2:
+            lengths = mask.ne(0).sum(dim=-1).tolist()
+            if 0 in lengths:
+                raise ValueError(
+                    f"row {lengths.index(0)} of attention_mask is padding only, so its prompt is empty; to begin a "
+                    "text, give the token that ends documents (tokenizer.eos_token)"
+                )
+            uncounted -= mask.shape[1] - max(lengths)
+        criteria = [*(stopping_criteria or []), ContextEnd(self.config.context_length, uncounted)]
+        arguments = (inputs, generation_config, logits_processor, StoppingCriteriaList(criteria))
+        return super().generate(*arguments, **kwargs)  # type: ignore[misc]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Token ids (B, T) -> logits (B, T, V), of the last `logits_to_keep` tokens only unless that is 0.
+
+        With `labels` (B, T), which are the token ids and not shifted, the mean cross-entropy in nats; -100 does not
+        count.
+        """
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
