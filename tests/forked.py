@@ -42,7 +42,7 @@ def start_server() -> None:
 def run_forked(
     programs: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run programs (a script, or -m and a module, and arguments) at the same time, with additional environment variables.
+    """Run programs (a script, or -m and a module, and arguments) at the same time, with further environment variables.
 
     If one fails, the others are sent SIGTERM, as launchers do.
     """
