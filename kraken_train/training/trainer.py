@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.exports.initial import export_reader, open_initial_export
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.store import fill_tensors
-from checkpoints.training.writer import CheckpointWriter, go_back_to
+from checkpoints.training.writer import CheckpointWriter, delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import Samples, TrainingData
@@ -274,7 +274,7 @@ class Trainer:
         self.load_checkpoint(checkpoint)
         self.consumed_samples, skipped = consumed, consumed - self.consumed_samples
         self.engine.verify_replicas()
-        self.runtime.on_first(lambda: go_back_to(checkpoint))
+        self.runtime.on_first(lambda: delete_newer_checkpoints(checkpoint))
         if self.metrics is not None:
             self.metrics.rewind(self.step)
         self.watchdog.alive()
