@@ -30,7 +30,7 @@ from kraken_train.run.events import EventLog, read_events
 from kraken_train.run.folder import SUBMISSIONS
 from kraken_train.run.layout import EVENTS_FILE
 from launch.export_and_evaluate import value_of
-from launch.jobs import job_options, check_against_cluster, script_settings
+from launch.jobs import check_against_cluster, job_options, script_settings
 from launch.network_warning import network_warning
 from launch.slurm import scheduler
 from launch.slurm.config import SubmitConfig

@@ -143,7 +143,8 @@ def wait_until(condition: Callable[[], Result], describe: Callable[[], object] =
 def wait_for_stop(process: subprocess.Popen[str]) -> None:
     """Wait until a process has stopped itself with SIGSTOP: what follows happens at that moment of its work."""
     found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    assert found is not None and found.si_code == os.CLD_STOPPED, "it has ended before"
+    assert found is not None
+    assert found.si_code == os.CLD_STOPPED, "it has ended before"
 
 
 def launch_ranks(ranks: int, *program: str, device: str = "cpu") -> None:
@@ -167,7 +168,8 @@ def user_error(result: subprocess.CompletedProcess[str]) -> str:
     """The message of a failed command, which is one line and no traceback."""
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: "), result.stderr
     return lines[0].removeprefix("error: ")
 
 

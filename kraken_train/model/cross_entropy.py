@@ -47,7 +47,8 @@ class CrossEntropy:
     def total(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """The sum of `by_token`, with a gradient; where the vocabulary is cut, `hidden`'s is this rank's part of it."""
         if torch.is_grad_enabled():
-            return Total.apply(hidden, weight, targets, self)
+            total: Tensor = Total.apply(hidden, weight, targets, self)
+            return total
         return self.by_token(hidden, weight, targets).sum()
 
     @torch.no_grad()

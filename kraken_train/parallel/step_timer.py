@@ -72,5 +72,6 @@ class StepTimer:
 
 def between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(begin, torch.cuda.Event):
-        return begin.elapsed_time(end) / 1e3  # type: ignore[arg-type]  # from milliseconds
+        milliseconds: float = begin.elapsed_time(end)  # type: ignore[arg-type]
+        return milliseconds / 1e3
     return float(end) - begin  # type: ignore[arg-type]

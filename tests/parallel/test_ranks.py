@@ -110,7 +110,8 @@ def test_a_process_alone_needs_no_address(monkeypatch: pytest.MonkeyPatch) -> No
     store = rendezvous.connect_ranks(read_runtime())
     try:
         store.set("key", "value")
-        assert store.get("key") == b"value" and dist.get_world_size() == 1
+        assert store.get("key") == b"value"
+        assert dist.get_world_size() == 1
     finally:
         dist.destroy_process_group()
 
@@ -173,7 +174,8 @@ def test_who_waits_says_for_whom(
     if runtime.local_rank:
         assert told == [], "one rank of a machine is enough"
     else:
-        assert len(told) == 1 and told[0].startswith(f"rank {runtime.rank} waits at {address}: ")
+        assert len(told) == 1
+        assert told[0].startswith(f"rank {runtime.rank} waits at {address}: ")
 
 
 def test_ranks_in_words() -> None:
@@ -199,14 +201,14 @@ def test_errors_reach_all_ranks_alone() -> None:
 def test_sums_go_where_the_group_can_communicate(monkeypatch: pytest.MonkeyPatch, backends: str, device: str) -> None:
     """A device named meta stands for the rank's GPU. Groups of ranks are tried in checkpoints/test_store.py."""
 
-    class Reached(Exception):
+    class ReachedError(Exception):
         pass
 
     def all_reduce(tensor: torch.Tensor, group: object) -> None:
-        raise Reached(tensor.device.type)
+        raise ReachedError(tensor.device.type)
 
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(Runtime, "device", torch.device("meta"))
-    with pytest.raises(Reached, match=device):
+    with pytest.raises(ReachedError, match=device):
         Runtime(0, 0, 2, 2).sum([1.0])

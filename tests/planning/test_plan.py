@@ -28,8 +28,11 @@ def test_profiles() -> None:
     for name in PROFILES:
         cluster = load_cluster(name)
         cluster.validate()
-        assert cluster.name == name and cluster.source
-        assert cluster.peak_flops("bf16") > 0 and cluster.bandwidth > 0 and cluster.usable_bytes > 0
+        assert cluster.name == name
+        assert cluster.source
+        assert cluster.peak_flops("bf16") > 0
+        assert cluster.bandwidth > 0
+        assert cluster.usable_bytes > 0
     assert load_cluster("dgx_a100").peak_flops("bf16") == 312e12
 
 
@@ -43,11 +46,14 @@ def test_groups_within_and_between_nodes() -> None:
 def test_what_fits_is_ranked() -> None:
     plan = search(SMALL, H100, nodes=1, global_batch_size=256)
     speeds = [prediction.tokens_per_second for prediction in plan.ranked]
-    assert speeds[0] > 0.98 * max(speeds) and all(a >= b for a, b in itertools.pairwise(speeds[1:]))
+    assert speeds[0] > 0.98 * max(speeds)
+    assert all(a >= b for a, b in itertools.pairwise(speeds[1:]))
     for prediction in plan.ranked:
         layout = prediction.layout
-        assert layout.devices == 8 and layout.global_batch_size == 256
-        assert prediction.fits and 0 < prediction.mfu < 1
+        assert layout.devices == 8
+        assert layout.global_batch_size == 256
+        assert prediction.fits
+        assert 0 < prediction.mfu < 1
     assert {prediction.layout.sub_layer_parallel_size for prediction in plan.ranked} == {1, 2, 4}
     assert "P=8 does not divide model.num_sub_layers=4" in plan.refused
     assert any("micro_batch_size=" in reason for reason in reasons(plan, H100, SMALL))
@@ -70,7 +76,9 @@ def test_what_the_user_fixes_stays() -> None:
     (only,) = search(SMALL, H100, 1, 256, wishes).ranked
     layout = only.layout
     assert (layout.sub_layer_parallel_size, layout.micro_batch_size, layout.accumulation_steps) == (2, 4, 16)
-    assert layout.zero_stage == 2 and layout.activation_checkpointing and layout.vocab_parallel
+    assert layout.zero_stage == 2
+    assert layout.activation_checkpointing
+    assert layout.vocab_parallel
 
 
 def test_refusals() -> None:
