@@ -63,11 +63,11 @@ class DistributedCommunicator:
         return ModelRank(self.group.rank(), self.group.size())
 
     def copy_to_ranks(self, shared: Tensor) -> Tensor:
-        return cast(Tensor, CopyToRanks.apply(shared, self))
+        return apply(CopyToRanks, shared, self)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return cast(Tensor, AllReduce.apply(partial, self))
+            return apply(AllReduce, partial, self)
         if not partial.is_contiguous() or partial.dtype != self.reduction_dtype(partial):
             return self.sum(partial)
         self.collective(partial, group=self.group)  # on the stream of the computation, which waits for it anyway
@@ -75,12 +75,12 @@ class DistributedCommunicator:
 
     def start_all_reduce(self, streams: Tensor) -> Pending:
         pending = Pending(streams.dtype)
-        pending.buffer = StartAllReduce.apply(streams, self, pending)
+        pending.buffer = apply(StartAllReduce, streams, self, pending)
         return pending
 
     def wait(self, handle: Pending) -> Tensor:
         buffer, handle.buffer = handle.buffer, None
-        return cast(Tensor, WaitAllReduce.apply(buffer, self, handle))
+        return apply(WaitAllReduce, buffer, self, handle)
 
     def maximum(self, values: Tensor) -> Tensor:
         largest = values.detach().clone()
@@ -126,6 +126,11 @@ def make_communicator(
     if mesh.model_rank.size == 1:
         return LocalCommunicator()
     return DistributedCommunicator(mesh.get_model_parallel_group(), reduce_dtype, timer=timer)
+
+
+def apply(function: Any, *arguments: Any) -> Tensor:
+    """`function.apply`, to which PyTorch gives no types."""
+    return cast(Tensor, function.apply(*arguments))
 
 
 class StartAllReduce(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """The time of a collective on a named interconnect: latency plus bytes over bus bandwidth.
 
 Bus bandwidth is defined as in nccl-tests (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): by the
-bytes that each link carries, so it is about the same for every number of ranks. An all-reduce of S bytes over N ranks moves
-2 (N - 1) / N of S over each link, an all-gather of S bytes in all (N - 1) / N.
+bytes that each link carries, so it is about the same for every number of ranks. An all-reduce of S bytes over N ranks
+moves 2 (N - 1) / N of S over each link, an all-gather of S bytes in all (N - 1) / N.
 """
 
 from __future__ import annotations

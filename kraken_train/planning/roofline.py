@@ -177,7 +177,7 @@ def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
 
 
 def update_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
-    """Bytes moved in a step: gradients of each micro-batch are converted and added; mean, norm and update of weights."""
+    """Bytes moved in a step: gradients of each micro-batch converted and added, their mean and norm, the update."""
     own = shards(config, layout)
     added = layout.accumulation_steps * own.elements * (layout.width + 4 * FP32)
     averaged = (FP32 + (2 * FP32 if layout.data_parallel_size > 1 else 0)) * own.elements  # cleared; divided

@@ -155,27 +155,27 @@ def test_all_who_are_there_hear_who_is_not() -> None:
 @pytest.mark.parametrize(
     ("runtime", "reason"),
     [
-        (Runtime(0, 0, 5, 5), "ranks 1-4 of 5 have not come there"),
-        (TWO_RANKS[0], "rank 1 of 2 has not come there"),
-        (TWO_RANKS[1], r"rank 0 does not answer there \(Connection refused\)"),
+        (Runtime(0, 0, 5, 5), "ranks 1-4 of 5 have not connected"),
+        (TWO_RANKS[0], "rank 1 of 2 has not connected"),
+        (TWO_RANKS[1], r"rank 0 does not answer \(Connection refused\)"),
     ],
 )
-def test_who_waits_says_for_whom(
+def test_a_waiting_rank_reports_which_are_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     address: str,
     runtime: Runtime,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(rendezvous, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 0.0)
     with pytest.raises(RendezvousError, match=f"could not meet at {address}: {reason} within 0.2 s"):
         Meeting(runtime, 0.2).store()
-    told = capsys.readouterr().err.splitlines()
+    reported = capsys.readouterr().err.splitlines()
     if runtime.local_rank:
-        assert told == [], "one rank of a machine is enough"
+        assert reported == [], "one rank of a machine is enough"
     else:
-        assert len(told) == 1
-        assert told[0].startswith(f"rank {runtime.rank} waits at {address}: ")
+        assert len(reported) == 1
+        assert reported[0].startswith(f"rank {runtime.rank} waits at {address}: ")
 
 
 def test_ranks_in_words() -> None:
