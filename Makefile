@@ -41,9 +41,10 @@ lint: setup  ## check style, types and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-format: setup  ## fix what ruff can fix, and format
+format: setup  ## fix what ruff can fix, format, and write the comments in conf/
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	PYTHONPATH=. $(BIN)/python tests/test_conf_comments.py
 
 # Not with --quiet, under which --strict counts no warnings.
 docs: $(VENV)/.docs-ready  ## build the documentation into site/, with links checked

@@ -41,10 +41,10 @@ DIMENSIONS_IN_SHAPES = {
 class ImportConfig:
     """See conf/import_reference.yaml."""
 
-    checkpoint: FilePath
-    output_dir: FilePath
-    tokenizer_dir: FilePath | None
-    heads_per_sub_layer: int | None  # null: as in the checkpoint
+    checkpoint: FilePath  # the authors' ckpt.pt
+    output_dir: FilePath  # folder to create
+    tokenizer_dir: FilePath | None  # folder `tokenizer` of prepared data, to copy into the export; null: none
+    heads_per_sub_layer: int | None  # only if the checkpoint does not contain it; null: as in the checkpoint
 
     def validate(self) -> None:
         if self.heads_per_sub_layer is not None:

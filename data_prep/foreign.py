@@ -51,9 +51,10 @@ SAMPLE_TOKENS = 40
 class ForeignConfig:
     """See conf/foreign.yaml."""
 
+    # nanogpt: folder with train.bin and perhaps val.bin; megatron: folder of .bin/.idx pairs, or one of them
     source: FilePath
     format: str  # nanogpt | megatron
-    output_dir: FilePath
+    output_dir: FilePath  # folder to create
     tokenizer: TokenizerSettings
 
     def validate(self) -> None:

@@ -48,20 +48,22 @@ from kraken_train.common.validation import require_at_least, require_positive
 class PrepareConfig(SourceSettings):
     """conf/prepare.yaml, which says what each setting means."""
 
-    output_dir: FilePath
+    output_dir: FilePath  # folder to create
     tokenizer: TokenizerSettings
-    validation_fraction: float = 0.005
-    max_documents: int | None = None
-    shard_tokens: int = 500_000_000
+    validation_fraction: float = 0.005  # of all documents, chosen by a hash of their text; 0: no validation split
+    max_documents: int | None = None  # documents to use, from the first; null: all
+    shard_tokens: int = 500_000_000  # tokens per shard, at least one document
+    # fail | skip: broken lines, invalid UTF-8, missing fields, texts above max_document_bytes
     on_bad_record: str = "fail"
-    on_short_document: str = "skip"
-    normalization: str = "none"
-    min_length: int = 1
-    drop_duplicates: bool = False
-    append_end_of_document: bool = True
+    on_short_document: str = "skip"  # fail | skip: texts without a visible character or below min_length
+    normalization: str = "none"  # none | NFC | NFKC, before everything that follows
+    min_length: int = 1  # characters of a document, at least
+    drop_duplicates: bool = False  # keep only the first of equal texts
+    append_end_of_document: bool = True  # end each document with the tokenizer's end-of-document token
+    # PART/PARTS, as in 3/16: prepare one part of the source, for data_prep.merge; null: all of it
     slice: Text | None = None
-    num_workers: int | None = None
-    resume: bool = True
+    num_workers: int | None = None  # processes that tokenize; null: one per usable core; 0: none, this process does it
+    resume: bool = True  # continue from what an interrupted attempt has finished; false: start anew
 
     def __post_init__(self) -> None:
         self.validate()

@@ -27,8 +27,8 @@ class DeriveConfig:
     """See conf/derive.yaml."""
 
     model: ModelSettings
-    num_sub_layers: int
-    tolerance: float
+    num_sub_layers: int  # sub-layers of the Kraken to find
+    tolerance: float  # largest relative difference of the parameter counts
 
     def validate(self) -> None:
         """Raises ConfigError."""

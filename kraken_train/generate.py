@@ -31,20 +31,26 @@ from kraken_train.parallel.ranks import Runtime
 class GenerateConfig:
     """See conf/generate.yaml."""
 
-    export_dir: FilePath
-    prompt: Text | None
+    export_dir: FilePath  # folder that checkpoints.export has written
+    prompt: Text | None  # text to continue; "" begins a document; null: prompts_file has the prompts
+    # file with a prompt on each line; the output has a JSON string with prompt and continuation for each; null: prompt
+    # is the only one
     prompts_file: FilePath | None
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int
-    batch_size: int
-    dtype: str  # float32 | bfloat16
+    max_new_tokens: int  # tokens to generate
+    temperature: float  # of the distribution to draw from; 0 takes the most likely token
+    top_k: int | None  # draw from this many of the most likely tokens; null: from all
+    top_p: float | None  # draw from the most likely tokens that together have this probability; null: from all
+    seed: int  # with the number of the prompt's line it decides what is drawn; batch_size does not
+    batch_size: int  # prompts of a file at a time
+    # float32 | bfloat16, in which several tokens often have equal logits, so that the batch or the number of devices
+    # decides
+    dtype: str
     device: str  # auto | cpu | cuda
+    # relative speeds of the ranks' devices, as in [1.0,1.0,0.5]: slower ones get less work; null: equal
     devices: tuple[float, ...] | None
-    compile: bool
-    cuda_graphs: bool
+    compile: bool  # torch.compile: faster per token, slower to start
+    cuda_graphs: bool  # record the kernels once and replay them; needs a GPU
+    # prompts are padded to the next of these numbers of tokens, as in [128,512]; CUDA graphs need it
     prefill_lengths: tuple[int, ...]
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""Memory, time and the best choices, before anything is started: python -m kraken_train.plan model=NAME cluster=NAME"""
+"""Predicted memory and time, and the best layout, of a training: python -m kraken_train.plan model=NAME cluster=NAME"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
 from kraken_train.planning.cluster import Cluster, measured
 from kraken_train.planning.figure import draw
 from kraken_train.planning.prediction import Prediction
-from kraken_train.planning.search import GB, Plan, Wishes, describe, reasons, search, why_slower
+from kraken_train.planning.search import GB, Constraints, Plan, describe, reasons, search, why_slower
 from kraken_train.planning.traffic import Collective
 
 
@@ -30,18 +30,19 @@ class PlanConfig:
 
     model: ModelSettings
     cluster: Cluster
-    nodes: int
-    global_batch_size: int
-    vocab_size: int | None
-    sub_layer_parallel_size: int | None
-    micro_batch_size: int | None
-    zero_stage: int | None
+    nodes: int  # machines
+    global_batch_size: int  # samples per optimizer step, over all devices
+    vocab_size: int | None  # vocabulary of the tokenizer, for models that take it from the data (model.vocab_size=null)
+    sub_layer_parallel_size: int | None  # as in conf/train.yaml; null: the best is searched
+    micro_batch_size: int | None  # as in conf/train.yaml; null: the best is searched
+    zero_stage: int | None  # as engine.zero_stage in conf/train.yaml; null: the best is searched
+    # as engine.activation_checkpointing in conf/train.yaml; null: the best is searched
     activation_checkpointing: bool | None
-    vocab_parallel: bool | None
-    precision: str
-    shown: int
-    output: FilePath | None
-    output_dir: FilePath | None
+    vocab_parallel: bool | None  # as parallel.vocab_parallel in conf/train.yaml; null: the best is searched
+    precision: str  # bf16 | fp32 | auto: bf16 where the devices compute it faster than fp32
+    shown: int  # layouts in the table
+    output: FilePath | None  # JSON file with all results; null: none
+    output_dir: FilePath | None  # folder for memory.png; null: none
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -60,15 +61,15 @@ class PlanConfig:
         if self.zero_stage is not None:
             EngineConfig(self.zero_stage, activation_checkpointing=False, compile=True).validate()
 
-    def wishes(self, cluster: Cluster) -> Wishes:
+    def constraints(self, cluster: Cluster) -> Constraints:
         precision = cluster.faster_precision if self.precision == AUTO else self.precision
-        return Wishes(
+        return Constraints(
             self.sub_layer_parallel_size, self.micro_batch_size, self.zero_stage, self.activation_checkpointing,
             self.vocab_parallel, precision,
         )  # fmt: skip
 
     def model_config(self) -> ModelConfig:
-        """Raises ConfigError where the vocabulary is open."""
+        """Raises ConfigError where the size of the vocabulary is not given."""
         if self.model.get("vocab_size") is None and self.vocab_size is None:
             raise ConfigError("model.vocab_size is null, which takes it from the data; give vocab_size=NUMBER, the "
                               "tokenizer's")  # fmt: skip
@@ -131,7 +132,7 @@ def main(config: PlanConfig) -> None:
         open_output(Path(config.output).parent)
     model = config.model_config()
     cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
-    plan = search(model, cluster, config.nodes, config.global_batch_size, config.wishes(cluster))
+    plan = search(model, cluster, config.nodes, config.global_batch_size, config.constraints(cluster))
     devices = plan.best.layout.devices
     title = f"{model.num_parameters:,} parameters on {devices} devices of {cluster.name}"
     console = Console(width=None if Console().is_terminal else 160)
@@ -140,13 +141,13 @@ def main(config: PlanConfig) -> None:
     console.print(time_table(plan.best))
     if plan.best.traffic:
         console.print(traffic_table(plan.best.traffic))
-    said = reasons(plan, cluster, model)
-    for line in (*said, *plan.refused):
+    why = reasons(plan, cluster, model)
+    for line in (*why, *plan.refused):
         print(f"- {line}")
     print(f"to train so: {plan.best.layout.overrides} engine.compile=true")
     if config.output is not None:
         record = {
-            "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": said,
+            "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": why,
             "refused": list(plan.refused), "ranked": [prediction.as_dict() for prediction in plan.ranked],
         }  # fmt: skip
         Path(config.output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

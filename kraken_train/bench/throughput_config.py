@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
 
 from kraken_train.bench.grid import require_axis
-from kraken_train.common.cli import CONF_DIR, compose_command
+from kraken_train.common.cli import CONF_DIR, compose_choice, compose_command
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.validation import require_choice, require_positive
-from kraken_train.config import PRECISIONS, EngineConfig, OptimConfig, ParallelConfig, TrainConfig
+from kraken_train.config import PRECISIONS, EngineConfig, ParallelConfig, TrainConfig
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.device import DEVICES
+from kraken_train.recipe.optimizers import AdamWConfig
 
 DEEPSPEED, TORCH = "deepspeed", "torch"
 ENGINES = (DEEPSPEED, TORCH)
@@ -37,21 +35,23 @@ class Entry:
 class ThroughputConfig:
     """See conf/throughput.yaml."""
 
-    models: tuple[str, ...]
-    reference: str | None
+    models: tuple[str, ...]  # files of conf/model
+    reference: str | None  # model that the others are compared with; null: the first
+    # deepspeed: as training uses it | torch: the same in plain PyTorch, to see what DeepSpeed costs
     engines: tuple[str, ...]
-    vocab_size: int
-    context_length: int | None
-    micro_batch_size: int
-    gradient_accumulation_steps: int
+    vocab_size: int  # of models without one, if there is no data_dir
+    context_length: int | None  # tokens; null: the model's own
+    micro_batch_size: int  # samples per rank and forward pass
+    gradient_accumulation_steps: int  # micro-batches per optimizer step
+    # bf16 (with fp32 master weights and accumulation) | fp32 | auto: bf16 where all devices compute it natively
     precision: str
-    steps: int
-    rounds: int
-    data_dir: FilePath | None
-    output_dir: FilePath
-    device: str
-    peak_tflops: float | None
-    optim: OptimConfig
+    steps: int  # optimizer steps that are timed together
+    rounds: int  # rounds over all models; times are medians
+    data_dir: FilePath | None  # folder that data_prep.prepare has written; null: random tokens in memory
+    output_dir: FilePath  # folder for throughput.json and throughput.png
+    device: str  # auto | cpu | cuda
+    peak_tflops: float | None  # peak of a device, for the MFU; null: from a table of GPUs; a CPU is measured
+    optim: AdamWConfig
     parallel: ParallelConfig
     engine: EngineConfig
 
@@ -94,7 +94,7 @@ class ThroughputConfig:
         return found
 
     def parse(self, name: str, data_vocab_size: int | None) -> ModelConfig:
-        settings: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+        settings = compose_choice("model", name)
         if settings["vocab_size"] is None and data_vocab_size is None:
             settings["vocab_size"] = self.vocab_size
         model = parse_model(settings, data_vocab_size)

@@ -1,4 +1,4 @@
-"""What a cluster can do: one file of `conf/cluster`, or this machine, measured."""
+"""The performance of a cluster: one file of `conf/cluster`, or this machine, measured."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ INTERCONNECTS = tuple(sorted(path.stem for path in (CONF_DIR / "interconnect").g
 class Cluster:
     """Nodes of equal devices. What is null in the file of `this` is measured by `measured`."""
 
-    name: str
-    device: str | None  # whose peak `kraken_train.model.flops` has; null: as given by the two peaks below
-    devices_per_node: int | None
-    memory_gb: float | None  # GB (1e9 bytes) of a device
-    reserved_gb: float  # of it, what PyTorch's tensors cannot have: context, workspaces, communication, fragments
-    bandwidth_gb: float | None  # GB/s of a device's memory, as data sheets have it
-    intra_node: str  # a file of conf/interconnect
-    inter_node: str  # of each device to other nodes
-    matrix_fraction: float  # of the peak that large products of well-aligned matrices reach
-    rows_of_16_bytes: float  # of that, where the rows of a matrix are whole multiples of 16 bytes but not of 128
-    other_rows: float  # of that, where they are not
-    attention_fraction: float | None  # of the peak that fused causal attention reaches, forward and backward
-    wide_head_fraction: float  # of that, with heads of more than 128
-    bandwidth_fraction: float  # of the memory's bandwidth that element-wise operations reach
+    name: str  # file of conf/cluster
+    # name of the device, whose peak kraken_train.model.flops has; null: bf16_tflops and fp32_tflops give the peak
+    device: str | None
+    devices_per_node: int | None  # devices of a machine; null: those of this one
+    memory_gb: float | None  # memory of a device, in GB (1e9 bytes); null: measured
+    reserved_gb: float  # memory that PyTorch's tensors cannot use: context, workspaces, communication, fragmentation
+    bandwidth_gb: float | None  # memory bandwidth of a device by its data sheet, in GB/s; null: measured
+    intra_node: str  # file of conf/interconnect, within a machine
+    inter_node: str  # file of conf/interconnect, between machines, for each device
+    matrix_fraction: float  # of the peak: what large products of well-aligned matrices reach
+    rows_of_16_bytes: float  # of matrix_fraction: where the rows of a matrix are multiples of 16 bytes but not of 128
+    other_rows: float  # of matrix_fraction: where the rows are not multiples of 16 bytes
+    # of the peak: what fused causal attention reaches, forward and backward; null: measured
+    attention_fraction: float | None
+    wide_head_fraction: float  # of attention_fraction: with heads of more than 128
+    bandwidth_fraction: float  # of the bandwidth: what element-wise operations reach
     source: str  # where the figures are from
-    bf16_tflops: float | None = None
-    fp32_tflops: float | None = None
+    bf16_tflops: float | None = None  # peak in bf16; null: from the table, or measured
+    fp32_tflops: float | None = None  # peak in fp32; null: from the table, or measured
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -84,8 +86,7 @@ class Cluster:
     def interconnect(self, ranks: int, stride: int) -> Interconnect:
         """What connects a group of `ranks` devices that are `stride` apart.
 
-        Between nodes each device has a link of its own, so that what a group has together grows with its members in a
-        node.
+        Between nodes each device has a link of its own, so the bandwidth of a group grows with its members in a node.
         """
         per_node = int(known("devices_per_node", self.devices_per_node))
         within = load_interconnect(self.intra_node)
@@ -101,7 +102,7 @@ class Cluster:
 
 
 def known(name: str, value: float | None) -> float:
-    """Raises ConfigError where the profile does not say."""
+    """Raises ConfigError where the profile has no value."""
     if value is None:
         raise ConfigError(f"cluster.{name} is not set; give cluster.{name}=NUMBER")
     return value
@@ -113,15 +114,15 @@ def load_interconnect(name: str) -> Interconnect:
 
 def load_cluster(name: str) -> Cluster:
     """A file of `conf/cluster`, measured where that is `this`. Raises ConfigError."""
-    layout = tuple(sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml")))
-    require_choice("cluster", name, layout)
+    names = tuple(sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml")))
+    require_choice("cluster", name, names)
     cluster = Cluster(**yaml.safe_load((CONF_DIR / "cluster" / f"{name}.yaml").read_text(encoding="utf-8")))
     cluster.validate()
     return measured(cluster) if cluster.name == "this" else cluster
 
 
 def measured(cluster: Cluster) -> Cluster:
-    """The profile with what it leaves open measured on the device of this process: GPU or CPU (about two seconds)."""
+    """The profile with its null values measured on the device of this process, GPU or CPU; takes about two seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tflops: dict[str, float] = {}
     for precision in ("bf16", "fp32"):
