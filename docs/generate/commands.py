@@ -1,11 +1,13 @@
 """A hook of mkdocs that makes a page for each command from the program itself, so that no page is out of date.
 
-A command with Hydra is described by its dataclass and by conf/ (`settings.py`), any other by its own `--help`.
+A command with Hydra is described by its dataclass (`kraken_train.common.setting_docs`) and by the defaults in conf/,
+any other by its own `--help`.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
@@ -13,29 +15,21 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
+import hydra
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # before the imports of what is there
+from kraken_train.common.cli import CONF_DIR
+from kraken_train.common.setting_docs import SettingDoc, describe
+from kraken_train.common.settings import OneOf, choices_of, field_types
 
-from settings import (  # noqa: E402
-    CONF,
-    MISSING,
-    all_comments,
-    choices,
-    chosen_groups,
-    composed_defaults,
-    field_default,
-    meaning,
-    nested_schemas,
-    ordered_fields,
-    type_name,
-)
-
+ROOT = CONF_DIR.parent
 PACKAGES = ("data_prep", "kraken_train", "checkpoints", "launch")
 # Programs that other commands start.
 INTERNAL = ("kraken_train.common.locales", "launch.node", "launch.restart", "launch.slurm.snapshot")
@@ -48,7 +42,8 @@ SECTIONS = {  # title in the navigation -> how the names of its commands begin
     "Benchmarks": ("kraken_train.bench.",),
 }  # fmt: skip
 CHOICES_PAGE = "commands/choices.md"
-CHOSEN = object()  # in place of a default: it is in the file that is chosen for the group
+MISSING = "???"  # Hydra's mark of a setting that must be given
+BY_FILE = object()  # in place of a default: each file of the group sets it
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -108,7 +103,7 @@ def usage(docstring: str) -> str:
     if found is None:
         return docstring
     text, line, more = found.groups()
-    return f"{text}{more or '.'}\n\n{code(line)}\n{rest}"
+    return f"{text}{more or '.'}\n\n{code(line)}\n{rest}".rstrip()
 
 
 def code(text: str) -> str:
@@ -140,25 +135,43 @@ def help_text(command: str) -> str:
 
 def settings_sections(schema: type, config_name: str) -> list[str]:
     """A table of the settings, one for each group of settings within them, and one of the files to choose from."""
-    defaults, comments, groups = composed_defaults(config_name), all_comments(config_name), chosen_groups(config_name)
-    top: list[str] = []
-    sections: list[str] = []
-    for name, kind in ordered_fields(schema, defaults).items():
-        nested = nested_schemas(kind)
-        if not nested:
-            default = defaults.get(name, field_default(schema, name))
-            top.append(row(name, kind, default, meaning(schema, name, "", comments)))
-        for part in nested:
-            title = name if len(nested) == 1 else f"{name}, {spaced(part.__name__)}"
-            sections += [f"### {title}", *introduction(part)]
-            values = None if name in groups and len(nested) > 1 else defaults.get(name) or {}
-            sections.append(nested_table(name, part, values, comments))
-    return [table(top), *sections, *groups_section(groups)]
+    defaults, groups, docs = composed_defaults(config_name), chosen_groups(config_name), describe(schema)
+    kinds = field_types(schema, include_extras=True)
+    simple = [name for name in kinds if name in docs]
+    parts = [table({name: defaults[name] for name in sorted(simple, key=list(defaults).index)}, docs)]
+    for name in (name for name in kinds if name not in docs):
+        for title, part in nested_schemas(name, kinds[name]).items():
+            values = defaults[name] if title == name else file_of_choice(name, title)
+            parts += [f"### {title}", *introduction(part)]
+            parts.append(table({f"{name}.{key}": value for key, value in values.items()}, describe(part, f"{name}.")))
+    if groups:
+        parts += ["### Files to choose from", groups_table(groups)]
+    return parts
 
 
-def spaced(name: str) -> str:
-    """`KrakenConfig` as "Kraken"."""
-    return name.removesuffix("Config").removesuffix("Settings")
+def composed_defaults(config_name: str) -> dict[str, Any]:
+    """The settings that a command has without arguments; MISSING for those that must be given."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        settings = OmegaConf.to_container(hydra.compose(config_name), resolve=False, throw_on_missing=False)
+    return {str(key): value for key, value in typing.cast(dict[Any, Any], settings).items()}
+
+
+def nested_schemas(name: str, kind: Any) -> dict[str, type]:
+    """The dataclasses that describe the settings within a setting, by the title of their section."""
+    if dataclasses.is_dataclass(kind):
+        return {name: typing.cast(type, kind)}
+    if choices := choices_of(kind):
+        return {f"{name}={choice}": schema for choice, schema in choices.items()}
+    (mark,) = (mark for mark in kind.__metadata__ if isinstance(mark, OneOf))
+    return {f"{name}: {schema.__name__.removesuffix('Config')}": schema for schema in mark.schemas}
+
+
+def file_of_choice(group: str, title: str) -> dict[str, Any]:
+    """The values of the file that belongs to one of several dataclasses: conf/GROUP/NAME.yaml or conf/GROUP/base/."""
+    name = title.replace(":", "=").rpartition("=")[2].strip()
+    paths = (CONF_DIR / group / f"{name}.yaml", CONF_DIR / group / "base" / f"{name.lower()}.yaml")
+    values = yaml.safe_load(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
+    return {key: BY_FILE if value == MISSING else value for key, value in values.items()}
 
 
 def introduction(schema: type) -> list[str]:
@@ -166,43 +179,51 @@ def introduction(schema: type) -> list[str]:
     return [] if written.startswith(f"{schema.__name__}(") else [inspect.cleandoc(written)]  # not dataclass's own
 
 
-def nested_table(group: str, schema: type, defaults: dict[str, Any] | None, comments: dict[str, str]) -> str:
-    """The settings of a dataclass within another; without `defaults` they are those of the chosen file."""
-    rows = []
-    for name, kind in ordered_fields(schema, defaults or {}).items():
-        default = CHOSEN if defaults is None else defaults.get(name, field_default(schema, name))
-        known = {} if defaults is None else comments  # these are of the file that is chosen by default
-        rows.append(row(f"{group}.{name}", kind, default, meaning(schema, name, f"{group}.", known)))
-    return table(rows)
+def table(defaults: dict[str, Any], docs: dict[str, SettingDoc]) -> str:
+    rows = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, default in defaults.items():
+        cells = (f"`{name}`", docs[name].type, default_text(default), in_table(docs[name].description))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
 
 
-def table(rows: list[str]) -> str:
-    return "\n".join(["| setting | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
-
-
-def row(name: str, kind: Any, default: Any, text: str) -> str:
-    cells = (f"`{name}`", type_name(kind), default_text(default), text)
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def in_table(text: str) -> str:
+    """Braces and angle brackets outside of code would be read as attributes and tags."""
+    parts = text.split("`")
+    parts[::2] = [part.replace("{", "&#123;").replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def default_text(default: Any) -> str:
-    if default is CHOSEN:
-        return "that of the chosen file"
+    if default is BY_FILE:
+        return "by the chosen file"
     if default == MISSING:
         return "required"
-    return f"`{default if isinstance(default, str) and default else json.dumps(default, default=list)}`"
+    return f"`{default if isinstance(default, str) and default else json.dumps(default)}`"
 
 
-def groups_section(groups: dict[str, str | None]) -> list[str]:
-    rows = [
-        f"| `{group}=NAME` | {'none' if choice is None else f'`{choice}`'} | "
-        + ", ".join(f"[{name}](choices.md#{group}-{name.replace('.', '')})" for name in choices(group))
-        + " |"
-        for group, choice in groups.items()
-    ]
-    return (
-        ["### Files to choose from", "\n".join(["| | default | files |", "| --- | --- | --- |", *rows])] if rows else []
-    )
+def chosen_groups(config_name: str) -> dict[str, str | None]:
+    """The groups of conf/ that a command takes settings from, with the file that is chosen by default."""
+    defaults = yaml.safe_load((CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    entries = [entry for entry in defaults if isinstance(entry, dict)]  # the others are "_self_"
+    return {name: choice for entry in entries for name, choice in entry.items() if (CONF_DIR / name).is_dir()}
+
+
+def groups_table(groups: dict[str, str | None]) -> str:
+    rows = ["| | default | files |", "| --- | --- | --- |"]
+    for group, choice in groups.items():
+        links = [f"[{path.stem}](choices.md#{anchor(path)})" for path in files_of(group) if path.parent.name == group]
+        rows.append(f"| `{group}=NAME` | {'none' if choice is None else f'`{choice}`'} | {', '.join(links)} |")
+    return "\n".join(rows)
+
+
+def files_of(group: str) -> list[Path]:
+    """Those of a folder of conf/; what they share (`base/`) comes last."""
+    return sorted((CONF_DIR / group).rglob("*.yaml"), key=lambda path: (path.parent.name != group, path.name))
+
+
+def anchor(path: Path) -> str:
+    return "-".join(path.relative_to(CONF_DIR).with_suffix("").parts).replace(".", "")
 
 
 def choices_page() -> str:
@@ -211,13 +232,13 @@ def choices_page() -> str:
         "Each folder in `conf/` is a group of settings, and each file in it a choice. `GROUP=NAME` takes all settings "
         "of a file, and `GROUP.KEY=VALUE` changes one of them.",
     ]
-    for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
+    for group in sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir()):
         parts.append(f"## {group}")
-        for name in choices(group):
-            lines = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-            lines = [line for line in lines if not line.startswith("# @")]
+        for path in files_of(group):
+            name = path.relative_to(CONF_DIR / group).with_suffix("").as_posix()
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @")]
             head = next((index for index, line in enumerate(lines) if not line.startswith("#")), len(lines))
-            parts.append(f"### {group}={name} {{#{group}-{name.replace('.', '')}}}")
+            parts.append(f"### {group}{'/' if '/' in name else '='}{name} {{#{anchor(path)}}}")
             parts += [" ".join(line.lstrip("# ") for line in lines[:head])] if head else []
             parts.append("```yaml\n" + "\n".join(lines[head:]).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
