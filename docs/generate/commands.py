@@ -138,10 +138,12 @@ def settings_sections(schema: type, config_name: str) -> list[str]:
     defaults, groups, docs = composed_defaults(config_name), chosen_groups(config_name), describe(schema)
     kinds = field_types(schema, include_extras=True)
     simple = [name for name in kinds if name in docs]
-    parts = [table({name: defaults[name] for name in sorted(simple, key=list(defaults).index)}, docs)]
+    order = [*defaults, *(name for name in simple if name not in defaults)]  # no file is chosen for the latter
+    parts = [table({name: defaults.get(name) for name in sorted(simple, key=order.index)}, docs)]
     for name in (name for name in kinds if name not in docs):
         for title, part in nested_schemas(name, kinds[name]).items():
-            values = defaults[name] if title == name else file_of_choice(name, title)
+            values = defaults.get(name) if title == name else file_of_choice(name, title)
+            values = values or dict.fromkeys(field_types(part), BY_FILE)  # where no file is chosen by default
             parts += [f"### {title}", *introduction(part)]
             parts.append(table({f"{name}.{key}": value for key, value in values.items()}, describe(part, f"{name}.")))
     if groups:
