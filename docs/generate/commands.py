@@ -44,6 +44,7 @@ SECTIONS = {  # title in the navigation -> how the names of its commands begin
 CHOICES_PAGE = "commands/choices.md"
 MISSING = "???"  # Hydra's mark of a setting that must be given
 BY_FILE = object()  # in place of a default: each file of the group sets it
+LONGEST_DEFAULT = 60  # characters in a table
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -197,7 +198,7 @@ def in_table(text: str) -> str:
 
 
 def default_text(default: Any) -> str:
-    if default is BY_FILE:
+    if default is BY_FILE or (isinstance(default, str) and len(default) > LONGEST_DEFAULT):
         return "by the chosen file"
     if default == MISSING:
         return "required"
