@@ -13,10 +13,11 @@ from hydra import compose, initialize_config_dir
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import from_dict, from_hydra, to_dict
-from kraken_train.config import CheckpointConfig, EngineConfig, OptimConfig, TrainConfig
+from kraken_train.config import CheckpointConfig, EngineConfig, TrainConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import KrakenConfig, padded_vocab_size, parse_model
 from kraken_train.model.registry import build_model
+from kraken_train.recipe.optimizers import AdamWConfig
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
 EXPERIMENT_FILES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
@@ -120,9 +121,9 @@ def test_rules_name_setting_value_and_remedy() -> None:
     with pytest.raises(ConfigError, match=r"engine.zero_stage=3 is not supported.*use 1 or 2"):
         EngineConfig(zero_stage=3, activation_checkpointing=False, compile=False).validate()
     with pytest.raises(ConfigError, match=r"optim.betas=\[0.9, 1.0\]"):
-        OptimConfig(lr=1e-3, betas=(0.9, 1.0), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+        AdamWConfig(lr=1e-3, betas=(0.9, 1.0), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
     with pytest.raises(ConfigError, match=r"optim.lr=0 must be greater than 0"):
-        OptimConfig(lr=0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+        AdamWConfig(lr=0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
 
 
 def test_free_text_is_not_an_interpolation() -> None:
