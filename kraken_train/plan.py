@@ -1,4 +1,4 @@
-"""Memory, time and the best choices, before anything is started: python -m kraken_train.plan model=NAME cluster=NAME"""
+"""Predicted memory and time, and the best layout, of a training: python -m kraken_train.plan model=NAME cluster=NAME"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
 from kraken_train.planning.cluster import Cluster, measured
 from kraken_train.planning.figure import draw
 from kraken_train.planning.prediction import Prediction
-from kraken_train.planning.search import GB, Plan, Wishes, describe, reasons, search, why_slower
+from kraken_train.planning.search import GB, Constraints, Plan, describe, reasons, search, why_slower
 from kraken_train.planning.traffic import Collective
 
 
@@ -60,15 +60,15 @@ class PlanConfig:
         if self.zero_stage is not None:
             EngineConfig(self.zero_stage, activation_checkpointing=False, compile=True).validate()
 
-    def wishes(self, cluster: Cluster) -> Wishes:
+    def constraints(self, cluster: Cluster) -> Constraints:
         precision = cluster.faster_precision if self.precision == AUTO else self.precision
-        return Wishes(
+        return Constraints(
             self.sub_layer_parallel_size, self.micro_batch_size, self.zero_stage, self.activation_checkpointing,
             self.vocab_parallel, precision,
         )  # fmt: skip
 
     def model_config(self) -> ModelConfig:
-        """Raises ConfigError where the vocabulary is open."""
+        """Raises ConfigError where the size of the vocabulary is not given."""
         if self.model.get("vocab_size") is None and self.vocab_size is None:
             raise ConfigError("model.vocab_size is null, which takes it from the data; give vocab_size=NUMBER, the "
                               "tokenizer's")  # fmt: skip
@@ -131,7 +131,7 @@ def main(config: PlanConfig) -> None:
         open_output(Path(config.output).parent)
     model = config.model_config()
     cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
-    plan = search(model, cluster, config.nodes, config.global_batch_size, config.wishes(cluster))
+    plan = search(model, cluster, config.nodes, config.global_batch_size, config.constraints(cluster))
     devices = plan.best.layout.devices
     title = f"{model.num_parameters:,} parameters on {devices} devices of {cluster.name}"
     console = Console(width=None if Console().is_terminal else 160)
@@ -140,13 +140,13 @@ def main(config: PlanConfig) -> None:
     console.print(time_table(plan.best))
     if plan.best.traffic:
         console.print(traffic_table(plan.best.traffic))
-    said = reasons(plan, cluster, model)
-    for line in (*said, *plan.refused):
+    why = reasons(plan, cluster, model)
+    for line in (*why, *plan.refused):
         print(f"- {line}")
     print(f"to train so: {plan.best.layout.overrides} engine.compile=true")
     if config.output is not None:
         record = {
-            "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": said,
+            "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": why,
             "refused": list(plan.refused), "ranked": [prediction.as_dict() for prediction in plan.ranked],
         }  # fmt: skip
         Path(config.output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from conf_models import conf_model
 from helpers import REPOSITORY
 from hydra import compose, initialize_config_dir
 
+from kraken_train.common.cli import compose_choice
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import from_dict, from_hydra, to_dict
 from kraken_train.config import CheckpointConfig, EngineConfig, TrainConfig
@@ -47,7 +48,7 @@ def test_the_papers_models(name: str) -> None:
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
 def test_parameters_are_counted_as_built(path: Path) -> None:
-    settings = yaml.safe_load((path).read_text(encoding="utf-8"))
+    settings = compose_choice("model", path.stem)
     config = parse_model(settings, 4000 if settings["vocab_size"] is None else None)
     with torch.device("meta"):
         built = build_model(config)
@@ -105,7 +106,7 @@ def test_round_trip(name: str) -> None:
     ],
 )
 def test_wrong_model_settings(changes: dict[str, object], message: str) -> None:
-    settings = yaml.safe_load((REPOSITORY / "conf" / "model" / "kraken-tiny-4way.yaml").read_text())
+    settings = compose_choice("model", "kraken-tiny-4way")
     with pytest.raises(ConfigError, match=message):
         parse_model(settings | changes, 1000)
 

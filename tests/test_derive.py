@@ -23,8 +23,10 @@ def test_candidates_fit(base_name: str, num_sub_layers: int) -> None:
     for candidate in candidates:
         config = candidate.config
         assert abs(config.num_parameters / base.num_parameters - 1) <= 0.02
-        assert config.head_dim % 8 == 0 and config.head_dim * config.heads_per_sub_layer == config.hidden_size
-        assert config.num_sub_layers == num_sub_layers and config.num_layers == base.num_layers
+        assert config.head_dim % 8 == 0
+        assert config.head_dim * config.heads_per_sub_layer == config.hidden_size
+        assert config.num_sub_layers == num_sub_layers
+        assert config.num_layers == base.num_layers
         assert (config.vocab_size, config.context_length) == (base.vocab_size, base.context_length)
     assert {c.config.hidden_size for c in candidates} == widths_that_fit(base_name, num_sub_layers)
     best_heads = [c.config.head_dim in (64, 128) for c in candidates]
@@ -78,11 +80,13 @@ def test_none_fits() -> None:
 def test_no_tolerance_is_suggested_that_would_be_refused() -> None:
     arguments = ["model=gpt-tiny", "model.vocab_size=64", "num_sub_layers=8", "tolerance=0.99"]
     result = run_here("kraken_train.derive", *arguments)
-    assert result.returncode == 0 and "to train the first" in result.stdout, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "to train the first" in result.stdout
     assert "tolerance=" not in result.stdout
 
 
 def test_command() -> None:
     result = run_here("kraken_train.derive", "model=gpt-10m", "num_sub_layers=4", "model.vocab_size=16384")
     assert result.returncode == 0, result.stderr
-    assert "192" in result.stdout and "model.hidden_size=192 model.heads_per_sub_layer=3" in result.stdout
+    assert "192" in result.stdout
+    assert "model.hidden_size=192 model.heads_per_sub_layer=3" in result.stdout

@@ -96,7 +96,8 @@ def test_end_of_document_stops_a_row_and_then_all() -> None:
     passes: list[int] = []
     model.final_norm.register_forward_pre_hook(lambda *_: passes.append(1))
     alone = generate(model, prompts[:1], 8, end_of_document=end)
-    assert alone == stopped[:1] and len(passes) == len(alone[0]) - 4
+    assert alone == stopped[:1]
+    assert len(passes) == len(alone[0]) - 4
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
@@ -184,7 +185,8 @@ def test_command(export_dir: Path, tmp_path: Path) -> None:
 
     prompt = "Once, (upon) a ${time}\\"
     sampled = run(f"prompt={prompt}", "seed=3")
-    assert sampled.startswith(prompt) and len(sampled) > len(prompt) + 1
+    assert sampled.startswith(prompt)
+    assert len(sampled) > len(prompt) + 1
     assert run(f"prompt={prompt}", "seed=3", "prefill_lengths=[4,40]", "devices=[2.0]") == sampled
 
     (tmp_path / "prompts, (1)").write_text(f"{prompt}\nThe\u2028river\nThe\u2028river\n")
@@ -192,7 +194,9 @@ def test_command(export_dir: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1] == texts[2]
     first, second, third = map(json.loads, texts[0].removesuffix("\n").split("\n"))
     assert first + "\n" == sampled
-    assert second.startswith("The\u2028river") and third.startswith("The\u2028river") and second != third
+    assert second.startswith("The\u2028river")
+    assert third.startswith("The\u2028river")
+    assert second != third
 
 
 def test_an_empty_prompt_begins_a_document(export_dir: Path) -> None:
@@ -265,4 +269,5 @@ def test_too_little_memory_is_told_before_anything_is_loaded(export_dir: Path, m
     monkeypatch.setattr(serving, "load_part", load)
     settings = [f"export_dir={export_dir}", "prompt=The river", "max_new_tokens=4"]
     message = user_error(run_here("kraken_train.generate", *settings))
-    assert "does not fit into memory: device 0 needs" in message and "GiB free; use more devices" in message
+    assert "does not fit into memory: device 0 needs" in message
+    assert "GiB free; use more devices" in message

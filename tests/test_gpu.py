@@ -35,7 +35,8 @@ def test_modes_of_the_engine(reports: dict[str, dict]) -> None:
         for found, expected in zip(on_gpu["resumed"], on_gpu["steps"][3:], strict=True):
             assert found == pytest.approx(expected, rel=tolerance)
         assert on_gpu["poisoned"][2] == [None, None, False]
-        assert on_gpu["unchanged_by_nan"] and on_gpu["recovers"]
+        assert on_gpu["unchanged_by_nan"]
+        assert on_gpu["recovers"]
         assert on_gpu["host_reads"] == {"steps": 0, "results": 2}  # by torch.cuda.set_sync_debug_mode, too
 
 
@@ -60,4 +61,5 @@ def test_memory_for_serving() -> None:
     )  # fmt: skip
     for row in kv_memory.measure(kv_memory.compute(config), config, torch.device("cuda")):
         assert row.measured_weights == pytest.approx(row.weights, rel=0.01)
-        assert row.measured_cache is not None and row.cache <= row.measured_cache < 1.05 * row.cache + 20_000
+        assert row.measured_cache is not None
+        assert row.cache <= row.measured_cache < 1.05 * row.cache + 20_000

@@ -77,7 +77,7 @@ class SpinLink:
             for _ in range(count):
                 self.spin(ALL_REDUCE, seconds)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        taken = []
+        taken: list[float] = []
         for _ in range(5):
             begin.record()
             graph.replay()

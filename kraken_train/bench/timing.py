@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ WARMUP_ROUNDS = 2
 PROFILES = 3
 KERNEL_NAMES = 4  # that are kept; one or two are what a model uses
 
-Rounds = np.ndarray  # seconds in each round that counts, (R,)
+Rounds = npt.NDArray[np.float64]  # seconds in each round that counts, (R,)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def seconds_of(work: Callable[[], object], contender: Contender, runtime: Runtim
     work()
     end_event.record()
     end_event.synchronize()
-    return begin_event.elapsed_time(end_event) / 1e3
+    milliseconds: float = begin_event.elapsed_time(end_event)
+    return milliseconds / 1e3
 
 
 def line_up(contender: Contender, runtime: Runtime) -> None:

@@ -25,9 +25,10 @@ from rich.console import Console
 
 from kraken_train.bench import figures
 from kraken_train.bench.grid import REFERENCE, SIZES, architectures, model_config, require_axis
+from kraken_train.bench.link import Link
 from kraken_train.bench.plan import Plan, make_plan, usable_bytes
 from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_table, summarize, summary_lines
-from kraken_train.bench.simulated_communicator import Link, SimulatedCommunicator, make_link
+from kraken_train.bench.simulated_communicator import SimulatedCommunicator, make_link
 from kraken_train.bench.timing import Conditions, compare, extrapolate
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedCommunicator, WithoutOverlap
 from kraken_train.common.cli import run_entry

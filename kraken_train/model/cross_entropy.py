@@ -1,7 +1,7 @@
-"""The cross-entropy behind a linear head, chunk of tokens by chunk, so that never all logits exist at once.
+"""The cross-entropy after a linear head, in chunks of tokens, so that the logits of all tokens never exist at once.
 
-Its gradient needs the logits again. They are neither kept nor computed twice: with the loss of a chunk of tokens comes
-its gradient, summed over all tokens, and the backward pass only multiplies it (Liger Kernel, arXiv 2410.10989, section
+The gradient needs the logits again. They are neither kept nor computed twice: the forward pass computes the gradient of
+each chunk together with its loss, and the backward pass only multiplies it (Liger Kernel, arXiv 2410.10989, section
 3.2). Over ranks that each hold some rows of the vocabulary a chunk takes one gather of two numbers per token and rank.
 
 Shapes: R tokens, C of them in a chunk, D hidden size, v rows of the vocabulary here.
@@ -10,7 +10,7 @@ Shapes: R tokens, C of them in a chunk, D hidden size, v rows of the vocabulary 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange
 
 IGNORED = -100  # a target that does not count, as in PyTorch
-# 0.5 GiB in fp32: as few chunks as that allows, since each of them adds to the gradient of the whole weight.
+# 0.5 GiB in fp32. As few chunks as that allows, since each one adds to the gradient of the whole weight.
 LOGITS_AT_ONCE = 2**27
 
 
 class CrossEntropy:
-    """Of logits `hidden weight^T`, with the rows `rows` of the weight (v, D) here."""
+    """The cross-entropy of logits `hidden weight^T`; the rows `rows` of the weight, (v, D), are here."""
 
     def __init__(self, rows: UnitRange, communicator: Communicator) -> None:
         self.rows = rows
@@ -35,7 +35,7 @@ class CrossEntropy:
         self.probabilities: Callable[[Tensor, Tensor], Tensor] = probabilities
 
     def compile(self) -> None:
-        """One kernel each for what is done to all logits, which then never exist in fp32."""
+        """One kernel for each operation on all logits, so that these never exist in fp32."""
         self.log_sums, self.probabilities = torch.compile(log_sums), torch.compile(probabilities)
 
     @property
@@ -45,9 +45,10 @@ class CrossEntropy:
         return max(1, self.logits_at_once // rows_of_a_rank)
 
     def total(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """The sum of `by_token`, with a gradient; where the vocabulary is cut, `hidden`'s is this rank's part of it."""
+        """The sum of `by_token`, with a gradient; with a sharded vocabulary, `hidden`'s is this rank's part."""
         if torch.is_grad_enabled():
-            return Total.apply(hidden, weight, targets, self)
+            function: Any = Total  # PyTorch gives `apply` no types
+            return cast(Tensor, function.apply(hidden, weight, targets, self))
         return self.by_token(hidden, weight, targets).sum()
 
     @torch.no_grad()
@@ -56,7 +57,7 @@ class CrossEntropy:
         return torch.cat([self.losses(F.linear(part, weight), of)[0] for part, of in self.chunks(hidden, targets)])
 
     def chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of equal sizes, as far as possible."""
+        """Chunks of equal sizes, as far as possible."""
         number = -(-len(targets) // self.chunk_tokens)
         size = max(1, -(-len(targets) // max(1, number)))
         return zip(hidden.split(size), targets.split(size), strict=True)

@@ -1,6 +1,6 @@
-"""The token embedding and the head that is tied to it, whole or cut over the ranks by rows of the vocabulary.
+"""The token embedding and the head that is tied to it, whole or sharded over the ranks by rows of the vocabulary.
 
-Cut, each rank looks up the tokens and computes the logits of its own rows, and no rank ever holds the logits of all
+Sharded, each rank looks up the tokens and computes the logits of its own rows, and no rank ever holds the logits of all
 (Megatron-LM, arXiv 1909.08053, section 3). The loss is the same; `kraken_train.model.cross_entropy` computes it.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary size, v rows of it here.

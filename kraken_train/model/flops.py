@@ -42,7 +42,7 @@ FP32_PEAK_TFLOPS = {
 def training_flops_per_token(model: ModelConfig) -> float:
     """Floating-point operations to train on one token: forward and backward, matrices and causal attention.
 
-    What activation checkpointing computes again is not counted: it is no progress.
+    Recomputation by activation checkpointing is not counted.
     """
     return matrix_flops_per_token(model) + attention_flops_per_token(model)
 
@@ -56,15 +56,15 @@ def attention_flops_per_token(model: ModelConfig) -> float:
     """6 T w per layer for the scores and their weighted sum, w being the width of all heads.
 
     12 T w without a mask (PaLM, appendix B), of which the causal mask leaves half. Kraken's heads together are wider
-    than those of the standard Transformer that it matches, so this is counted apart where the two are compared.
+    than those of the standard Transformer that it matches, so comparisons list this separately.
     """
     return 6.0 * model.num_layers * model.context_length * model.attention_width
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of one device in this precision; None for a GPU that the table does not know.
+    """Peak FLOP/s of one device in this precision; None for a GPU that is not in the table.
 
-    A CPU has no figure worth quoting, so its peak is that of a large matrix product, measured here (about 0.3 s).
+    A CPU has no usable figure, so its peak is measured with a large matrix product (about 0.3 s).
     """
     if device.type == "cuda":
         table = BF16_PEAK_TFLOPS if precision == "bf16" else FP32_PEAK_TFLOPS

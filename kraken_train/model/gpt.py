@@ -128,7 +128,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueStore | None = None) -> Tensor:
         query, key, value = self.qkv(x)
-        return self.out(causal_attention(query, key, value, cache))
+        attended: Tensor = self.out(causal_attention(query, key, value, cache))
+        return attended
 
 
 class FFN(nn.Module):
@@ -144,5 +145,5 @@ class FFN(nn.Module):
         self.down = RowParallelLinear(inner, config.hidden_size)
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
-        part = self.down(F.gelu(self.up(x), approximate="tanh"))
+        part: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
         return part if attended is None else attended + part

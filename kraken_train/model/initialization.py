@@ -1,4 +1,4 @@
-"""Initial weights that depend on the run's seed and a weight's global identity, never on where it lives.
+"""Initial weights that depend on the run's seed and a weight's global identity, never on the rank that holds it.
 
 normal(0, 0.02); projections that add to a residual stream normal(0, 0.02 / sqrt(2 depth)), depth being L N for
 Kraken (as in the authors' code) and L for the baselines; norms 1.
@@ -55,5 +55,5 @@ def fill(weight: Tensor, role: WeightRole, sharded_dim: ShardedDim | None, std: 
 def draw_normal(shape: torch.Size, std: float, identity: str) -> Tensor:
     digest = hashlib.sha256(identity.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    # Drawn on the CPU in fp32 whatever the model's device and dtype, so that those do not matter either.
+    # Drawn on the CPU in fp32, so that the model's device and dtype have no influence.
     return torch.empty(shape).normal_(0.0, std, generator=generator)

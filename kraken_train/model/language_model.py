@@ -77,7 +77,9 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"{tokens} tokens are more than context_length={self.context_length}")
             positions = torch.arange(tokens, device=input_ids.device)
         embedding = self.token_embedding(input_ids) + self.position_embedding(positions)
-        return self.final_norm(self.hidden(embedding, caches if caches is not None else [None] * self.num_layers))
+        hidden = self.hidden(embedding, caches if caches is not None else [None] * self.num_layers)
+        normed: Tensor = self.final_norm(hidden)
+        return normed
 
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropies in nats of `targets` (B, T) after `input_ids` (B, T), of at least float32, without gradients.

@@ -93,7 +93,8 @@ class StackedAttention(nn.Module):
         # To attention, sub-layers are more rows of the batch.
         qkv = self.qkv(self.norm(x)).view(n * batch, tokens, -1, self.head_dim)
         query, key, value = qkv.transpose(1, 2).split(self.head_counts, dim=1)
-        return self.out(causal_attention(query, key, value, cache).view(n, batch, tokens, width))
+        attended: Tensor = self.out(causal_attention(query, key, value, cache).view(n, batch, tokens, width))
+        return attended
 
 
 class StackedFFN(nn.Module):
@@ -110,7 +111,8 @@ class StackedFFN(nn.Module):
 
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
         inner = F.gelu(self.up(self.norm(attended + total)), approximate="tanh")
-        return streams + attended + self.down(inner)
+        result: Tensor = streams + attended + self.down(inner)
+        return result
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, cache: KeyValueStore | None = None) -> Tensor:

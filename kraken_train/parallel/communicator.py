@@ -1,7 +1,7 @@
 """The communication of a model copy, behind one interface for one process and for many ranks.
 
-The model calls these operations and never asks how many ranks there are. Each has a forward and a backward meaning;
-over several ranks they are autograd functions (`kraken_train.parallel.distributed`), and the model does not change:
+The model calls these operations and does not depend on the number of ranks. Each has a forward and a backward meaning;
+over several ranks they are autograd functions (`kraken_train.parallel.distributed`):
 
 | operation          | forward                                    | backward                                      |
 |--------------------|--------------------------------------------|-----------------------------------------------|

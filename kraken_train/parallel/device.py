@@ -1,4 +1,4 @@
-"""Which device an inference entry runs on."""
+"""The device on which a command runs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,11 +63,11 @@ class DistributedCommunicator:
         return ModelRank(self.group.rank(), self.group.size())
 
     def copy_to_ranks(self, shared: Tensor) -> Tensor:
-        return CopyToRanks.apply(shared, self)
+        return apply(CopyToRanks, shared, self)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return AllReduce.apply(partial, self)
+            return apply(AllReduce, partial, self)
         if not partial.is_contiguous() or partial.dtype != self.reduction_dtype(partial):
             return self.sum(partial)
         self.collective(partial, group=self.group)  # on the stream of the computation, which waits for it anyway
@@ -75,12 +75,12 @@ class DistributedCommunicator:
 
     def start_all_reduce(self, streams: Tensor) -> Pending:
         pending = Pending(streams.dtype)
-        pending.buffer = StartAllReduce.apply(streams, self, pending)
+        pending.buffer = apply(StartAllReduce, streams, self, pending)
         return pending
 
     def wait(self, handle: Pending) -> Tensor:
         buffer, handle.buffer = handle.buffer, None
-        return WaitAllReduce.apply(buffer, self, handle)
+        return apply(WaitAllReduce, buffer, self, handle)
 
     def maximum(self, values: Tensor) -> Tensor:
         largest = values.detach().clone()
@@ -92,7 +92,7 @@ class DistributedCommunicator:
         parts = part.new_empty(self.group.size() * part.shape[0], *part.shape[1:])
         with self.timer.phase(EXCHANGE):
             dist.all_gather_into_tensor(parts, part, group=self.group)
-        return parts.unflatten(0, (self.group.size(), -1)).movedim(0, -2).flatten(-2)
+        return cast(Tensor, parts.unflatten(0, (self.group.size(), -1)).movedim(0, -2).flatten(-2))
 
     def launch(self, buffer: Tensor, op: Any = dist.ReduceOp.SUM) -> Any:
         """Launch the all-reduce of `buffer` in place; `wait_for` the returned work before using the buffer."""
@@ -126,6 +126,11 @@ def make_communicator(
     if mesh.model_rank.size == 1:
         return LocalCommunicator()
     return DistributedCommunicator(mesh.get_model_parallel_group(), reduce_dtype, timer=timer)
+
+
+def apply(function: Any, *arguments: Any) -> Tensor:
+    """`function.apply`, to which PyTorch gives no types."""
+    return cast(Tensor, function.apply(*arguments))
 
 
 class StartAllReduce(torch.autograd.Function):

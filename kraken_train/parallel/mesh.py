@@ -1,6 +1,6 @@
 """The ranks of a run as a grid: data-parallel copies of the model x the ranks that share one copy.
 
-Ranks of one copy are adjacent, so that their exchange stays within a node: with P ranks a copy, rank r belongs to
+Ranks of one copy are adjacent, so that their communication stays within a node: with P ranks a copy, rank r belongs to
 copy r // P and is number r % P in it.
 """
 
@@ -17,11 +17,11 @@ DATA, KRAKEN = "data", "kraken"
 
 
 class ParallelMesh:
-    """The grid of a run whose process group is up; also the `mpu` (model parallel unit) that DeepSpeed asks."""
+    """The grid of a run with an initialized process group; also the `mpu` (model parallel unit) of DeepSpeed."""
 
     def __init__(self, device_type: str, data_parallel_size: int, sub_layer_parallel_size: int) -> None:
         self.mesh = make_mesh(device_type, data_parallel_size, sub_layer_parallel_size)
-        # DeepSpeed asks several times a step, and the mesh would make a smaller one to answer.
+        # DeepSpeed asks for them several times a step, and DeviceMesh would create a submesh for each answer.
         self.sizes = {DATA: data_parallel_size, KRAKEN: sub_layer_parallel_size}
         # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is.
         self.cpu_mesh = (
@@ -41,7 +41,7 @@ class ParallelMesh:
         return self.get_data_parallel_world_size()
 
     def as_global(self, local: Tensor, sharded_dim: ShardedDim | None) -> Tensor:
-        """This rank's part of a parameter, on the CPU, as a DTensor that knows the whole; a shared one as it is.
+        """This rank's part of a parameter, on the CPU, as a DTensor with the whole shape; a shared one unchanged.
 
         It shares the memory of `local`.
         """

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and how all of them agree on something.
+"""The processes of a run: the rank of this one, and collectives over all of them for small values.
 
 Reads the launcher's environment once (deepspeed and torchrun set RANK and friends, Slurm SLURM_PROCID and friends);
 nothing else in the package does, but for the address where the ranks meet (`kraken_train.parallel.rendezvous`).
@@ -21,7 +21,7 @@ from kraken_train.common.errors import ConfigError, KrakenError
 
 Result = TypeVar("Result")
 
-# What gloo and NCCL say to the ranks that are left when one has died.
+# In the errors that gloo and NCCL raise on the remaining ranks when one has died.
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 # What torchrun and deepspeed set for each rank, by the fields of Runtime. Some have two names for the last.
@@ -39,8 +39,8 @@ SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLUR
 class Runtime:
     """This process among the `world_size` processes of the run.
 
-    `dataclasses.replace(runtime, group=...)` gives the same processes another channel to agree over, for example one
-    that a second thread can use while the first trains.
+    `dataclasses.replace(runtime, group=...)` is the same processes with another process group for collectives, for
+    example one that a second thread can use while the first trains.
     """
 
     rank: int
@@ -70,7 +70,7 @@ class Runtime:
 
     @property
     def backend(self) -> str:
-        """Tensors on GPUs go through NCCL; gloo serves those on the CPU, where ranks agree on small things."""
+        """NCCL for tensors on GPUs, gloo for those on the CPU, as small values are."""
         return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
     def configure_device(self) -> None:
@@ -130,10 +130,10 @@ class Runtime:
 
 
 def read_runtime() -> Runtime:
-    """This process's place as the launcher tells it; a process on its own without one.
+    """This process's rank from the launcher's variables; without a launcher it is a single process.
 
-    Raises ConfigError where the variables of a launcher contradict each other or some are missing, as when a container
-    has left some of them: a rank that believed them could wait for others that nobody starts.
+    Raises ConfigError where the variables of a launcher contradict each other or some are missing, as in a container
+    that has set some of them: otherwise a rank could wait for others that nobody starts.
     """
     given = {name: read_integer(name) for names in LAUNCHER_VARIABLES.values() for name in names if is_set(name)}
     if "RANK" in given:
@@ -205,12 +205,12 @@ def slurm_job() -> dict[str, str | int]:
 
 
 def gpu_is_usable() -> bool:
-    """Whether there is a GPU, and the environment does not forbid it."""
+    """Whether there is a GPU and the environment permits its use (DS_ACCELERATOR is not cpu)."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def another_rank_ended(error: Exception) -> bool:
-    """Whether a collective failed because a rank is gone, whose own message says why."""
+    """Whether a collective failed because another rank has ended; that rank's own message has the cause."""
     return any(words in str(error) for words in PEER_LOST)
 
 

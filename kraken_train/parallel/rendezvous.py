@@ -1,7 +1,7 @@
 """How the ranks of a run find each other: through a store that rank 0 or the launcher holds at MASTER_ADDR:MASTER_PORT.
 
-`torch.distributed.rendezvous` would do it in silence: a rank that nobody joins would wait for the whole time-out and
-say nothing of whom it waits for.
+`torch.distributed.rendezvous` reports nothing: a rank would wait for the whole time-out without a message about the
+ranks that are missing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kraken_train.common.errors import ConfigError, RendezvousError
 from kraken_train.parallel.ranks import Runtime, read_integer
 
 RENDEZVOUS_SECONDS = 600.0  # for all ranks to start
-TELL_SECONDS = 10.0  # after which a rank that waits says for whom
-LONGEST_PAUSE = 1.0  # seconds between two looks at who is there
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest of what ranks wait for: a save or a read on a slow disk
+REPORT_SECONDS = 10.0  # after which a waiting rank prints which ranks are missing
+LONGEST_PAUSE = 1.0  # seconds between two checks of which ranks have arrived
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the slowest operations that ranks wait for read or write on a slow disk
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,15 @@ def connect_ranks(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> dist
     Raises RendezvousError where they have not met after `seconds`, ConfigError where they would share a GPU.
     """
     export_ranks(runtime)
-    # A sum that hides behind other work must not wait for that work's kernels to leave room.
+    # An all-reduce that overlaps with computation must not wait until kernels of the computation free multiprocessors.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    # A process alone needs no address, so one that something else has left in the environment cannot mislead it.
+    # A single process needs no address; a stale MASTER_ADDR in the environment is not read.
     store = dist.HashStore() if runtime.world_size == 1 else Meeting(runtime, seconds).store()
-    with told_if_slow(runtime, "all ranks have met and connect to each other; if this goes on, set GLOO_SOCKET_IFNAME "
-                               "and NCCL_SOCKET_IFNAME to the network that the machines share"):  # fmt: skip
+    slow = (
+        "all ranks have met and connect to each other; if this goes on, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+        "to the network that the machines share"
+    )
+    with reported_if_slow(runtime, slow):
         dist.init_process_group(
             runtime.backend,
             store=store,
@@ -60,13 +63,13 @@ def connect_ranks(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> dist
 
 
 def export_ranks(runtime: Runtime) -> None:
-    """Set what `torch.distributed` and DeepSpeed read from the environment, which may have it under other names."""
+    """Set the variables that `torch.distributed` and DeepSpeed read; the launcher may use other names."""
     values = {"RANK": runtime.rank, "LOCAL_RANK": runtime.local_rank, "WORLD_SIZE": runtime.world_size}
     os.environ.update({name: str(value) for name, value in values.items()})
 
 
 class Meeting:
-    """This rank's way to the store, and to all other ranks there."""
+    """Connects this rank to the store and waits there for all other ranks."""
 
     def __init__(self, runtime: Runtime, seconds: float) -> None:
         self.runtime = runtime
@@ -74,7 +77,7 @@ class Meeting:
         self.address = f"MASTER_ADDR={self.host} MASTER_PORT={self.port}"
         self.holds_store = runtime.is_first and not launcher_holds_store()
         self.seconds, self.begin = seconds, time.monotonic()
-        self.told = False
+        self.reported = False
 
     def store(self) -> dist.Store:
         """Raises RendezvousError."""
@@ -99,7 +102,7 @@ class Meeting:
         )
 
     def wait_for_store(self) -> None:
-        """Try to connect until something answers; a store's own attempts end in a page of C++ frames."""
+        """Try to connect until something answers; when TCPStore itself gives up, it prints a page of C++ frames."""
         holder = "the launcher" if launcher_holds_store() else "rank 0"
         reason = ""
 
@@ -113,51 +116,51 @@ class Meeting:
             return True
 
         def missing() -> str:
-            return f"{holder} does not answer there ({reason})"
+            return f"{holder} does not answer ({reason})"
 
-        self.wait(answers, missing, speaks=lambda: self.runtime.local_rank == 0)
+        self.wait(answers, missing, is_reporter=lambda: self.runtime.local_rank == 0)
 
     def wait_for_ranks(self, store: dist.Store) -> None:
-        """Until all ranks have come to the store."""
+        """Until all ranks have connected to the store. Raises RendezvousError."""
         world_size = self.runtime.world_size
         store.set(str(self.runtime.rank), "here")
         if store.add("count", 1) == world_size:
             store.set("all", "here")
 
-        def has_come(rank: int) -> bool:
+        def has_arrived(rank: int) -> bool:
             return store.check([str(rank)])
 
         def missing() -> str:
-            absent = [rank for rank in range(world_size) if not has_come(rank)]
-            return f"{describe_ranks(absent)} of {world_size} {'has' if len(absent) == 1 else 'have'} not come there"
+            absent = [rank for rank in range(world_size) if not has_arrived(rank)]
+            return f"{describe_ranks(absent)} of {world_size} {'has' if len(absent) == 1 else 'have'} not connected"
 
-        def is_first_here() -> bool:
-            return next(rank for rank in range(world_size) if has_come(rank)) == self.runtime.rank
+        def is_first_arrived() -> bool:
+            return next(rank for rank in range(world_size) if has_arrived(rank)) == self.runtime.rank
 
-        def all_have_come() -> bool:
+        def all_have_arrived() -> bool:
             if store.check(["ended"]):
                 raise RendezvousError(store.get("ended").decode())
             return store.check(["all"])
 
         try:
-            self.wait(all_have_come, missing, is_first_here)
+            self.wait(all_have_arrived, missing, is_first_arrived)
         except RendezvousError as error:
-            if self.holds_store:  # it goes with this process, so the others must have read why before
+            if self.holds_store:  # it ends with this process, so the others must have read the reason before
                 store.set("ended", str(error))
                 time.sleep(2 * LONGEST_PAUSE)
             raise
 
-    def wait(self, done: Callable[[], bool], missing: Callable[[], str], speaks: Callable[[], bool]) -> None:
-        """Ask again and again, tell once whom it waits for if this rank `speaks`, and give up in the end."""
+    def wait(self, done: Callable[[], bool], missing: Callable[[], str], is_reporter: Callable[[], bool]) -> None:
+        """Poll `done`. After REPORT_SECONDS print once what is `missing`, if `is_reporter()`; after `seconds` raise."""
         pause = 0.02
         while not done():
             waited = time.monotonic() - self.begin
             if waited > self.seconds:
                 raise self.failure(f"{missing()} within {self.seconds:g} s")
-            if waited > TELL_SECONDS and not self.told:
-                self.told = True
-                if speaks():
-                    tell(f"rank {self.runtime.rank} waits at {self.address}: {missing()}; it gives up after "
+            if waited > REPORT_SECONDS and not self.reported:
+                self.reported = True
+                if is_reporter():
+                    print_error(f"rank {self.runtime.rank} waits at {self.address}: {missing()}; it gives up after "
                          f"{self.seconds:g} s")  # fmt: skip
             time.sleep(min(pause, max(self.seconds - waited, 0.01)))
             pause = min(LONGEST_PAUSE, 1.5 * pause)
@@ -170,7 +173,7 @@ class Meeting:
 
 
 def read_address(runtime: Runtime) -> tuple[str, int]:
-    """Where the launcher lets the ranks meet. Raises ConfigError."""
+    """The host and port of the store, from the launcher's variables. Raises ConfigError."""
     host = os.environ.get("MASTER_ADDR")
     if not host or not os.environ.get("MASTER_PORT"):
         raise ConfigError(
@@ -184,7 +187,7 @@ def read_address(runtime: Runtime) -> tuple[str, int]:
 
 
 def launcher_holds_store() -> bool:
-    """Whether the store through which the ranks meet is torchrun's rather than rank 0's."""
+    """Whether torchrun holds the store rather than rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -200,9 +203,9 @@ def describe_ranks(ranks: list[int]) -> str:
 
 
 @contextmanager
-def told_if_slow(runtime: Runtime, message: str) -> Iterator[None]:
-    """Rank 0 says so if what happens in this context takes longer than TELL_SECONDS."""
-    timer = threading.Timer(TELL_SECONDS, tell, (message,))
+def reported_if_slow(runtime: Runtime, message: str) -> Iterator[None]:
+    """Rank 0 prints `message` if the code in this context takes longer than REPORT_SECONDS."""
+    timer = threading.Timer(REPORT_SECONDS, print_error, (message,))
     timer.daemon = True
     if runtime.is_first and runtime.world_size > 1:
         timer.start()
@@ -212,12 +215,12 @@ def told_if_slow(runtime: Runtime, message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def tell(message: str) -> None:
+def print_error(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
 def require_own_gpus(runtime: Runtime) -> None:
-    """Raises ConfigError, on all ranks, where two of them have the same GPU; NCCL says so later and less clearly."""
+    """Raises ConfigError, on all ranks, where two of them have the same GPU; NCCL's error is later and less clear."""
     if runtime.device.type != "cuda" or runtime.world_size == 1:
         return
     properties = torch.cuda.get_device_properties(runtime.device)

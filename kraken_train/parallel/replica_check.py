@@ -1,7 +1,7 @@
-"""Weights that several ranks hold must be the same bits: a checksum of each parameter, compared over the run.
+"""Checks that weights which several ranks hold are bit-equal: a checksum of each parameter, compared over all ranks.
 
-A shared parameter (embeddings, final norm) is equal on all ranks, a part of a sub-layer parameter on the same place of
-all model copies. They are, as long as every rank computes the same updates; a defect in a device, a driver or this
+A shared parameter (embeddings, final norm) is equal on all ranks, a part of a sub-layer parameter on the ranks of the
+same number in all model copies, as long as every rank computes the same updates. A defect of a device, a driver or this
 program shows here before it shows in the loss.
 """
 
@@ -22,8 +22,8 @@ MULTIPLIER = 0x9E3779B2  # even, so that the weights of a sum are odd and no dif
 def require_equal_replicas(tensors: Iterable[tuple[str, Tensor, bool]], model_size: int, runtime: Runtime) -> None:
     """Compare (name, tensor, whether it is shared by the ranks of a model copy) over all ranks. A collective.
 
-    Raises ReplicaError, on all ranks, with the names and the ranks that differ. Computing with a wrong weight soon
-    makes others wrong: only a check in time has the one that was first.
+    Raises ReplicaError, on all ranks, with the names and the ranks that differ. A wrong weight soon makes others
+    wrong: only an early check names the first one.
     """
     named, sums = [], []
     for name, tensor, shared in tensors:
@@ -56,7 +56,7 @@ def listed(items: Sequence[object], most: int = 4) -> str:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Two int64 numbers that differ, but for constructed cases, where any bit of two tensors does.
+    """Two int64 numbers that differ for any two tensors with different bits, except in constructed cases.
 
     Weighted sums of the bits of rows and of columns, modulo 2^64: cheap, without a copy of the tensor.
     """

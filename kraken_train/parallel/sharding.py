@@ -1,7 +1,7 @@
-"""What of a model lives here: pure arithmetic, no communication.
+"""Which part of a model is on a rank: arithmetic only, no communication.
 
-A model copy is cut along units that have global numbers: sub-layers, attention heads, rows of the vocabulary. A rank
-holds a contiguous range of them. Names, seeds and checkpoints use the global numbers, never a rank.
+A model copy is sharded along units that have global numbers: sub-layers, attention heads, rows of the vocabulary. A
+rank holds a contiguous range of them. Names, seeds and checkpoints use the global numbers, never a rank.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class ShardedDim:
         return torch.Size([*shape[: self.axis], self.units.total, *shape[self.axis + 1 :]])
 
     def take(self, whole: Tensor) -> Tensor:
-        """The part of `whole` that lives here, a view."""
+        """The part of `whole` that is here, a view."""
         return whole.narrow(self.axis, self.units.first, self.units.count)
 
     def read(self, stored: Any) -> Tensor:
-        """The part of a stored weight that lives here; `stored` is a slice of an open safetensors file."""
+        """The part of a stored weight that is here; `stored` is a slice of an open safetensors file."""
         here = slice(self.units.first, self.units.first + self.units.count)
         return cast(Tensor, stored[(slice(None),) * self.axis + (here,)])
 
@@ -97,7 +97,7 @@ class ModelRank:
     size: int = 1
 
     def unit_range(self, total: int) -> UnitRange:
-        """An even share of `total` units. Raises ValueError where there is none."""
+        """This rank's even share of `total` units. Raises ValueError where the ranks do not divide them."""
         if total % self.size:
             raise ValueError(f"{total} units cannot be shared evenly by {self.size} ranks")
         count = total // self.size
@@ -107,8 +107,8 @@ class ModelRank:
 def share_units(total: int, speeds: Sequence[float]) -> list[UnitRange]:
     """Contiguous shares of `total` units for devices of these relative speeds, at least one unit each.
 
-    The device that would finish last finishes as early as possible: largest count / speed is the least there is. Each
-    further unit goes where it would be done first, to the first of equals: 6 units on 4 equal devices are 2, 2, 1, 1.
+    The shares minimize the largest count / speed, so that the last device finishes as early as possible. Each further
+    unit goes to the device that would finish it first, or the first of those: 6 units on 4 equal devices are 2, 2, 1, 1.
     Raises ValueError where there are more devices than units, or a speed is not positive and finite.
     """
     if not 1 <= len(speeds) <= total or not all(0 < speed < math.inf for speed in speeds):
@@ -127,7 +127,7 @@ def all_units(total: int) -> UnitRange:
 
 
 def sharded_dims(model: nn.Module) -> dict[str, ShardedDim | None]:
-    """How each parameter of a model is cut; None: all of it is on every rank (a shared parameter).
+    """How each parameter of a model is sharded; None: all of it is on every rank (a shared parameter).
 
     Modules that hold a part of a weight say so with an attribute `sharded_dim`.
     """

@@ -1,7 +1,6 @@
-"""Where the time of a step goes: the parts of a step mark when they begin and end, and the marks become seconds.
+"""The time of a step by phase: each phase marks its begin and its end, and the marks become seconds.
 
-On a GPU the marks are events on the stream of the computation, so nothing waits for them until the seconds are asked
-for.
+On a GPU the marks are CUDA events on the stream of the computation; only `StepTimer.take` waits for them.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ import torch
 DATA = "data"  # waiting for the next batch
 FORWARD = "forward"
 BACKWARD = "backward"
-EXCHANGE = "exchange"  # waiting for a sum over the ranks of a model copy: what of it nothing hides
+EXCHANGE = "exchange"  # waiting for an all-reduce of a model copy: the exposed communication
 REDUCTION = "reduction"  # of gradients over the copies
 OPTIMIZER = "optimizer"
 OTHER = "other"  # between phases
 
 
 class StepTimer:
-    """Seconds by phase while `active`; nothing is done otherwise.
+    """Seconds by phase, measured only while `active`.
 
-    Phases nest, and time counts for the innermost one only: a sum that the forward pass waits for is `EXCHANGE`, not
-    `FORWARD`.
+    Phases nest, and time counts for the innermost one only: while the forward pass waits for an all-reduce, that is
+    `EXCHANGE` and not `FORWARD`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.active = False
         self.open: list[str] = []
-        self.marks: list[tuple[float | torch.cuda.Event, str]] = []  # (when, what takes the time from then on)
+        self.marks: list[tuple[float | torch.cuda.Event, str]] = []  # (time, phase that begins then)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What runs within takes time for `name`, whichever thread it is in."""
+        """The time within counts for the phase `name`, in whichever thread it is."""
         if not self.active:
             yield
             return
@@ -60,7 +59,7 @@ class StepTimer:
         return event
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call, which begins anew. On a GPU it waits for the last mark."""
+        """Seconds by phase since the last call. On a GPU it waits for the last mark."""
         marks, self.marks = self.marks, []
         if self.device.type == "cuda" and marks:
             marks[-1][0].synchronize()  # type: ignore[union-attr]
@@ -72,5 +71,6 @@ class StepTimer:
 
 def between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(begin, torch.cuda.Event):
-        return begin.elapsed_time(end) / 1e3  # type: ignore[arg-type]  # from milliseconds
+        milliseconds: float = begin.elapsed_time(end)  # type: ignore[arg-type]
+        return milliseconds / 1e3
     return float(end) - begin  # type: ignore[arg-type]

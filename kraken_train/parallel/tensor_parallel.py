@@ -1,7 +1,7 @@
-"""The baselines' linear maps, whole or cut over ranks as in Megatron-LM (arXiv 1909.08053, section 3).
+"""The baselines' linear maps, whole or sharded over ranks as in Megatron-LM (arXiv 1909.08053, section 3).
 
-The products before the non-linearity are cut by outputs, those after it by inputs; `copy_to_ranks` comes
-before the first and `all_reduce` after the second. The modules are ours and not DTensors of PyTorch's
+The products before the non-linearity are sharded by outputs, those after it by inputs; `copy_to_ranks` comes before the
+first and `all_reduce` after the second. The modules are ours and not DTensors of PyTorch's
 `parallelize_module`, because DeepSpeed's ZeRO moves parameters into flat buffers, which DTensors cannot follow.
 """
 

@@ -1,4 +1,4 @@
-"""What a cluster can do: one file of `conf/cluster`, or this machine, measured."""
+"""The performance of a cluster: one file of `conf/cluster`, or this machine, measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Cluster:
     device: str | None  # whose peak `kraken_train.model.flops` has; null: as given by the two peaks below
     devices_per_node: int | None
     memory_gb: float | None  # GB (1e9 bytes) of a device
-    reserved_gb: float  # of it, what PyTorch's tensors cannot have: context, workspaces, communication, fragments
+    reserved_gb: float  # of it, not for PyTorch's tensors: context, workspaces, communication, fragmentation
     bandwidth_gb: float | None  # GB/s of a device's memory, as data sheets have it
     intra_node: str  # a file of conf/interconnect
     inter_node: str  # of each device to other nodes
@@ -84,8 +84,7 @@ class Cluster:
     def interconnect(self, ranks: int, stride: int) -> Interconnect:
         """What connects a group of `ranks` devices that are `stride` apart.
 
-        Between nodes each device has a link of its own, so that what a group has together grows with its members in a
-        node.
+        Between nodes each device has a link of its own, so the bandwidth of a group grows with its members in a node.
         """
         per_node = int(known("devices_per_node", self.devices_per_node))
         within = load_interconnect(self.intra_node)
@@ -101,7 +100,7 @@ class Cluster:
 
 
 def known(name: str, value: float | None) -> float:
-    """Raises ConfigError where the profile does not say."""
+    """Raises ConfigError where the profile has no value."""
     if value is None:
         raise ConfigError(f"cluster.{name} is not set; give cluster.{name}=NUMBER")
     return value
@@ -113,15 +112,15 @@ def load_interconnect(name: str) -> Interconnect:
 
 def load_cluster(name: str) -> Cluster:
     """A file of `conf/cluster`, measured where that is `this`. Raises ConfigError."""
-    layout = tuple(sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml")))
-    require_choice("cluster", name, layout)
+    names = tuple(sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml")))
+    require_choice("cluster", name, names)
     cluster = Cluster(**yaml.safe_load((CONF_DIR / "cluster" / f"{name}.yaml").read_text(encoding="utf-8")))
     cluster.validate()
     return measured(cluster) if cluster.name == "this" else cluster
 
 
 def measured(cluster: Cluster) -> Cluster:
-    """The profile with what it leaves open measured on the device of this process: GPU or CPU (about two seconds)."""
+    """The profile with its null values measured on the device of this process, GPU or CPU; takes about two seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tflops: dict[str, float] = {}
     for precision in ("bf16", "fp32"):

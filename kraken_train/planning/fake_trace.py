@@ -1,8 +1,8 @@
-"""One micro-batch on one device, rehearsed: the real model computes forward and backward on tensors without memory.
+"""The memory of one micro-batch on one device, from a trace of the real model with PyTorch's fake tensors.
 
-PyTorch's fake tensors have shapes, types and lifetimes but no data, so counting the living ones gives what autograd
-keeps and what each operation needs, for the code as it is and for any size; nothing is a formula that could fall
-behind the model. Three and four layers are rehearsed; each further one adds what the fourth does.
+Fake tensors have shapes, types and lifetimes but no data. Counting those that are alive gives what autograd keeps and
+what each operation needs, for the code as it is and for any size, without formulas that could differ from the model.
+Three and four layers are traced; each further layer adds as much as the fourth.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SHALLOW, DEEP = 3, 4  # layers; with fewer, the largest sums fall elsewhere
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """Bytes beside weights and optimizer state; all are linear in the number of layers.
+class FakeTrace:
+    """Bytes besides weights and optimizer state; all are linear in the number of layers.
 
-    `kept` is what layers and embedding leave for the backward pass. The others are the largest sums of four stretches
-    of time: forward with the loss and its backward pass, the last layer's backward pass, that of the other layers, and
-    the embedding's.
+    `kept` is what the layers and the embedding keep for the backward pass. The others are peaks, each during a phase:
+    the forward pass with the loss and its backward pass, the backward pass of the last layer, that of the other layers,
+    and that of the embedding.
     """
 
     kept: int
@@ -45,62 +45,64 @@ class Rehearsal:
     embedding: int
 
     @classmethod
-    def through(cls, shallow: Rehearsal, deep: Rehearsal, num_layers: int) -> Rehearsal:
-        """The line through those of SHALLOW and DEEP layers."""
+    def through(cls, shallow: FakeTrace, deep: FakeTrace, num_layers: int) -> FakeTrace:
+        """Extrapolated linearly from the traces of SHALLOW and DEEP layers."""
         more = (num_layers - SHALLOW) / (DEEP - SHALLOW)
-        ends = zip(astuple(shallow), astuple(deep), strict=True)
-        return cls(*(round(first + more * (second - first)) for first, second in ends))
+        peaks = zip(astuple(shallow), astuple(deep), strict=True)
+        return cls(*(round(first + more * (second - first)) for first, second in peaks))
 
 
-def rehearse(config: ModelConfig, layout: TrainingLayout) -> Rehearsal:
+def trace_micro_batch(config: ModelConfig, layout: TrainingLayout) -> FakeTrace:
     """A micro-batch of full length on the first device of a model copy.
 
-    Complete gradients take no place here: they are added to those of the micro-batch before, or copied into a bucket,
-    which both count elsewhere. Only at stage 1 and without accumulation do they appear and stay.
+    Complete gradients are not counted here: they are added to those of the previous micro-batch or copied into a
+    bucket, and `planning.memory` counts both. Only at stage 1 without accumulation are they created and kept.
     """
-    treat: Treatment | None = add_to_sum if layout.keeps_accumulator else move_away
+    gradient_hook: GradientHook | None = convert_to_fp32 if layout.keeps_accumulator else drop_gradient
     if layout.zero_stage == 1 and layout.accumulation_steps == 1:
-        treat = None
-    alike = replace(layout, data_parallel_size=1, zero_stage=1, accumulation_steps=1)  # what matters no further
+        gradient_hook = None
+    reduced = replace(layout, data_parallel_size=1, zero_stage=1, accumulation_steps=1)  # what has no influence
     if config.num_layers <= DEEP:
-        return rehearse_all(config, alike, treat)
-    shallow, deep = (rehearse_all(config.replace(num_layers=depth), alike, treat) for depth in (SHALLOW, DEEP))
-    return Rehearsal.through(shallow, deep, config.num_layers)
+        return trace_all_layers(config, reduced, gradient_hook)
+    shallow, deep = (
+        trace_all_layers(config.replace(num_layers=depth), reduced, gradient_hook) for depth in (SHALLOW, DEEP)
+    )
+    return FakeTrace.through(shallow, deep, config.num_layers)
 
 
-Treatment = Callable[[Tensor], None]  # of a parameter whose gradient is complete
+GradientHook = Callable[[Tensor], None]  # of a parameter whose gradient is complete
 
 
-def add_to_sum(parameter: Tensor) -> None:
-    """BF16_Optimizer makes an fp32 copy to add it to the sum."""
+def convert_to_fp32(parameter: Tensor) -> None:
+    """As BF16_Optimizer, which makes an fp32 copy to add it to its accumulator."""
     parameter.grad.to(torch.float32)  # type: ignore[union-attr]
     parameter.grad = None
 
 
-def move_away(parameter: Tensor) -> None:
+def drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
 @lru_cache(maxsize=1024)
-def rehearse_all(config: ModelConfig, layout: TrainingLayout, treat: Treatment | None) -> Rehearsal:
+def trace_all_layers(config: ModelConfig, layout: TrainingLayout, gradient_hook: GradientHook | None) -> FakeTrace:
     with FakeTensorMode():
         model = fake_model(config, layout)
-        if treat is not None:
+        if gradient_hook is not None:
             for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(treat)
+                parameter.register_post_accumulate_grad_hook(gradient_hook)
         ids = torch.zeros(layout.micro_batch_size, config.context_length, dtype=torch.long)
-        with LiveBytes(model.parameters()) as live, stretches(model, live) as ends:
+        with LiveBytes(model.parameters()) as live, record_peaks(model, live) as peaks:
             model.loss(ids, ids).backward()
-            ends.append(live.take_peak())
-    return Rehearsal(*ends)
+            peaks.append(live.take_peak())
+    return FakeTrace(*peaks)
 
 
 def fake_model(config: ModelConfig, layout: TrainingLayout) -> LanguageModel:
-    """The share of the first device, whose weights are not counted."""
+    """The part of the first device; must be called in a FakeTensorMode. Its weights are not counted."""
     model_rank = ModelRank(0, layout.sub_layer_parallel_size)
     communicator: Communicator = LocalCommunicator()
     if model_rank.size > 1:
-        communicator = SilentCommunicator(FakeGroup(model_rank), collective=begin_nothing)  # type: ignore[arg-type]
+        communicator = SilentCommunicator(FakeGroup(model_rank), collective=no_collective)  # type: ignore[arg-type]
     units, vocabulary = even_share(config, model_rank, layout.vocab_parallel)
     default = torch.get_default_dtype()
     torch.set_default_dtype(layout.dtype)
@@ -114,7 +116,7 @@ def fake_model(config: ModelConfig, layout: TrainingLayout) -> LanguageModel:
 
 @dataclass(frozen=True)
 class FakeGroup:
-    """What the exchange asks of a process group."""
+    """What `DistributedCommunicator` asks of a process group."""
 
     model_rank: ModelRank
 
@@ -126,7 +128,7 @@ class FakeGroup:
 
 
 class SilentCommunicator(DistributedCommunicator):
-    """All of the exchange but the communication, whose buffers are its own."""
+    """`DistributedCommunicator` with its buffers and without its communication."""
 
     def gather(self, part: Tensor) -> Tensor:
         parts = part.detach().contiguous().new_empty(self.group.size(), *part.shape)
@@ -138,25 +140,27 @@ class NoWork:
         pass
 
 
-def begin_nothing(buffer: Tensor, **_: Any) -> NoWork:
-    """An all-reduce in place takes no memory of PyTorch's."""
+def no_collective(buffer: Tensor, **_: Any) -> NoWork:
+    """In place of an all-reduce, which takes no memory of PyTorch's allocator."""
     return NoWork()
 
 
 @contextmanager
-def stretches(model: LanguageModel, live: LiveBytes) -> Iterator[list[int]]:
-    """Bytes at the end of the layers' forward pass, then the peaks up to three moments of the backward pass."""
-    ends: list[int] = []
+def record_peaks(model: LanguageModel, live: LiveBytes) -> Iterator[list[int]]:
+    """A list that gets the bytes after the layers' forward pass and then the peaks up to three moments of the backward
+    pass: the gradients of the head's input, of the last layer's input and of the embedding.
+    """
+    peaks: list[int] = []
 
     def when_gradient_arrives(number: int) -> Callable[[Tensor], None]:
         def arrived(_: Tensor) -> None:
-            if len(ends) == number:  # with recomputation it may come twice
-                ends.append(live.take_peak())
+            if len(peaks) == number:  # with recomputation it may come twice
+                peaks.append(live.take_peak())
 
         return arrived
 
     def into_head(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        ends.append(live.current)
+        peaks.append(live.current)
         inputs[0].register_hook(when_gradient_arrives(1))
 
     def into_last_layer(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -171,7 +175,7 @@ def stretches(model: LanguageModel, live: LiveBytes) -> Iterator[list[int]]:
         model.position_embedding.register_forward_hook(out_of_embedding),
     ]
     try:
-        yield ends
+        yield peaks
     finally:
         for handle in handles:
             handle.remove()

@@ -1,8 +1,8 @@
-"""What a collective costs on a named interconnect: latency plus bytes over bus bandwidth.
+"""The time of a collective on a named interconnect: latency plus bytes over bus bandwidth.
 
-Bus bandwidth is nccl-tests' (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): what each link
-carries, so that it is about the same for every number of ranks. An all-reduce of S bytes over N ranks moves
-2 (N - 1) / N of S over each link, an all-gather of S bytes in all (N - 1) / N.
+Bus bandwidth is defined as in nccl-tests (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): by the
+bytes that each link carries, so it is about the same for every number of ranks. An all-reduce of S bytes over N ranks
+moves 2 (N - 1) / N of S over each link, an all-gather of S bytes in all (N - 1) / N.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Interconnect:
 
     @property
     def is_overridden(self) -> bool:
-        """Whether the figures are others than those of the file of this name, whose source then says nothing."""
+        """Whether the figures differ from those in the file of this name; `source` does not hold for them then."""
         path = CONF_DIR / "interconnect" / f"{self.name}.yaml"
         if not path.is_file():
             return True

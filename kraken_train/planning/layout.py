@@ -1,4 +1,4 @@
-"""How a model is trained on a number of devices: what a plan chooses, and what is the same for all of them."""
+"""How a model is trained on a number of devices: the settings that a plan chooses."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Bytes on each device at the moment of a step that needs most, by what they are for.
+"""Bytes on each device at the moment of a step that needs most memory, by purpose.
 
-The forward and backward passes are rehearsed (`planning.rehearsal`). What stays between them, and what reducing the
-gradients and updating the weights need besides, are counted as DeepSpeed 0.19.8 does it, with E parameters on this
-device, in groups, D copies of the model and w bytes per weight:
+The forward and backward passes are traced with fake tensors (`planning.fake_trace`). What is kept between them, and
+what the reduction of the gradients and the update of the weights need in addition, is counted as DeepSpeed 0.19.8 does
+it, with E parameters on this device, in groups, D copies of the model and w bytes per weight:
 
 | | bf16, ZeRO-1 (BF16_Optimizer) | bf16, ZeRO-2 | fp32 (both DeepSpeedZeroOptimizer) |
 | --- | --- | --- | --- |
@@ -23,7 +23,7 @@ from functools import lru_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kraken_train.model.config import ModelConfig
-from kraken_train.planning.fake_trace import fake_model, rehearse
+from kraken_train.planning.fake_trace import fake_model, trace_micro_batch
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.training.optim import LARGEST_BUCKET, parameter_groups
 
@@ -102,15 +102,15 @@ def shards(config: ModelConfig, layout: TrainingLayout) -> Shards:
 
 def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
     """Of the first device; all hold the same within a few rows of padding."""
-    own, rehearsal = shards(config, layout), rehearse(config, layout)
+    own, trace = shards(config, layout), trace_micro_batch(config, layout)
     # A bucket that is too small for all gradients is reduced while the backward pass goes on.
     besides = new_bucket(own, layout) + (0 if own.elements <= LARGEST_BUCKET else reduction_bytes(own, layout))
-    kept = rehearsal.kept
+    kept = trace.kept
     moments = [
-        ("loss", kept, rehearsal.loss - kept),
-        ("backward pass of the last layer", kept, rehearsal.last_layer - kept + besides),
-        ("backward pass of a layer", min(kept, rehearsal.layers), max(0, rehearsal.layers - kept) + besides),
-        ("backward pass of the embedding", 0, rehearsal.embedding + besides),
+        ("loss", kept, trace.loss - kept),
+        ("backward pass of the last layer", kept, trace.last_layer - kept + besides),
+        ("backward pass of a layer", min(kept, trace.layers), max(0, trace.layers - kept) + besides),
+        ("backward pass of the embedding", 0, trace.embedding + besides),
         ("sum of the gradients in fp32", 0, summation_bytes(own, layout)),
         ("reduction of the gradients", 0, reduction_bytes(own, layout)),
         ("update of the weights", 0, update_bytes(own, layout)),
@@ -147,7 +147,7 @@ def gradients_between(own: Shards, layout: TrainingLayout) -> int:
 def summation_bytes(own: Shards, layout: TrainingLayout) -> int:
     """For BF16_Optimizer to add the gradients of an only micro-batch to its own: all in bf16, and one in fp32.
 
-    Those of several micro-batches are added, and gone, as they come (`rehearsal.add_to_sum`).
+    Those of several micro-batches are added and freed one by one (`fake_trace.convert_to_fp32`).
     """
     if not layout.keeps_accumulator or layout.accumulation_steps > 1:
         return 0

@@ -1,4 +1,4 @@
-"""What training a model takes on a cluster, for given choices."""
+"""Memory, communication and time of training a model on a cluster, for a given layout."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Prediction:
 
 
 def predict(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> Prediction:
-    """Memory is counted as the engine takes it; time is what the cluster's figures promise.
+    """Memory is counted as the engine allocates it; time follows from the figures of the cluster.
 
     Raises ConfigError where the devices of a copy cannot share the model.
     """

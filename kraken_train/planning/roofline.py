@@ -46,7 +46,7 @@ class Product:
 
 
 def alignment(cluster: Cluster, row_lengths: Sequence[int], width: int) -> float:
-    """What is left of the rate where rows do not begin on boundaries that matrix units read at once."""
+    """The fraction of the rate that remains where rows are not aligned to what matrix units read at once."""
     sizes = [length * width for length in row_lengths]
     if all(size % 128 == 0 for size in sizes):
         return 1.0
@@ -60,10 +60,10 @@ class StepTime:
     matrices: float
     attention: float
     element_wise: float
-    loss: float  # what the head does beside its products
+    loss: float  # of the head, besides its matrix products
     recomputation: float
     exchange: float  # exposed communication within a model copy
-    reduction: float  # of gradients over the copies, and handing out weights
+    reduction: float  # of gradients over the copies, and all-gathers of weights
     update: float
     hidden: float  # communication during computation, not part of the total
 
@@ -133,7 +133,7 @@ def predict_time(
 
 
 def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, list[Product]], list[Product]]:
-    """Forward on one device: of each part of a layer, and of what there is once."""
+    """Forward on one device: those of each part of a layer, and those that a model has once."""
     ranks, tokens = layout.sub_layer_parallel_size, layout.micro_batch_size * config.context_length
 
     def with_tokens(matrices: Sequence[Matrix]) -> list[Product]:
@@ -168,7 +168,7 @@ def widths(config: ModelConfig, layout: TrainingLayout) -> dict[str, tuple[float
 
 
 def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
-    """Of a micro-batch: the logits, and the weight's gradient, to which each chunk adds in fp32."""
+    """Bytes moved in a micro-batch for the logits, and for the weight's gradient, to which each chunk adds in fp32."""
     tokens = layout.micro_batch_size * config.context_length
     rows = config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1)
     weight = rows * config.hidden_size
@@ -177,7 +177,7 @@ def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
 
 
 def update_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
-    """Of a step: each micro-batch's gradients become fp32 and are added; their mean, their norm, and the update."""
+    """Bytes moved in a step: gradients of each micro-batch converted and added, their mean and norm, the update."""
     own = shards(config, layout)
     added = layout.accumulation_steps * own.elements * (layout.width + 4 * FP32)
     averaged = (FP32 + (2 * FP32 if layout.data_parallel_size > 1 else 0)) * own.elements  # cleared; divided

@@ -1,4 +1,4 @@
-"""The best way to use a cluster, among all that fit, and why the others are not."""
+"""The fastest layout of a training on a cluster among all that fit into memory, with the reasons."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import Memory, predict_memory
 from kraken_train.planning.prediction import Prediction, predict
 
-ENOUGH_TOKENS = 65_536  # of a micro-batch and device; more would not fill it better
-ALIKE = 0.01  # what is predicted that close is told apart by simplicity
+ENOUGH_TOKENS = 65_536  # of a micro-batch; a larger one would not use a device better
+ALIKE = 0.01  # relative; of layouts with speeds so close the simplest is best
 GB = 1e9
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the user has fixed; None: the search chooses."""
+class Constraints:
+    """Settings that the user has fixed; None: the search chooses."""
 
     sub_layer_parallel_size: int | None = None
     micro_batch_size: int | None = None
@@ -32,7 +32,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions of all that fits, the best first; `refused` says of the others why not."""
+    """Predictions of all layouts that fit, the best first; `refused` has the reasons against the others."""
 
     ranked: tuple[Prediction, ...]
     refused: tuple[str, ...]
@@ -43,20 +43,20 @@ class Plan:
 
 
 def search(
-    config: ModelConfig, cluster: Cluster, nodes: int, global_batch_size: int, wishes: Wishes | None = None
+    config: ModelConfig, cluster: Cluster, nodes: int, global_batch_size: int, constraints: Constraints | None = None
 ) -> Plan:
     """Raises ConfigError where nothing fits, or the devices can share neither the model nor the batch."""
-    wishes = wishes or Wishes()
+    constraints = constraints or Constraints()
     devices = nodes * int(cluster.devices_per_node or 1)
     refused: list[str] = []
     found: list[Prediction] = []
     too_large: list[tuple[TrainingLayout, Memory]] = []
-    for size in sizes(config, devices, global_batch_size, wishes, refused):
+    for size in sizes(config, devices, global_batch_size, constraints, refused):
         copies = devices // size
-        batches = micro_batches(config, global_batch_size // copies, wishes)
-        for layout in variants(size, copies, wishes):
-            cannot_cut = layout.vocab_parallel and config.vocab_size % size > 0
-            if cannot_cut or beside_the_point(layout, found, batches, wishes):
+        batches = micro_batches(config, global_batch_size // copies, constraints)
+        for layout in variants(size, copies, constraints):
+            cannot_shard = layout.vocab_parallel and config.vocab_size % size > 0
+            if cannot_shard or saves_memory_in_vain(layout, found, batches, constraints):
                 continue
             largest = largest_that_fits(config, layout, batches, global_batch_size // copies, cluster)
             if isinstance(largest, TrainingLayout):
@@ -75,67 +75,69 @@ def search(
 
 
 def sizes(
-    config: ModelConfig, devices: int, global_batch_size: int, wishes: Wishes, refused: list[str]
+    config: ModelConfig, devices: int, global_batch_size: int, constraints: Constraints, refused: list[str]
 ) -> Iterator[int]:
-    """Devices that can share a model copy; what speaks against others goes into `refused`."""
+    """Numbers of devices that can share a model copy; the reasons against others are appended to `refused`."""
     name, units = config.parallel_units
-    wished = wishes.sub_layer_parallel_size
-    if wished is not None and units % wished:
-        raise ConfigError(f"sub_layer_parallel_size={wished} does not divide {name}={units}; use "
+    fixed = constraints.sub_layer_parallel_size
+    if fixed is not None and units % fixed:
+        raise ConfigError(f"sub_layer_parallel_size={fixed} does not divide {name}={units}; use "
                           f"{' or '.join(divisors(units))}")  # fmt: skip
-    for size in range(1, devices + 1) if wished is None else [wished]:
+    for size in range(1, devices + 1) if fixed is None else [fixed]:
         if units % size:
-            if size in (2, 4, 8, 16) and devices % size == 0:  # what one would ask about
+            if size in (2, 4, 8, 16) and devices % size == 0:  # which users would expect
                 refused.append(f"P={size} does not divide {name}={units}")
         elif devices % size:
             refused.append(f"P={size} does not divide the {devices} devices")
         elif global_batch_size % (devices // size):
             refused.append(f"P={size} leaves {devices // size} copies, which do not divide "
                            f"global_batch_size={global_batch_size}")  # fmt: skip
-        elif wishes.vocab_parallel and config.vocab_size % size:
+        elif constraints.vocab_parallel and config.vocab_size % size:
             refused.append(f"P={size} does not divide model.vocab_size={config.vocab_size}, which vocab_parallel=true "
                            "divides too")  # fmt: skip
         else:
             yield size
 
 
-def micro_batches(config: ModelConfig, of_copy: int, wishes: Wishes) -> list[int]:
+def micro_batches(config: ModelConfig, of_copy: int, constraints: Constraints) -> list[int]:
     """Divisors of a copy's share of the batch, from the smallest. Raises ConfigError."""
-    wished = wishes.micro_batch_size
-    if wished is not None:
-        if of_copy % wished:
+    fixed = constraints.micro_batch_size
+    if fixed is not None:
+        if of_copy % fixed:
             raise ConfigError(
-                f"micro_batch_size={wished} does not divide the {of_copy} samples of a copy and step; use "
+                f"micro_batch_size={fixed} does not divide the {of_copy} samples of a copy and step; use "
                 f"{' or '.join(divisors(of_copy)[:12])}"
             )
-        return [wished]
+        return [fixed]
     enough = max(1, ENOUGH_TOKENS // config.context_length)
     return [size for size in map(int, divisors(of_copy)) if size <= enough]
 
 
-def variants(size: int, copies: int, wishes: Wishes) -> Iterator[TrainingLayout]:
-    """From the simplest."""
+def variants(size: int, copies: int, constraints: Constraints) -> Iterator[TrainingLayout]:
+    """The layouts for so many devices and copies, the simplest first."""
     for checkpointing in (
-        (False, True) if wishes.activation_checkpointing is None else (wishes.activation_checkpointing,)
+        (False, True) if constraints.activation_checkpointing is None else (constraints.activation_checkpointing,)
     ):
-        for stage in (1, 2) if wishes.zero_stage is None else (wishes.zero_stage,):
-            for cut in (False, True) if wishes.vocab_parallel is None else (wishes.vocab_parallel,):
-                if cut and size == 1 and wishes.vocab_parallel is None:
+        for stage in (1, 2) if constraints.zero_stage is None else (constraints.zero_stage,):
+            for sharded in (False, True) if constraints.vocab_parallel is None else (constraints.vocab_parallel,):
+                if sharded and size == 1 and constraints.vocab_parallel is None:
                     continue
-                if stage == 2 and copies == 1 and wishes.zero_stage is None:
+                if stage == 2 and copies == 1 and constraints.zero_stage is None:
                     continue
-                yield TrainingLayout(size, copies, 1, 1, stage, checkpointing, cut, wishes.precision)
+                yield TrainingLayout(size, copies, 1, 1, stage, checkpointing, sharded, constraints.precision)
 
 
-def beside_the_point(layout: TrainingLayout, found: Sequence[Prediction], batches: list[int], wishes: Wishes) -> bool:
-    """Whether it only saves memory that is not needed: a simpler choice already fits the largest micro-batch."""
+def saves_memory_in_vain(
+    layout: TrainingLayout, found: Sequence[Prediction], batches: list[int], constraints: Constraints
+) -> bool:
+    """Whether a simpler layout already fits the largest micro-batch, so that this one only saves memory."""
     return any(
         prediction.layout.sub_layer_parallel_size == layout.sub_layer_parallel_size
         and prediction.layout.micro_batch_size == batches[-1]
         and prediction.layout.vocab_parallel == layout.vocab_parallel
         and (
-            (layout.activation_checkpointing and wishes.activation_checkpointing is None)
-            or (layout.zero_stage == 2 and wishes.zero_stage is None)
+            (layout.activation_checkpointing and constraints.activation_checkpointing is None)
+            or (layout.zero_stage == 2 and constraints.zero_stage is None)
         )
         for prediction in found
     )
@@ -144,7 +146,7 @@ def beside_the_point(layout: TrainingLayout, found: Sequence[Prediction], batche
 def largest_that_fits(
     config: ModelConfig, layout: TrainingLayout, batches: list[int], of_copy: int, cluster: Cluster
 ) -> TrainingLayout | tuple[TrainingLayout, Memory]:
-    """With the largest of `batches` whose memory fits; or with the smallest, and what that would take."""
+    """The layout with the largest of `batches` that fits; if none fits, that with the smallest and its memory."""
 
     def sized(batch: int) -> TrainingLayout:
         return replace(layout, micro_batch_size=batch, accumulation_steps=of_copy // batch)
@@ -154,9 +156,9 @@ def largest_that_fits(
 
     if memory(batches[-1]).total <= cluster.usable_bytes:
         return sized(batches[-1])
-    smallest = memory(batches[0])
-    if smallest.total > cluster.usable_bytes:
-        return sized(batches[0]), smallest
+    least = memory(batches[0])
+    if least.total > cluster.usable_bytes:
+        return sized(batches[0]), least
     fits, fails = 0, len(batches) - 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
@@ -168,7 +170,7 @@ def largest_that_fits(
 
 
 def ranked(found: Sequence[Prediction]) -> list[Prediction]:
-    """The simplest of the fastest first, the others by speed."""
+    """The simplest of the fastest layouts first, then the others by speed."""
     by_speed = sorted(found, key=lambda prediction: -prediction.tokens_per_second)
     alike = [p for p in by_speed if p.tokens_per_second > (1 - ALIKE) * by_speed[0].tokens_per_second]
     best = min(alike, key=lambda prediction: complexity(prediction.layout))
@@ -186,13 +188,13 @@ def describe(layout: TrainingLayout) -> str:
         f"P={layout.sub_layer_parallel_size} x {layout.data_parallel_size} copies",
         f"ZeRO-{layout.zero_stage}",
         "checkpointing" if layout.activation_checkpointing else "",
-        "cut vocabulary" if layout.vocab_parallel else "",
+        "sharded vocabulary" if layout.vocab_parallel else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
 def describe_too_large(config: ModelConfig, cluster: Cluster, too_large: list[tuple[TrainingLayout, Memory]]) -> str:
-    """Which part is too large, and what would fit."""
+    """An error message: which part of the memory is too large, and what would fit."""
     layout, memory = min(too_large, key=lambda pair: pair[1].total)
     part, size = max(memory.parts.items(), key=lambda item: item[1])
     message = (
@@ -206,27 +208,28 @@ def describe_too_large(config: ModelConfig, cluster: Cluster, too_large: list[tu
         if predict_memory(config, more).total <= cluster.usable_bytes:
             ways.append(f"{times} times as many devices")
             break
-    thrifty = replace(layout, activation_checkpointing=True, zero_stage=2, accumulation_steps=1, micro_batch_size=1)
-    if thrifty != layout and predict_memory(config, thrifty).total <= cluster.usable_bytes:
+    smallest = replace(layout, activation_checkpointing=True, zero_stage=2, accumulation_steps=1, micro_batch_size=1)
+    if smallest != layout and predict_memory(config, smallest).total <= cluster.usable_bytes:
         ways.append("micro_batch_size=1 zero_stage=2 activation_checkpointing=true")
     return f"{message}; use {' or '.join(ways) or 'a smaller model, or devices with more memory'}"
 
 
 def reasons(plan: Plan, cluster: Cluster, config: ModelConfig) -> list[str]:
-    """Why the best is the best, in words."""
+    """Sentences that explain the best layout."""
     best = plan.best
     layout, time = best.layout, best.time
     sentences = []
     size, per_node = layout.sub_layer_parallel_size, int(cluster.devices_per_node or 1)
     if size > per_node:
         sentences.append(
-            f"warning: a copy of {size} devices crosses nodes of {per_node}; its exchange takes {cluster.inter_node}"
+            f"warning: a copy of {size} devices spans several nodes of {per_node} and communicates over "
+            f"{cluster.inter_node}"
         )
     if size > 1:
         exposed, behind = 1e3 * time.exchange, 1e3 * time.hidden
-        sentences.append(f"P={size}: {behind:.1f} ms of its exchange hide behind attention, {exposed:.1f} ms do not")
+        sentences.append(f"P={size}: {behind:.1f} ms of communication hide behind attention, {exposed:.1f} ms do not")
     else:
-        sentences.append("P=1: each device has the whole model, so nothing is exchanged within a micro-batch")
+        sentences.append("P=1: each device has the whole model, so a micro-batch needs no communication")
     others = [p for p in plan.ranked[1:] if p.layout.sub_layer_parallel_size != size]
     if others:
         sentences.append(f"P={others[0].layout.sub_layer_parallel_size} {why_slower(others[0], best)}")
@@ -254,7 +257,7 @@ def describe_micro_batch(best: Prediction, config: ModelConfig) -> str:
 
 
 def why_slower(other: Prediction, best: Prediction) -> str:
-    """What takes longer than in the best, most first."""
+    """How much longer than the best layout it takes, and which part of the step most of that is."""
     slower = other.time.total - best.time.total
     differences = {name: seconds - best.time.parts[name] for name, seconds in other.time.parts.items()}
     name, most = max(differences.items(), key=lambda item: item[1])

@@ -19,7 +19,7 @@ from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
 from kraken_train.training.optim import LARGEST_BUCKET
 
-COPY, DATA = "model copy", "data"  # groups: the devices of a copy; those of all copies with the same part
+COPY, DATA = "model copy", "data"  # groups: the devices of a copy; the devices of all copies that hold the same part
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Collective:
         return {name: getattr(self, name) for name in names}
 
     def seconds(self, layout: TrainingLayout, cluster: Cluster) -> float:
-        """Of one of them."""
+        """The time of one of them, in seconds."""
         if self.group == COPY:
             ranks, stride = layout.sub_layer_parallel_size, 1
         else:
@@ -57,7 +57,7 @@ class Collective:
             return link.all_reduce_seconds(self.size, ranks)
         if self.kind == "all-gather":
             return link.all_gather_seconds(self.size, ranks)
-        return link.seconds(self.size)  # a broadcast passes all of it over each link
+        return link.seconds(self.size)  # a broadcast sends all bytes over each link
 
 
 def predict_traffic(config: ModelConfig, layout: TrainingLayout) -> list[Collective]:
@@ -65,7 +65,7 @@ def predict_traffic(config: ModelConfig, layout: TrainingLayout) -> list[Collect
 
 
 def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collective]:
-    """Once per micro-batch, except for the last."""
+    """Collectives among the devices of a copy: in each micro-batch, the broadcasts once a step."""
     ranks, steps = layout.sub_layer_parallel_size, layout.accumulation_steps
     if ranks == 1:
         return
@@ -86,13 +86,14 @@ def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collect
 
 
 def loss_chunks(config: ModelConfig, layout: TrainingLayout) -> int:
-    """Parts in which the head computes logits, see `kraken_train.model.cross_entropy`."""
+    """Chunks in which the head computes logits, see `kraken_train.model.cross_entropy`."""
     rows = -(-config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1))
     tokens = layout.micro_batch_size * config.context_length
     return -(-tokens // max(1, LOGITS_AT_ONCE // rows))
 
 
 def among_copies(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collective]:
+    """Collectives among devices of different copies."""
     if layout.data_parallel_size == 1:
         return
     own = shards(config, layout)

@@ -114,7 +114,8 @@ def test_events() -> None:
     for cat, on_gpu in (("cuda_runtime", True), ("gpu_user_annotation", True), ("cpu_op", True), ("kernel", False)):
         assert parse_event({**event, "cat": cat}, on_gpu) is None
     waiting = {**event, "cat": "cpu_op", "name": "Reduce"}
-    assert parse_event(waiting, on_gpu=False) is None and parse_event({**event, "ph": "M"}, on_gpu=False) is None
+    assert parse_event(waiting, on_gpu=False) is None
+    assert parse_event({**event, "ph": "M"}, on_gpu=False) is None
     gloo = {**event, "cat": "user_annotation", "name": "gloo:all_reduce"}
     assert parse_event(gloo, on_gpu=False) is not None
 

@@ -74,9 +74,11 @@ def test_a_kraken_whose_heads_can_be_shared(size: str, degree: int, asked: int, 
     kraken = model_with(settings, size, degree, "kraken", "gqa")
     assert isinstance(kraken, KrakenConfig)
     assert (kraken.heads_per_sub_layer, kraken.heads_per_sub_layer // kraken.kv_heads) == (heads, sharing)
-    assert abs(layer_excess("kraken", kraken.hidden_size, SIZES[size], degree)) < 0.03 and kraken.head_dim % 16 == 0
+    assert abs(layer_excess("kraken", kraken.hidden_size, SIZES[size], degree)) < 0.03
+    assert kraken.head_dim % 16 == 0
     standard = model_with(settings, size, degree, "standard", "gqa")
-    assert isinstance(standard, GPTConfig) and standard.num_heads // standard.kv_heads == asked
+    assert isinstance(standard, GPTConfig)
+    assert standard.num_heads // standard.kv_heads == asked
 
 
 def test_weights_by_hand(rows: list[MemoryRow]) -> None:
@@ -96,14 +98,17 @@ def test_the_command(tmp_path: Path) -> None:
         "batch_sizes=[1,2]", "device=cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "Memory per device" in result.stdout and "computed for bfloat16" in result.stdout
+    assert "Memory per device" in result.stdout
+    assert "computed for bfloat16" in result.stdout
     record = json.loads((tmp_path / "kv_memory.json").read_text())
-    assert len(record["rows"]) == 2 * 3 * 2 and all(row["measured_cache"] is None for row in record["rows"])
+    assert len(record["rows"]) == 2 * 3 * 2
+    assert all(row["measured_cache"] is None for row in record["rows"])
     sharing = {
         (row["architecture"], row["attention"]): (row["kv_heads"], row["heads_per_kv_head"]) for row in record["rows"]
     }
     assert [sharing["standard", form] for form in ("mha", "gqa", "mqa")] == [(8, 1), (2, 4), (1, 8)]
-    assert "heads per" in result.stdout and "kv head" in result.stdout
+    assert "heads per" in result.stdout
+    assert "kv head" in result.stdout
     assert (tmp_path / "kv_memory_tiny.png").stat().st_size > 10_000
 
 
@@ -130,4 +135,5 @@ def test_wrong_settings(change: dict[str, Any], message: str) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = user_error(run_here("kraken_train.bench.kv_memory", f"output_dir={tmp_path / 'file' / 'x'}"))
-    assert "output_dir=" in message and "cannot be written to" in message
+    assert "output_dir=" in message
+    assert "cannot be written to" in message

@@ -82,7 +82,8 @@ def contender_that_waits(architecture: str, each: float) -> tuple[Contender, flo
     width = tried.model.config.hidden_size
     number = {"kraken": 2, "standard": 4}[architecture]  # of two layers: L - 1 and the conjunction, and 2 L
     asked = number * (each + 1.5 * 4 * 8 * width / 1e9) + each + 0.75 * 4 * 64 / 1e9
-    assert tried.traffic.all_reduces == number and tried.traffic.all_gathers == 1
+    assert tried.traffic.all_reduces == number
+    assert tried.traffic.all_gathers == 1
     assert tried.traffic.num_bytes == number * 4 * 8 * width + 4 * 64
     assert tried.traffic.seconds == pytest.approx(asked, rel=1e-12)
     return tried, asked
@@ -112,12 +113,14 @@ def test_free_is_computation_alone(architecture: str) -> None:
     """Where communication costs nothing the work is that of the computation, and nothing is issued."""
     tried = contender(architecture, FREE, NoLink())
     assert tried.prefill(OVERLAPPED).equal(tried.prefill(SILENT))
-    assert tried.traffic.all_reduces == 2 and tried.traffic.seconds == 0
+    assert tried.traffic.all_reduces == 2
+    assert tried.traffic.seconds == 0
     done: dict[str, list[str]] = {OVERLAPPED: [], SILENT: []}
     for variant, operators in done.items():
         with Recorded(operators):
             tried.prefill(variant)
-    assert done[OVERLAPPED] == done[SILENT] and len(done[SILENT]) > 20
+    assert done[OVERLAPPED] == done[SILENT]
+    assert len(done[SILENT]) > 20
     with pytest.raises(AssertionError, match=r"all_reduce of 0.03"):
         contender(architecture, SLOW, NoLink()).prefill(OVERLAPPED)
 
@@ -143,7 +146,8 @@ def test_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     clock.seconds = computed = 0.13
     communicator.wait(first)
     assert clock.seconds == computed, "it has been under way meanwhile"
-    assert communicator.wait(second).equal(streams[0]) and communicator.wait(first).equal(streams.sum(dim=0))
+    assert communicator.wait(second).equal(streams[0])
+    assert communicator.wait(first).equal(streams.sum(dim=0))
     assert clock.seconds == pytest.approx(0.2, rel=1e-6), "one after the other, as on one link"
 
 

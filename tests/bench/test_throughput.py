@@ -40,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     record = json.loads((folder / "throughput.json").read_text())
-    assert record["ranks"] == 2 and record["data_parallel_size"] == 1 and record["device"].startswith("CPU")
+    assert record["ranks"] == 2
+    assert record["data_parallel_size"] == 1
+    assert record["device"].startswith("CPU")
     assert record["settings"]["parallel"]["sub_layer_parallel_size"] == 2
     assert set(record["deepspeed_over_torch"]) == set(MODELS)
     for result in record["results"]:
@@ -77,7 +79,8 @@ def test_command(tmp_path: Path) -> None:
     ran = run_module("kraken_train.bench.throughput", *settings)
     assert ran.returncode == 0, ran.stderr
     for result in json.loads((tmp_path / "throughput.json").read_text())["results"]:
-        assert result["tokens_per_step"] == 2 * 32 and result["mfu"]["total"] > 0
+        assert result["tokens_per_step"] == 2 * 32
+        assert result["mfu"]["total"] > 0
         assert 0 < sum(result["phase_seconds"].values()) <= result["step_seconds"]["median"] * (1 + 1e-9)
         assert result["model"] in ran.stdout
 
@@ -112,7 +115,8 @@ def test_a_slowed_model_shows(results: dict[tuple[str, str], dict[str, Any]]) ->
 @pytest.mark.slow
 def test_models_that_do_not_fit_together(folder: Path) -> None:
     (apart,) = json.loads((folder / "checks.json").read_text())["apart"]
-    assert len(apart["rounds"]) == 2 and apart["tokens_per_step"] == 2 * TOKENS, "two copies"
+    assert len(apart["rounds"]) == 2
+    assert apart["tokens_per_step"] == 2 * TOKENS, "two copies"
 
 
 @pytest.mark.slow
@@ -153,10 +157,12 @@ def test_what_fits_together(tmp_path: Path) -> None:
 def test_derived_models(num_sub_layers: int) -> None:
     """The width is one that `derive` finds, and attention kernels take the heads as they are."""
     base, derived = conf_model("gpt2-124m"), conf_model(f"kraken-125m-{num_sub_layers}way-hw")
-    assert isinstance(derived, KrakenConfig) and derived.num_sub_layers == num_sub_layers
+    assert isinstance(derived, KrakenConfig)
+    assert derived.num_sub_layers == num_sub_layers
     assert abs(derived.num_parameters / base.num_parameters - 1) <= 0.03
     assert derived.hidden_size in {found.config.hidden_size for found in derive(base, num_sub_layers, 0.03)}
-    assert derived.head_dim % 8 == 0 and derived.head_dim <= 128
+    assert derived.head_dim % 8 == 0
+    assert derived.head_dim <= 128
 
 
 @pytest.mark.parametrize(

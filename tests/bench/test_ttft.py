@@ -70,9 +70,13 @@ def test_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = run_here("kraken_train.bench.ttft", *arguments(tmp_path, **slow))
     assert ran.returncode == 0, ran.stderr
     record = load(tmp_path)
-    assert record["kind"] == "simulated" and record["device"].startswith("CPU") and record["processes"] == 1
-    assert record["interconnect"]["name"] == "pcie4" and record["interconnect"]["changed"]
-    assert record["interconnect"]["latency_us"] == 25000 and record["interconnect"]["bus_bandwidth"] == 20
+    assert record["kind"] == "simulated"
+    assert record["device"].startswith("CPU")
+    assert record["processes"] == 1
+    assert record["interconnect"]["name"] == "pcie4"
+    assert record["interconnect"]["changed"]
+    assert record["interconnect"]["latency_us"] == 25000
+    assert record["interconnect"]["bus_bandwidth"] == 20
     assert record["versions"]["torch"] == torch.__version__
     results = {result["architecture"]: result for result in record["results"]}
     collectives = {"kraken": 2, "standard": 4, "parallel": 2}
@@ -96,9 +100,11 @@ def test_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert token == pytest.approx(computed + 0.025 * (collectives[name] + 1) - hidden, rel=0.01)
         # The profile is of real time, of which a transfer takes what is left of it when it is waited for.
         parts = {part: figure["seconds"] for part, figure in result["breakdown"].items()}
-        assert parts.pop("hidden_all_reduce") >= 0 and sum(parts.values()) > asked["seconds"] - hidden
+        assert parts.pop("hidden_all_reduce") >= 0
+        assert sum(parts.values()) > asked["seconds"] - hidden
         assert parts["exposed_all_reduce"] > 0.025 * collectives[name] - hidden
-        assert result["scaled_from_layers"] is None and result["interleaved"]
+        assert result["scaled_from_layers"] is None
+        assert result["interleaved"]
     faster = record["summary"]["kraken"]["speed_up_over_standard"]["value"]
     assert faster == pytest.approx(0.145 / 0.085 - 1, rel=0.01)
     for text in ("simulated", "pcie4 (changed)", "standard", f"{faster:+.1%} over the standard"):
@@ -110,16 +116,21 @@ def test_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks(tmp_path: Path) -> None:
     launch_ranks(2, "-m", "kraken_train.bench.ttft", *arguments(tmp_path, degrees="null", repeats="1"))
     record = load(tmp_path)
-    assert record["kind"] == "measured" and record["processes"] == 2
+    assert record["kind"] == "measured"
+    assert record["processes"] == 2
     assert record["interconnect"] == {"name": "gloo"}
     for result in record["results"]:
-        assert result["devices"] == 2 and result["asked_of_interconnect"]["all_gathers"] == 1
+        assert result["devices"] == 2
+        assert result["asked_of_interconnect"]["all_gathers"] == 1
         assert "seconds" not in result["asked_of_interconnect"]
-        assert seconds(result, "ttft", "measured") > 0 and seconds(result, "compute_alone", "measured") > 0
+        assert seconds(result, "ttft", "measured") > 0
+        assert seconds(result, "compute_alone", "measured") > 0
         parts = {part: figure["seconds"] for part, figure in result["breakdown"].items()}
-        assert parts["gemm"] > 0 and parts["exposed_all_reduce"] > 0
+        assert parts["gemm"] > 0
+        assert parts["exposed_all_reduce"] > 0
     assert '"kind": "simulated"' not in (tmp_path / "ttft.json").read_text()
-    assert (tmp_path / "speed_up.png").is_file() and (tmp_path / "breakdown.png").is_file()
+    assert (tmp_path / "speed_up.png").is_file()
+    assert (tmp_path / "breakdown.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -164,12 +175,14 @@ def test_plan() -> None:
     everything, largest = sum(need(96) for need in needs.values()), max(need(96) for need in needs.values())
     assert make_plan(models, 4, CONDITIONS, everything).groups == (architectures(),)
     one_by_one = make_plan(models, 4, CONDITIONS, everything - 1)
-    assert one_by_one.groups == tuple((name,) for name in architectures()) and one_by_one.depths == (96,)
+    assert one_by_one.groups == tuple((name,) for name in architectures())
+    assert one_by_one.depths == (96,)
     assert make_plan(models, 4, CONDITIONS, largest).groups == one_by_one.groups
     for usable in (largest - 1, sum(need(5) for need in needs.values())):
         scaled = make_plan(models, 4, CONDITIONS, usable)
         few, more = scaled.depths
-        assert scaled.groups == (architectures(),) and 1 <= few < more <= 12
+        assert scaled.groups == (architectures(),)
+        assert 1 <= few < more <= 12
         assert sum(need(more) for need in needs.values()) <= usable
     on_cpu = replace(CONDITIONS, device=torch.device("cpu"))
     for conditions, usable in ((on_cpu, largest - 1), (CONDITIONS, 10**9)):
@@ -217,7 +230,9 @@ def test_spread() -> None:
     assert spread("compute_alone") == (100, 200, 400)
     assert record["attention_kernels"] == ("flash",)
     printed = rendered([one_result()])
-    assert "3.000 ± 1.000" in printed and "5.000 ± 0.000" in printed and "half the distance" in printed
+    assert "3.000 ± 1.000" in printed
+    assert "5.000 ± 0.000" in printed
+    assert "half the distance" in printed
 
 
 def rendered(results: list[Result]) -> str:
@@ -228,11 +243,13 @@ def rendered(results: list[Result]) -> str:
 
 def test_marks(tmp_path: Path) -> None:
     """What was not run in turns, or not at its depth, says so wherever it is shown."""
-    assert footnote([one_result()]) is None and "TINY†" not in rendered([one_result()])
+    assert footnote([one_result()]) is None
+    assert "TINY†" not in rendered([one_result()])
     for scaled_from, mark in ((None, "†"), ((4, 12), "*†")):
         result = one_result(interleaved=False, scaled_from=scaled_from)
         printed = rendered([result])
-        assert f"TINY{mark}" in printed and "† the models fit into memory only one by one" in printed
+        assert f"TINY{mark}" in printed
+        assert "† the models fit into memory only one by one" in printed
         assert ("* does not fit into memory" in printed) == (scaled_from is not None)
         assert short_label(result.case, result).startswith(f"TINY{mark}\n")
         with mock.patch.object(Figure, "suptitle") as title:
@@ -245,7 +262,8 @@ def test_slowest_rank() -> None:
     others = [[(1.0, 20.0), (5.0, 6.0)], [(2.0, 10.0), (4.0, 7.0)]]
     runtime = mock.Mock(gather=lambda own: [*others, own])
     first, further = of_slowest([(0.0, 0.0), (0.0, 9.0)], runtime)
-    assert first.tolist() == [2, 5] and further.tolist() == [20, 9]
+    assert first.tolist() == [2, 5]
+    assert further.tolist() == [20, 9]
 
 
 def test_attention_kernels() -> None:

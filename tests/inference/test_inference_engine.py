@@ -115,7 +115,8 @@ class Recorded:
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         for own, given in zip(self.inputs, arguments, strict=True):
-            assert own.shape == given.shape and own.dtype == given.dtype
+            assert own.shape == given.shape
+            assert own.dtype == given.dtype
             own.copy_(given)
         return self.function(*self.inputs)
 

@@ -57,6 +57,7 @@ def test_size() -> None:
     cache = KeyValueCache(rough_model(config, torch.bfloat16), batch_size=5, capacity=11)
     assert len(cache.prefill) == len(cache.decode) == config.num_layers
     for before, after in zip(cache.prefill, cache.decode, strict=True):
-        assert before.keys is after.keys and before.values is after.values
+        assert before.keys is after.keys
+        assert before.values is after.values
         assert before.keys.shape == before.values.shape == (3 * 5, 2, 11, 8)
         assert before.keys.dtype == torch.bfloat16

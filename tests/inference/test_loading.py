@@ -49,7 +49,8 @@ def test_no_other_share_is_done_earlier(speeds: tuple[float, ...]) -> None:
         possible = [c for c in itertools.product(range(1, total + 1), repeat=len(speeds)) if sum(c) == total]
         best = min(max(n / s for n, s in zip(c, speeds, strict=True)) for c in possible)
         found = [share.count for share in share_units(total, speeds)]
-        assert sum(found) == total and max(n / s for n, s in zip(found, speeds, strict=True)) == best
+        assert sum(found) == total
+        assert max(n / s for n, s in zip(found, speeds, strict=True)) == best
 
 
 @pytest.mark.parametrize("speeds", [[], [1.0] * 4, [1.0, 0.0], [1.0, float("inf")]])

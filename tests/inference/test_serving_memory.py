@@ -48,7 +48,8 @@ def test_bytes_follow_the_dtype_and_the_prompt() -> None:
         2 * size for size in (narrow.weights, narrow.cache, narrow.activations)
     )
     short = serving_memory(config, units, 2, 20, torch.float32, prompt_tokens=5)
-    assert short.cache == wide.cache and short.activations < wide.activations / 2
+    assert short.cache == wide.cache
+    assert short.activations < wide.activations / 2
 
 
 def test_too_little_memory_is_told_for_each_device() -> None:

@@ -45,7 +45,8 @@ def test_logits(report: Report, case: Case) -> None:
     """Of prompts of unequal lengths and of 64 further tokens, against the whole model; the same on all ranks."""
     for rank in range(len(case[1])):
         found = report["cases"][rank][case_name(case)]
-        assert found["error"] < 1e-5 and found["equal"]
+        assert found["error"] < 1e-5
+        assert found["equal"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)

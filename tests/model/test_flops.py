@@ -47,4 +47,5 @@ def test_attention_is_counted() -> None:
 
 def test_the_peak_of_a_cpu_is_measured() -> None:
     peak = device_peak_flops(torch.device("cpu"), "fp32")
-    assert peak is not None and 1e8 < peak < 1e14
+    assert peak is not None
+    assert 1e8 < peak < 1e14

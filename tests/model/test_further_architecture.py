@@ -101,7 +101,9 @@ class ThreadSum:
             self.parts[rank] = buffer.clone()
             self.barrier.wait()
             first, second = self.parts
-            assert first is not None and second is not None and op == dist.ReduceOp.SUM
+            assert first is not None
+            assert second is not None
+            assert op == dist.ReduceOp.SUM
             buffer.copy_(first + second)
             self.barrier.wait()
             return self
@@ -143,7 +145,8 @@ def test_two_ranks_are_the_whole_model(config: FFNFirstConfig, recompute: bool) 
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and max(errors) < 1e-12
+    assert not failures
+    assert max(errors) < 1e-12
     declared = sum(all_reduces.count for all_reduces in config.all_reduces)
     # As the model has two parts a layer, forward and backward; recomputation adds none.
     assert total.calls[0] == total.calls[1] == declared == 4 * config.num_layers
@@ -155,9 +158,11 @@ def test_plan() -> None:
     assert {one.purpose: one.count for one in predict_traffic(CONFIG, two)}[REDUCED] == 2 * 4 * CONFIG.num_layers
     alone, shared = predict(CONFIG, TrainingLayout(1, 1, 4, 2), cluster), predict(CONFIG, two, cluster)
     assert alone.time.exchange == alone.time.hidden == shared.time.hidden == 0 < shared.time.exchange
-    assert shared.memory.weights < alone.memory.weights and shared.memory.activations < alone.memory.activations
+    assert shared.memory.weights < alone.memory.weights
+    assert shared.memory.activations < alone.memory.activations
     again = predict(CONFIG, dataclasses.replace(two, activation_checkpointing=True), cluster)
-    assert again.memory.activations < shared.memory.activations and again.time.recomputation > 0
+    assert again.memory.activations < shared.memory.activations
+    assert again.time.recomputation > 0
     # The standard form with as wide an FFN computes and moves as much, in another order.
     standard = ARCHITECTURES["standard"](
         num_layers=3, hidden_size=32, num_heads=4, vocab_size=96, context_length=24, ffn_multiplier=3
@@ -177,7 +182,8 @@ def compose_cluster() -> Any:
 def test_benchmarks(tmp_path: Path) -> None:
     assert architectures() == ("kraken", "standard", "parallel", NAME)
     model = model_config(NAME, SIZES["tiny"], 2, 96, 64)
-    assert isinstance(model, FFNFirstConfig) and (model.hidden_size, model.heads) == (448, 8)
+    assert isinstance(model, FFNFirstConfig)
+    assert (model.hidden_size, model.heads) == (448, 8)
     assert variants_of(model) == (OVERLAPPED, SILENT)
     with pytest.raises(ConfigError, match=r"degrees=3 does not divide the 8 heads of sizes=tiny"):
         model_config(NAME, SIZES["tiny"], 3, 96, 64)
@@ -196,7 +202,8 @@ def test_benchmarks(tmp_path: Path) -> None:
 
 def test_derive() -> None:
     candidate = derive(dataclasses.replace(CONFIG, hidden_size=256), 2, 0.2)[0]
-    assert candidate.config.num_sub_layers == 2 and abs(candidate.difference) <= 0.2
+    assert candidate.config.num_sub_layers == 2
+    assert abs(candidate.difference) <= 0.2
 
 
 @pytest.mark.parametrize("config", [CONFIG, GROUPED])
@@ -226,7 +233,8 @@ def test_reports(tmp_path: Path) -> None:
     write_small_export(tmp_path / "e", CONFIG, None)
     write_card(tmp_path / "e")
     card = (tmp_path / "e" / CARD_FILE).read_text(encoding="utf-8")
-    assert "A language model whose FFN comes first. Trained with kraken-train." in card and f"- {NAME}\n" in card
+    assert "A language model whose FFN comes first. Trained with kraken-train." in card
+    assert f"- {NAME}\n" in card
     assert describe_model(CONFIG) == "FFN-first GPT, 3 layers of 32"
 
 

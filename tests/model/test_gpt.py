@@ -49,7 +49,8 @@ def test_standard_form_is_gpt2() -> None:
         renamed[f"{their}.mlp.c_fc.weight"] = ours[f"{mine}.ffn.up.weight"].T
         renamed[f"{their}.mlp.c_proj.weight"] = ours[f"{mine}.ffn.down.weight"].T
     missing, unexpected = theirs.load_state_dict(renamed, strict=False)
-    assert not unexpected and all(name.endswith(".bias") for name in missing)
+    assert not unexpected
+    assert all(name.endswith(".bias") for name in missing)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name.endswith(".bias"):

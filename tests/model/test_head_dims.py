@@ -33,12 +33,14 @@ WRONG: dict[str, tuple[ModelConfig, int]] = {
 def test_what_is_named_instead(name: str) -> None:
     config, size = WRONG[name]
     note = head_size_note(config)
-    assert note is not None and f"makes heads of {size}," in note
+    assert note is not None
+    assert f"makes heads of {size}," in note
     before, after = note.split("nearest in parameters")
     settings = {key: int(value) for key, value in re.findall(r"model\.(\w+)=(\d+)", after)}
     assert set(settings) == set(re.findall(r"model\.(\w+)=", before))
     other = dataclasses.replace(config, **settings)  # which also validates it
-    assert head_size_note(other) is None and f"heads of {other.head_dim}" in after
+    assert head_size_note(other) is None
+    assert f"heads of {other.head_dim}" in after
     difference = other.num_parameters / config.num_parameters - 1
     assert f"({difference:+.1%})" in after
     assert abs(difference) < 0.04 or name == "tiny"

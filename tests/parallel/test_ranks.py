@@ -110,7 +110,8 @@ def test_a_process_alone_needs_no_address(monkeypatch: pytest.MonkeyPatch) -> No
     store = rendezvous.connect_ranks(read_runtime())
     try:
         store.set("key", "value")
-        assert store.get("key") == b"value" and dist.get_world_size() == 1
+        assert store.get("key") == b"value"
+        assert dist.get_world_size() == 1
     finally:
         dist.destroy_process_group()
 
@@ -154,26 +155,27 @@ def test_all_who_are_there_hear_who_is_not() -> None:
 @pytest.mark.parametrize(
     ("runtime", "reason"),
     [
-        (Runtime(0, 0, 5, 5), "ranks 1-4 of 5 have not come there"),
-        (TWO_RANKS[0], "rank 1 of 2 has not come there"),
-        (TWO_RANKS[1], r"rank 0 does not answer there \(Connection refused\)"),
+        (Runtime(0, 0, 5, 5), "ranks 1-4 of 5 have not connected"),
+        (TWO_RANKS[0], "rank 1 of 2 has not connected"),
+        (TWO_RANKS[1], r"rank 0 does not answer \(Connection refused\)"),
     ],
 )
-def test_who_waits_says_for_whom(
+def test_a_waiting_rank_reports_which_are_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     address: str,
     runtime: Runtime,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(rendezvous, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 0.0)
     with pytest.raises(RendezvousError, match=f"could not meet at {address}: {reason} within 0.2 s"):
         Meeting(runtime, 0.2).store()
-    told = capsys.readouterr().err.splitlines()
+    reported = capsys.readouterr().err.splitlines()
     if runtime.local_rank:
-        assert told == [], "one rank of a machine is enough"
+        assert reported == [], "one rank of a machine is enough"
     else:
-        assert len(told) == 1 and told[0].startswith(f"rank {runtime.rank} waits at {address}: ")
+        assert len(reported) == 1
+        assert reported[0].startswith(f"rank {runtime.rank} waits at {address}: ")
 
 
 def test_ranks_in_words() -> None:
@@ -199,14 +201,14 @@ def test_errors_reach_all_ranks_alone() -> None:
 def test_sums_go_where_the_group_can_communicate(monkeypatch: pytest.MonkeyPatch, backends: str, device: str) -> None:
     """A device named meta stands for the rank's GPU. Groups of ranks are tried in checkpoints/test_store.py."""
 
-    class Reached(Exception):
+    class ReachedError(Exception):
         pass
 
     def all_reduce(tensor: torch.Tensor, group: object) -> None:
-        raise Reached(tensor.device.type)
+        raise ReachedError(tensor.device.type)
 
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(Runtime, "device", torch.device("meta"))
-    with pytest.raises(Reached, match=device):
+    with pytest.raises(ReachedError, match=device):
         Runtime(0, 0, 2, 2).sum([1.0])

@@ -147,7 +147,7 @@ def share_of_rank(engine: Engine, config: ModelConfig, step: int) -> list[torch.
     return list(shares[engine.mesh.data_rank :: copies])
 
 
-def plain_twin(config: ModelConfig, steps: range) -> list[tuple[float, float]]:
+def plain_training(config: ModelConfig, steps: range) -> list[tuple[float, float]]:
     """(loss, gradient norm) per step of the same training in plain PyTorch: one process, the global batch at once."""
     model = build_model(config)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1e-8)

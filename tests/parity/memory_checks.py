@@ -105,12 +105,12 @@ def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
     engine = Engine(model, train, mesh, runtime)
     tokens = torch.randint(case.model.vocab_size, (case.micro_batch_size, case.model.context_length + 1))
     gc.collect()
-    tracker, spoken = MemTracker(), Spoken()
+    tracker, counter = MemTracker(), CollectiveCounter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tracker.track_external(*(tensor for place, tensor in alive().items() if place not in before))
         held = total(tracker, "current")
-        with tracker, spoken:
+        with tracker, counter:
             for _ in range(case.accumulation_steps):
                 tracker.reset_mod_stats()  # of its modules; the peak stays
                 engine.accumulate(tokens[:, :-1], tokens[:, 1:])
@@ -119,11 +119,11 @@ def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
         "state": held,
         "peak": total(tracker, "peak"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "collectives": sorted([*key, number] for key, number in spoken.count.items()),
+        "collectives": sorted([*key, number] for key, number in counter.count.items()),
     }
 
 
-class Spoken(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Counts collectives by kind and bytes: of the result, which of an all-gather is the whole."""
 
     def __init__(self) -> None:

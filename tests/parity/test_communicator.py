@@ -18,7 +18,9 @@ Launched = Callable[..., dict[str, Any]]
 @pytest.mark.parametrize(("ranks", "size"), PLACES)
 def test_golden_file_over_ranks(launched: Launched, ranks: int, size: int) -> None:
     errors = launched(ranks)["exchange"][str(size)]["golden"]
-    assert errors["logits"] < 1e-12 and errors["loss"] < 1e-13 and errors["gradients"] < 1e-6
+    assert errors["logits"] < 1e-12
+    assert errors["loss"] < 1e-13
+    assert errors["gradients"] < 1e-6
 
 
 @pytest.mark.parametrize(("ranks", "size"), PLACES)
@@ -26,7 +28,8 @@ def test_equal_to_the_whole_model(launched: Launched, ranks: int, size: int) -> 
     found = launched(ranks)["exchange"][str(size)]["architectures"]
     assert len(found) >= 2 * 3  # models, with a whole and a sharded vocabulary
     for case, errors in found.items():
-        assert errors["logits"] < 1e-13 and errors["losses"] < 1e-13 and errors["gradients"] < 1e-12, case
+        assert max(errors["logits"], errors["losses"]) < 1e-13, case
+        assert errors["gradients"] < 1e-12, case
 
 
 @pytest.mark.parametrize(("ranks", "size"), PLACES)
@@ -108,6 +111,7 @@ def test_ranks_of_a_copy_are_adjacent(launched: Launched, ranks: int, size: int)
 )
 def test_delays_are_hidden_behind_the_attention(launched: Launched, launch: int | str, check: str) -> None:
     seconds = launched(launch)[check]
-    assert seconds["delays"] >= 0.79 and seconds["attention"] > DELAY
+    assert seconds["delays"] >= 0.79
+    assert seconds["attention"] > DELAY
     assert seconds["hidden"] - seconds["undelayed"] <= 0.10 * seconds["delays"], seconds
     assert seconds["waiting"] - seconds["undelayed"] >= 0.90 * seconds["delays"], seconds

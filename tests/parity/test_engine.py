@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from parity import engine_modes
-from parity.common import plain_twin
+from parity.common import plain_training
 
 RELATIVE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 
 
 @pytest.fixture(scope="module")
 def twin() -> list[tuple[float, float]]:
-    return plain_twin(engine_modes.CONFIG, range(engine_modes.STEPS))
+    return plain_training(engine_modes.CONFIG, range(engine_modes.STEPS))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_traffic(launched: Callable[..., Any], name: str) -> None:
     case = CASES[name]
     real: Counter[tuple[str, int]] = Counter()
     for kind, size, number in result(launched, name)["collectives"]:
-        if not says_nothing(case, kind, size):
+        if not is_over_one_copy(case, kind, size):
             real[group(kind, size)] += number if kind != "broadcast" else size
     predicted: Counter[tuple[str, int]] = Counter()
     for collective in predict_traffic(case.model, case.layout):
@@ -55,7 +55,7 @@ def group(kind: str, size: int) -> tuple[str, int]:
     return (kind, 0) if kind == "broadcast" else (kind, size)
 
 
-def says_nothing(case: Case, kind: str, size: int) -> bool:
+def is_over_one_copy(case: Case, kind: str, size: int) -> bool:
     """DeepSpeed's sum of the gradients over a single copy."""
     alone = case.layout.data_parallel_size == 1 and not case.layout.keeps_accumulator
     return alone and kind == "all-reduce" and size == 4 * shards(case.model, case.layout).elements

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parity.common import MODELS, plain_twin
+from parity.common import MODELS, plain_training
 from parity.conftest import GRIDS, SLOW_RANKS
 from parity.trajectories import STEPS
 
@@ -22,7 +22,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def twins() -> dict[str, list[tuple[float, float]]]:
-    return {name: plain_twin(config, range(STEPS)) for name, config in MODELS.items()}
+    return {name: plain_training(config, range(STEPS)) for name, config in MODELS.items()}
 
 
 @pytest.mark.parametrize(("ranks", "case"), CASES)

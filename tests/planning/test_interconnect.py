@@ -37,10 +37,12 @@ def test_profiles() -> None:
     for name in PROFILES:
         profile = load(name)
         profile.validate()
-        assert profile.name == name and not profile.is_overridden
+        assert profile.name == name
+        assert not profile.is_overridden
         assert "github.com/" in profile.source or profile.is_free
     assert replace(load("h100_nvswitch"), source="") == REFERENCE
-    assert REFERENCE.is_overridden and replace(REFERENCE, name="mine").is_overridden
+    assert REFERENCE.is_overridden
+    assert replace(REFERENCE, name="mine").is_overridden
     megabytes = [load(name).all_reduce_seconds(10**7, 4) for name in ("h100_nvswitch", "a100_nvswitch", "pcie4")]
     assert megabytes == sorted(megabytes)
 

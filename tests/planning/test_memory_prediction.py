@@ -1,4 +1,4 @@
-"""The rehearsal against autograd on real tensors, and what must follow from how memory is shared."""
+"""The trace with fake tensors against autograd on real tensors, and what must follow from how memory is shared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kraken_train.model.config import KrakenConfig
 from kraken_train.model.registry import build_model
-from kraken_train.planning.fake_trace import move_away, rehearse, rehearse_all
+from kraken_train.planning.fake_trace import drop_gradient, trace_all_layers, trace_micro_batch
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import predict_memory, shards
 
@@ -46,18 +46,18 @@ def saved_bytes(name: str, recompute: bool) -> int:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_kept_activations(name: str, recompute: bool) -> None:
     config = small_configs()[name]
-    rehearsed = rehearse(config, replace(ALONE, activation_checkpointing=recompute)).kept
+    traced = trace_micro_batch(config, replace(ALONE, activation_checkpointing=recompute)).kept
     if not recompute:
-        assert rehearsed == pytest.approx(saved_bytes(name, recompute), rel=0.05)
+        assert traced == pytest.approx(saved_bytes(name, recompute), rel=0.05)
     else:  # what checkpoints keep is not autograd's to tell: less than half of what it keeps without them
-        assert rehearsed < 0.5 * rehearse(config, ALONE).kept
+        assert traced < 0.5 * trace_micro_batch(config, ALONE).kept
 
 
 def test_depth_is_continued_exactly() -> None:
     """Eight layers at once against three and four layers and a line through them."""
     for layout in (replace(ALONE, zero_stage=2), replace(ALONE, zero_stage=2, activation_checkpointing=True)):
-        whole = rehearse_all(KRAKEN, replace(layout, zero_stage=1), move_away)
-        assert rehearse(KRAKEN, layout) == whole
+        whole = trace_all_layers(KRAKEN, replace(layout, zero_stage=1), drop_gradient)
+        assert trace_micro_batch(KRAKEN, layout) == whole
 
 
 def test_shares() -> None:
@@ -72,7 +72,8 @@ def test_shares() -> None:
     assert one.optimizer == pytest.approx(12 * elements, rel=1e-3)
     assert one.gradients == pytest.approx(4 * elements, rel=1e-3)
     four = memory(data_parallel_size=4)
-    assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-2) and four.weights == pytest.approx(one.weights)
+    assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-2)
+    assert four.weights == pytest.approx(one.weights)
     assert memory(data_parallel_size=4, zero_stage=2).gradients == pytest.approx(one.gradients / 4, rel=1e-2)
     shared = KRAKEN.hidden_size * (KRAKEN.vocab_size + KRAKEN.context_length + 1)
     share = memory(sub_layer_parallel_size=4)

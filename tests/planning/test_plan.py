@@ -15,7 +15,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.model.config import GPTConfig, KrakenConfig
 from kraken_train.planning.cluster import load_cluster
 from kraken_train.planning.prediction import Prediction
-from kraken_train.planning.search import Wishes, reasons, search
+from kraken_train.planning.search import Constraints, reasons, search
 
 H100 = load_cluster("dgx_h100")
 SMALL = KrakenConfig(4, num_layers=4, hidden_size=256, heads_per_sub_layer=2, vocab_size=4096, context_length=256)
@@ -28,8 +28,11 @@ def test_profiles() -> None:
     for name in PROFILES:
         cluster = load_cluster(name)
         cluster.validate()
-        assert cluster.name == name and cluster.source
-        assert cluster.peak_flops("bf16") > 0 and cluster.bandwidth > 0 and cluster.usable_bytes > 0
+        assert cluster.name == name
+        assert cluster.source
+        assert cluster.peak_flops("bf16") > 0
+        assert cluster.bandwidth > 0
+        assert cluster.usable_bytes > 0
     assert load_cluster("dgx_a100").peak_flops("bf16") == 312e12
 
 
@@ -43,21 +46,24 @@ def test_groups_within_and_between_nodes() -> None:
 def test_what_fits_is_ranked() -> None:
     plan = search(SMALL, H100, nodes=1, global_batch_size=256)
     speeds = [prediction.tokens_per_second for prediction in plan.ranked]
-    assert speeds[0] > 0.98 * max(speeds) and all(a >= b for a, b in itertools.pairwise(speeds[1:]))
+    assert speeds[0] > 0.98 * max(speeds)
+    assert all(a >= b for a, b in itertools.pairwise(speeds[1:]))
     for prediction in plan.ranked:
         layout = prediction.layout
-        assert layout.devices == 8 and layout.global_batch_size == 256
-        assert prediction.fits and 0 < prediction.mfu < 1
+        assert layout.devices == 8
+        assert layout.global_batch_size == 256
+        assert prediction.fits
+        assert 0 < prediction.mfu < 1
     assert {prediction.layout.sub_layer_parallel_size for prediction in plan.ranked} == {1, 2, 4}
     assert "P=8 does not divide model.num_sub_layers=4" in plan.refused
     assert any("micro_batch_size=" in reason for reason in reasons(plan, H100, SMALL))
 
 
 def test_less_memory_changes_the_choice() -> None:
-    wishes = Wishes(sub_layer_parallel_size=1, zero_stage=1, activation_checkpointing=False)
+    constraints = Constraints(sub_layer_parallel_size=1, zero_stage=1, activation_checkpointing=False)
 
     def best(memory_gb: float) -> Prediction:
-        return search(SMALL, replace(H100, memory_gb=memory_gb), 1, 128, wishes).best
+        return search(SMALL, replace(H100, memory_gb=memory_gb), 1, 128, constraints).best
 
     roomy, tight = best(85.0), best(4.5)
     assert tight.layout.micro_batch_size < roomy.layout.micro_batch_size
@@ -66,28 +72,33 @@ def test_less_memory_changes_the_choice() -> None:
 
 
 def test_what_the_user_fixes_stays() -> None:
-    wishes = Wishes(2, micro_batch_size=4, zero_stage=2, activation_checkpointing=True, vocab_parallel=True)
-    (only,) = search(SMALL, H100, 1, 256, wishes).ranked
+    constraints = Constraints(2, micro_batch_size=4, zero_stage=2, activation_checkpointing=True, vocab_parallel=True)
+    (only,) = search(SMALL, H100, 1, 256, constraints).ranked
     layout = only.layout
     assert (layout.sub_layer_parallel_size, layout.micro_batch_size, layout.accumulation_steps) == (2, 4, 16)
-    assert layout.zero_stage == 2 and layout.activation_checkpointing and layout.vocab_parallel
+    assert layout.zero_stage == 2
+    assert layout.activation_checkpointing
+    assert layout.vocab_parallel
 
 
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"nothing fits into the 81.0 GB .* of which .* GB are .*; use "):
-        search(HUGE, H100, 1, 8, Wishes(sub_layer_parallel_size=1, micro_batch_size=1, vocab_parallel=False))
-    for wishes, message in (
-        (Wishes(sub_layer_parallel_size=3), "sub_layer_parallel_size=3 does not divide model.num_sub_layers=4; use 1"),
-        (Wishes(micro_batch_size=7), "micro_batch_size=7 does not divide the 32 samples of a copy"),
+        search(HUGE, H100, 1, 8, Constraints(sub_layer_parallel_size=1, micro_batch_size=1, vocab_parallel=False))
+    for constraints, message in (
+        (
+            Constraints(sub_layer_parallel_size=3),
+            "sub_layer_parallel_size=3 does not divide model.num_sub_layers=4; use 1",
+        ),
+        (Constraints(micro_batch_size=7), "micro_batch_size=7 does not divide the 32 samples of a copy"),
     ):
         with pytest.raises(ConfigError, match=message):
-            search(SMALL, H100, 1, 256, wishes)
+            search(SMALL, H100, 1, 256, constraints)
     with pytest.raises(ConfigError, match="which do not divide global_batch_size=3"):
         search(SMALL, H100, 1, 3)
     odd = replace(SMALL, vocab_size=4097)
     with pytest.raises(ConfigError, match=r"P=2 does not divide model\.vocab_size=4097"):
-        search(odd, H100, 1, 256, Wishes(sub_layer_parallel_size=2, vocab_parallel=True))
-    plan = search(odd, H100, 1, 256, Wishes(sub_layer_parallel_size=2, micro_batch_size=4))
+        search(odd, H100, 1, 256, Constraints(sub_layer_parallel_size=2, vocab_parallel=True))
+    plan = search(odd, H100, 1, 256, Constraints(sub_layer_parallel_size=2, micro_batch_size=4))
     assert not any(prediction.layout.vocab_parallel for prediction in plan.ranked)
 
 

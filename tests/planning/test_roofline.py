@@ -59,7 +59,8 @@ def test_exchange() -> None:
     kraken, standard = predict(KRAKEN, layout, H100).time, predict(GPT, layout, H100).time
     link = H100.interconnect(4, 1)
     assert kraken.hidden == pytest.approx(22 * link.all_reduce_seconds(20 * 1024 * 512 * 2, 4), rel=1e-9)
-    assert standard.hidden == 0 and kraken.hidden > 3 * kraken.exchange
+    assert standard.hidden == 0
+    assert kraken.hidden > 3 * kraken.exchange
     hidden = 20 * 1024 * 768 * 2  # bytes
     one = link.all_reduce_seconds(hidden, 4)
     assert standard.exchange == pytest.approx(4 * 12 * one, rel=0.3)  # and a broadcast of 200 MB

@@ -64,9 +64,12 @@ def test_round_trip(architecture: str, tmp_path: Path, tokenizer_dir: Path) -> N
 
 def test_format(export_dir: Path) -> None:
     description = json.loads((export_dir / "config.json").read_text())
-    assert description["model_type"] == "kraken" and description["format_version"] == 2
-    assert description["architectures"] == ["KrakenForCausalLM"] and description["dtype"] == "float32"
-    assert description["num_sub_layers"] == 3 and description["training"] == METADATA
+    assert description["model_type"] == "kraken"
+    assert description["format_version"] == 2
+    assert description["architectures"] == ["KrakenForCausalLM"]
+    assert description["dtype"] == "float32"
+    assert description["num_sub_layers"] == 3
+    assert description["training"] == METADATA
     weights = load_file(export_dir / "model.safetensors")
     assert weights["layers.1.attention.qkv.weight"].shape == (3, 48, 16)
     assert not any("head" in name for name in weights)  # tied with the embedding

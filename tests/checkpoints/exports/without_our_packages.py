@@ -183,7 +183,8 @@ def backend_attention(
     attention_instances: dict[int, nn.Module] | None = None, **settings: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """As vLLM's Transformers backend: one row of tokens, an object for each layer that comes down as a keyword."""
-    assert attention_mask is None and attention_instances is not None
+    assert attention_mask is None
+    assert attention_instances is not None
     tokens = query.shape[2]
     query, key, value = (x.transpose(1, 2).reshape(tokens, -1) for x in (query, key, value))
     return attention_instances[module.layer_idx](query, key, value, scaling), None  # type: ignore[index]
