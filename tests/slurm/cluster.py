@@ -18,8 +18,8 @@ from helpers import run_module, wait_until
 Result = TypeVar("Result")
 
 STEP_MODULE = "kraken_train.train"
-# Inserted at the end of kraken_train/train.py in a submission's code: steps of the tiny model take milliseconds, and these take as
-# long as the file `seconds` says, so that a test can act in between.
+# Inserted at the end of kraken_train/train.py in a submission's code: steps of the tiny model take milliseconds, and
+# these take as long as the file `seconds` says, so that a test can act in between.
 SLOW_STEPS = """
 import resource
 import signal
