@@ -1,38 +1,60 @@
-# make demo    set up .venv and run all commands, from data to generated text, on a CPU
-# make test    set up .venv and run the tests
-# make test-slurm    the tests that need a Slurm (of two nodes with ranks on their processors)
-# make lint    ruff and mypy
+# `make` or `make help` lists the targets. They work in a new clone: each sets up what it needs.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR := runs/demo
 
-.PHONY: setup demo test test-slurm lint clean
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slurm lint format docs constraints clean
 
-setup: $(VENV)/.ready
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Everything is pinned by constraints.txt; the package itself is installed in place.
+setup: $(VENV)/.ready  ## create .venv with everything that the targets below need
+
+# constraints.txt pins every version; the package itself is installed in place.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is %s; set PYTHON=..." % sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test]'
+	$(PIP) torch setuptools wheel
+	$(PIP) --no-build-isolation -e '.[test]'
 	@touch $@
 
-demo: setup
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
+
+demo: setup  ## run the main job end to end on a CPU: prepare, train, draw, export, evaluate, generate
 	$(BIN)/python -m launch.demo $(DEMO_DIR)
 
-test: setup
+test: setup  ## run the tests, except those marked slow
 	$(BIN)/python -m pytest -m "not slow" --durations=10
 
-test-slurm: setup
+test-slurm: setup  ## run the tests that need a Slurm of two nodes
 	$(BIN)/python -m pytest -m slurm --durations=0 tests/slurm
 
-lint: setup
+lint: setup  ## check style, types and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
-clean:
-	rm -rf $(VENV) build *.egg-info
+format: setup  ## fix what ruff can fix, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs-ready  ## build the documentation into site/, with links checked
+	$(BIN)/mkdocs build --strict --quiet
+
+# Versions that constraints.txt has are kept where they still fit; with UPGRADE=--upgrade the newest are chosen.
+constraints:  ## write constraints.txt: a version of every package, within the ranges of pyproject.toml
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
+	printf 'torch==2.13.0\nsetuptools\nwheel\n' | build/uv/bin/uv pip compile --quiet --universal --python-version 3.10 \
+		--all-extras --no-annotate $(UPGRADE) --custom-compile-command "make constraints" \
+		--output-file constraints.txt pyproject.toml -
+
+clean:  ## remove what was set up and built
+	rm -rf $(VENV) build dist site *.egg-info

@@ -16,47 +16,12 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
 from kraken_train.model.config import ModelConfig, ModelSettings
+from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.schedules import AnySchedule
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with decoupled weight decay on matrices and embeddings."""
-
-    lr: float  # peak learning rate
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float  # gradients are scaled down to this norm; 0 means no clipping
-
-    def validate(self) -> None:
-        require_positive("optim.lr", self.lr)
-        require_positive("optim.eps", self.eps)
-        require_at_least("optim.weight_decay", self.weight_decay, 0)
-        require_at_least("optim.max_grad_norm", self.max_grad_norm, 0)
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                raise ConfigError(f"optim.betas={list(self.betas)} must both be at least 0 and less than 1")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over optimizer steps: warm-up, then a shape (`kraken_train.training.optim.learning_rate`)."""
-
-    name: str  # cosine | wsd | constant
-    warmup_steps: int
-    min_ratio: float  # the last learning rate as a fraction of the peak
-    decay_steps: int  # wsd only: length of the final linear decay
-
-    def validate(self) -> None:
-        require_choice("schedule.name", self.name, ("cosine", "wsd", "constant"))
-        require_at_least("schedule.warmup_steps", self.warmup_steps, 0)
-        require_at_least("schedule.decay_steps", self.decay_steps, 1)
-        if not 0 <= self.min_ratio <= 1:
-            raise ConfigError(f"schedule.min_ratio={self.min_ratio} must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -209,8 +174,8 @@ class TrainConfig:
     peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
     rendezvous_seconds: float  # for all ranks to start; then those that are there name the others, and end
     watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: never
-    optim: OptimConfig
-    schedule: ScheduleConfig
+    optim: AdamWConfig
+    schedule: AnySchedule
     parallel: ParallelConfig
     engine: EngineConfig
     checkpoint: CheckpointConfig
@@ -241,11 +206,7 @@ class TrainConfig:
             raise ConfigError(
                 "parallel.reduce_dtype=bf16 would round what precision=fp32 computes; use fp32 or null for it"
             )
-        if self.schedule.name == "wsd" and self.schedule.warmup_steps + self.schedule.decay_steps > self.max_steps:
-            raise ConfigError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} and schedule.decay_steps="
-                f"{self.schedule.decay_steps} together are more than max_steps={self.max_steps}; lower them"
-            )
+        self.schedule.require_fits(self.max_steps)
 
     @property
     def data_shares(self) -> dict[Path, int]:

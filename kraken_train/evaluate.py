@@ -1,9 +1,9 @@
-"""How good an export is: perplexity on prepared data, and suites of tasks.
+"""Evaluates an export: perplexity on prepared data, and suites of tasks.
 
     python -m kraken_train.evaluate export_dir=EXPORT data_dir=DATA
     python -m kraken_train.evaluate export_dir=EXPORT suite=superglue
 
-Results are printed, and recorded in the export for its model card and for reports.
+Results are printed, and recorded in the export for its model card and reports.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ class EvaluateConfig:
             raise ConfigError("there is nothing to evaluate; give data_dir=DATA, suite=superglue, or both")
         for name in ("suite_data", "tasks", "limit", "task_dir"):
             if self.suite is None and getattr(self, name) is not None:
-                raise ConfigError(f"{name}={getattr(self, name)} is of suites; choose one, such as suite=superglue")
+                raise ConfigError(f"{name}={getattr(self, name)} needs a suite, such as suite=superglue")
         if self.task_dir is not None and self.suite_data is None:
             raise ConfigError(f"task_dir={self.task_dir} is for tasks read from files; give suite_data=FOLDER")
         if self.tasks == []:
-            raise ConfigError("tasks=[] names none; leave it out for all of the suite")
+            raise ConfigError("tasks=[] selects no task; leave it out to run all tasks of the suite")
         for name in ("output", "table"):
             path = getattr(self, name)
             if path is not None and not Path(path).parent.is_dir():
@@ -106,7 +106,7 @@ def main(config: EvaluateConfig) -> None:
         require_harness(config.suite.name)
     export = read_export(Path(config.export_dir))
     if config.record and not os.access(export.folder, os.W_OK):
-        raise ConfigError(f"export_dir={export.folder} cannot be written; leave it as it is with record=false")
+        raise ConfigError(f"export_dir={export.folder} cannot be written; use record=false to record nothing in it")
     record: dict[str, Any] = {"export_dir": config.export_dir}
     suites = {}
     if config.data_dir is not None:
@@ -117,16 +117,18 @@ def main(config: EvaluateConfig) -> None:
         record["suites"] = {config.suite.name: suite_record(result)}
         print_suite(result)
     if runtime.is_first:
-        keep(config, export, record, suites)
+        write_results(config, export, record, suites)
 
 
-def keep(config: EvaluateConfig, export: Export, record: dict[str, Any], suites: dict[str, SuiteResult]) -> None:
-    """Write what was found to where it was asked for."""
+def write_results(
+    config: EvaluateConfig, export: Export, record: dict[str, Any], suites: dict[str, SuiteResult]
+) -> None:
+    """Write the results to `output`, `table` and the export, as configured."""
     perplexity = {k: v for k, v in record.items() if k not in ("export_dir", "suites")} if config.data_dir else None
     if config.output is not None:
-        write("output", Path(config.output), json.dumps(record, indent=2) + "\n")
+        write_file("output", Path(config.output), json.dumps(record, indent=2) + "\n")
     if config.table is not None:
-        write("table", Path(config.table), markdown(Results([perplexity] if perplexity else [], suites)))
+        write_file("table", Path(config.table), markdown(Results([perplexity] if perplexity else [], suites)))
     if config.record:
         if config.limit is not None:
             print(f"not recorded in {export.folder}: only limit={config.limit} documents of each task were used")
@@ -135,7 +137,7 @@ def keep(config: EvaluateConfig, export: Export, record: dict[str, Any], suites:
             refresh_results(export, record_results(export.folder, perplexity, suites))
 
 
-def write(name: str, path: Path, text: str) -> None:
+def write_file(name: str, path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -148,7 +150,7 @@ def write(name: str, path: Path, text: str) -> None:
 
 
 def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, runtime: Runtime) -> dict[str, Any]:
-    """What was measured and on what, on all ranks; the first one prints it."""
+    """Measure on all ranks, print on the first one; the result and the settings of the measurement."""
     context_length = export.config.context_length
     stride = config.stride or (context_length if config.mode == "stream" else max(1, context_length // 2))
     if stride > context_length:
@@ -160,7 +162,7 @@ def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, r
     require_fitting_data(export, manifest, data_dir)
     sequences = read_sequences(data_dir, config.split, manifest, config.mode)
     with started_ranks(config.device) as ranks:
-        # Not in bf16, even if the export is stored in it: what that rounds depends on the batch size.
+        # Not in bf16, even if the export is stored in it: its rounding would depend on the batch size.
         model = export.load_model(DTYPES[config.dtype], ranks.device)
         text_bytes = manifest.splits[config.split].text_bytes
         result = evaluate(model, sequences, stride, config.batch_size, text_bytes, ranks)
@@ -173,8 +175,8 @@ def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, r
         if result.bits_per_byte is not None:
             print(f"bits per byte  {result.bits_per_byte:.6f}")
         if config.mode == "documents" and len(sequences.stream) == manifest.splits[config.split].tokens:
-            print("note: not every document ends with the end-of-document token, so none is put before them, and the "
-                  "first token of each is not predicted")  # fmt: skip
+            print("note: not every document ends with the end-of-document token, so the first token of each "
+                  "document is not predicted")  # fmt: skip
     return {
         "data_dir": str(config.data_dir),
         "split": config.split,
@@ -187,14 +189,14 @@ def measure_perplexity(config: EvaluateConfig, export: Export, data_dir: Path, r
 
 
 def require_fitting_data(export: Export, manifest: Manifest, data_dir: Path) -> None:
-    """Raises DataError unless the data's token ids mean what the model has learned."""
+    """Raises DataError unless the data were prepared with the tokenizer of the export."""
     if manifest.vocab_size > export.config.vocab_size:
         raise DataError(
-            f"{data_dir} has a vocabulary of {manifest.vocab_size} tokens and the export {export.folder} one of "
+            f"{data_dir} has a vocabulary of {manifest.vocab_size} tokens, but the export {export.folder} has one of "
             f"{export.config.vocab_size}; use data prepared with the export's tokenizer"
         )
     if not export.tokenizer_dir.is_dir():
-        return  # the vocabulary's size is all that is known
+        return  # only the vocabulary size is known
     for name, sha256 in manifest.tokenizer.files.items():
         path = export.tokenizer_dir / name
         if not path.is_file() or file_sha256(path) != sha256:

@@ -1,9 +1,9 @@
-"""Curves of one or more runs as a PNG, and several of them compared in a table.
+"""Draws curves of training runs as a PNG, and compares several runs in a table.
 
     python -m kraken_train.report RUN_DIR
     python -m kraken_train.report RUN_OR_EXPORT RUN_OR_EXPORT ... [--output FILE.png] [--table FILE.md|FILE.json]
 
-It reads what runs have logged and what evaluations have recorded in exports.
+It reads the metrics that runs logged and the results that evaluations recorded in exports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def compare(paths: Sequence[Path], output: Path, table: Path | None) -> None:
 
     from kraken_train.evaluation.results import markdown_table  # noqa: PLC0415
 
-    # These take seconds to import, and the curves of one run do not need them.
+    # Imported here, because they take seconds and the curves of one run do not need them.
     from kraken_train.reporting import comparison  # noqa: PLC0415
     from kraken_train.reporting.comparison_figure import draw_comparison  # noqa: PLC0415
 
@@ -41,12 +41,12 @@ def compare(paths: Sequence[Path], output: Path, table: Path | None) -> None:
         tables.append((suite.title, *comparison.suite_table(suite)))  # type: ignore[arg-type]
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for title, header, rows in tables:
-        shown = Table(*header, title=title or None, title_justify="left")
-        for column in shown.columns[1:]:
+        printed = Table(*header, title=title or None, title_justify="left")
+        for column in printed.columns[1:]:
             column.justify = "right"
         for row in rows:
-            shown.add_row(*row)
-        console.print(shown, markup=False)
+            printed.add_row(*row)
+        console.print(printed, markup=False)
     for note in comparison.notes(entries):
         console.print(note, markup=False)
     if table is not None:
@@ -62,12 +62,16 @@ def compare(paths: Sequence[Path], output: Path, table: Path | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kraken_train.report", description="Curves of training runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kraken_train.report", description="Draws and compares training runs."
+    )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a training run, or export")
     parser.add_argument(
-        "--output", type=Path, help="PNG to write; by default RUN_DIR/curves.png, or ./curves.png for several runs"
+        "--output", type=Path, help="PNG file to write; default: RUN_DIR/curves.png, or ./curves.png for several runs"
     )
-    parser.add_argument("--table", type=Path, help="Markdown file, or JSON by its ending, to write the comparison to")
+    parser.add_argument(
+        "--table", type=Path, help="file for the comparison: *.json for JSON, any other name for Markdown"
+    )
     options = parser.parse_args(arguments)
     only_one = len(options.run_dirs) == 1
     output = options.output or (options.run_dirs[0] / CURVES_FILE if only_one else Path(CURVES_FILE))

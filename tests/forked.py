@@ -1,7 +1,7 @@
-"""Commands and ranks as forks of a process that has imported PyTorch and DeepSpeed already, which takes 4 s each time.
+"""Runs commands and ranks as forks of a process that has already imported PyTorch and DeepSpeed, which takes 4 s.
 
-A fork differs from a new interpreter in its command line, in what its launcher is, and in what Python reads when it
-starts (PYTHONUTF8, OMP_NUM_THREADS): tests of these start a new one.
+A fork differs from a new interpreter in its command line, its parent process, and variables that Python reads when it
+starts (PYTHONUTF8, OMP_NUM_THREADS). Tests that depend on these start a new interpreter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 REPOSITORY = Path(__file__).parent.parent
-# What the server is started with; it cannot be changed in its forks.
+# The environment of the fork server. Forks cannot change the effect of these variables.
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 IMPORTED = [
     "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "hydra", "hydra.main", "pydantic",
@@ -33,7 +33,7 @@ context = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
-    """Before the first fork; later calls change nothing."""
+    """Start the fork server if it is not running."""
     context.set_forkserver_preload(IMPORTED)
     with mock.patch.dict(os.environ, SERVER_ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
@@ -42,9 +42,9 @@ def start_server() -> None:
 def run_forked(
     programs: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run programs (a script, or -m and a module, and arguments) at the same time, each with these variables added.
+    """Run programs (a script, or -m and a module, and arguments) at the same time, with further environment variables.
 
-    When one has failed, the others are sent SIGTERM, as launchers do.
+    If one fails, the others are sent SIGTERM, as launchers do.
     """
     start_server()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,14 +72,14 @@ def run_forked(
 
 
 def run_program(program: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
-    """In the fork: become `python PROGRAM`."""
+    """In the fork: run PROGRAM as `python PROGRAM` would."""
     for stream, file in ((sys.stdout, stdout), (sys.stderr, stderr)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     code = execute(program)
-    threading._shutdown()  # type: ignore[attr-defined]  # wait for threads, as the interpreter's end does
+    threading._shutdown()  # type: ignore[attr-defined]  # wait for threads, as the interpreter does at its end
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Small models, data and exports that several test files share."""
+"""Small models, tokenizers and exports, and functions that run commands and ranks, for all tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.ranks import free_port
 
-PATIENCE = 900.0  # seconds that nothing takes on the slowest machine: a limit for what hangs
+PATIENCE = 900.0  # seconds; only a wait that hangs takes so long, even on the slowest machine
 Result = TypeVar("Result")
 TEXTS = [
     "The river bends where the old mill stood, and the wheel has long been still.",
@@ -36,7 +36,7 @@ TEXTS = [
 
 
 def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, ModelConfig]:
-    """One model of each architecture and some with grouped-query and multi-query attention."""
+    """A model of each architecture, and some with grouped-query and multi-query attention."""
     common = {"vocab_size": vocab_size, "context_length": context_length, "num_layers": 3}
     return {
         "kraken": KrakenConfig(num_sub_layers=3, hidden_size=16, heads_per_sub_layer=2, **common),
@@ -50,7 +50,7 @@ def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, M
 
 
 def shareable_configs() -> dict[str, ModelConfig]:
-    """At least one model of each architecture that 2 and 4 ranks, or 2, 3 and 6 ranks, can share."""
+    """Models of each architecture that can be split over 2 and 4 ranks, or over 2, 3 and 6 ranks."""
     common = {"num_layers": 3, "vocab_size": 132, "context_length": 16}
     return {
         "kraken-4": KrakenConfig(num_sub_layers=4, hidden_size=32, heads_per_sub_layer=2, **common),
@@ -61,7 +61,7 @@ def shareable_configs() -> dict[str, ModelConfig]:
 
 
 def rough_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> LanguageModel:
-    """A model whose weights are so large that all of its parts matter; norms are not all ones."""
+    """A model with weights so large that every part affects the output, and norms that are not all ones."""
     model = build_model(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def rough_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: i
 
 
 def split_qkv(weight: torch.Tensor, head_dim: int) -> list[torch.Tensor]:
-    """A baseline's fused weight (G, rows, D) -> those of its queries, keys and values, (outputs, D) each."""
+    """A baseline's fused weight (G, rows, D) -> the weights of queries, keys and values, (outputs, D) each."""
     grouped = weight.unflatten(1, (-1, head_dim))
     return [grouped[:, :-2].flatten(0, 2), grouped[:, -2].flatten(0, 1), grouped[:, -1].flatten(0, 1)]
 
@@ -102,19 +102,19 @@ def write_small_export(folder: Path, config: ModelConfig, tokenizer_dir: Path | 
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m module arguments`, as a user would, in a fork (see `forked`)."""
+    """Run `python -m module arguments` in a fork (see `forked`)."""
     return run_forked([["-m", module, *arguments]], [{"PYTHONPATH": str(REPOSITORY)}])[0]
 
 
 def run_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same in a new interpreter."""
+    """Run `python -m module arguments` in a new interpreter."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which saves the seconds of importing torch."""
+    """Run `python -m module arguments` in this process, which saves the seconds of importing torch."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", [module, *arguments]),
@@ -123,7 +123,7 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stderr(stderr),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # that the module has been imported before
+        warnings.simplefilter("ignore")  # runpy warns if the module was imported before
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as error:
@@ -132,7 +132,7 @@ def run_here(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def wait_until(condition: Callable[[], Result], describe: Callable[[], object] = lambda: "") -> Result:
-    """The first result of `condition` that is true; fails with `describe()` where it never comes."""
+    """Wait until `condition` returns a true result, and return it; fails with `describe()` after PATIENCE."""
     deadline = time.monotonic() + PATIENCE
     while not (result := condition()):
         assert time.monotonic() < deadline, describe()
@@ -141,21 +141,21 @@ def wait_until(condition: Callable[[], Result], describe: Callable[[], object] =
 
 
 def wait_for_stop(process: subprocess.Popen[str]) -> None:
-    """Wait until a process has stopped itself with SIGSTOP: what follows happens at that moment of its work."""
+    """Wait until a process has stopped itself with SIGSTOP, so that a test can act at that moment of its work."""
     found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     assert found is not None
-    assert found.si_code == os.CLD_STOPPED, "it has ended before"
+    assert found.si_code == os.CLD_STOPPED, "the process ended before it stopped"
 
 
 def launch_ranks(ranks: int, *program: str, device: str = "cpu") -> None:
-    """Run a program (a script, or -m and a module) on `ranks` ranks of this machine; fails with its output."""
+    """Run a program (a script, or -m and a module) on `ranks` ranks of this machine; on failure prints its output."""
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     common = {"PYTHONPATH": path, "DS_ACCELERATOR": device}
     if device == "cpu":
-        place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        common |= place | {"MASTER_PORT": str(free_port())}
-        own = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        results = run_forked([program] * ranks, own)
+        world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        common |= world | {"MASTER_PORT": str(free_port())}
+        environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        results = run_forked([program] * ranks, environments)
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         environment = {**os.environ, **common}
@@ -165,7 +165,7 @@ def launch_ranks(ranks: int, *program: str, device: str = "cpu") -> None:
 
 
 def user_error(result: subprocess.CompletedProcess[str]) -> str:
-    """The message of a failed command, which is one line and no traceback."""
+    """The error message of a command that failed with exit code 2; it must be one line without a traceback."""
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr

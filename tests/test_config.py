@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conf_models import conf_model
 from helpers import REPOSITORY
 from hydra import compose, initialize_config_dir
 
+from kraken_train.common.cli import compose_choice
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import from_dict, from_hydra, to_dict
-from kraken_train.config import CheckpointConfig, EngineConfig, OptimConfig, TrainConfig
+from kraken_train.config import CheckpointConfig, EngineConfig, TrainConfig
 from kraken_train.generate import GenerateConfig
-from kraken_train.model.config import GPTConfig, KrakenConfig, padded_vocab_size, parse_model
+from kraken_train.model.config import KrakenConfig, padded_vocab_size, parse_model
 from kraken_train.model.registry import build_model
+from kraken_train.recipe.optimizers import AdamWConfig
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
 EXPERIMENT_FILES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
@@ -29,17 +32,13 @@ PAPER = {
 }
 
 
-def model(name: str, vocab_size: int | None = None) -> KrakenConfig | GPTConfig:
-    return parse_model(yaml.safe_load((REPOSITORY / "conf" / "model" / f"{name}.yaml").read_text()), vocab_size)
-
-
 def parameters(name: str, vocab_size: int | None = None) -> int:
-    return model(name, vocab_size).num_parameters
+    return conf_model(name, vocab_size).num_parameters
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_models(name: str) -> None:
-    config = model(name)
+    config = conf_model(name)
     assert isinstance(config, KrakenConfig)
     dimensions = (config.num_sub_layers, config.num_layers, config.heads_per_sub_layer, config.hidden_size)
     assert dimensions == PAPER[name][:4]
@@ -49,7 +48,7 @@ def test_the_papers_models(name: str) -> None:
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
 def test_parameters_are_counted_as_built(path: Path) -> None:
-    settings = yaml.safe_load((path).read_text(encoding="utf-8"))
+    settings = compose_choice("model", path.stem)
     config = parse_model(settings, 4000 if settings["vocab_size"] is None else None)
     with torch.device("meta"):
         built = build_model(config)
@@ -60,13 +59,13 @@ def test_parameters_are_counted_as_built(path: Path) -> None:
 
 def test_matched_models() -> None:
     assert abs(parameters("gpt-10m", 16384) / parameters("kraken-10m-4way", 16384) - 1) < 0.015
-    assert model("gpt-10m", 16384).num_layers == model("kraken-10m-4way", 16384).num_layers
+    assert conf_model("gpt-10m", 16384).num_layers == conf_model("kraken-10m-4way", 16384).num_layers
     assert 8e6 < parameters("kraken-10m-4way", 16384) < 15e6
     for vocab_size in (2048, 4096):
         for name in ("kraken-tiny-2way", "gpt-tiny", "gpt-tiny-parallel"):
             assert abs(parameters(name, vocab_size) / parameters("kraken-tiny-4way", vocab_size) - 1) < 0.05
     for size in ("124m", "350m", "760m"):
-        assert model(f"gpt2-{size}-parallel").architecture == "parallel"
+        assert conf_model(f"gpt2-{size}-parallel").architecture == "parallel"
         assert abs(parameters(f"gpt2-{size}") / parameters(f"gpt2-{size}-parallel") - 1) < 0.001
 
 
@@ -78,17 +77,17 @@ def test_each_model_file_says_what_it_is() -> None:
 
 def test_vocabulary_of_the_data() -> None:
     assert [padded_vocab_size(size) for size in (1, 64, 65, 50257)] == [64, 64, 128, 50304]
-    assert model("kraken-tiny-4way", 4000).vocab_size == 4032
-    assert model("kraken-125m-4way", 50257).vocab_size == 50304
+    assert conf_model("kraken-tiny-4way", 4000).vocab_size == 4032
+    assert conf_model("kraken-125m-4way", 50257).vocab_size == 50304
     with pytest.raises(ConfigError, match=r"model.vocab_size=50304 does not fit the data, whose tokenizer has 8000"):
-        model("kraken-125m-4way", 8000)
+        conf_model("kraken-125m-4way", 8000)
     with pytest.raises(ConfigError, match="vocab_size"):
-        model("kraken-tiny-4way")
+        conf_model("kraken-tiny-4way")
 
 
 @pytest.mark.parametrize("name", ["kraken-125m-6way", "gpt2-350m-parallel"])
 def test_round_trip(name: str) -> None:
-    config = model(name)
+    config = conf_model(name)
     assert parse_model(to_dict(config)) == config
     with pytest.raises(AttributeError):
         config.num_layers = 3  # type: ignore[misc]
@@ -107,7 +106,7 @@ def test_round_trip(name: str) -> None:
     ],
 )
 def test_wrong_model_settings(changes: dict[str, object], message: str) -> None:
-    settings = yaml.safe_load((REPOSITORY / "conf" / "model" / "kraken-tiny-4way.yaml").read_text())
+    settings = compose_choice("model", "kraken-tiny-4way")
     with pytest.raises(ConfigError, match=message):
         parse_model(settings | changes, 1000)
 
@@ -123,9 +122,9 @@ def test_rules_name_setting_value_and_remedy() -> None:
     with pytest.raises(ConfigError, match=r"engine.zero_stage=3 is not supported.*use 1 or 2"):
         EngineConfig(zero_stage=3, activation_checkpointing=False, compile=False).validate()
     with pytest.raises(ConfigError, match=r"optim.betas=\[0.9, 1.0\]"):
-        OptimConfig(lr=1e-3, betas=(0.9, 1.0), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+        AdamWConfig(lr=1e-3, betas=(0.9, 1.0), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
     with pytest.raises(ConfigError, match=r"optim.lr=0 must be greater than 0"):
-        OptimConfig(lr=0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+        AdamWConfig(lr=0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
 
 
 def test_free_text_is_not_an_interpolation() -> None:
@@ -142,7 +141,7 @@ def test_experiments_are_the_papers(path: Path) -> None:
         composed = compose("train", [f"experiment={path.stem}", "data_dir=data", "run_dir=run"])
     config = from_hydra(composed, TrainConfig)
     name = path.stem.removeprefix("paper-")
-    assert parse_model(config.model) == model(f"kraken-{name}", 50257)
+    assert parse_model(config.model) == conf_model(f"kraken-{name}", 50257)
     assert config.optim.lr == (2.5e-4 if name.startswith("125m") else 1.5e-4)
     assert (config.max_steps, config.schedule.name, config.schedule.warmup_steps) == (300_000, "cosine", 2000)
     assert 0.45e6 < config.global_batch_size * config.model["context_length"] < 0.55e6

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from conf_models import conf_model
 from helpers import REPOSITORY, run_here
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_config import model
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.derive import derive, nearest_with_best_heads
@@ -18,7 +18,7 @@ from kraken_train.model.config import parse_model
 @pytest.mark.parametrize("base_name", ["gpt2-124m", "gpt2-350m", "gpt2-760m-parallel"])
 @pytest.mark.parametrize("num_sub_layers", [2, 4, 6])
 def test_candidates_fit(base_name: str, num_sub_layers: int) -> None:
-    base = model(base_name)
+    base = conf_model(base_name)
     candidates = derive(base, num_sub_layers)
     for candidate in candidates:
         config = candidate.config
@@ -35,7 +35,7 @@ def test_candidates_fit(base_name: str, num_sub_layers: int) -> None:
 
 def widths_that_fit(base_name: str, num_sub_layers: int) -> set[int]:
     """By trying all widths with the formula of the paper; heads of 32 to 256."""
-    base, fitting = model(base_name), set()
+    base, fitting = conf_model(base_name), set()
     for d in range(32, 2000, 8):
         count = base.num_layers * num_sub_layers * (8 * d * d + 2 * d) + (50304 + 1024) * d + num_sub_layers * d * d + d
         if abs(count / base.num_parameters - 1) <= 0.02 and any(d % k == 0 for k in range(32, 257, 8)):
@@ -44,18 +44,18 @@ def widths_that_fit(base_name: str, num_sub_layers: int) -> set[int]:
 
 
 def test_costs_of_a_known_case() -> None:
-    best = derive(model("gpt2-350m"), 4)[0]
+    best = derive(conf_model("gpt2-350m"), 4)[0]
     assert (best.config.hidden_size, best.config.heads_per_sub_layer) == (640, 5)
     assert best.attention_cost == 4 * 640 / 1024
     assert best.cache_bytes == 24 * 2 * 640 * 2  # layers, keys and values, width, bf16
     assert best.base_cache_bytes == 24 * 2 * (1024 // 4) * 2
-    uneven = derive(model("gpt2-350m"), 6)[0]
+    uneven = derive(conf_model("gpt2-350m"), 6)[0]
     assert uneven.base_cache_bytes == 24 * 2 * (3 * 64) * 2  # 16 heads on 6 devices: 3 on the fullest
 
 
 @pytest.mark.parametrize("norm_epsilon", [1e-5, 1e-6])
 def test_the_overrides_give_the_model(norm_epsilon: float) -> None:
-    best = derive(dataclasses.replace(model("gpt2-124m"), norm_epsilon=norm_epsilon), 6)[0]
+    best = derive(dataclasses.replace(conf_model("gpt2-124m"), norm_epsilon=norm_epsilon), 6)[0]
     wider = dataclasses.replace(best, config=dataclasses.replace(best.config, ffn_multiplier=3))
     for candidate in (best, wider):
         with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
@@ -64,17 +64,17 @@ def test_the_overrides_give_the_model(norm_epsilon: float) -> None:
 
 
 def test_nearest_with_best_heads() -> None:
-    nearest = nearest_with_best_heads(model("gpt2-124m"), 4)
+    nearest = nearest_with_best_heads(conf_model("gpt2-124m"), 4)
     assert (nearest.config.hidden_size, nearest.config.heads_per_sub_layer) == (512, 4)
 
 
 def test_none_fits() -> None:
     with pytest.raises(ConfigError, match=r"tolerance=0.001 .* nearest, hidden_size=416, differs by -1.8%.*0.019"):
-        derive(model("gpt2-124m"), 6, tolerance=0.001)
+        derive(conf_model("gpt2-124m"), 6, tolerance=0.001)
     with pytest.raises(ConfigError, match=r"differs by \+\d+\.\d%: use another num_sub_layers$"):
-        derive(model("gpt-tiny", vocab_size=64), 500)  # no tolerance below 1 would do
+        derive(conf_model("gpt-tiny", vocab_size=64), 500)  # no tolerance below 1 would do
     with pytest.raises(ConfigError, match="architecture=kraken is no base"):
-        derive(model("kraken-125m-4way"), 4)
+        derive(conf_model("kraken-125m-4way"), 4)
 
 
 def test_no_tolerance_is_suggested_that_would_be_refused() -> None:

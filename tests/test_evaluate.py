@@ -1,4 +1,4 @@
-"""Perplexity: every token counts once, whatever the batch size."""
+"""Perplexity: every token is predicted once, independent of batch size and ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers import (
     user_error,
     write_small_export,
 )
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from data_prep.indexed import Shard
 from data_prep.manifest import TOKENIZER_FOLDER, load_manifest
@@ -42,7 +42,7 @@ from kraken_train.model.language_model import LanguageModel
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 2000 tokens of 320, a fifth of them for validation."""
+    """Prepared data of about 2000 tokens with a vocabulary of 320; a fifth is for validation."""
     folder = tmp_path_factory.mktemp("data")
     lines = [json.dumps({"text": f"{i}: {TEXTS[i % 3]}"}) for i in range(90)]
     (folder / "text.jsonl").write_text("\n".join(lines))
@@ -63,26 +63,26 @@ def test_sum_and_count(architecture: str) -> None:
     model, windows = rough_model(config), random_windows(config, 3, 10)
     total, count = token_losses(model, windows)
     ids = torch.from_numpy(windows)
-    expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    expected = cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     assert count == 30
     assert total == pytest.approx(expected.item(), rel=1e-12)
     assert total / count == pytest.approx(model.loss(ids[:, :-1], ids[:, 1:]).item(), rel=1e-12)
 
 
 def nats(model: LanguageModel, tokens: torch.Tensor, position: int, context: int) -> float:
-    """Of predicting tokens[position] alone, from those since `context`."""
+    """The loss of tokens[position], predicted from tokens[context:position]."""
     return -model(tokens[None, context:position])[0, -1].log_softmax(-1)[tokens[position]].item()
 
 
 @pytest.mark.parametrize(("length", "stride"), [(2, 24), (25, 7), (26, 7), (26, 24), (24 * 2 + 1, 24), (61, 7)])
-def test_every_token_but_the_first_once(length: int, stride: int) -> None:
+def test_every_token_but_the_first_is_predicted_once(length: int, stride: int) -> None:
     config = small_configs(context_length=24)["kraken"]
     model = rough_model(config)
     tokens = random_ids(config, 1, length)[0]
     sequences = Sequences(TokenStream([tokens.numpy().astype(np.uint16)]), [(0, length)])
     expected = 0.0
     for position in range(1, length):
-        windows_before = max(0, math.ceil((position - 24) / stride))  # the first window that reaches it predicts it
+        windows_before = max(0, math.ceil((position - 24) / stride))  # the first window that contains it predicts it
         expected += nats(model, tokens, position, windows_before * stride)
     results = [evaluate(model, sequences, stride, batch_size) for batch_size in (1, 3, 64)]
     for result in results:
@@ -99,15 +99,15 @@ def test_each_document_from_its_start(data_dir: Path) -> None:
     model = rough_model(config)
     shard = Shard(data_dir / manifest.splits["validation"].shards[0].name)
     expected = 0.0
-    for number in range(shard.num_documents):  # each fits the context, so one look at it gives all of its predictions
+    for number in range(shard.num_documents):  # each fits into the context, so one forward pass predicts all of it
         tokens = torch.from_numpy(np.concatenate([[end], shard.document(number)]))[None, :-1]
-        expected += F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum").item()
+        expected += cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:], reduction="sum").item()
     text_tokens = shard.num_tokens - shard.num_documents
     text_bytes = manifest.splits["validation"].text_bytes
     sequences = read_sequences(data_dir, "validation", manifest, "documents")
     for batch_size in (1, 5, 100):
         result = evaluate(model, sequences, 48, batch_size, text_bytes)
-        assert result.tokens == text_tokens  # the first of each document included, its end not
+        assert result.tokens == text_tokens  # with the first token of each document, without its end
         assert result.loss == pytest.approx(expected / text_tokens, rel=1e-12)
         assert result.bits_per_byte == pytest.approx(expected / math.log(2) / text_bytes, rel=1e-12)
 
@@ -115,7 +115,11 @@ def test_each_document_from_its_start(data_dir: Path) -> None:
 def test_documents_without_an_end() -> None:
     stream = TokenStream([np.array([5, 6, 9, 7, 8]), np.array([3, 9])])
     lengths = np.array([3, 0, 2, 2])
-    assert document_sequences(stream, lengths, 9)[1] == [(0, 3), (3, 5), (5, 7)]  # 8 is no end: no token before each
+    assert document_sequences(stream, lengths, 9)[1] == [
+        (0, 3),
+        (3, 5),
+        (5, 7),
+    ]  # as 8 is not the end token
     ended, spans = document_sequences(stream, np.array([3, 0, 4]), 9)
     assert [ended.read(*span).tolist() for span in spans] == [[9, 5, 6], [9, 7, 8, 3]]
 
@@ -135,7 +139,8 @@ def test_bits_per_byte_and_large_losses() -> None:
     sequences = Sequences(TokenStream([random_ids(config, 1, 17)[0].numpy()]), [(0, 17)])
     result = evaluate(rough_model(config), sequences, 24, 1, text_bytes=50)
     assert result.bits_per_byte == pytest.approx(result.loss * 16 / math.log(2) / 50)
-    assert perplexity(1000.0) == math.inf and math.isnan(perplexity(math.nan))
+    assert perplexity(1000.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
 
 
 def test_command(data_dir: Path, tmp_path: Path) -> None:
@@ -154,7 +159,8 @@ def test_command(data_dir: Path, tmp_path: Path) -> None:
     assert written["loss"] == pytest.approx(loss, rel=1e-6)
     assert written["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
     assert written["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / text_bytes, rel=1e-6)
-    assert written["split"] == "validation" and written["data_fingerprint"] == manifest.fingerprint
+    assert written["split"] == "validation"
+    assert written["data_fingerprint"] == manifest.fingerprint
     for text in (f"{math.exp(loss):.1f}", f"{tokens:,}", "bits per byte"):
         assert text in result.stdout
     recorded = read_results(tmp_path / "e").perplexity
@@ -163,7 +169,7 @@ def test_command(data_dir: Path, tmp_path: Path) -> None:
         assert f"| {manifest.fingerprint[:12]} | validation | stream | 32 | {loss:.4f} |" in text
 
 
-def test_ranks_and_batches_change_nothing(data_dir: Path, tmp_path: Path) -> None:
+def test_ranks_and_batches_do_not_change_the_result(data_dir: Path, tmp_path: Path) -> None:
     write_small_export(tmp_path / "e", small_configs(vocab_size=320, context_length=32)["kraken-gqa"], None)
 
     def arguments(batch_size: int, output: str) -> list[str]:
@@ -176,10 +182,11 @@ def test_ranks_and_batches_change_nothing(data_dir: Path, tmp_path: Path) -> Non
     assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-12)
     for name in ("perplexity", "bits_per_byte"):
         assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-12)
-    assert two == one and not (tmp_path / "e" / "evaluation.json").exists()
+    assert two == one
+    assert not (tmp_path / "e" / "evaluation.json").exists()
 
 
-def test_data_that_do_not_fit(data_dir: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_errors(data_dir: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     def message(export: str, **settings: str) -> str:
         arguments = [f"{key}={value}" for key, value in {"data_dir": data_dir, **settings}.items()]
         return user_error(run_here("kraken_train.evaluate", f"export_dir={tmp_path / export}", *arguments))
@@ -192,4 +199,4 @@ def test_data_that_do_not_fit(data_dir: Path, tmp_path: Path, tokenizer_dir: Pat
     assert "use at most 24" in message("small", stride="25", data_dir=str(data_dir))
     assert "mode=words is not known" in message("small", mode="words")
     assert "there is nothing to evaluate" in message("small", data_dir="null")
-    assert "tasks=['boolq'] is of suites" in message("small", tasks="[boolq]")
+    assert "tasks=['boolq'] needs a suite" in message("small", tasks="[boolq]")

@@ -1,4 +1,4 @@
-"""Curves from `metrics.jsonl`."""
+"""Curves of runs and comparisons."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def test_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run_dir)])
     assert capsys.readouterr().out.strip() == f"wrote {run_dir / 'curves.png'}"
     with Image.open(run_dir / "curves.png") as picture:
-        assert picture.width > 1000 and picture.height > 600
-        assert len(set(picture.convert("RGB").resize((200, 120)).getdata())) > 50  # something is drawn
+        assert picture.width > 1000
+        assert picture.height > 600
+        assert len(set(picture.convert("RGB").resize((200, 120)).getdata())) > 50  # not a blank picture
 
 
 def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +52,8 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main(runs)
     main([*runs, "--output", str(tmp_path / "both.png")])
-    assert (tmp_path / "curves.png").stat().st_size > 10_000 and (tmp_path / "both.png").exists()
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "both.png").exists()
 
 
 SCORES = {"boolq": {"kraken": 0.7, "gpt": 0.6}, "cb": {"kraken": 0.4, "gpt": 0.5}, "copa": {"kraken": 0.9}}
@@ -59,7 +61,7 @@ SCORES = {"boolq": {"kraken": 0.7, "gpt": 0.6}, "cb": {"kraken": 0.4, "gpt": 0.5
 
 @pytest.fixture
 def compared(tmp_path: Path) -> list[Path]:
-    """A run of Kraken with an evaluated export, an evaluated export of a baseline, and a run that is hardly known."""
+    """A Kraken run with an evaluated export, an evaluated export of a baseline, and a run with metrics only."""
     configs = small_configs()
     paths = [write_metrics(tmp_path / "kraken"), tmp_path / "gpt", write_metrics(tmp_path / "unknown", steps=20)]
     identity = {"id": "1", "model": to_dict(configs["kraken"]), "data_fingerprint": "f", "seed": 0}
@@ -89,18 +91,24 @@ def test_comparison(compared: list[Path], tmp_path: Path, capsys: pytest.Capture
     main([*paths, "--output", str(tmp_path / "c.png"), "--table", str(tmp_path / "c.json")])
     kraken, gpt, unknown = json.loads((tmp_path / "c.json").read_text())["runs"]
     parameters = sum(p.numel() for p in build_model(small_configs()["kraken"]).parameters())
-    assert kraken["parameters"] == parameters and kraken["tokens"] == 300 * 4096 and gpt["tokens"] is None
-    assert kraken["validation_loss"] == pytest.approx(3.05 + 5 * math.exp(-5)) and gpt["validation_loss"] is None
+    assert kraken["parameters"] == parameters
+    assert kraken["tokens"] == 300 * 4096
+    assert gpt["tokens"] is None
+    assert kraken["validation_loss"] == pytest.approx(3.05 + 5 * math.exp(-5))
+    assert gpt["validation_loss"] is None
     assert 51000 - 800 < kraken["tokens_per_second"] < 51000 + 800
-    assert kraken["evaluation"]["perplexity"] == pytest.approx(math.exp(3)) and unknown["evaluation"] is None
-    # Averages are over what all have: COPA is known of one only.
+    assert kraken["evaluation"]["perplexity"] == pytest.approx(math.exp(3))
+    assert unknown["evaluation"] is None
+    # Averages are over the tasks that all have: only one has COPA.
     averages = [run["suites"]["superglue"]["average"]["value"] for run in (kraken, gpt)]
-    assert averages == pytest.approx([0.55, 0.55]) and unknown["suites"] == {}
+    assert averages == pytest.approx([0.55, 0.55])
+    assert unknown["suites"] == {}
     assert kraken["suites"]["superglue"]["tasks"]["copa"]["value"] == 0.9
     text = (tmp_path / "c.md").read_text()
     assert f"| kraken | 3-way Kraken, 3 layers of 16 | {parameters:,} | 1,228,800 |" in text
     assert "| gpt | 0.600 ± 0.030 | 0.500 ± 0.030 | - | 0.550 ± 0.021 |" in text
-    assert "| unknown | - | - | 81,920 |" in text and "average of 2/3" in text
+    assert "| unknown | - | - | 81,920 |" in text
+    assert "average of 2/3" in text
     assert "3-way Kraken" in capsys.readouterr().out
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.height > 1500  # with rows for perplexity and SuperGLUE
@@ -113,12 +121,12 @@ def test_series(tmp_path: Path) -> None:
     )
     run = read_run(tmp_path)
     assert run.label == tmp_path.name
-    assert run.series("loss") == ([1, 2], [6.0, 4.0])  # the later record of a step counts, null is no value
+    assert run.series("loss") == ([1, 2], [6.0, 4.0])  # the later record of a step is used, and null is not a value
     assert run.series("validation_loss") == ([2], [4.5])
     assert run.series("mfu") == ([], [])
 
 
-def test_a_run_with_little_in_it(tmp_path: Path) -> None:
+def test_a_run_of_one_step(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
     main([str(tmp_path)])
     assert (tmp_path / "curves.png").exists()

@@ -69,7 +69,7 @@ def find_good_checkpoint(
     raise CheckpointError(f"there is no checkpoint{limit} in {folder}")
 
 
-def set_aside_after(checkpoint: Checkpoint) -> None:
+def mark_newer_as_damaged(checkpoint: Checkpoint) -> None:
     """Rename the checkpoints newer than this one, which are damaged, so that they are no longer found."""
     for path in step_folders(checkpoint.path.parent):
         if path.name > checkpoint.path.name:

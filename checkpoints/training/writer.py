@@ -230,7 +230,7 @@ def delete_old(folder: Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def go_back_to(checkpoint: Checkpoint) -> None:
+def delete_newer_checkpoints(checkpoint: Checkpoint) -> None:
     """Delete the checkpoints of later steps, which the run will repeat. Raises CheckpointError."""
     folder = checkpoint.path.parent
     try:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
 
 from kraken_train.bench.grid import require_axis
-from kraken_train.common.cli import CONF_DIR, compose_command
+from kraken_train.common.cli import CONF_DIR, compose_choice, compose_command
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.validation import require_choice, require_positive
-from kraken_train.config import PRECISIONS, EngineConfig, OptimConfig, ParallelConfig, TrainConfig
+from kraken_train.config import PRECISIONS, EngineConfig, ParallelConfig, TrainConfig
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.device import DEVICES
+from kraken_train.recipe.optimizers import AdamWConfig
 
 DEEPSPEED, TORCH = "deepspeed", "torch"
 ENGINES = (DEEPSPEED, TORCH)
@@ -51,7 +49,7 @@ class ThroughputConfig:
     output_dir: FilePath
     device: str
     peak_tflops: float | None
-    optim: OptimConfig
+    optim: AdamWConfig
     parallel: ParallelConfig
     engine: EngineConfig
 
@@ -94,7 +92,7 @@ class ThroughputConfig:
         return found
 
     def parse(self, name: str, data_vocab_size: int | None) -> ModelConfig:
-        settings: dict[str, Any] = yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+        settings = compose_choice("model", name)
         if settings["vocab_size"] is None and data_vocab_size is None:
             settings["vocab_size"] = self.vocab_size
         model = parse_model(settings, data_vocab_size)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,13 @@ from hydra.core.global_hydra import GlobalHydra
 from kraken_train.common.errors import ConfigError, KrakenError
 from kraken_train.common.free_text import quote_arguments
 from kraken_train.common.locales import use_unicode
-from kraken_train.common.settings import COMPOSITION_ERRORS, describe_composition_error, from_hydra, setting_names
+from kraken_train.common.settings import (
+    COMPOSITION_ERRORS,
+    describe_composition_error,
+    from_hydra,
+    setting_names,
+    to_plain,
+)
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 USER_ERROR_EXIT_CODE = 2
@@ -80,10 +86,8 @@ def compose_command(
     for argument in quoted:
         if argument.startswith("-"):
             raise ConfigError(f"{argument} cannot be read as key=value; options of Hydra cannot be used here")
-    # Within another command Hydra is there already, and knows the same folder.
-    ready = GlobalHydra.instance().is_initialized()
     try:
-        with nullcontext() if ready else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        with initialized_hydra():
             composed = hydra.compose(config_name, quoted)
     except COMPOSITION_ERRORS as error:
         raise ConfigError(describe_composition_error(error, setting_names(schema))) from error
@@ -92,6 +96,19 @@ def compose_command(
             raise
         raise ConfigError(f"a group of settings must be given by name: {error}") from error
     return from_hydra(composed, schema)
+
+
+def compose_choice(group: str, name: str) -> dict[str, Any]:
+    """The settings of conf/<group>/<name>.yaml, those of its defaults included."""
+    with initialized_hydra():
+        return to_plain(hydra.compose(f"{group}/{name}"))[group]
+
+
+def initialized_hydra() -> AbstractContextManager[object]:
+    """Within another command Hydra is initialized already, with the same folder."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    return hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.errors import HydraException
@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.common.validation import suggestion
+from kraken_train.common.validation import require_choice, suggestion
 
 Schema = TypeVar("Schema")
 
@@ -33,16 +33,30 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 def from_hydra(composed: DictConfig, schema: type[Schema]) -> Schema:
     """The composed configuration as a validated object of `schema`. Raises ConfigError."""
     try:
-        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        settings = to_plain(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(describe_composition_error(error)) from error
-    return from_dict({str(key): value for key, value in dict(settings).items()}, schema)  # type: ignore[arg-type]
+    return from_dict(settings, schema)
+
+
+def to_plain(composed: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain dictionaries and lists. Raises OmegaConfBaseException for a missing value."""
+    settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in dict(settings).items()}  # type: ignore[arg-type]
 
 
 def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") -> Schema:
-    """`settings` as a validated object of the dataclass `schema`; unknown keys are refused. Raises ConfigError."""
+    """`settings` as a validated object of the dataclass `schema`; unknown keys are refused. Raises ConfigError.
+
+    `schema` and the types of its fields may also be unions of dataclasses that `name` chooses from (`choices_of`).
+    """
     dot = f"{prefix}." if prefix else ""
+    if choices := choices_of(schema):
+        return from_dict(settings, choose(settings, choices, prefix), prefix)
     refuse_unknown(settings, schema, dot)
+    for key, kind in field_types(schema).items():
+        if choices_of(kind) and isinstance(settings.get(key), dict):
+            settings = {**settings, key: from_dict(settings[key], kind, dot + key)}
     try:
         parsed = TypeAdapter(schema).validate_python(settings)
     except ValidationError as error:
@@ -50,6 +64,28 @@ def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") 
     if hasattr(parsed, "validate"):
         parsed.validate()
     return parsed
+
+
+def choices_of(kind: Any) -> dict[str, type]:
+    """The dataclasses of a union, by their literal `name`; empty if `kind` is no such union."""
+    parts = [part for part in get_args(kind) if dataclasses.is_dataclass(part)]
+    if len(parts) < 2:
+        return {}
+    return {get_args(get_type_hints(part)["name"])[0]: part for part in parts}  # type: ignore[misc]
+
+
+def choose(settings: dict[str, Any], choices: dict[str, type], group: str) -> type:
+    """The dataclass that the settings of `group` choose by their `name`. Raises ConfigError."""
+    name = settings.get("name")
+    require_choice(f"{group}.name", str(name), tuple(choices))
+    chosen = choices[str(name)]
+    for key in settings:
+        if key not in field_types(chosen) and any(key in field_types(other) for other in choices.values()):
+            raise ConfigError(
+                f"{group}.{key} is not a setting of {group}.name={name}; choose it by {group}={name}, which brings its "
+                "own settings"
+            )
+    return chosen
 
 
 def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
@@ -106,6 +142,7 @@ def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:
         names.append(prefix + name)
         marks = kind.__metadata__ if get_origin(kind) is Annotated else ()
         nested = [schema for mark in marks if isinstance(mark, OneOf) for schema in mark.schemas]
+        nested += choices_of(kind).values()
         for inner in [kind] if dataclasses.is_dataclass(kind) else nested:
             names += setting_names(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
     return tuple(dict.fromkeys(names))

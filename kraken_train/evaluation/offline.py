@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness whose documents are JSONL files of ours.
+"""Definitions of lm-evaluation-harness tasks that read their documents from local JSONL files.
 
-Each becomes a YAML file that includes the harness's own definition and changes only where the documents come from, so
-prompts, choices and metrics are the stock ones. `lm_eval --include_path FOLDER` takes the same files.
+Each definition is a YAML file that includes the harness's own one and changes only the source of the documents, so that
+prompts, choices and metrics stay the same. `lm_eval --include_path FOLDER` reads the same files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ ENDINGS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json")
 
 
 def find_file(data_dir: Path, stem: str) -> Path | None:
-    """The file of a task, whichever of the known endings it has."""
+    """The file of a task with one of ENDINGS; None if there is none."""
     return next((path for ending in ENDINGS if (path := data_dir / f"{stem}{ending}").is_file()), None)
 
 
 def write_task(folder: Path, name: str, definition: Path, stock: Mapping[str, Any], file: Path) -> None:
-    """FOLDER/NAME.yaml: the task in `definition`, whose content is `stock`, with the documents of `file`."""
+    """Write FOLDER/NAME.yaml: the task of the file `definition`, whose content is `stock`, with documents of `file`."""
     splits = {f"{split}_split": stock.get(f"{split}_split") for split in ("training", "validation", "test")}
-    evaluated = "test_split" if splits["test_split"] else "validation_split"  # the harness's own preference
+    evaluated = "test_split" if splits["test_split"] else "validation_split"  # as the harness itself prefers
     task = {
         "include": str(definition),
         "task": name,
@@ -36,7 +36,7 @@ def write_task(folder: Path, name: str, definition: Path, stock: Mapping[str, An
 
 
 def write_group(folder: Path, name: str, definition: Path) -> None:
-    """FOLDER/NAME.yaml: the group of tasks in `definition`, each of which has a file in `folder` as well."""
+    """Write FOLDER/NAME.yaml: the group of the file `definition`; `folder` also has a file for each of its tasks."""
     (folder / f"{name}.yaml").write_text(
         yaml.safe_dump({"include": str(definition), "group": name}, sort_keys=False), encoding="utf-8"
     )

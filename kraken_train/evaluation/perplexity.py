@@ -1,17 +1,17 @@
-"""Loss and perplexity over windows of tokens, the same at any batch size and number of ranks.
+"""Loss and perplexity over windows of tokens, independent of the batch size and the number of ranks.
 
-Two readings of a split of prepared data:
+There are two modes of reading a split of prepared data:
 
-    stream      one long sequence, cut as training cuts it; what a document follows is in its context
-    documents   the text of each document from its start, so that nothing before it helps
+    stream      one long sequence, cut as in training; a document has the documents before it in its context
+    documents   each document on its own, without other documents in its context
 
 A sequence longer than the context is read in windows that start every `stride` tokens. Each token is predicted once, in
 the first window that reaches it; from the second window on it has at least `context_length - stride` tokens before it.
-The last window of a document reaches back to be full. With a stride of `context_length`, documents are read as
-lm-evaluation-harness reads them (`loglikelihood_rolling`).
+The last window of a document starts earlier, so that it is full. With a stride of `context_length`, documents are read
+as lm-evaluation-harness reads them (`loglikelihood_rolling`).
 
-Batches and ranks have an influence on a token's loss in its rounding only, that of float32, or float64 in such a model;
-sums are exact (`math.fsum`), so they add nothing.
+Batch size and number of ranks change a token's loss only by the rounding of the model's float32 or float64; sums are
+exact (`math.fsum`), so they add no error.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ MODES = ("stream", "documents")
 class Evaluation:
     loss: float  # nats per token
     perplexity: float
-    tokens: int  # predicted
+    tokens: int  # number of predicted tokens
     bits_per_byte: float | None = None  # of the documents' UTF-8 text; None if its size is unknown
 
 
 class Sequences(NamedTuple):
-    """What is predicted: in each sequence every token but the first."""
+    """The sequences to evaluate; in each, every token except the first is predicted."""
 
     stream: TokenStream
     spans: Sequence[tuple[int, int]]  # [first, last) of each sequence in the stream
@@ -54,7 +54,7 @@ class Sequences(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Tokens [start, stop) of a stream; of these the last `scored` are predicted here."""
+    """Tokens [start, stop) of a stream, of which the last `scored` are predicted in this window."""
 
     start: int
     stop: int
@@ -75,25 +75,25 @@ def read_sequences(data_dir: Path, split: str, manifest: Manifest, mode: str) ->
         lengths = [Shard(data_dir / shard.name).document_lengths() for shard in manifest.splits[split].shards]
         stream, spans = document_sequences(stream, np.concatenate(lengths), manifest.tokenizer.end_of_document)
     if not any(last - first > 1 for first, last in spans):
-        raise DataError(f"{stream.name} have {len(stream)} tokens in {split}, and none to predict; use more data")
+        raise DataError(f"{stream.name} have {len(stream)} tokens in {split}, none of them to predict; use more data")
     return Sequences(stream, spans, reach_back=mode == "documents")
 
 
 def document_sequences(
     stream: TokenStream, lengths: NDArray[np.int64], end_of_document: int
 ) -> tuple[TokenStream, list[tuple[int, int]]]:
-    """(stream, spans) of documents of these lengths that make up `stream`.
+    """(stream, spans) of the documents in `stream`, which have these lengths.
 
-    Where all of them end with `end_of_document`, as a model knows them from training, that token stands before each,
-    so that all of its text is predicted; itself it is not, since it is no text. Where some do not, no token stands
-    before any, and the first of each document is not predicted.
+    If all of them end with `end_of_document`, as in training, each span begins with that token of the document before,
+    so that all text is predicted, and ends before its own one, which is not text. If some do not, the spans are the
+    documents, and the first token of each is not predicted.
     """
     ends = np.cumsum(lengths)
     full = lengths > 0
     last_tokens = stream.read_rows((ends[full] - 1).tolist(), 1)
     if (last_tokens != end_of_document).any():
         return stream, list(zip((ends - lengths)[full].tolist(), ends[full].tolist(), strict=True))
-    # One such token before the stream: each document's follows the one before it.
+    # The first document needs one such token before the stream; each other one follows that of the document before.
     prefix = np.array([end_of_document], np.int64)
     spans = list(zip((ends - lengths)[full].tolist(), ends[full].tolist(), strict=True))
     return TokenStream([prefix, *stream.shards], stream.name), spans
@@ -122,19 +122,20 @@ def evaluate(
     text_bytes: int | None = None,
     runtime: Runtime | None = None,
 ) -> Evaluation:
-    """The mean over all predicted tokens, on all ranks; `text_bytes` is the size of the text that they encode.
+    """The mean over all predicted tokens; `text_bytes` is the size of the text that they encode.
 
-    The ranks of `runtime`, each with the whole model, share the batches.
+    A collective: the ranks of `runtime`, each with the whole model, share the batches and get the same result.
     """
     runtime = runtime or Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
     windows = [
         w for span in sequences.spans for w in strided(*span, model.context_length, stride, sequences.reach_back)
     ]
     tokens = sum(window.scored for window in windows)
-    windows.sort(key=lambda window: window.start - window.stop)  # longest first: little padding, and memory fails early
+    # Longest first: less padding, and an out-of-memory error comes early.
+    windows.sort(key=lambda window: window.start - window.stop)
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-    mine = [window_losses(model, sequences.stream, batch) for batch in batches[runtime.rank :: runtime.world_size]]
-    total = math.fsum(loss for of_rank in runtime.gather(mine) for batch_losses in of_rank for loss in batch_losses)
+    own = [window_losses(model, sequences.stream, batch) for batch in batches[runtime.rank :: runtime.world_size]]
+    total = math.fsum(loss for batches in runtime.gather(own) for losses in batches for loss in losses)
     loss = total / tokens
     bits_per_byte = total / math.log(2) / text_bytes if text_bytes else None
     return Evaluation(loss, perplexity(loss), tokens, bits_per_byte)
@@ -142,14 +143,14 @@ def evaluate(
 
 @torch.no_grad()
 def window_losses(model: LanguageModel, stream: TokenStream, windows: Sequence[Window]) -> list[float]:
-    """The sum of cross-entropies in nats of what each window predicts, correctly rounded."""
+    """For each window the sum of the cross-entropies of its predicted tokens, in nats, correctly rounded."""
     length = max(window.stop - window.start for window in windows)
     ids = np.zeros((len(windows), length), np.int64)
     targets = np.full((len(windows), length - 1), IGNORED)
-    for row, of_row, window in zip(ids, targets, windows, strict=True):
+    for row, row_targets, window in zip(ids, targets, windows, strict=True):
         tokens = stream.read(window.start, window.stop)
-        row[: len(tokens)] = tokens  # what is behind them has no influence on them: attention is causal
-        of_row[len(tokens) - 1 - window.scored : len(tokens) - 1] = tokens[-window.scored :]
+        row[: len(tokens)] = tokens  # the padding after them does not matter, because attention is causal
+        row_targets[len(tokens) - 1 - window.scored : len(tokens) - 1] = tokens[-window.scored :]
     device = model.token_embedding.weight.device
     losses = model.token_losses(torch.from_numpy(ids[:, :-1]).to(device), torch.from_numpy(targets).to(device))
     return [math.fsum(row) for row in losses.double().tolist()]
@@ -164,5 +165,5 @@ def token_losses(model: LanguageModel, windows: NDArray[np.int64]) -> tuple[floa
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is too large for a float."""
+    """exp(loss), or infinity if that is too large for a float."""
     return math.inf if loss > 700 else math.exp(loss)

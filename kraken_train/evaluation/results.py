@@ -1,9 +1,9 @@
-"""What is known of an export's quality: `evaluation.json` in its folder, read by the model card and by reports.
+"""Evaluation results of an export: `evaluation.json` in its folder, which the model card and reports read.
 
-    perplexity  one entry per data set, split, mode and stride
-    suites      name -> the newest result of each of its tasks, and which have none and why
+    perplexity  one entry per data set, split, mode, stride and dtype
+    suites      name -> the newest result of each task, and the reason for each task without a result
 
-A new result replaces the earlier one of the same measurement and leaves the others.
+A new result replaces the earlier result of the same measurement and keeps all others.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from kraken_train.common.settings import from_dict, to_dict
 
 RESULTS_FILE = "evaluation.json"
 FORMAT_VERSION = 1
-# An evaluation with the same values of these replaces the earlier one.
+# A new entry replaces an earlier entry with the same values of these keys.
 SAME_PERPLEXITY = ("data_fingerprint", "split", "mode", "stride", "dtype")
 
 
 @dataclass(frozen=True)
 class Score:
     value: float
-    standard_error: float | None = None  # None where the harness gives none, as for CB's F1
+    standard_error: float | None = None  # None if the harness reports none, as for the F1 of CB
 
 
 @dataclass(frozen=True)
 class TaskResult:
     scores: dict[str, Score]  # metric -> score
-    metric: str  # the one that counts in the suite's average
-    benchmark_metrics: list[str]  # those whose mean counts in the benchmark's own average
+    metric: str  # the metric in the average of the suite
+    benchmark_metrics: list[str]  # the metrics whose mean is in the benchmark's own average
     documents: int
-    dataset: str  # its name on the Hub, wherever it was read from
+    dataset: str  # its name on the Hub, also if it was read from files
     source: str  # hub | files
     harness: str  # such as "lm-eval 0.4.13"
-    version: str  # of the task in the harness
+    version: str  # version of the task in the harness
     shots: int  # examples in each prompt
 
 
 @dataclass(frozen=True)
 class Average:
-    """Of one number per task, all weighing the same."""
+    """An average over tasks, with equal weights."""
 
     value: float
-    standard_error: float | None  # None if that of a task is unknown
-    tasks: int
-    of: int  # tasks of the suite
+    standard_error: float | None  # None if that of any task is unknown
+    tasks: int  # number of tasks in the average
+    of: int  # number of tasks in the suite
 
 
 @dataclass(frozen=True)
 class SuiteResult:
     title: str
-    average: str | None  # what it is the average of; None if the suite has none
+    average: str | None  # describes the averaged metrics; None if the suite has no average
     tasks: dict[str, TaskResult]
-    not_run: dict[str, str] = field(default_factory=dict)  # task -> why
+    not_run: dict[str, str] = field(default_factory=dict)  # task -> reason
 
     @property
     def averages(self) -> dict[str, Average]:
-        """`paper`: of each task's `metric`; `benchmark`: of the mean of its `benchmark_metrics`, where that differs."""
+        """`paper`: over each task's `metric`; `benchmark`: over the means of `benchmark_metrics`, if these differ."""
         tasks, of = self.tasks.values(), len(self.tasks) + len(self.not_run)
         if self.average is None or not tasks:
             return {}
@@ -73,10 +73,10 @@ class SuiteResult:
         return means
 
     def updated(self, newer: SuiteResult) -> SuiteResult:
-        """Both results, the newer one's where both have a task; in the order of the suite."""
+        """The tasks of both results, from `newer` if both have a task, in the order of the suite."""
         tasks = {**self.tasks, **newer.tasks}
         order = [name for name in [*newer.tasks, *newer.not_run] if name in tasks]
-        not_run = {name: why for name, why in newer.not_run.items() if name not in tasks}
+        not_run = {name: reason for name, reason in newer.not_run.items() if name not in tasks}
         return replace(newer, tasks={name: tasks[name] for name in order}, not_run=not_run)
 
 
@@ -89,7 +89,8 @@ class Results:
 def average(scores: Sequence[Sequence[Score]], of: int) -> Average:
     """The mean over tasks of the mean over each task's scores.
 
-    The tasks are independent, so their squared errors add; those of several metrics of one task are not.
+    The errors of tasks are independent, so their squares add up; those of several metrics of one task are not, so the
+    error is then unknown.
     """
     values = [math.fsum(score.value for score in task) / len(task) for task in scores]
     errors = [task[0].standard_error if len(task) == 1 else None for task in scores]
@@ -104,7 +105,7 @@ def average(scores: Sequence[Sequence[Score]], of: int) -> Average:
 
 
 def read_results(export_dir: Path) -> Results:
-    """What has been recorded in an export, if anything. Raises CheckpointError if the file is damaged or newer."""
+    """The recorded results of an export. Raises CheckpointError if the file is damaged or of a newer format."""
     path = export_dir / RESULTS_FILE
     if not path.exists():
         return Results()
@@ -113,7 +114,7 @@ def read_results(export_dir: Path) -> Results:
         version = record["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format_version={version}, and this program knows up to {FORMAT_VERSION}; update it"
+                f"{path} has format_version={version}, but this program reads up to {FORMAT_VERSION}; update it"
             )
         suites = {name: without_averages(suite) for name, suite in record["suites"].items()}
         return Results(list(record["perplexity"]), {n: from_dict(s, SuiteResult) for n, s in suites.items()})
@@ -126,14 +127,14 @@ def without_averages(suite: dict[str, Any]) -> dict[str, Any]:
 
 
 def suite_record(result: SuiteResult) -> dict[str, Any]:
-    """As it stands in JSON, with the averages, which follow from the rest."""
+    """The result for JSON, with its averages, which are not read back."""
     return {**to_dict(result), "averages": {name: to_dict(mean) for name, mean in result.averages.items()}}
 
 
 def record_results(
     export_dir: Path, perplexity: dict[str, Any] | None = None, suites: dict[str, SuiteResult] | None = None
 ) -> Results:
-    """Add to what is recorded in an export, and return all of it. Raises CheckpointError."""
+    """Add results to an export's file; all results in it. Raises CheckpointError."""
     known = read_results(export_dir)
     entries = list(known.perplexity)
     if perplexity is not None:
@@ -163,7 +164,7 @@ PERPLEXITY_HEADER = ("data", "split", "mode", "stride", "loss", "perplexity", "b
 
 
 def suite_rows(result: SuiteResult) -> list[list[str]]:
-    """Cells under SUITE_HEADER: all metrics of all tasks, the averages, and what was not run."""
+    """Rows for SUITE_HEADER: all metrics of all tasks, the averages, and the tasks that were not run."""
     rows: list[list[str]] = []
     for name, task in result.tasks.items():
         metrics = sorted(task.scores, key=lambda metric: metric != task.metric)
@@ -175,12 +176,12 @@ def suite_rows(result: SuiteResult) -> list[list[str]]:
         complete = f"all {mean.of} tasks" if mean.tasks == mean.of else f"only {mean.tasks} of {mean.of} tasks"
         value, error = cells(mean.value, mean.standard_error)
         rows.append([f"average of {complete}", str(labels[name]), value, error, ""])
-    rows += [[name, f"not run: {why}", "", "", ""] for name, why in result.not_run.items()]
+    rows += [[name, f"not run: {reason}", "", "", ""] for name, reason in result.not_run.items()]
     return rows
 
 
 def perplexity_rows(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Cells under PERPLEXITY_HEADER."""
+    """Rows for PERPLEXITY_HEADER."""
     return [
         [
             f"{entry['data_fingerprint'][:12]}",
@@ -206,7 +207,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """All results as Markdown; says so if there are none."""
+    """All results as Markdown, or a sentence that there are none."""
     parts = []
     if results.perplexity:
         parts.append("Perplexity of prepared data, named by fingerprint:\n")

@@ -1,7 +1,7 @@
-"""SQuAD's exact match and F1 (Rajpurkar et al., arXiv 1606.05250), by which ReCoRD is measured.
+"""SQuAD's exact match and F1 (Rajpurkar et al., arXiv 1606.05250), the metrics of ReCoRD.
 
-The harness takes them from `transformers.data.metrics`, which transformers 5 no longer has, so that its own command
-cannot load ReCoRD there.
+lm-evaluation-harness imports them from `transformers.data.metrics`, which transformers 5 removed, so that its own
+command cannot load ReCoRD with transformers 5.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import ModuleType
 
 
 def words(text: str) -> list[str]:
-    """In lower case, without punctuation and articles."""
+    """The words of a text in lower case, without punctuation and articles."""
     plain = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
@@ -26,16 +26,16 @@ def compute_exact(gold: str, predicted: str) -> int:
 
 
 def compute_f1(gold: str, predicted: str) -> float:
-    """The harmonic mean of the shares of each text's words that are in the other, in [0, 1]."""
+    """The harmonic mean of precision and recall over words, in [0, 1]."""
     expected, found = words(gold), words(predicted)
     if not expected or not found:
         return float(expected == found)
-    same = sum((Counter(expected) & Counter(found)).values())
-    return 2 * same / (len(expected) + len(found))
+    common = sum((Counter(expected) & Counter(found)).values())
+    return 2 * common / (len(expected) + len(found))
 
 
 def provide_squad_metrics() -> None:
-    """Let `transformers.data.metrics.squad_metrics` be imported where transformers has none."""
+    """Make `transformers.data.metrics.squad_metrics` importable if transformers does not have it."""
     import transformers.data  # noqa: F401, PLC0415 (takes seconds)
 
     package = "transformers.data.metrics"

@@ -1,9 +1,9 @@
-"""Suites of tasks, run by lm-evaluation-harness on an export as transformers loads it.
+"""Runs suites of tasks with lm-evaluation-harness on an export, which transformers loads.
 
-What is run is `lm_eval --model hf --model_args pretrained=EXPORT,trust_remote_code=True,dtype=float32`, by its Python
-interface; the harness is an optional dependency (the extra `eval`). Not in bf16, even if the export is stored in it:
-the harness adds up log-probabilities in the model's type, so many answers would be equally likely after rounding, and
-what is rounded depends on the batch size.
+It runs `lm_eval --model hf --model_args pretrained=EXPORT,trust_remote_code=True,dtype=float32` through its Python
+interface; the harness is an optional dependency (the extra `eval`). The model computes in float32 even if the export is
+stored in bf16: the harness sums log-probabilities in the model's dtype, so in bf16 many answers would become equally
+likely by rounding, and the rounding would depend on the batch size.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class SuiteTask:
     """See conf/suite/."""
 
     metric: str  # the harness's name of the metric that the paper reports
-    benchmark_metrics: list[str] | None = None  # whose mean is the benchmark's own score; None: `metric` alone
-    file: str | None = None  # of its documents, without the ending; None: what the data set's part is called on the Hub
+    benchmark_metrics: list[str] | None = None  # their mean is the benchmark's own score; None: only `metric`
+    file: str | None = None  # name of its JSONL file without the ending; None: the data set's configuration name
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,32 @@ class Suite:
 
     name: str
     title: str
-    average: str | None  # what the average over its tasks is of; None if there is none
-    tasks: dict[str, SuiteTask]  # by the harness's names
+    average: str | None  # describes the averaged metrics; None: no average
+    tasks: dict[str, SuiteTask]  # by name in the harness
 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """What of a suite is run, and how."""
+    """Which tasks of a suite are run, and how."""
 
     tasks: list[str] | None  # None: all
-    data_dir: Path | None  # of JSONL files; None: from the Hub
-    skip_missing: bool  # files
-    task_dir: Path | None  # where the definitions of offline tasks are left, for the harness's own command
-    limit: int | None  # documents per task, to try something out
+    data_dir: Path | None  # folder of JSONL files; None: from the Hub
+    skip_missing: bool  # skip tasks whose file is missing
+    task_dir: Path | None  # where definitions of offline tasks are kept, for the harness's own command
+    limit: int | None  # documents per task, for trials
     batch_size: int
     device: str
-    dtype: str  # that the model computes in: float32 or float64
+    dtype: str  # in which the model computes: float32 or float64
 
 
 @dataclass(frozen=True)
 class LoadedTask:
     task: Any  # the harness's task or group
-    dataset: str  # of its first task, on the Hub
+    dataset: str  # name of its (first task's) data set on the Hub
 
 
 def require_harness(suite: str) -> None:
-    """Raises ConfigError unless lm-evaluation-harness and what it needs for transformers are installed."""
+    """Raises ConfigError unless lm-evaluation-harness and accelerate are installed."""
     try:
         import accelerate  # noqa: F401, PLC0415 (optional, and takes seconds)
         import lm_eval  # noqa: F401, PLC0415
@@ -78,10 +78,10 @@ def require_harness(suite: str) -> None:
 
 
 def run_suite(export: Export, suite: Suite, run: SuiteRun) -> SuiteResult:
-    """Results of the suite's tasks on an export.
+    """Run the suite's tasks on an export.
 
-    Raises CheckpointError for an export that transformers cannot load, ConfigError for an unknown task, DataError for
-    documents that are missing, not in the Hub's schema, or whose answers alone are longer than the model's context.
+    Raises CheckpointError if transformers cannot load the export, ConfigError for an unknown task, and DataError if
+    documents are missing or not in the Hub's schema, or if an answer alone is longer than the model's context.
     """
     require_harness(suite.name)
     require_loadable(export)
@@ -102,28 +102,30 @@ def run_suite(export: Export, suite: Suite, run: SuiteRun) -> SuiteResult:
                     limit=run.limit,
                     log_samples=False,
                 )
-            except AssertionError:  # which is what it says of an answer that does not fit the context
+            except AssertionError:  # the harness raises it if an answer does not fit into the context
                 require_answers_that_fit(export, tasks)
                 raise
     if truncations:
-        print(f"note: {len(truncations):,} requests were longer than the model's context and lost their beginning")
+        print(
+            f"note: {len(truncations):,} requests were longer than the model's context and were cut at their beginning"
+        )
     source = "hub" if run.data_dir is None else "files"
     results = {name: task_result(name, suite.tasks[name], tasks[name], found, source) for name in tasks}
     return SuiteResult(suite.title, suite.average, results, not_run)
 
 
 def require_loadable(export: Export) -> None:
-    """Raises CheckpointError unless the export has what transformers needs."""
+    """Raises CheckpointError unless the export has the files that transformers needs."""
     for name in (MODELING_FILE.name, "tokenizer_config.json"):
         if not (export.folder / name).is_file():
             raise CheckpointError(
-                f"{export.folder} has no {name}, without which transformers cannot load it; export the training "
+                f"{export.folder} has no {name}, which transformers needs to load it; export the training "
                 "checkpoint again, with its tokenizer"
             )
 
 
 def require_answers_that_fit(export: Export, tasks: Mapping[str, LoadedTask]) -> None:
-    """Raises DataError if a task has an answer of more tokens than the context."""
+    """Raises DataError if a task has an answer with more tokens than the context."""
     tokenizer, context_length = export.load_tokenizer(), export.config.context_length
     for name, loaded in tasks.items():
         if getattr(loaded.task, "OUTPUT_TYPE", None) != "multiple_choice":
@@ -139,10 +141,10 @@ def require_answers_that_fit(export: Export, tasks: Mapping[str, LoadedTask]) ->
 
 @contextmanager
 def counted_truncations() -> Iterator[list[str]]:
-    """Collects the harness's warnings about requests that are too long, which are as many as these."""
+    """Collects the harness's warnings about requests that are too long; there is one per request."""
     messages: list[str] = []
 
-    def keep(record: logging.LogRecord) -> bool:
+    def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         if text.startswith("Combined length of context"):
             messages.append(text)
@@ -150,11 +152,11 @@ def counted_truncations() -> Iterator[list[str]]:
         return True
 
     logger = logging.getLogger("lm_eval.models.huggingface")
-    logger.addFilter(keep)
+    logger.addFilter(collect)
     try:
         yield messages
     finally:
-        logger.removeFilter(keep)
+        logger.removeFilter(collect)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -163,28 +165,28 @@ def counted_truncations() -> Iterator[list[str]]:
 
 
 def load_tasks(suite: Suite, run: SuiteRun, folder: Path) -> tuple[dict[str, LoadedTask], dict[str, str]]:
-    """(the tasks that are run, why the others are not)."""
+    """(the tasks to run, the reason for each task that is not run)."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415 (optional, and takes seconds)
 
     provide_squad_metrics()
-    asked = list(suite.tasks) if run.tasks is None else run.tasks
-    for name in asked:
+    selected = list(suite.tasks) if run.tasks is None else run.tasks
+    for name in selected:
         if name not in suite.tasks:
             raise ConfigError(
                 f"tasks: {name} is not in suite={suite.name}{suggestion(name, tuple(suite.tasks))}; use some of "
                 f"{', '.join(suite.tasks)}"
             )
     stock = manager = stock_tasks()
-    for name in asked:
+    for name in selected:
         if name not in stock.task_index:
             raise ConfigError(f"lm-eval {version('lm-eval')} has no task {name} of suite={suite.name}; install another")
-    not_run = {name: "not asked for" for name in suite.tasks if name not in asked}
+    not_run = {name: "not selected" for name in suite.tasks if name not in selected}
     if run.data_dir is not None:
-        missing = write_definitions(suite, asked, run.data_dir, stock.task_index, folder)
+        missing = write_definitions(suite, selected, run.data_dir, stock.task_index, folder)
         if missing and not run.skip_missing:
             raise DataError(
-                f"suite_data={run.data_dir} lacks files: {describe(missing)}; add them, choose tasks=[...], or leave "
-                "out what is missing with missing=skip"
+                f"suite_data={run.data_dir} lacks files: {describe(missing)}; add them, choose tasks=[...], or skip "
+                "these tasks with missing=skip"
             )
         not_run |= missing
         manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -198,7 +200,7 @@ def load_tasks(suite: Suite, run: SuiteRun, folder: Path) -> tuple[dict[str, Loa
 
 @functools.cache
 def stock_tasks() -> Any:
-    """The harness's own tasks; reading the definitions of all of them takes seconds."""
+    """The harness's own tasks. Cached, because reading all definitions takes seconds."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415 (optional, and takes seconds)
 
     return TaskManager()
@@ -210,17 +212,17 @@ def members(name: str, index: Mapping[str, Any]) -> list[str]:
 
 
 def write_definitions(
-    suite: Suite, asked: Sequence[str], data_dir: Path, index: Mapping[str, Any], folder: Path
+    suite: Suite, selected: Sequence[str], data_dir: Path, index: Mapping[str, Any], folder: Path
 ) -> dict[str, str]:
-    """Write offline definitions of the tasks whose files are there; returns what the others lack."""
+    """Write offline definitions of the tasks whose files exist; the missing files of each other task."""
     missing = {}
-    for name in asked:
+    for name in selected:
         stems = {m: suite.tasks[name].file or index[m].cfg.get("dataset_name") or m for m in members(name, index)}
         files = {member: file for member, stem in stems.items() if (file := find_file(data_dir, stem))}
-        absent = [f"{stem}.jsonl" for member, stem in stems.items() if member not in files]
-        if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            missing[name] = f"{absent[0]}{more} is not there"
+        absent_files = [f"{stem}.jsonl" for member, stem in stems.items() if member not in files]
+        if absent_files:
+            more = f" and {len(absent_files) - 1} more" if len(absent_files) > 1 else ""
+            missing[name] = f"{absent_files[0]}{more} missing"
             continue
         for member, file in files.items():
             write_task(folder, member, index[member].yaml_path, index[member].cfg, file)
@@ -230,32 +232,32 @@ def write_definitions(
 
 
 def load_task(name: str, manager: Any, data_dir: Path | None) -> Any:
-    """A task or group with its documents, the first of which has been tried. Raises DataError."""
+    """A task or group with its documents, after a check of the first one. Raises DataError."""
     from datasets.exceptions import DatasetsError  # noqa: PLC0415 (takes seconds)
     from jinja2 import TemplateError  # noqa: PLC0415
 
-    where = f"the Hub's data of {name}" if data_dir is None else f"the file of {name} in suite_data={data_dir}"
+    source = f"the Hub's data of {name}" if data_dir is None else f"the file of {name} in suite_data={data_dir}"
     try:
         loaded = manager.load([name])
         for task in loaded["tasks"].values():
-            require_usable(task, where)
+            require_usable(task, source)
     except (DatasetsError, OSError, LookupError, TypeError, ValueError, TemplateError, StopIteration) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if data_dir is None:
-            remedy = "the Hub must be reachable, or its cache hold the data; without, give suite_data=FOLDER"
+            remedy = "make the Hub or a cache with the data available, or give suite_data=FOLDER"
         else:
-            remedy = "it must be JSONL in the schema that the data set has on the Hub"
-        raise DataError(f"{where} cannot be used ({type(error).__name__}: {reason}); {remedy}") from error
+            remedy = "it must be JSONL in the schema of the data set on the Hub"
+        raise DataError(f"{source} cannot be used ({type(error).__name__}: {reason}); {remedy}") from error
     return loaded["groups"].get(name) or loaded["tasks"][name]
 
 
-def require_usable(task: Any, where: str) -> None:
-    """Make the prompt of the first document. Raises DataError if there is none or the labels are left out."""
+def require_usable(task: Any, source: str) -> None:
+    """Make the prompt of the first document. Raises DataError if there are no documents or no labels."""
     documents = list(task.eval_docs)
     if not documents:
-        raise DataError(f"{where} holds no documents; use the validation set")
+        raise DataError(f"{source} holds no documents; use the validation set")
     if any(document.get("label") == -1 for document in documents):
-        raise DataError(f"{where} has documents with the label -1, as test sets have whose answers are secret; use the "
+        raise DataError(f"{source} has documents with the label -1, as test sets with secret answers have; use the "
                         "validation set")  # fmt: skip
     task.doc_to_text(documents[0])
     task.doc_to_target(documents[0])
@@ -264,7 +266,7 @@ def require_usable(task: Any, where: str) -> None:
 
 
 def describe(not_run: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({why})" for name, why in not_run.items())
+    return ", ".join(f"{name} ({reason})" for name, reason in not_run.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,23 +275,23 @@ def describe(not_run: dict[str, str]) -> str:
 
 
 def task_result(name: str, task: SuiteTask, loaded: LoadedTask, found: Any, source: str) -> TaskResult:
-    """From the harness's tables, whose keys are `metric,filter` and `metric_stderr,filter`."""
+    """A result out of the harness's tables, whose keys are `metric,filter` and `metric_stderr,filter`."""
     scores = {}
     for key, value in found["results"][name].items():
-        metric, _, kind = key.partition(",")
-        if not kind or metric.endswith("_stderr"):
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr"):
             continue
-        error = found["results"][name].get(f"{metric}_stderr,{kind}")
+        error = found["results"][name].get(f"{metric}_stderr,{filter_name}")
         scores[metric] = Score(float(value), float(error) if isinstance(error, int | float) else None)
-    parts = found["group_subtasks"].get(name) or [name]
+    subtasks = found["group_subtasks"].get(name) or [name]
     return TaskResult(
         scores=scores,
         metric=task.metric,
         benchmark_metrics=task.benchmark_metrics or [task.metric],
-        documents=sum(found["n-samples"][member]["effective"] for member in parts),
+        documents=sum(found["n-samples"][member]["effective"] for member in subtasks),
         dataset=loaded.dataset,
         source=source,
         harness=f"lm-eval {version('lm-eval')}",
         version=str(found["versions"].get(name)),
-        shots=found["n-shot"][parts[0]],
+        shots=found["n-shot"][subtasks[0]],
     )

@@ -1,7 +1,7 @@
-"""Several runs side by side: size, tokens, loss, perplexity, results in suites, speed.
+"""Compares runs: size, tokens, loss, perplexity, results of suites, speed.
 
-What is compared is a run's folder or an export. Of a run the results are those of its newest evaluated export, which it
-knows from its `exports.jsonl`; numbers that were not measured are left out, never guessed.
+An entry is a run folder or an export. The evaluation results of a run are those of its newest evaluated export, found
+through the run's `exports.jsonl`; numbers that were not measured are left out.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One row. What is not known is None, or empty."""
+    """One row of the comparison. An unknown value is None or empty."""
 
     label: str
-    run: Run  # without records for an export
+    run: Run  # without records if the entry is an export
     model: ModelConfig | None = None
-    tokens: int | None = None  # trained on
+    tokens: int | None = None  # number of training tokens
     results: Results = field(default_factory=Results)
 
     def last(self, key: str) -> float | None:
-        """The newest value that was logged."""
+        """The last logged value; None if there is none."""
         values = self.run.series(key)[1]
         return values[-1] if values else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median, which a few slow steps do not change."""
+        """The median over steps, which a few slow steps do not change."""
         values = self.run.series("tokens_per_second")[1]
         return statistics.median(values) if values else None
 
 
 def read_entry(path: Path) -> Entry:
-    """A run's folder or an export. Raises DataError or CheckpointError."""
+    """Read a run folder or an export. Raises DataError or CheckpointError."""
     if not (path / METRICS_FILE).exists() and (path / EXPORT_CONFIG_FILE).is_file():
         export = read_export(path)
         label = path.resolve().name
@@ -83,7 +83,7 @@ def read_entry(path: Path) -> Entry:
 
 
 def results_of_run(run_dir: Path) -> Results:
-    """Of the newest of the run's exports that has been evaluated and is still where it was written."""
+    """The results of the run's newest export that was evaluated and still exists. Raises DataError."""
     for exported in reversed(read_exports(run_dir)):
         folder = Path(exported["path"])
         if not (folder / RESULTS_FILE).is_file():
@@ -97,7 +97,7 @@ def results_of_run(run_dir: Path) -> Results:
 
 
 def unique_labels(entries: Sequence[Entry], paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with their parents' where two have the same."""
+    """The names of the folders, with the name of the parent folder if two are the same."""
     counts = Counter(entry.label for entry in entries)
     return [
         entry.label if counts[entry.label] == 1 else "/".join(path.resolve().parts[-2:])
@@ -112,16 +112,16 @@ def unique_labels(entries: Sequence[Entry], paths: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class SuiteComparison:
-    """The results of those entries that have some of a suite."""
+    """The entries that have results of a suite."""
 
     title: str
-    tasks: list[str]  # that some of them have
-    of: int  # tasks of the suite
-    results: dict[str, SuiteResult]  # by the entry's label
-    common: list[str]  # tasks that all of them have
+    tasks: list[str]  # tasks that at least one entry has
+    of: int  # number of tasks in the suite
+    results: dict[str, SuiteResult]  # by label of the entry
+    common: list[str]  # tasks that all entries have
 
     def average(self, label: str) -> Average | None:
-        """Over the common tasks, so that averages compare."""
+        """The average over the common tasks, so that averages are comparable."""
         result = self.results[label]
         if result.average is None or not self.common:
             return None
@@ -130,7 +130,7 @@ class SuiteComparison:
 
 
 def common_perplexity(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
-    """label -> the perplexity that was measured in the same way for the most entries; of two, the newer one."""
+    """label -> perplexity, measured in the way that most entries have; if several ways do, in the newest one."""
     keys = [tuple(found[k] for k in SAME_PERPLEXITY) for entry in entries for found in entry.results.perplexity]
     if not keys:
         return {}
@@ -158,7 +158,7 @@ def compare_suites(entries: Sequence[Entry]) -> dict[str, SuiteComparison]:
 
 
 def rows(entries: Sequence[Entry]) -> list[list[str]]:
-    """Cells under HEADER."""
+    """Rows for HEADER."""
     measured = common_perplexity(entries)
     table = []
     for entry in entries:
@@ -168,21 +168,21 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
             [
                 entry.label,
                 describe_model(entry.model),
-                shown(None if entry.model is None else entry.model.num_parameters, ",d"),
-                shown(entry.tokens, ",d"),
-                shown(entry.last("loss"), ".4f"),
-                shown(validation, ".4f"),
-                shown(math.exp(validation) if validation is not None and validation < 700 else None, ",.2f"),
-                shown(found.get("perplexity"), ",.2f"),
-                shown(found.get("bits_per_byte"), ".4f"),
-                shown(entry.tokens_per_second, ",.0f"),
+                format_number(None if entry.model is None else entry.model.num_parameters, ",d"),
+                format_number(entry.tokens, ",d"),
+                format_number(entry.last("loss"), ".4f"),
+                format_number(validation, ".4f"),
+                format_number(math.exp(validation) if validation is not None and validation < 700 else None, ",.2f"),
+                format_number(found.get("perplexity"), ",.2f"),
+                format_number(found.get("bits_per_byte"), ".4f"),
+                format_number(entry.tokens_per_second, ",.0f"),
             ]
         )
     return table
 
 
 def suite_table(comparison: SuiteComparison) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): one row per entry, one column per task, and the average where the suite has one."""
+    """(header, rows): one row per entry, one column per task, and the average if the suite has one."""
     header, table = ["run", *comparison.tasks], []
     averages = {label: comparison.average(label) for label in comparison.results}
     has_average = any(mean is not None for mean in averages.values())
@@ -202,14 +202,14 @@ def suite_table(comparison: SuiteComparison) -> tuple[list[str], list[list[str]]
 
 
 def notes(entries: Sequence[Entry]) -> list[str]:
-    """What the tables' numbers are."""
-    lines = ["losses: nats per token, the last that the run has logged; tokens/s: the median of its steps"]
+    """Explanations of the numbers in the tables."""
+    lines = ["losses: nats per token, the last one that the run logged; tokens/s: the median over its steps"]
     measured = list(common_perplexity(entries).values())
     if measured:
-        one = measured[0]
+        example = measured[0]
         lines.append(
-            f"perplexity and bits per byte: of the export, on {one['split']} of data {one['data_fingerprint'][:12]}, "
-            f"mode {one['mode']}, stride {one['stride']}"
+            f"perplexity and bits per byte: of the export, on {example['split']} of data "
+            f"{example['data_fingerprint'][:12]}, mode {example['mode']}, stride {example['stride']}"
         )
     return lines
 
@@ -220,8 +220,8 @@ def describe_model(model: ModelConfig | None) -> str:
     return f"{model.title}, {model.num_layers} layers of {model.hidden_size}"
 
 
-def shown(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else format(value, form)
+def format_number(value: float | None, format_spec: str) -> str:
+    return UNKNOWN if value is None else format(value, format_spec)
 
 
 def with_error(value: float, error: float | None) -> str:
@@ -229,7 +229,7 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def to_json(entries: Sequence[Entry]) -> str:
-    """All numbers of the tables, not rounded."""
+    """All numbers of the tables, unrounded, as JSON."""
     measured = common_perplexity(entries)
     suites = compare_suites(entries)
     record = {

@@ -1,4 +1,4 @@
-"""The figure of a comparison: the curves of the runs, below them their perplexities and the results of suites."""
+"""The figure of a comparison: curves of the runs, and below them perplexities and results of suites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kraken_train.reporting.curves import fill_curves, finish, save
 
 
 def draw_comparison(entries: Sequence[Entry], output: Path) -> None:
-    """The curves, below them perplexity over parameters and the suites' results. Raises DataError."""
+    """Draw curves, perplexity over number of parameters, and results of suites. Raises DataError."""
     colors = {entry.label: f"C{index % 10}" for index, entry in enumerate(entries)}
     perplexities = {
         entry.label: (entry.model.num_parameters, found["perplexity"])
@@ -21,10 +21,9 @@ def draw_comparison(entries: Sequence[Entry], output: Path) -> None:
         if entry.model is not None and (found := common_perplexity(entries).get(entry.label))
     }
     suites = compare_suites(entries)
-    below = bool(perplexities) + len(suites)
-    height = 4.0 * below
-    figure = Figure(figsize=(12, 7.5 + height), layout="constrained")
-    parts = figure.subfigures(1 + below, 1, height_ratios=[7.5] + [4.0] * below, squeeze=False)[:, 0]
+    extra_rows = bool(perplexities) + len(suites)
+    figure = Figure(figsize=(12, 7.5 + 4.0 * extra_rows), layout="constrained")
+    parts = figure.subfigures(1 + extra_rows, 1, height_ratios=[7.5] + [4.0] * extra_rows, squeeze=False)[:, 0]
     fill_curves(parts[0], [entry.run for entry in entries])
     remaining = list(parts[1:])
     if perplexities:
@@ -46,7 +45,7 @@ def draw_perplexities(axes: Axes, found: dict[str, tuple[int, float]], colors: d
 
 
 def draw_suite(axes: Axes, comparison: SuiteComparison, colors: dict[str, str]) -> None:
-    """Bars with standard errors: a group per task, a bar per run."""
+    """Bars with standard errors: one group per task, one bar per run."""
     width = 0.8 / len(comparison.results)
     for index, (label, result) in enumerate(comparison.results.items()):
         scores = [(at, task.scores[task.metric]) for at, name in enumerate(comparison.tasks)

@@ -1,4 +1,4 @@
-"""Curves of training runs as PNG."""
+"""Draws curves of training runs as PNG files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kraken_train.run.metrics import Run
 
 
 def draw_curves(runs: Sequence[Run], output: Path) -> None:
-    """Loss, learning rate, gradient norm and throughput over steps, all runs in the same four plots.
+    """Draw loss, learning rate, gradient norm and throughput over steps, with all runs in the same four plots.
 
-    Raises DataError if the picture cannot be written.
+    Raises DataError if the file cannot be written.
     """
-    figure = Figure(figsize=(12, 7.5), layout="constrained")  # not of pyplot, so no display is looked for
+    figure = Figure(figsize=(12, 7.5), layout="constrained")  # not by pyplot, which would look for a display
     fill_curves(figure, runs)
     if len(runs) == 1:
         figure.suptitle(runs[0].label)
@@ -48,7 +48,7 @@ def fill_curves(figure: Figure | SubFigure, runs: Sequence[Run]) -> None:
 
 
 def draw_loss_curve(run: Run, output: Path) -> None:
-    """The loss alone. Raises DataError if the picture cannot be written."""
+    """Draw only the loss. Raises DataError if the file cannot be written."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     draw_loss(axes, run, "C0", several=False)

@@ -1,7 +1,7 @@
-"""The model card of an export, README.md: what it is, how it was trained, how good it is and how to load it.
+"""The model card of an export, README.md: the model, its training, its evaluation, and how to load it.
 
-It is written once, from the run, and is then the user's to edit. Only what stands between the two marks is written
-again when the export is evaluated, and with it the results in the front matter that the Hub reads.
+It is written once, from the run, and users may edit it afterwards. An evaluation of the export rewrites only the text
+between two markers and the results in the front matter, which the Hub reads.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ CARD_FILE = "README.md"
 PROJECT_TAG = "kraken"  # of all models of this program on the Hub
 LOSS_CURVE_FILE = "loss.png"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
-# Settings of a run that say how a model was trained; the others say where and with what.
+# Settings that describe the training; the others describe places and machines.
 TRAINING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision", "seed")
 METRIC_TYPES = {"acc": "accuracy", "acc_norm": "accuracy", "f1": "f1", "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a card says of the run; `metrics` is None where they are lost."""
+    """The training run for the card; `metrics` is None if they do not exist."""
 
     settings: Mapping[str, Any]  # the run's configuration
     metrics: Run | None
 
     @classmethod
     def of_run(cls, run_dir: Path, settings: Mapping[str, Any], last_step: int) -> Training:
-        """Raises DataError if what the run has logged is damaged."""
+        """Read the metrics up to `last_step`. Raises DataError if they are damaged."""
         if not (run_dir / METRICS_FILE).is_file():
             return cls(settings, None)
         run = read_run(run_dir)
@@ -49,7 +49,7 @@ class Training:
 
 
 def write_card(export_dir: Path, training: Training | None = None, license_name: str | None = None) -> None:
-    """Write the card, and the loss curve beside it where there is one. Raises CheckpointError."""
+    """Write the card, and the loss curve if there are metrics. Raises CheckpointError."""
     export = read_export(export_dir)
     results = read_results(export_dir)
     has_curve = training is not None and training.metrics is not None and len(training.metrics.records) > 0
@@ -68,7 +68,7 @@ def write_card(export_dir: Path, training: Training | None = None, license_name:
 
 
 def refresh_results(export: Export, results: Results) -> None:
-    """Write the card's results again, and the rest only if there is no card. Raises CheckpointError."""
+    """Update the results in the card, or write a card if there is none. Raises CheckpointError."""
     path = export.folder / CARD_FILE
     if not path.exists():
         write_card(export.folder)
@@ -81,7 +81,7 @@ def refresh_results(export: Export, results: Results) -> None:
     before, begin, rest = card.text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        print(f"note: {path} has no place for results ({BEGIN} ... {END}), so they are in its front matter only")
+        print(f"note: {path} has no markers for results ({BEGIN} ... {END}), so they are only in its front matter")
     else:
         card.text = f"{before}{section(results)}{after}"
     card.data.model_name = card.data.get("model_name") or export.folder.resolve().name
@@ -97,7 +97,7 @@ def save(export_dir: Path, text: str) -> None:
 
 
 def eval_results(results: Results) -> list[EvalResult]:
-    """The suites' results as the Hub's front matter takes them: one per task, its main metric."""
+    """The suites' results for the front matter of the Hub: the main metric of each task."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -156,7 +156,7 @@ def training_facts(export: Export, training: Training | None) -> dict[str, Any]:
 
 
 def last_value(run: Run, key: str) -> str | None:
-    """Of the last step that logged it, and which step that was."""
+    """The last logged value with its step; None if there is none."""
     steps, values = run.series(key)
     if not steps:
         return None
@@ -165,13 +165,13 @@ def last_value(run: Run, key: str) -> str | None:
 
 
 def section(results: Results) -> str:
-    """The results between their marks."""
+    """The results between their markers."""
     return f"{BEGIN}\n{markdown(results)}{END}"
 
 
 def loading(export: Export) -> str:
     name = export.folder.resolve().name
-    return f"""The files hold all that is needed; the modelling file runs with `trust_remote_code=True`.
+    return f"""The files of this folder are all that is needed; `trust_remote_code=True` runs its modeling file.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -182,8 +182,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-As is usual in transformers, text that spells a special token, such as the end of a document, becomes that token. In
-training it was text; `AutoTokenizer.from_pretrained("{name}", split_special_tokens=True)` makes it text too.
+As usual in transformers, text that spells a special token, such as the end of a document, becomes that token. In
+training it stayed text; `AutoTokenizer.from_pretrained("{name}", split_special_tokens=True)` keeps it text too.
 
 With kraken-train:
 

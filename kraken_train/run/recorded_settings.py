@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from kraken_train.common.cli import CONF_DIR, compose_command
-from kraken_train.common.settings import to_dict
+from kraken_train.common.settings import choices_of, field_types, to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.model.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
 
@@ -17,8 +17,15 @@ CHOICES = {"schedule": "name", "tracking": "kind"}  # the setting that names the
 def recorded_settings(recorded: dict[str, Any]) -> dict[str, Any]:
     """`recorded`, the settings of a TrainConfig, with the defaults of conf/ for those that it lacks."""
     chosen = {group: recorded.get(group, {}).get(setting) for group, setting in CHOICES.items()}
-    choices = [f"{group}={name}" for group, name in chosen.items() if (CONF_DIR / group / f"{name}.yaml").is_file()]
-    return filled(defaults_with(*choices), recorded)
+    files = [f"{group}={name}" for group, name in chosen.items() if (CONF_DIR / group / f"{name}.yaml").is_file()]
+    settings = filled(defaults_with(*files), recorded)
+    # Older programs recorded the settings of all choices of a group, and used those of the chosen one.
+    for group, kind in field_types(TrainConfig).items():
+        choices = choices_of(kind)
+        if choices and (schema := choices.get(settings[group].get("name"))):
+            known = field_types(schema)
+            settings[group] = {key: value for key, value in settings[group].items() if key in known}
+    return settings
 
 
 @functools.cache

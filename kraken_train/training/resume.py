@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from checkpoints.training.manifest import Checkpoint
-from checkpoints.training.store import find_good_checkpoint, model_of, set_aside_after
+from checkpoints.training.store import find_good_checkpoint, mark_newer_as_damaged, model_of
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
@@ -44,7 +44,7 @@ def find_checkpoint_to_resume(
     ):
         if differs:
             raise CheckpointError(f"{checkpoint.path} is the checkpoint of {what}; move it out of this run's folder")
-    runtime.on_first(lambda: set_aside_after(checkpoint))
+    runtime.on_first(lambda: mark_newer_as_damaged(checkpoint))
     check_settings(checkpoint, config, print_line)
     return checkpoint
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.exports.initial import export_reader, open_initial_export
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.store import fill_tensors
-from checkpoints.training.writer import CheckpointWriter, go_back_to
+from checkpoints.training.writer import CheckpointWriter, delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import Samples, TrainingData
@@ -33,7 +33,6 @@ from kraken_train.parallel.step_timer import DATA, FORWARD, StepTimer
 from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
-from kraken_train.training.optim import learning_rate
 from kraken_train.training.precision import reduce_dtype
 from kraken_train.training.resume import find_checkpoint_to_resume
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
@@ -125,7 +124,7 @@ class Trainer:
         self.timer.active = self.is_logged(self.step + 1)
 
         # Gradients of the micro-batches, then the update.
-        lr = learning_rate(config.schedule, config.optim.lr, self.step, config.max_steps)
+        lr = config.schedule.learning_rate(config.optim.lr, self.step, config.max_steps)
         self.step_metrics.begin_step(lr)
         for _ in range(self.engine.accumulation_steps):
             with self.step_metrics.wait_for_data(), self.timer.phase(DATA):
@@ -275,7 +274,7 @@ class Trainer:
         self.load_checkpoint(checkpoint)
         self.consumed_samples, skipped = consumed, consumed - self.consumed_samples
         self.engine.verify_replicas()
-        self.runtime.on_first(lambda: go_back_to(checkpoint))
+        self.runtime.on_first(lambda: delete_newer_checkpoints(checkpoint))
         if self.metrics is not None:
             self.metrics.rewind(self.step)
         self.watchdog.alive()

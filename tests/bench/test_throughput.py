@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import throughput_ranks
 import torch
+from conf_models import conf_model
 from helpers import launch_ranks, run_here, run_module, user_error
-from test_config import model
 from throughput_ranks import SLOWED_BY, configure
 
 from kraken_train.bench import throughput_run
@@ -68,7 +68,7 @@ def test_figures_agree(results: dict[tuple[str, str], dict[str, Any]], folder: P
             assert result["mfu"][part] * result["peak"] == pytest.approx(flops)
         assert result["mfu"]["total"] == pytest.approx(result["mfu"]["matrix"] + result["mfu"]["attention"])
         # bf16 weights, fp32 masters, sums and moments; half of a baseline is less than half of its parameters.
-        assert result["peak_memory"]["bytes"] > 18 * model(name, 512).num_parameters / 2
+        assert result["peak_memory"]["bytes"] > 18 * conf_model(name, 512).num_parameters / 2
     assert (folder / "throughput.png").stat().st_size > 10_000
 
 
@@ -156,7 +156,7 @@ def test_what_fits_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_sub_layers", [2, 4, 6])
 def test_derived_models(num_sub_layers: int) -> None:
     """The width is one that `derive` finds, and attention kernels take the heads as they are."""
-    base, derived = model("gpt2-124m"), model(f"kraken-125m-{num_sub_layers}way-hw")
+    base, derived = conf_model("gpt2-124m"), conf_model(f"kraken-125m-{num_sub_layers}way-hw")
     assert isinstance(derived, KrakenConfig)
     assert derived.num_sub_layers == num_sub_layers
     assert abs(derived.num_parameters / base.num_parameters - 1) <= 0.03

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import run_here, user_error
 
-from checkpoints.training.store import SINGLE_PROCESS, set_aside_after, verify_checkpoint
+from checkpoints.training.store import SINGLE_PROCESS, mark_newer_as_damaged, verify_checkpoint
 from checkpoints.training.writer import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest resets the filter of the store
@@ -88,7 +88,7 @@ def test_older_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["", "checkpoints"])
 def test_all_checkpoints_of_a_run(run: Path, inside: str) -> None:
     save(run, 20_000, METADATA)
-    set_aside_after(verify_checkpoint(run / "checkpoints" / "step-00010000"))
+    mark_newer_as_damaged(verify_checkpoint(run / "checkpoints" / "step-00010000"))
     (run / "checkpoints" / "latest").write_text("step-00010000\n")
     lines = inspect(run / inside)
     assert lines["checkpoints"] == f"2 in {run / 'checkpoints'}"

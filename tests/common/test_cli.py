@@ -91,7 +91,7 @@ def test_the_text_of_every_command() -> None:
     assert (tracking.name, tracking.notes, tracking.group) == ("me@lab#1", "see 70%", "a b, c")
     assert (config.run_dir, config.data_dir, tracking.tags) == ("a=b,c {x}", "d,(e)", ("a#1", "b c"))
     assert strings(TrainConfig) - set(free_text_settings(TrainConfig)) == {
-        "precision", "resume", "schedule.name", "parallel.reduce_dtype", "tracking.kind", "tracking.mode",
+        "precision", "resume", "parallel.reduce_dtype", "tracking.kind", "tracking.mode",
         "health.nonfinite", "health.loss_spike",
     }  # fmt: skip
     assert strings(GenerateConfig) - set(free_text_settings(GenerateConfig)) == {"dtype", "device"}

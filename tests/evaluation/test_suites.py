@@ -1,4 +1,4 @@
-"""Suites through lm-evaluation-harness, on made-up documents in the schema that the data sets have on the Hub."""
+"""Suites run by lm-evaluation-harness, on generated documents in the schema of the data sets on the Hub."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def files(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The harness, with its caches where nothing of them stays."""
+    """Skips without the harness; puts its caches into a temporary folder."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra eval)")
     import datasets  # noqa: PLC0415
     import transformers.dynamic_module_utils as modules  # noqa: PLC0415
@@ -78,7 +78,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for so small a model more of them only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for such a small model
     yield
     torch.set_num_threads(threads)
 
@@ -96,7 +96,7 @@ def settings(folder: Path, tmp_path: Path, **changed: Any) -> SuiteRun:
 
 @torch.no_grad()
 def likelihoods(model: LanguageModel, tokenizer: Tokenizer, prompt: str, answers: list[str]) -> list[float]:
-    """How likely our own model finds the answers after the prompt."""
+    """The log-likelihoods of the answers after the prompt, by our own model."""
     scores = []
     for answer in answers:
         before, ids = tokenizer.encode_batch([prompt, prompt + answer])
@@ -107,7 +107,7 @@ def likelihoods(model: LanguageModel, tokenizer: Tokenizer, prompt: str, answers
 
 
 def chosen(model: LanguageModel, tokenizer: Tokenizer, prompt: str, answers: list[str]) -> int:
-    """The answer that our own model finds most likely after the prompt."""
+    """The index of the most likely answer after the prompt, by our own model."""
     return int(np.argmax(likelihoods(model, tokenizer, prompt, answers)))
 
 
@@ -154,15 +154,16 @@ def test_suite_equals_our_own_model(harness: None, files: Path, tmp_path: Path, 
     written = json.loads((tmp_path / "result.json").read_text())["suites"]["superglue"]
     assert written["averages"]["paper"]["value"] == pytest.approx(np.mean(headline))
     for text in (result.stdout, (tmp_path / "table.md").read_text(), (export / "README.md").read_text()):
-        assert "average of all 8 tasks" in text and f"{np.mean(headline):.4f}" in text
-    # What it left behind is what the harness's own command takes.
-    stock = read_stock(tmp_path, export)
+        assert "average of all 8 tasks" in text
+        assert f"{np.mean(headline):.4f}" in text
+    # The harness's own command gives the same results with the task definitions in task_dir.
+    stock = run_harness(tmp_path, export)
     for name, task in found.tasks.items():
         for metric, score in task.scores.items():
             assert stock[name][f"{metric},none"] == score.value, name
 
 
-def read_stock(task_dir: Path, export: Path) -> dict[str, Any]:
+def run_harness(task_dir: Path, export: Path) -> dict[str, Any]:
     """Results of `lm_eval --model hf --include_path TASK_DIR`."""
     import lm_eval  # noqa: PLC0415
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
@@ -178,7 +179,7 @@ def read_stock(task_dir: Path, export: Path) -> dict[str, Any]:
 def test_likelihoods_do_not_depend_on_the_batch_size(
     harness: None, files: Path, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor on the type of the stored weights: sums in bf16 would be multiples of 1/16 or more."""
+    """Nor on the dtype of the stored weights: sums in bf16 would be rounded to multiples of 1/16 or more."""
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
     config = small_configs(vocab_size=320, context_length=256)["kraken"]
@@ -188,12 +189,12 @@ def test_likelihoods_do_not_depend_on_the_batch_size(
     run, compute = settings(files, tmp_path, tasks=["boolq"]), HFLM.loglikelihood
     seen: list[list[float]] = []
 
-    def keep(self: HFLM, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+    def recording(self: HFLM, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
         answers = compute(self, requests, **options)
         seen.append([likelihood for likelihood, _ in answers])
         return answers
 
-    monkeypatch.setattr(HFLM, "loglikelihood", keep)
+    monkeypatch.setattr(HFLM, "loglikelihood", recording)
     for size in (1, 8, 32):
         run_suite(export, read_suite("superglue"), dataclasses.replace(run, batch_size=size))
     model, tokenizer = export.load_model(torch.float64), export.load_tokenizer()
@@ -227,24 +228,26 @@ def test_bits_per_byte_of_documents(harness: None, tmp_path: Path, tokenizer_dir
 
 
 def test_squad_metrics() -> None:
-    assert compute_exact("The Mill!", "mill") == 1 and compute_exact("the mill", "a windmill") == 0
+    assert compute_exact("The Mill!", "mill") == 1
+    assert compute_exact("the mill", "a windmill") == 0
     assert compute_f1("the old mill", "old mill by an old river") == pytest.approx(
         2 * (2 / 2) * (2 / 5) / (2 / 2 + 2 / 5)
     )
     assert (compute_f1("the", "a"), compute_f1("the", "mill"), compute_f1("mill", "ice")) == (1.0, 0.0, 0.0)
 
 
-def test_missing_files_are_told(harness: None, files: Path, tmp_path: Path) -> None:
+def test_missing_files(harness: None, files: Path, tmp_path: Path) -> None:
     suite = read_suite("superglue")
     (files / "record.jsonl").unlink()
     (files / "rte.jsonl").unlink()
-    with pytest.raises(DataError, match=r"lacks files: record \(record.jsonl is not there\), sglue_rte \(rte.jsonl"):
+    with pytest.raises(DataError, match=r"lacks files: record \(record.jsonl missing\), sglue_rte \(rte.jsonl"):
         load_tasks(suite, settings(files, tmp_path), tmp_path)
     with pytest.raises(ConfigError, match=r"copas is not in suite=superglue \(did you mean copa\?\)"):
         load_tasks(suite, settings(files, tmp_path, tasks=["copas"]), tmp_path)
     tasks, not_run = load_tasks(suite, settings(files, tmp_path, tasks=["copa", "record"], skip_missing=True), tmp_path)
     assert list(tasks) == ["copa"]
-    assert not_run["record"] == "record.jsonl is not there" and not_run["boolq"] == "not asked for"
+    assert not_run["record"] == "record.jsonl missing"
+    assert not_run["boolq"] == "not selected"
     assert len(not_run) == 7
 
 
@@ -252,8 +255,8 @@ def test_missing_files_are_told(harness: None, files: Path, tmp_path: Path) -> N
     ("line", "message"),
     [
         ('{"passage": "x", "question": "y", "label": -1}', "answers are secret"),
-        ('{"passage": "x", "label": 1}', "in the schema that the data set has on the Hub"),
-        ('{"passage": ', "in the schema that the data set has on the Hub"),
+        ('{"passage": "x", "label": 1}', "in the schema of the data set on the Hub"),
+        ('{"passage": ', "in the schema of the data set on the Hub"),
         ("", "cannot be used"),
     ],
 )
@@ -264,14 +267,15 @@ def test_files_of_another_schema(harness: None, files: Path, tmp_path: Path, lin
 
 
 def test_groups(harness: None, tmp_path: Path) -> None:
-    """A group is run where all of its parts have files; the parts keep what the harness defines for them."""
+    """A group needs files for all of its tasks, and its tasks are those of the harness."""
     suite = Suite("blimp", "BLiMP", None, {"blimp": SuiteTask("acc")})
-    with pytest.raises(DataError, match=r"blimp \(adjunct_island.jsonl and 66 more is not there\)"):
+    with pytest.raises(DataError, match=r"blimp \(adjunct_island.jsonl and 66 more missing\)"):
         load_tasks(suite, settings(tmp_path, tmp_path), tmp_path)
     from kraken_train.evaluation.suites import members, stock_tasks  # noqa: PLC0415
 
     index = stock_tasks().task_index
-    assert len(members("blimp", index)) == 67 and members("boolq", index) == ["boolq"]
+    assert len(members("blimp", index)) == 67
+    assert members("boolq", index) == ["boolq"]
     for name in ("superglue", "lambada", "hellaswag", "blimp"):
         assert set(read_suite(name).tasks) <= set(index)
 
@@ -284,7 +288,8 @@ def test_exports_that_cannot_be_run(harness: None, files: Path, tmp_path: Path, 
     config = small_configs(vocab_size=320, context_length=8)["standard"]
     write_small_export(tmp_path / "short", config, tokenizer_dir)
     result = run_here("kraken_train.evaluate", f"export_dir={tmp_path / 'short'}", *arguments)
-    assert result.returncode == 2 and "tokens, but the model's context_length is 8" in result.stderr
+    assert result.returncode == 2
+    assert "tokens, but the model's context_length is 8" in result.stderr
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -194,13 +194,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def die_after_rollback(when: int) -> None:
     """A spike, and the end before the run has saved again."""
     before_bad_data(when, raise_loss)
-    original = trainer_module.go_back_to
+    original = trainer_module.delete_newer_checkpoints
 
     def last_wish(checkpoint: Checkpoint) -> None:
         original(checkpoint)
         die()
 
-    trainer_module.go_back_to = last_wish
+    trainer_module.delete_newer_checkpoints = last_wish
 
 
 TRAINER_FAULTS = {

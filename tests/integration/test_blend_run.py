@@ -10,7 +10,7 @@ from helpers import run_here, run_module, user_error
 
 from integration.training import learned, overrides
 
-SHORT = ("schedule.name=constant", "checkpoint.every=2", "validation.every=2")
+SHORT = ("schedule=constant", "checkpoint.every=2", "validation.every=2")
 
 
 @pytest.fixture(scope="module")

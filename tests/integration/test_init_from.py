@@ -17,7 +17,7 @@ from kraken_train.common.errors import CheckpointError
 from kraken_train.model.config import KrakenConfig
 
 CONFIG = KrakenConfig(4, num_layers=2, hidden_size=16, heads_per_sub_layer=2, vocab_size=320, context_length=32)
-STILL = ("optim.lr=1e-12", "optim.weight_decay=0", "schedule.name=constant", "validation.every=0")
+STILL = ("optim.lr=1e-12", "optim.weight_decay=0", "schedule=constant", "validation.every=0")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 import pytest
-from test_config import model
+from conf_models import conf_model
 
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model.head_dims import head_size_note
@@ -14,10 +14,10 @@ from kraken_train.model.head_dims import head_size_note
 SMALL = {"num_layers": 2, "vocab_size": 1024, "context_length": 128}
 GROUPED = GPTConfig(hidden_size=600, num_heads=12, num_kv_heads=4, architecture="parallel", **SMALL)
 WRONG: dict[str, tuple[ModelConfig, int]] = {
-    "the paper's 125M 2-way": (model("kraken-125m-2way"), 113),
-    "the paper's 125M 6-way": (model("kraken-125m-6way"), 209),
-    "the paper's 350M 2-way": (model("kraken-350m-2way"), 111),
-    "the paper's 350M 4-way": (model("kraken-350m-4way"), 161),
+    "the paper's 125M 2-way": (conf_model("kraken-125m-2way"), 113),
+    "the paper's 125M 6-way": (conf_model("kraken-125m-6way"), 209),
+    "the paper's 350M 2-way": (conf_model("kraken-350m-2way"), 111),
+    "the paper's 350M 4-way": (conf_model("kraken-350m-4way"), 161),
     "too large": (KrakenConfig(2, hidden_size=528, heads_per_sub_layer=2, **SMALL), 264),
     "standard": (GPTConfig(hidden_size=600, num_heads=12, **SMALL), 50),
     "parallel, grouped": (
@@ -49,4 +49,4 @@ def test_what_is_named_instead(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2-124m", "gpt2-760m-parallel", "kraken-125m-4way", "kraken-760m-4way",
                                   "kraken-125m-2way-hw", "kraken-125m-6way-hw"])  # fmt: skip
 def test_heads_that_kernels_take(name: str) -> None:
-    assert head_size_note(model(name)) is None
+    assert head_size_note(conf_model(name)) is None

@@ -14,9 +14,7 @@ from kraken_train.config import (
     CheckpointConfig,
     EngineConfig,
     HealthConfig,
-    OptimConfig,
     ParallelConfig,
-    ScheduleConfig,
     TrackingConfig,
     TrainConfig,
     ValidationConfig,
@@ -27,6 +25,8 @@ from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import DistributedCommunicator, make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.schedules import ConstantSchedule
 from kraken_train.training.engine import Engine
 from kraken_train.training.optim import parameter_groups
 from kraken_train.training.precision import reduce_dtype
@@ -74,8 +74,8 @@ def settings(
         peak_tflops=None,
         rendezvous_seconds=600,
         watchdog_seconds=0,
-        optim=OptimConfig(lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=MAX_GRAD_NORM),
-        schedule=ScheduleConfig(name="constant", warmup_steps=0, min_ratio=1.0, decay_steps=1),
+        optim=AdamWConfig(lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=MAX_GRAD_NORM),
+        schedule=ConstantSchedule(warmup_steps=0),
         parallel=ParallelConfig(sub_layer_parallel_size, vocab_parallel, reduce_dtype, verify_every=0),
         engine=EngineConfig(zero_stage, activation_checkpointing, compile_parts),
         checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),

@@ -1,4 +1,4 @@
-"""The model card: written from the run, refreshed by evaluations, otherwise left to the user."""
+"""The model card: written from the run, updated by evaluations, otherwise edited only by the user."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TASK = TaskResult(
     "2.0",
     0,
 )
-SUITE = SuiteResult("SuperGLUE, zero-shot", "accuracy", {"boolq": TASK}, {"cb": "not asked for"})
+SUITE = SuiteResult("SuperGLUE, zero-shot", "accuracy", {"boolq": TASK}, {"cb": "not selected"})
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """What a run has logged in 8 steps."""
+    """A run folder with the metrics of 8 steps."""
     folder = tmp_path / "run"
     folder.mkdir()
     records = [{"step": step, "loss": 5 - step / 8, "tokens": step * 64} for step in range(1, 9)]
@@ -43,8 +43,9 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def front_matter(card: str) -> dict:
-    return yaml.safe_load(card.split("---")[1])
+def front_matter(card: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(card.split("---")[1])
+    return loaded
 
 
 def write(folder: Path) -> None:
@@ -65,26 +66,29 @@ def test_card_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     write_card(folder, Training.of_run(run_dir, settings, last_step=6), "apache-2.0")
     card = (folder / "README.md").read_text()
     about = front_matter(card)
-    assert about["library_name"] == "transformers" and about["license"] == "apache-2.0" and "kraken" in about["tags"]
+    assert about["library_name"] == "transformers"
+    assert about["license"] == "apache-2.0"
+    assert "kraken" in about["tags"]
     for text in (
         "# my-kraken",
         f"| parameters | {CONFIG.num_parameters:,} |",
         "| hidden_size | 16 |",
         "| tokens seen | 384 |",
         "| data fingerprint | f00d |",
-        "| training loss (nats per token) | 4.2500 at step 6 |",  # of the exported step, not of a later one
+        "| training loss (nats per token) | 4.2500 at step 6 |",  # at the exported step, not at a later one
         "| validation loss (nats per token) | 4.5000 at step 5, perplexity 90.02 |",
         "| optim.lr | 0.003 |",
         "Not evaluated yet.",
         'from_pretrained("my-kraken", trust_remote_code=True)',
     ):
         assert text in card, text
-    assert "somebody" not in card  # where it was trained is nobody's business
-    assert (folder / "loss.png").stat().st_size > 5000 and "(loss.png)" in card
+    assert "somebody" not in card  # paths of the training machine must not be published
+    assert (folder / "loss.png").stat().st_size > 5000
+    assert "(loss.png)" in card
 
 
-def test_the_card_shows_how_to_load_it(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lines run as they are, and transformers asks nothing; the text ends where the context does."""
+def test_the_code_in_the_card_works(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks no question when it runs, and the text ends at the context length."""
     import transformers.dynamic_module_utils as modules  # noqa: PLC0415
 
     write_small_export(tmp_path / "e", small_configs(vocab_size=320)["kraken"], tokenizer_dir)
@@ -96,26 +100,31 @@ def test_the_card_shows_how_to_load_it(tmp_path: Path, tokenizer_dir: Path, monk
     found: dict[str, Any] = {}
     with pytest.warns(UserWarning, match="context of 24 tokens is full"):
         exec(code, found)
-    assert found["inputs"]["input_ids"].shape[1] < 24 and type(found["model"]).__name__ == "KrakenForCausalLM"
+    assert found["inputs"]["input_ids"].shape[1] < 24
+    assert type(found["model"]).__name__ == "KrakenForCausalLM"
 
 
-def test_only_results_are_written_again(tmp_path: Path) -> None:
+def test_only_results_are_updated(tmp_path: Path) -> None:
     folder = tmp_path / "e"
     write(folder)
     write_card(folder)
     path = folder / "README.md"
-    assert "license" not in front_matter(path.read_text()) and not (folder / "loss.png").exists()
+    assert "license" not in front_matter(path.read_text())
+    assert not (folder / "loss.png").exists()
     edited = path.read_text().replace("# e\n", "# The user's own title\n").replace("tags:", "language: en\ntags:")
     path.write_text(edited)
     for _ in range(2):
         refresh_results(read_export(folder), record_results(folder, suites={"superglue": SUITE}))
     card = path.read_text()
-    assert "# The user's own title" in card and "Not evaluated yet." not in card
-    assert card.count("| boolq | acc | 0.6250 | 0.0100 | 3,270 |") == 1 and card.count("evaluation: begin") == 1
+    assert "# The user's own title" in card
+    assert "Not evaluated yet." not in card
+    assert card.count("| boolq | acc | 0.6250 | 0.0100 | 3,270 |") == 1
+    assert card.count("evaluation: begin") == 1
     about = front_matter(card)
     assert about["language"] == "en"
     result = about["model-index"][0]["results"][0]
-    assert result["dataset"]["type"] == "aps/super_glue" and result["metrics"][0]["value"] == 0.625
+    assert result["dataset"]["type"] == "aps/super_glue"
+    assert result["metrics"][0]["value"] == 0.625
 
 
 def test_other_cards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,8 +136,10 @@ def test_other_cards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (folder / "README.md").write_text("Mine alone.\n")
     refresh_results(read_export(folder), results)
     card = (folder / "README.md").read_text()
-    assert "Mine alone." in card and "| boolq" not in card and "model-index" in front_matter(card)
-    assert "has no place for results" in capsys.readouterr().out
+    assert "Mine alone." in card
+    assert "| boolq" not in card
+    assert "model-index" in front_matter(card)
+    assert "has no markers for results" in capsys.readouterr().out
     (folder / "README.md").write_text("---\na: [\n---\n")
     with pytest.raises(CheckpointError, match="repair its front matter"):
         refresh_results(read_export(folder), results)

@@ -9,10 +9,10 @@ import pytest
 from helpers import small_configs
 from torch import nn
 
-from kraken_train.config import ScheduleConfig
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.sharding import sharded_dims
-from kraken_train.training.optim import describe_jump, learning_rate, parameter_groups
+from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
+from kraken_train.training.optim import describe_jump, parameter_groups
 
 
 @pytest.mark.parametrize("architecture", small_configs())
@@ -38,20 +38,20 @@ def test_an_unknown_module_is_refused() -> None:
 
 
 def test_cosine() -> None:
-    schedule = ScheduleConfig("cosine", warmup_steps=10, min_ratio=0.1, decay_steps=1)
-    rates = [learning_rate(schedule, 2.0, step, 110) for step in range(110)]
+    schedule = CosineSchedule(warmup_steps=10, min_ratio=0.1)
+    rates = [schedule.learning_rate(2.0, step, 110) for step in range(110)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[60] == pytest.approx(1.1)  # half-way between 2.0 and 0.2
     assert 0.2 < rates[109] < 0.201
-    assert learning_rate(schedule, 2.0, 110, 110) == learning_rate(schedule, 2.0, 500, 110) == pytest.approx(0.2)
+    assert schedule.learning_rate(2.0, 110, 110) == schedule.learning_rate(2.0, 500, 110) == pytest.approx(0.2)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[35] == pytest.approx(0.2 + 0.9 * (1 + math.cos(math.pi / 4)))
 
 
 def test_warmup_stable_decay() -> None:
-    schedule = ScheduleConfig("wsd", warmup_steps=5, min_ratio=0.0, decay_steps=20)
-    rates = [learning_rate(schedule, 1.0, step, 100) for step in range(101)]
+    schedule = WSDSchedule(warmup_steps=5, min_ratio=0.0, decay_steps=20)
+    rates = [schedule.learning_rate(1.0, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.2)
     assert set(rates[4:81]) == {1.0}
     assert rates[90] == pytest.approx(0.5)
@@ -59,14 +59,16 @@ def test_warmup_stable_decay() -> None:
 
 
 def test_constant_and_no_warmup() -> None:
-    schedule = ScheduleConfig("constant", warmup_steps=0, min_ratio=0.1, decay_steps=1)
-    assert {learning_rate(schedule, 0.5, step, 10) for step in range(10)} == {0.5}
-    cosine = ScheduleConfig("cosine", warmup_steps=0, min_ratio=0.1, decay_steps=1)
-    assert learning_rate(cosine, 0.5, 0, 10) == 0.5
+    schedule = ConstantSchedule(warmup_steps=0)
+    assert {schedule.learning_rate(0.5, step, 10) for step in range(10)} == {0.5}
+    cosine = CosineSchedule(warmup_steps=0, min_ratio=0.1)
+    assert cosine.learning_rate(0.5, 0, 10) == 0.5
 
 
 def settings_of(name: str = "cosine", lr: float = 1.0, max_steps: int = 100, **schedule: Any) -> dict[str, Any]:
-    schedule = {"name": name, "warmup_steps": 10, "min_ratio": 0.1, "decay_steps": 20, **schedule}
+    of_all = {"name": name, "warmup_steps": 10, "min_ratio": 0.1, "decay_steps": 20, **schedule}
+    known = {"cosine": 3, "wsd": 4, "constant": 2}[name]
+    schedule = {key: of_all[key] for key in list(of_all)[:known]}
     return {"optim": {"lr": lr}, "schedule": schedule, "max_steps": max_steps, "global_batch_size": 8}
 
 
