@@ -104,8 +104,8 @@ def infer_config(
     heads = heads_per_sub_layer or arguments.get("n_heads_in_split")
     if not isinstance(heads, int):
         raise CheckpointError(
-            "the checkpoint does not say how many heads a sub-layer has (model_args.n_heads_in_split), and weights "
-            "cannot show it; give heads_per_sub_layer=NUMBER"
+            "the checkpoint does not contain the number of heads of a sub-layer (model_args.n_heads_in_split), and the "
+            "weights do not show it; give heads_per_sub_layer=NUMBER"
         )
     config = KrakenConfig(
         num_sub_layers=num_sub_layers,

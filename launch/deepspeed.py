@@ -21,7 +21,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.run.layout import LAUNCH_COMMAND
 from launch.exit_report import ErrorLines, diagnose
 from launch.hosts import DEFAULT_HOSTFILE, Slots, choose, is_local, local_slots, read_hostfile
-from launch.node import Plan, newest_start_number
+from launch.plan import Plan, newest_start_number
 from launch.remote import SSH, check_hosts, python_path
 from launch.supervision import NodeProcess, Supervision
 

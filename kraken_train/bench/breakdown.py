@@ -1,4 +1,4 @@
-"""Where the time of a prefill goes, by operator, from a profile.
+"""The time of a prefill by operator, from a profile.
 
 A profile is a list of intervals. On a GPU these are kernels, known by their names; on the CPU PyTorch's operators,
 which contain each other, and the outermost one that is known counts. A collective is hidden while anything computes

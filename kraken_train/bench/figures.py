@@ -1,4 +1,4 @@
-"""The pictures of a comparison: speed-up bars with their geometric means, and where the time goes."""
+"""The figures of a comparison: speed-up bars with their geometric means, and the time by operator."""
 
 from __future__ import annotations
 

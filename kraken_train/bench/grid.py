@@ -1,4 +1,4 @@
-"""The models that are compared: the sizes of the paper's figures, and the Kraken that matches each.
+"""The models that the benchmarks compare: the sizes of the paper's figures, and the Kraken that matches each.
 
 A standard layer of width D has 12 D^2 parameters, a Kraken layer of N sub-layers of width d has 8 N d^2, so
 d is near D sqrt(1.5 / N). Source: arXiv 2408.07802, section 4.2 (sizes and widths of GPT-3, arXiv 2005.14165).
@@ -37,7 +37,7 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("tiny", 2, 448, head_dim=56),  # so that everything can be tried on a CPU; 2, 4 and 8 devices divide it
+        Size("tiny", 2, 448, head_dim=56),  # small enough for a CPU; 2, 4 and 8 devices divide it
         Size("1.3b", 24, 2048),
         Size("6.7b", 32, 4096),
         Size("13b", 40, 5120),
@@ -48,7 +48,7 @@ SIZES = {
 
 
 def architectures() -> tuple[str, ...]:
-    """Those that can be compared."""
+    """The names of all architectures, which can be compared."""
     return tuple(ARCHITECTURES)
 
 

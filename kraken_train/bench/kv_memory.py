@@ -1,8 +1,8 @@
 """Memory for serving, per device: python -m kraken_train.bench.kv_memory output_dir=FOLDER
 
 Kraken's sub-layers together are wider than the standard layer that they match, and so is their key-value cache. This
-shows what that costs at which degree, context and batch, and what sharing key-value heads gives back: within a
-sub-layer a shared head stays on its device, while a standard Transformer on more devices than it has key-value heads
+shows its memory by degree, context and batch, and the memory that sharing key-value heads saves: within a sub-layer a
+shared head stays on its device, while a standard Transformer on more devices than it has key-value heads
 must hold the same ones more than once.
 """
 

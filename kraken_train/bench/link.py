@@ -1,4 +1,4 @@
-"""A link between ranks on which only time passes: the interface, and a thread that sleeps, for the CPU."""
+"""A simulated link between ranks, which only takes time: the interface, and for the CPU a thread that sleeps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Wait = Callable[[], None]
 
 
 class Link(Protocol):
-    """What lets the time of a transfer pass; one transfer after the other."""
+    """Simulates transfers, one after the other."""
 
     def begin(self, collective: str, seconds: float) -> Wait:
-        """Begin a transfer beside the computation; calling what this returns waits for its end."""
+        """Begin a transfer concurrently with the computation; the returned function waits for its end."""
         ...
 
     def transfer(self, collective: str, seconds: float) -> None:
@@ -33,7 +33,7 @@ class ThreadLink:
         self.free_at = 0.0  # in the time of perf_counter
 
     def begin(self, collective: str, seconds: float) -> Wait:
-        # The end is fixed here, so that neither the thread's start nor a sleep that lasts too long adds up.
+        # The end is fixed here, so that delays of the thread's start and of its sleep do not accumulate.
         self.free_at = max(time.perf_counter(), self.free_at) + seconds
         return self.worker.submit(occupy_until, self.free_at, f"{collective}_wire").result
 

@@ -1,4 +1,4 @@
-"""One configuration of the memory benchmark: what its table, figure and file are made of."""
+"""One configuration of the memory benchmark: a row of its table, figure and file."""
 
 from __future__ import annotations
 

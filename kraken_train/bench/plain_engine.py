@@ -1,7 +1,7 @@
-"""Training in plain PyTorch; the difference to the time of `kraken_train.training.engine` is what DeepSpeed costs.
+"""Training in plain PyTorch; the difference to the time of `kraken_train.training.engine` is the cost of DeepSpeed.
 
 bf16 weights with fp32 masters, moments and accumulation, or fp32 throughout; AdamW; clipping by the norm over the whole
-model; gradients summed over the copies once per step. It does no more than it must: each copy holds all of the
+model; gradients summed over the copies once per step. It does the minimum: each copy holds all of the
 optimizer's state (no ZeRO), nothing is read back from the device, and a step that is not finite is not skipped.
 """
 
@@ -108,7 +108,7 @@ class PlainEngine:
         return losses
 
     def grad_norm(self) -> Tensor:
-        """Over the whole model; what the ranks of a copy share counts once."""
+        """Over the whole model; parameters that the ranks of a copy share count once."""
         squares = torch.stack(torch._foreach_norm(self.gradients)).square()
         is_part = torch.tensor(self.is_part, device=squares.device)
         parts = squares.where(is_part, 0.0).sum()

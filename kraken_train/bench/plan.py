@@ -1,4 +1,4 @@
-"""What of a comparison fits into memory at once, decided before anything is run."""
+"""Which models of a comparison fit into memory at the same time, decided before any of them runs."""
 
 from __future__ import annotations
 

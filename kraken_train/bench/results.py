@@ -1,4 +1,4 @@
-"""What a comparison says: figures with their labels, their geometric means, JSON and a table."""
+"""The results of a comparison of inference: labelled figures, geometric means, JSON and a table."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Result:
     figures: Figures
     scaled_from: tuple[int, ...] | None  # numbers of layers that were run, where not all were
     interleaved: bool  # with the other architectures, rather than after them
-    kind: str  # MEASURED or SIMULATED, of whatever has communication in it
+    kind: str  # MEASURED or SIMULATED, for all times that include communication
 
     @property
     def ttft(self) -> float:
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def hidden(self) -> Rounds:
-        """What overlapping saves."""
+        """The time that overlapping saves."""
         overlapped = self.figures.ttft[OVERLAPPED]
         return self.figures.ttft.get(BLOCKING, overlapped) - overlapped
 
@@ -80,7 +80,7 @@ class Result:
 
         figures, traffic = self.figures, dict(self.figures.traffic)
         if self.kind == MEASURED:
-            del traffic["seconds"]  # nobody has said what a real interconnect should take
+            del traffic["seconds"]  # a real interconnect has no predicted time
         return {
             "size": self.case.size,
             "context": self.case.context,
@@ -115,7 +115,7 @@ def geometric_mean(ratios: Iterable[float]) -> float:
     """Of positive numbers. Raises ValueError where there are none."""
     logs = [math.log(ratio) for ratio in ratios]
     if not logs:
-        raise ValueError("there is no mean of nothing")
+        raise ValueError("the mean of no values is not defined")
     return math.exp(sum(logs) / len(logs))
 
 
@@ -217,7 +217,7 @@ def as_table(results: Iterable[Result], title: str) -> Table:
 
 
 def footnote(results: Iterable[Result]) -> str | None:
-    """What the marks of these results mean."""
+    """The explanation of the marks of these results."""
     results, lines = list(results), []
     scaled = sorted({result.scaled_from for result in results if result.scaled_from})
     if scaled:

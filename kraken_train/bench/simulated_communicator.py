@@ -1,11 +1,9 @@
-"""The communicator of one rank without the other ranks: collectives take time and move no data.
+"""A communicator for one rank without the other ranks: collectives take time and move no data.
 
-The rank computes its real share of the work; a collective takes as long as the interconnect says that one of this
-size takes among so many ranks. As with a real one, the rank computes between
-`start_all_reduce` and `wait`.
+The rank computes its real share of the work; a collective takes as long as the interconnect takes for its size and
+number of ranks. As with a real one, the rank computes between `start_all_reduce` and `wait`.
 
-Shapes: n sub-layers here, B batch, T tokens, D hidden size, v rows of the vocabulary
-here, P ranks.
+Shapes: n sub-layers here, B batch, T tokens, D hidden size, v rows of the vocabulary here, P ranks.
 """
 
 from __future__ import annotations
@@ -31,12 +29,12 @@ def make_link(device: torch.device, blocks: int) -> Link:
 
 @dataclass
 class Traffic:
-    """What has been asked of the interconnect."""
+    """The collectives that were requested of the interconnect."""
 
     all_reduces: int = 0
     all_gathers: int = 0
-    num_bytes: int = 0  # of the tensors that are summed, and of those that are put together
-    seconds: float = 0.0  # that these take on the interconnect, one after the other
+    num_bytes: int = 0  # of the tensors that are summed, and of those that are gathered
+    seconds: float = 0.0  # of all of them, one after the other
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Pending:
 class SimulatedCommunicator:
     """A `kraken_train.parallel.communicator.Communicator` for inference: it has no backward pass.
 
-    Without a link nothing is issued and collectives cost nothing, but `traffic` still counts them. With
+    Without a link collectives take no time, but `traffic` still counts them. With
     `overlap=False`, `start_all_reduce` waits at once.
     """
 
@@ -86,7 +84,7 @@ class SimulatedCommunicator:
         return values.detach()
 
     def gather(self, part: Tensor) -> Tensor:
-        """(..., v) -> (..., P v): this rank's part, again and again."""
+        """(..., v) -> (..., P v): this rank's part, P times."""
         ranks = self.model_rank.size
         size = part.nbytes * ranks
         seconds = self.interconnect.all_gather_seconds(size, ranks)

@@ -22,7 +22,7 @@ def spin(nanoseconds):  # type: ignore[no-untyped-def]
         pass
 
 
-# Two names, so that a profile tells what is simulated. Unspecialized, so that nothing is compiled during a capture.
+# Two names, so that profiles distinguish them. Unspecialized, so that nothing is compiled during a capture.
 
 
 @triton.jit(do_not_specialize=["nanoseconds"])
@@ -39,7 +39,7 @@ KERNELS = {ALL_REDUCE: all_reduce_spin, ALL_GATHER: all_gather_spin}
 
 
 class SpinLink:
-    """Transfers that nobody waits for yet run on a stream of high priority, the others where the computation runs.
+    """Asynchronous transfers run on a stream of high priority, the others on the stream of the computation.
 
     The streams of NCCL are of high priority too (`kraken_train.parallel.rendezvous.connect_ranks`).
     """
@@ -70,7 +70,7 @@ class SpinLink:
         KERNELS[collective][(self.blocks,)](nanoseconds, num_warps=NUM_WARPS)
 
     def measure_launch(self, seconds: float = 50e-6, count: int = 50) -> float:
-        """Seconds by which a spin in a CUDA graph lasts longer than was asked for."""
+        """Seconds by which a spin in a CUDA graph takes longer than requested."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -1,7 +1,7 @@
-"""Training speed, model beside model: python -m kraken_train.bench.throughput
+"""Compares the training speed of models: python -m kraken_train.bench.throughput
 
-Each model takes real steps through the real engine, in turns with the others: tokens per second, where a step's time
-goes, model FLOPs utilisation and memory. Under torchrun or the deepspeed launcher the ranks share the models as in
+Each model takes real steps through the real engine, in turns with the others: tokens per second, the time of a step
+by phase, model FLOPs utilisation and memory. Under torchrun or the deepspeed launcher the ranks share the models as in
 training. With `engines=[deepspeed,torch]` the same steps are also taken in plain PyTorch, and the difference is what
 DeepSpeed costs.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 JSON_FILE, FIGURE_FILE = "throughput.json", "throughput.png"
 LIKELY_MFU = 0.3
-LONG = 20 * 60  # seconds of a run that the user is told of
+LONG = 20 * 60  # seconds; a longer run prints its expected time
 
 
 def main(config: ThroughputConfig) -> None:

@@ -1,4 +1,4 @@
-"""Settings of `kraken_train.bench.throughput`, in the language of training's."""
+"""Settings of `kraken_train.bench.throughput`, with the names of those of training."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ThroughputConfig:
             part.validate()
 
     def entries(self, data_vocab_size: int | None = None) -> list[Entry]:
-        """What is measured, the reference first. Raises ConfigError where ranks or data do not fit a model.
+        """The models to measure, the reference first. Raises ConfigError where ranks or data do not fit a model.
 
         `data_vocab_size` is that of `data_dir`; without data `vocab_size` stands for it where a model names none.
         """
@@ -105,7 +105,7 @@ class ThroughputConfig:
         return self.micro_batch_size * self.gradient_accumulation_steps * data_parallel_size
 
     def training(self, data_parallel_size: int) -> TrainConfig:
-        """What the engine is told, the rest as in conf/train.yaml: nothing is saved, validated or followed."""
+        """The settings for the engine, others as in conf/train.yaml; nothing is saved, validated or tracked."""
         defaults = compose_command(["data_dir=none", "run_dir=none"], TrainConfig, "train")
         return dataclasses.replace(
             defaults,

@@ -1,4 +1,4 @@
-"""The figure of `kraken_train.bench.throughput`: where the time of a token goes, and tokens per second."""
+"""The figure of `kraken_train.bench.throughput`: the time of a token by phase, and tokens per second."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PHASE_COLORS = {
     DATA: "#b39bc8", FORWARD: "#9fc5a8", BACKWARD: "#2b4c7e", EXCHANGE: "#d1495b", REDUCTION: "#e08e45",
     OPTIMIZER: "#5b8fb9", OTHER: "#d9d9d9",
 }  # fmt: skip
-PHASE_LABELS = {EXCHANGE: "exposed exchange", REDUCTION: "reduction of gradients"}
+PHASE_LABELS = {EXCHANGE: "exposed communication", REDUCTION: "reduction of gradients"}
 
 
 def draw(results: Sequence[Result], title: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison of training speed says: figures, ratios, JSON and a table."""
+"""The results of a comparison of training speed: figures, ratios, JSON and a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kraken_train.parallel.step_timer import BACKWARD, DATA, EXCHANGE, FORWARD, 
 PHASES = (DATA, FORWARD, BACKWARD, EXCHANGE, REDUCTION, OPTIMIZER, OTHER)
 CAPTION = (
     "times: the median round; ratios: medians over the rounds, ± half the distance between their quartiles; MFU: model "
-    "FLOPs of matrices + causal attention; exchange: what of the sums between ranks nothing hides"
+    "FLOPs of matrices + causal attention; exchange: all-reduces between ranks that no computation hides"
 )
 
 
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def mfu(self) -> dict[str, float] | None:
-        """Parts of the devices' peak that did the model's work; None where the peak is not known."""
+        """Fractions of the devices' peak that the model's FLOPs reach; None where the peak is not known."""
         if self.peak_flops is None:
             return None
         per_second = self.tokens_per_second / self.peak_flops

@@ -1,7 +1,7 @@
 """Real training steps of several models in turns, on this rank.
 
-Everything that is compared takes a few steps in each round, in an order that is the same on all ranks and another each
-round: what changes on the machine meanwhile changes for all, and the ratios of a round hold. R rounds.
+All models take a few steps in each of R rounds, in an order that is the same on all ranks and changes each round: the
+speed of the machine may change, but the ratios within a round hold.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ STATE_BYTES = 20  # per parameter, at most: weights, masters, gradients, their s
 ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine}
 
 ALLOCATED, TRACKED = "torch.cuda.max_memory_allocated", "tensors (torch.distributed._tools.mem_tracker)"
-UNKNOWN = "not measured (on a CPU compiled parts do not say what they allocate)"
+UNKNOWN = "not measured (on a CPU the allocations of compiled parts cannot be tracked)"
 
 
 @dataclass(frozen=True)
 class Round:
-    """One contender's part of a round, on one rank."""
+    """The steps of one model in a round, on one rank."""
 
     seconds: float  # per step, by the wall clock
     phases: Mapping[str, float]  # seconds per step
@@ -52,7 +52,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one contender."""
+    """All rounds of one model."""
 
     rounds: Sequence[Round]  # of the slowest rank in each
     peak_bytes: int | None  # of memory on the fullest device, during a step
@@ -65,11 +65,11 @@ class Measured:
 
     @property
     def median_round(self) -> Round:
-        """Of an even number of rounds the faster one of the two in the middle."""
+        """Of an even number of rounds the faster of the two middle ones."""
         return sorted(self.rounds, key=lambda part: part.seconds)[(len(self.rounds) - 1) // 2]
 
 
-class Contender:
+class ModelInTraining:
     """A model in training, ready for its next step."""
 
     def __init__(
@@ -111,12 +111,12 @@ class Contender:
             with self.timer.phase(DATA):
                 batch = next(self.batches)
             if self.tracker is not None:
-                self.tracker.reset_mod_stats()  # without which it takes the second micro-batch for an error
+                self.tracker.reset_mod_stats()  # otherwise it raises an error in the second micro-batch
             self.engine.accumulate(*batch)
         self.engine.step(self.lr)
 
     def measure(self, steps: int) -> Round:
-        """Time `steps` steps, after one that is not timed so that what ran before favours nothing."""
+        """Time `steps` steps after an untimed one, so that the model that ran before has no influence."""
         on_gpu = self.runtime.device.type == "cuda"
         self.step()
         self.engine.results()
@@ -150,15 +150,15 @@ class Contender:
 def measure_all(
     entries: Sequence[Entry], config: ThroughputConfig, runtime: Runtime, data: TrainingData | None
 ) -> dict[Entry, Measured]:
-    """Train all entries in turns. What does not fit into memory together is built anew for each round."""
+    """Train all entries in turns. If they do not fit into memory together, each is built again for each round."""
     mesh = ParallelMesh(
         runtime.device.type,
         config.parallel.data_parallel_size(runtime.world_size),
         config.parallel.sub_layer_parallel_size,
     )
 
-    def make(entry: Entry) -> Contender:
-        return Contender(entry, config, make_samples(entry.model, data), mesh, runtime)
+    def make(entry: Entry) -> ModelInTraining:
+        return ModelInTraining(entry, config, make_samples(entry.model, data), mesh, runtime)
 
     rounds: dict[Entry, list[Round]] = {entry: [] for entry in entries}
     peaks: dict[Entry, int | None] = {}
@@ -168,10 +168,10 @@ def measure_all(
         kept = {entry: held.enter_context(closing(make(entry))) for entry in entries} if together else {}
         for number in range(config.rounds):
             for entry in random.Random(number).sample(list(entries), len(entries)):
-                with nullcontext(kept[entry]) if together else closing(make(entry)) as contender:
-                    rounds[entry].append(contender.measure(config.steps))
-                    peaks[entry], kinds[entry] = contender.peak_bytes, contender.memory_kind
-                    del contender
+                with nullcontext(kept[entry]) if together else closing(make(entry)) as model:
+                    rounds[entry].append(model.measure(config.steps))
+                    peaks[entry], kinds[entry] = model.peak_bytes, model.memory_kind
+                    del model
             if runtime.is_first:
                 print(f"round {number + 1}/{config.rounds}", flush=True)
     found = {}
@@ -186,24 +186,24 @@ def measure_all(
 
 
 @contextmanager
-def closing(contender: Contender) -> Iterator[Contender]:
+def closing(model: ModelInTraining) -> Iterator[ModelInTraining]:
     try:
-        yield contender
+        yield model
     finally:
-        contender.close()
-        del contender
+        model.close()
+        del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 @contextmanager
-def one_compilation_each(contenders: int) -> Iterator[None]:
+def one_compilation_each(models: int) -> Iterator[None]:
     """Compile for the shapes of each model, as a run with one model does.
 
-    The models share the code of their parts, and PyTorch would take a second model's shapes as a sign that more come.
+    The models share the code of their parts, and PyTorch would compile for dynamic shapes when it sees a second model.
     """
-    compilations = 16 * contenders  # more than the parts of a model, with and without gradients
+    compilations = 16 * models  # more than the parts of a model, with and without gradients
     torch.compiler.reset()
     with torch._dynamo.config.patch(
         automatic_dynamic_shapes=False,

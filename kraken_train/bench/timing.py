@@ -1,4 +1,4 @@
-"""Times of prefill and decoding: rounds over everything that is compared.
+"""Times of prefill and decoding, in rounds over all architectures and variants that are compared.
 
 Each architecture is run in its variants (`kraken_train.bench.variants`): their differences are the exposed and the
 hidden communication. Shapes: B batch, T tokens, R rounds.
@@ -35,13 +35,13 @@ Rounds = npt.NDArray[np.float64]  # seconds in each round that counts, (R,)
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one architecture. Rounds are kept apart, since in each every variant ran: their differences have a spread."""
+    """The times of one architecture. All variants run in each round, so differences are computed round by round."""
 
     ttft: Mapping[str, Rounds]  # by variant
     output_token: Mapping[str, Rounds]
     breakdown: Mapping[str, float]  # seconds of a prefill, by operator
     traffic: Mapping[str, float]  # of a prefill
-    attention_kernels: tuple[str, ...]  # names in a profile, which say what backend was chosen
+    attention_kernels: tuple[str, ...]  # names in a profile, which show the backend
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Conditions:
 
 
 def variants_of(config: ModelConfig) -> tuple[str, ...]:
-    """A model that overlaps nothing waits for each sum as it is."""
+    """The variants of a model; one without overlap already waits for each all-reduce."""
     return (OVERLAPPED, SILENT, BLOCKING) if config.overlaps_communication else (OVERLAPPED, SILENT)
 
 
-class Contender:
-    """One rank's share of a model, loaded, with an engine for each variant."""
+class TimedModel:
+    """One rank's share of a model with an engine for each variant."""
 
     def __init__(self, config: ModelConfig, communicator: SwitchedCommunicator, conditions: Conditions) -> None:
         device, size = conditions.device, (conditions.batch_size, conditions.context)
@@ -87,7 +87,7 @@ class Contender:
         self.traffic = self.count_traffic()
         self.engines: dict[str, InferenceEngine] = {}
         for variant in variants_of(config):
-            communicator.use(variant)  # what the engine captures stays as it is
+            communicator.use(variant)  # CUDA graphs keep the variant with which they are captured
             self.engines[variant] = self.make_engine(conditions.execution)
 
     def make_engine(self, execution: ExecutionConfig) -> InferenceEngine:
@@ -95,16 +95,16 @@ class Contender:
 
     @torch.inference_mode()
     def count_traffic(self) -> Traffic:
-        """What one prefill asks of the interconnect."""
+        """The collectives of one prefill."""
         counter = self.communicator.variants[SILENT]
         if not isinstance(counter, SimulatedCommunicator):
             raise TypeError(f"{type(counter).__name__} does not count")
         self.communicator.use(SILENT)
         counter.traffic = Traffic()
-        # Neither captured nor compiled, so that every call reaches the exchange.
+        # Neither captured nor compiled, so that every call reaches the communicator.
         plain = ExecutionConfig(compile=False, cuda_graphs=False, prefill_lengths=(self.conditions.context,))
         self.make_engine(plain).prefill(self.ids, self.lengths)
-        return replace(counter.traffic)  # as it is now: later prefills count as well
+        return replace(counter.traffic)  # a copy, since later prefills are counted too
 
     @torch.inference_mode()
     def prefill(self, variant: str) -> Tensor:
@@ -115,7 +115,7 @@ class Contender:
 
     @torch.inference_mode()
     def decode(self, variant: str) -> Tensor:
-        """As many further tokens as the conditions say; the last ones' ids (B,)."""
+        """Decodes `output_tokens` further tokens; returns the ids of the last ones, (B,)."""
         self.communicator.use(variant)
         for _ in range(self.conditions.output_tokens):
             self.last = self.engines[variant].decode(self.last).argmax(dim=-1)
@@ -135,50 +135,50 @@ def compare(
     gc.collect()
     if conditions.device.type == "cuda":
         torch.cuda.empty_cache()
-    torch.compiler.reset()  # else shapes of earlier models count as reasons to compile for any shape, which is slower
-    contenders = {name: Contender(config, communicator, conditions) for name, config in models.items()}
+    torch.compiler.reset()  # otherwise the shapes of earlier models lead to code for dynamic shapes, which is slower
+    timed_models = {name: TimedModel(config, communicator, conditions) for name, config in models.items()}
     samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    entries = [(name, variant) for name, contender in contenders.items() for variant in contender.engines]
+    entries = [(name, variant) for name, timed_model in timed_models.items() for variant in timed_model.engines]
     for round_number in range(WARMUP_ROUNDS + conditions.repeats):
-        # In an order that is the same on all ranks and another each round, so that no place in it favours anything.
+        # In an order that is the same on all ranks and changes each round, so that it favours no model.
         for name, variant in random.Random(round_number).sample(entries, len(entries)):
-            times = time_once(contenders[name], variant, runtime)
+            times = time_once(timed_models[name], variant, runtime)
             if round_number >= WARMUP_ROUNDS:
                 samples.setdefault((name, variant), []).append(times)
     figures: dict[str, Figures] = {}
-    for name, contender in contenders.items():
+    for name, timed_model in timed_models.items():
         ttft, output_token = {}, {}
-        for variant in contender.engines:
-            ttft[variant], output_token[variant] = of_slowest(samples[name, variant], runtime)
-        intervals = profile_prefill(contender, runtime)
+        for variant in timed_model.engines:
+            ttft[variant], output_token[variant] = of_slowest_rank(samples[name, variant], runtime)
+        intervals = profile_prefill(timed_model, runtime)
         figures[name] = Figures(
-            ttft, output_token, break_down(intervals), asdict(contender.traffic), attention_kernels(intervals)
+            ttft, output_token, break_down(intervals), asdict(timed_model.traffic), attention_kernels(intervals)
         )
     return figures
 
 
-def time_once(contender: Contender, variant: str, runtime: Runtime) -> tuple[float, float]:
+def time_once(timed_model: TimedModel, variant: str, runtime: Runtime) -> tuple[float, float]:
     """Seconds (to the first token, per further token)."""
-    contender.prefill(variant)  # so that every time follows a run of the same, and caches favour none
-    first = seconds_of(lambda: contender.prefill(variant), contender, runtime)
-    further = seconds_of(lambda: contender.decode(variant), contender, runtime)
-    return first, further / contender.conditions.output_tokens
+    timed_model.prefill(variant)  # so that each time follows a run of the same model, with the same caches
+    first = seconds_of(lambda: timed_model.prefill(variant), timed_model, runtime)
+    further = seconds_of(lambda: timed_model.decode(variant), timed_model, runtime)
+    return first, further / timed_model.conditions.output_tokens
 
 
-def seconds_of(work: Callable[[], object], contender: Contender, runtime: Runtime) -> float:
+def seconds_of(work: Callable[[], object], timed_model: TimedModel, runtime: Runtime) -> float:
     """From the moment that all ranks have arrived to the end of `work` on this one.
 
-    On a GPU that is the device's own time, without what Python takes to start it: the first launches are made while the
-    device is kept busy. Where launching remains slower than the device, as without CUDA graphs, it counts.
+    On a GPU that is the device's time, without the start in Python: the first kernels are launched while the device is
+    kept busy. Where launching is slower than the kernels, as without CUDA graphs, the time of the launches counts.
     """
-    if contender.conditions.device.type != "cuda":
-        line_up(contender, runtime)
+    if timed_model.conditions.device.type != "cuda":
+        synchronize_ranks(timed_model, runtime)
         begin = time.perf_counter()
         work()
         return time.perf_counter() - begin
     begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    line_up(contender, runtime)
+    synchronize_ranks(timed_model, runtime)
     torch.cuda._sleep(HEAD_START_CYCLES)
     begin_event.record()
     work()
@@ -188,30 +188,30 @@ def seconds_of(work: Callable[[], object], contender: Contender, runtime: Runtim
     return milliseconds / 1e3
 
 
-def line_up(contender: Contender, runtime: Runtime) -> None:
-    """The ranks begin together: first the processes, then, in a collective among their other work, the devices."""
+def synchronize_ranks(timed_model: TimedModel, runtime: Runtime) -> None:
+    """Let the ranks begin together: first the processes, then, by a collective on their streams, the devices."""
     if runtime.world_size > 1:
         runtime.sum([0.0])
-        contender.communicator.variants[OVERLAPPED].maximum(torch.zeros(1, device=contender.conditions.device))
+        timed_model.communicator.variants[OVERLAPPED].maximum(torch.zeros(1, device=timed_model.conditions.device))
 
 
-def of_slowest(samples: Iterable[tuple[float, float]], runtime: Runtime) -> tuple[Rounds, Rounds]:
-    """Of each round the slowest rank's times: (to the first token, per further token), (R,) each."""
+def of_slowest_rank(samples: Iterable[tuple[float, float]], runtime: Runtime) -> tuple[Rounds, Rounds]:
+    """The times of the slowest rank in each round: (to the first token, per further token), (R,) each."""
     first, further = np.array(runtime.gather(list(samples))).max(axis=0).T
     return first, further
 
 
-def profile_prefill(contender: Contender, runtime: Runtime) -> list[Interval]:
-    """The median one of a few profiles, on this rank; as what is timed, it begins together and with a head start."""
+def profile_prefill(timed_model: TimedModel, runtime: Runtime) -> list[Interval]:
+    """The median of a few profiles, on this rank; like the timed runs they begin together on a busy device."""
     found = [
         record(
-            lambda: contender.prefill(OVERLAPPED),
-            contender.conditions.device,
-            before=lambda: line_up(contender, runtime),
+            lambda: timed_model.prefill(OVERLAPPED),
+            timed_model.conditions.device,
+            before=lambda: synchronize_ranks(timed_model, runtime),
         )
         for _ in range(1 + PROFILES)
     ]
-    # The first one pays for the profiler's own start.
+    # The first one includes the start of the profiler.
     return sorted(found[1:], key=seconds_in_all)[PROFILES // 2]
 
 
@@ -229,7 +229,7 @@ def attention_kernels(intervals: Iterable[Interval]) -> tuple[str, ...]:
 def extrapolate(shallow: Figures, deep: Figures, depths: tuple[int, int], depth: int) -> Figures:
     """Figures of a model of `depth` layers, from two of fewer: every layer after the first costs the same.
 
-    Times go round by round, so that their spread grows as it should.
+    Each round is extrapolated on its own, which keeps the spread.
     """
     few, more = depths
     reach = (depth - few) / (more - few)

@@ -2,11 +2,11 @@
 
 One process runs one rank's share of each model for real and simulates the collectives on a named interconnect
 (`interconnect=h100_nvswitch`). Under torchrun or the deepspeed launcher every rank runs its share and the collectives
-are real: NCCL on GPUs, gloo on CPUs. All figures say which, and on what device.
+are real: NCCL on GPUs, gloo on CPUs. All figures are labelled with that and with the device.
 
 A prompt goes in and the most likely first token comes out; weights are random. Beside that time stand the computation
 alone (no communication), Kraken without overlap, the time per output token after the prompt, and a breakdown by
-operator. Where a share does not fit into memory two smaller depths are run and extrapolated, which is said.
+operator. Where a share does not fit into memory, two smaller depths are run and extrapolated, and the results say so.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class TTFTConfig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case with all that it takes to run it."""
+    """One case with the models and conditions to run it."""
 
     case: Case
     models: dict[str, ModelConfig]  # by architecture
@@ -175,7 +175,7 @@ def run(
     return results
 
 
-def real_exchange(real: Communicator) -> SwitchedCommunicator:
+def real_communicator(real: Communicator) -> SwitchedCommunicator:
     silent = SimulatedCommunicator(FREE, real.model_rank, link=None)
     return SwitchedCommunicator({OVERLAPPED: real, BLOCKING: WithoutOverlap(real), SILENT: silent})
 
@@ -198,7 +198,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(config: TTFTConfig, device: torch.device, conditions: Conditions, kind: str, ranks: int) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The conditions of the figures, for JSON."""
     simulated = kind == SIMULATED
     return {
         "kind": kind,
@@ -247,7 +247,7 @@ def main(config: TTFTConfig) -> None:
 
 
 def run_all(config: TTFTConfig, planned: list[Comparison], runtime: Runtime) -> tuple[list[Result], str]:
-    """(results, what they hold for in words); what is finished is written to the JSON file after each case."""
+    """(results, title of the figures); after each case the JSON file is written with all finished ones."""
     device, ranks = runtime.device, runtime.world_size
     usable = usable_bytes(device, runtime)
     plans = [comparison.plan(usable) for comparison in planned]
@@ -257,7 +257,7 @@ def run_all(config: TTFTConfig, planned: list[Comparison], runtime: Runtime) -> 
     results: list[Result] = []
     for number, (comparison, plan) in enumerate(zip(planned, plans, strict=True), start=1):
         if link is None:
-            communicator = real_exchange(connect(runtime))
+            communicator = real_communicator(connect(runtime))
         else:
             communicator = simulated_communicator(config.interconnect, comparison.case.degree, link)
         results += run(comparison, plan, communicator, runtime, kind)

@@ -1,4 +1,4 @@
-"""The same model with its collectives overlapped, waited for, or left out."""
+"""Communicators with which a model overlaps its collectives, waits for them, or omits them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SILENT = "silent"  # no communication: the computation alone
 
 
 class SwitchedCommunicator:
-    """One of several exchanges, as last chosen by `use`, so that variants share the weights of one model."""
+    """One of several communicators, chosen by `use`, so that the variants share the weights of one model."""
 
     def __init__(self, variants: Mapping[str, Communicator]) -> None:
         self.variants = variants

@@ -108,8 +108,7 @@ def share_units(total: int, speeds: Sequence[float]) -> list[UnitRange]:
     """Contiguous shares of `total` units for devices of these relative speeds, at least one unit each.
 
     The shares minimize the largest count / speed, so that the last device finishes as early as possible. Each further
-    unit goes to the device that would finish it first, or the first of those: 6 units on 4 equal devices are
-    2, 2, 1, 1.
+    unit goes to the device that would finish it first, or the first of those: 6 units on 4 equal ones are 2, 2, 1, 1.
     Raises ValueError where there are more devices than units, or a speed is not positive and finite.
     """
     if not 1 <= len(speeds) <= total or not all(0 < speed < math.inf for speed in speeds):

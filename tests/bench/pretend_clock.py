@@ -1,4 +1,4 @@
-"""A clock on which simulated transfers take what they are told to, computation what a test says, and nothing else any
+"""A clock on which simulated transfers take the time that is set, computation what a test says, and nothing else any
 time: what the figures are on a machine that is infinitely fast, whatever the real one does."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A collective that is only simulated takes the time that it is told to, and leaves the data as they are."""
+"""A collective that is only simulated takes the time that is set, and does not change the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kraken_train.bench import link
 from kraken_train.bench.grid import SIZES, model_config
 from kraken_train.bench.link import ThreadLink, Wait
 from kraken_train.bench.simulated_communicator import SimulatedCommunicator
-from kraken_train.bench.timing import Conditions, Contender
+from kraken_train.bench.timing import Conditions, TimedModel
 from kraken_train.bench.ttft import FREE
 from kraken_train.bench.ttft import simulated_communicator as make_communicator
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT
@@ -53,7 +53,7 @@ def seconds_of(work) -> float:  # type: ignore[no-untyped-def]
     return time.perf_counter() - begin
 
 
-def smallest_difference(tried: Contender, variant: str, other: str, within: float, of: float) -> float:
+def smallest_difference(tried: TimedModel, variant: str, other: str, within: float, of: float) -> float:
     """Seconds that one variant takes longer than the other, by the shortest of as many runs as it takes, up to 100.
 
     Whatever else the machine does only adds to a time, so the shortest are nearest to the truth.
@@ -68,17 +68,17 @@ def smallest_difference(tried: Contender, variant: str, other: str, within: floa
     return difference
 
 
-def contender(architecture: str, interconnect: Interconnect, link: ThreadLink | NoLink) -> Contender:
+def timed_model(architecture: str, interconnect: Interconnect, link: ThreadLink | NoLink) -> TimedModel:
     config = model_config(architecture, SIZES["tiny"], 4, vocab_size=64, context_length=10)
-    return Contender(config, make_communicator(interconnect, 4, link), CONDITIONS)
+    return TimedModel(config, make_communicator(interconnect, 4, link), CONDITIONS)
 
 
 EXPOSED = pytest.mark.parametrize(("architecture", "variant"), [("kraken", BLOCKING), ("standard", OVERLAPPED)])
 
 
-def contender_that_waits(architecture: str, each: float) -> tuple[Contender, float]:
+def model_that_waits(architecture: str, each: float) -> tuple[TimedModel, float]:
     """And the seconds that it asks of its interconnect, on which `each` collective takes so many and a little more."""
-    tried = contender(architecture, replace(SLOW, latency_us=each * 1e6), ThreadLink())
+    tried = timed_model(architecture, replace(SLOW, latency_us=each * 1e6), ThreadLink())
     width = tried.model.config.hidden_size
     number = {"kraken": 2, "standard": 4}[architecture]  # of two layers: L - 1 and the conjunction, and 2 L
     asked = number * (each + 1.5 * 4 * 8 * width / 1e9) + each + 0.75 * 4 * 64 / 1e9
@@ -93,7 +93,7 @@ def contender_that_waits(architecture: str, each: float) -> tuple[Contender, flo
 def test_exposed_without_overlap(monkeypatch: pytest.MonkeyPatch, architecture: str, variant: str) -> None:
     """What collectives add to the time is what the interconnect asks for."""
     clock = pretend(monkeypatch)
-    tried, asked = contender_that_waits(architecture, each=0.08)
+    tried, asked = model_that_waits(architecture, each=0.08)
     for of, seconds in ((variant, asked), (SILENT, 0.0)):
         begin = clock.seconds
         tried.prefill(of)
@@ -104,14 +104,14 @@ def test_exposed_without_overlap(monkeypatch: pytest.MonkeyPatch, architecture: 
 @EXPOSED
 def test_exposed_without_overlap_in_real_time(architecture: str, variant: str) -> None:
     """Within 5%, which is much longer than a machine that has other work leaves a thread asleep."""
-    tried, asked = contender_that_waits(architecture, each=0.5)
+    tried, asked = model_that_waits(architecture, each=0.5)
     assert smallest_difference(tried, variant, SILENT, within=0.05 * asked, of=asked) == pytest.approx(asked, rel=0.05)
 
 
 @pytest.mark.parametrize("architecture", ["kraken", "parallel"])
 def test_free_is_computation_alone(architecture: str) -> None:
     """Where communication costs nothing the work is that of the computation, and nothing is issued."""
-    tried = contender(architecture, FREE, NoLink())
+    tried = timed_model(architecture, FREE, NoLink())
     assert tried.prefill(OVERLAPPED).equal(tried.prefill(SILENT))
     assert tried.traffic.all_reduces == 2
     assert tried.traffic.seconds == 0
@@ -122,7 +122,7 @@ def test_free_is_computation_alone(architecture: str) -> None:
     assert done[OVERLAPPED] == done[SILENT]
     assert len(done[SILENT]) > 20
     with pytest.raises(AssertionError, match=r"all_reduce of 0.03"):
-        contender(architecture, SLOW, NoLink()).prefill(OVERLAPPED)
+        timed_model(architecture, SLOW, NoLink()).prefill(OVERLAPPED)
 
 
 class Recorded(TorchDispatchMode):

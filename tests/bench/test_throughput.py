@@ -1,4 +1,4 @@
-"""Training speed: what the figures say of one another, a model made slow on purpose, both engines, and mistakes."""
+"""Training speed: the figures' relations to each other, a model made slow on purpose, both engines, and mistakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from throughput_ranks import SLOWED_BY, configure
 
 from kraken_train.bench import throughput_run
 from kraken_train.bench.throughput_results import engine_costs, make_results
-from kraken_train.bench.throughput_run import Contender, Measured, Round, fit_together
+from kraken_train.bench.throughput_run import Measured, ModelInTraining, Round, fit_together
 from kraken_train.derive import derive
 from kraken_train.model.config import KrakenConfig
 from kraken_train.parallel import step_timer
@@ -90,13 +90,13 @@ def test_phases_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     for module in (step_timer, throughput_run):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    contender = Contender.__new__(Contender)
-    contender.runtime, contender.timer = Runtime(0, 0, 1, 1), StepTimer(torch.device("cpu"))
-    contender.batches, contender.lr, contender.tracker = itertools.repeat((1, 2)), 1e-3, None
-    contender.engine = SimpleNamespace(
+    model = ModelInTraining.__new__(ModelInTraining)
+    model.runtime, model.timer = Runtime(0, 0, 1, 1), StepTimer(torch.device("cpu"))
+    model.batches, model.lr, model.tracker = itertools.repeat((1, 2)), 1e-3, None
+    model.engine = SimpleNamespace(
         accumulation_steps=2, accumulate=lambda *batch: None, step=lambda lr: None, results=lambda: []
     )
-    measured = contender.measure(steps=3)
+    measured = model.measure(steps=3)
     # One reading before the outermost phase begins, and one after it has ended.
     assert sum(measured.phases.values()) == pytest.approx(measured.seconds - 2 / 3)
     assert measured.phases == {"data": 2.0, "other": pytest.approx(7 / 3)}

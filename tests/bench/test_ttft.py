@@ -23,7 +23,7 @@ from kraken_train.bench.figures import draw_breakdowns, short_label
 from kraken_train.bench.grid import SIZES, architectures, model_config
 from kraken_train.bench.plan import bytes_by_depth, make_plan
 from kraken_train.bench.results import Case, Result, as_table, footnote, summarize
-from kraken_train.bench.timing import Conditions, Figures, attention_kernels, extrapolate, of_slowest
+from kraken_train.bench.timing import Conditions, Figures, attention_kernels, extrapolate, of_slowest_rank
 from kraken_train.common.errors import ConfigError
 from kraken_train.inference.memory import serving_memory
 from kraken_train.parallel.sharding import ModelRank
@@ -261,7 +261,7 @@ def test_slowest_rank() -> None:
     """Of each round, for both times on its own."""
     others = [[(1.0, 20.0), (5.0, 6.0)], [(2.0, 10.0), (4.0, 7.0)]]
     runtime = mock.Mock(gather=lambda own: [*others, own])
-    first, further = of_slowest([(0.0, 0.0), (0.0, 9.0)], runtime)
+    first, further = of_slowest_rank([(0.0, 0.0), (0.0, 9.0)], runtime)
     assert first.tolist() == [2, 5]
     assert further.tolist() == [20, 9]
 
