@@ -7,6 +7,7 @@ Folders and modules are found, not listed, so that a new one is documented witho
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -50,15 +51,29 @@ def rooms() -> dict[str, list[str]]:
 
 def room_page(room: str, modules: list[str]) -> str:
     parts = [f"# {room}", table_of(modules)]
-    parts += [f"::: {module}" for module in modules]
+    for module in modules:
+        elsewhere = sorted(reexported_names(syntax_of(module)))  # shown where they are defined
+        filters = ["!^_", *(f"!^{name}$" for name in elsewhere)]
+        parts.append(f"::: {module}\n    options:\n      filters: {json.dumps(filters)}")
     return "\n\n".join(parts) + "\n"
 
 
+def syntax_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+
+
+def reexported_names(tree: ast.Module) -> set[str]:
+    """What a module imports and lists in `__all__`."""
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    lists = [node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__"]
+    return imported & {name for names in lists for name in ast.literal_eval(names)}
+
+
 def table_of(modules: list[str]) -> str:
-    """What each module is about: the first sentence of its docstring."""
+    """What each module is about: the first line of its docstring."""
     rows = []
     for module in modules:
-        source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-        first = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0].replace("|", "\\|")
+        first = (ast.get_docstring(syntax_of(module)) or "").partition("\n")[0].replace("|", "\\|")
         rows.append(f"| [`{module.rpartition('.')[2]}`](#{module}) | {first} |")
-    return "\n".join(["| module | |", "| --- | --- |", *rows])
+    return "\n".join(["| module | about |", "| --- | --- |", *rows])
