@@ -89,5 +89,9 @@ def export(config: ExportConfig) -> None:
         print(f"logged as an artifact of run {tracked.run_id} in project {tracked.tracking.project}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(export, ExportConfig, "export")
+
+
+if __name__ == "__main__":
+    main()

@@ -131,5 +131,9 @@ def infer_config(
     return config
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(import_reference, ImportConfig, "import_reference")
+
+
+if __name__ == "__main__":
+    main()

@@ -173,5 +173,9 @@ def find_tokenizer(setting: str | None, model_dir: Path, stack: ExitStack) -> Pa
     return folder
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(import_transformers, ImportConfig, "import_transformers")
+
+
+if __name__ == "__main__":
+    main()

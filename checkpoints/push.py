@@ -108,5 +108,9 @@ def readable(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(push, PushConfig, "push")
+
+
+if __name__ == "__main__":
+    main()

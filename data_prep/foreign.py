@@ -257,9 +257,9 @@ def link(source: Path, target: Path) -> str:
     return "copied"
 
 
-def main(config: ForeignConfig) -> None:
-    accept(config)
+def main() -> None:
+    run_entry(accept, ForeignConfig, "foreign")
 
 
 if __name__ == "__main__":
-    run_entry(main, ForeignConfig, "foreign")
+    main()

@@ -15,7 +15,6 @@ at the same documents; `data_prep.verify` prints a split's content, which is equ
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import hashlib
@@ -42,6 +41,7 @@ from data_prep.output import attempt, finished_result
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import DataError
 from kraken_train.common.files import BLOCK_BYTES, real_path
+from kraken_train.common.help import make_parser
 
 # In these parts may differ: shards may end anywhere, and the tokenizer is compared by its files.
 FREE_SETTINGS = ("source", "slice", "shard_tokens", "tokenizer")
@@ -260,9 +260,7 @@ def print_summary(manifest: Manifest, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.merge", description="Join prepared folders; shards are linked where that is possible."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("parts", nargs="+", type=Path, metavar="PART", help="folder that data_prep.prepare has written")
     parser.add_argument("--output", type=Path, required=True, metavar="DATA", help="folder to create")
     options = parser.parse_args(arguments)

@@ -10,9 +10,9 @@ Settings are in conf/prepare.yaml, conf/data/ and conf/tokenizer/. The result is
     validation_00000.bin/.idx, ...
     tokenizer/                  the tokenizer's files
 
-The source is read as blocks of about a megabyte (documents.py), which worker processes turn into tokens (workers.py,
-encoding.py), and which are written in the source's order (assembly.py). So the result depends neither on the number
-of workers nor on whether the work was interrupted: the same command goes on from the last finished piece.
+The source is read as blocks of about a megabyte (documents.py). Worker processes turn them into tokens (workers.py,
+encoding.py), which are written in the source's order (shard_builder.py). So the result depends neither on the number of
+workers nor on interruptions: the same command continues from the last finished piece.
 """
 
 from __future__ import annotations
@@ -225,9 +225,9 @@ def print_summary(manifest: Manifest, assembly: ShardBuilder, output: Path, seco
     print(f"prepared {output} in {seconds:.0f} s")
 
 
-def main(config: PrepareConfig) -> None:
-    prepare(config)
+def main() -> None:
+    run_entry(prepare, PrepareConfig, "prepare")
 
 
 if __name__ == "__main__":
-    run_entry(main, PrepareConfig, "prepare")
+    main()

@@ -11,7 +11,6 @@ were prepared here, and only told of data that another program has encoded, sinc
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from data_prep.recovery import Recovery
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import DataError
+from kraken_train.common.help import make_parser
 
 BLOCK_BYTES = 1 << 24  # read at once; a multiple of every token's size
 SAMPLE_CHARACTERS = 200
@@ -192,7 +192,7 @@ def beginning(document: NDArray, tokenizer: Tokenizer) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check every byte of a data set.")
+    parser = make_parser(__doc__)
     parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder that data_prep.prepare has written")
     data_dir = parser.parse_args(arguments).data_dir
     with user_errors(data_dir):

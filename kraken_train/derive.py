@@ -172,7 +172,7 @@ def as_table(candidates: list[Candidate]) -> Table:
     return table
 
 
-def main(config: DeriveConfig) -> None:
+def print_candidates(config: DeriveConfig) -> None:
     """Print the candidates and how to train the best one."""
     if config.model.get("vocab_size") is None:
         raise ConfigError("model.vocab_size is not set, and the parameters depend on it; give model.vocab_size=NUMBER")
@@ -190,5 +190,9 @@ def main(config: DeriveConfig) -> None:
             )
 
 
+def main() -> None:
+    run_entry(print_candidates, DeriveConfig, "derive")
+
+
 if __name__ == "__main__":
-    run_entry(main, DeriveConfig, "derive")
+    main()

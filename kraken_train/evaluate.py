@@ -103,7 +103,7 @@ class EvaluateConfig:
                 raise ConfigError(f"{name}={path} is not a folder")
 
 
-def main(config: EvaluateConfig) -> None:
+def evaluate_export(config: EvaluateConfig) -> None:
     runtime = read_runtime()
     if config.suite is not None:
         if runtime.world_size > 1:
@@ -238,5 +238,9 @@ def print_suite(result: SuiteResult) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table, markup=False)
 
 
+def main() -> None:
+    run_entry(evaluate_export, EvaluateConfig, "evaluate")
+
+
 if __name__ == "__main__":
-    run_entry(main, EvaluateConfig, "evaluate")
+    main()

@@ -75,7 +75,7 @@ class GenerateConfig:
         return ExecutionConfig(self.compile, self.cuda_graphs, self.prefill_lengths)
 
 
-def main(config: GenerateConfig) -> None:
+def print_continuations(config: GenerateConfig) -> None:
     """Print each prompt with its continuation: of one prompt as it is, of a file's as a line of JSON each."""
     with started_ranks(config.device) as runtime:
         generate(config, runtime)
@@ -137,5 +137,9 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
     return {f"line {number} of prompts_file={path}": line for number, line in enumerate(lines, start=1)}
 
 
+def main() -> None:
+    run_entry(print_continuations, GenerateConfig, "generate")
+
+
 if __name__ == "__main__":
-    run_entry(main, GenerateConfig, "generate")
+    main()

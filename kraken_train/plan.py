@@ -125,7 +125,7 @@ def traffic_table(traffic: tuple[Collective, ...]) -> Table:
     return table
 
 
-def main(config: PlanConfig) -> None:
+def print_plan(config: PlanConfig) -> None:
     if config.output_dir is not None:
         open_output(Path(config.output_dir))
     if config.output is not None:
@@ -158,5 +158,9 @@ def main(config: PlanConfig) -> None:
         print(f"drawn: {path}")
 
 
+def main() -> None:
+    run_entry(print_plan, PlanConfig, "plan")
+
+
 if __name__ == "__main__":
-    run_entry(main, PlanConfig, "plan")
+    main()

@@ -168,7 +168,7 @@ def as_table(rows: list[MemoryRow], label: str) -> Table:
     return table
 
 
-def main(config: KVMemoryConfig) -> None:
+def measure_memory(config: KVMemoryConfig) -> None:
     device = choose_device(config.device)
     output_dir = Path(config.output_dir)
     open_output(output_dir)
@@ -190,5 +190,9 @@ def main(config: KVMemoryConfig) -> None:
         print(f"drawn: {path}")
 
 
+def main() -> None:
+    run_entry(measure_memory, KVMemoryConfig, "kv_memory")
+
+
 if __name__ == "__main__":
-    run_entry(main, KVMemoryConfig, "kv_memory")
+    main()

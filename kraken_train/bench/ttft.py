@@ -234,7 +234,7 @@ def title_of(config: TTFTConfig, device: torch.device, kind: str, ranks: int) ->
     return f"Time to first token: measured on {ranks} x {device_name(device)}, {backend}"
 
 
-def main(config: TTFTConfig) -> None:
+def measure_ttft(config: TTFTConfig) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds' profiler reports each of its starts and stops
     planned = comparisons(config, choose_device(config.device), read_runtime().world_size)
     open_output(Path(config.output_dir))
@@ -278,5 +278,9 @@ def draw(results: list[Result], title: str, folder: Path) -> None:
     figures.draw_breakdowns(results, title, folder / BREAKDOWN_FILE)
 
 
+def main() -> None:
+    run_entry(measure_ttft, TTFTConfig, "ttft")
+
+
 if __name__ == "__main__":
-    run_entry(main, TTFTConfig, "ttft")
+    main()

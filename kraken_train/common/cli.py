@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from kraken_train.common.errors import ConfigError, KrakenError
 from kraken_train.common.free_text import quote_arguments
+from kraken_train.common.help import answer_help
 from kraken_train.common.locales import use_unicode
 from kraken_train.common.settings import (
     COMPOSITION_ERRORS,
@@ -36,7 +37,7 @@ Config = TypeVar("Config")
 
 
 def run_entry(
-    main: Callable[[Config], None],
+    main: Callable[[Config], object],
     schema: type[Config],
     config_name: str,
 ) -> None:
@@ -45,6 +46,7 @@ def run_entry(
     Values of settings that `schema` marks as free text reach the program as typed (`kraken_train.common.free_text`).
     """
     use_unicode()
+    answer_help(sys.argv[1:], sys.modules[main.__module__].__doc__, schema, CONF_DIR / f"{config_name}.yaml")
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip

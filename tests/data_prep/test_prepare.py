@@ -340,13 +340,13 @@ def test_command_mistakes_are_one_message(arguments: tuple[str, ...], message: s
 STOPPING = """
 import os, signal
 from data_prep.indexed import ShardWriter
-from data_prep.prepare import PrepareConfig, main
+from data_prep.prepare import PrepareConfig, prepare
 from kraken_train.common.cli import run_entry
 def stopping(self, *arguments, write=ShardWriter._write):
     write(self, *arguments)
     os.kill(os.getpid(), signal.SIGSTOP)
 ShardWriter._write = stopping
-run_entry(main, PrepareConfig, "prepare")
+run_entry(prepare, PrepareConfig, "prepare")
 """
 
 

@@ -281,7 +281,7 @@ def test_a_changed_source_is_refused(
 COMMAND = (
     "import sys, data_prep.shard_builder as a, data_prep.files as f, data_prep.prepare as p; "
     "a.PIECE_SECONDS = 0; f.BLOCK_BYTES = 20_000; "
-    "from kraken_train.common.cli import run_entry; run_entry(p.main, p.PrepareConfig, 'prepare')"
+    "from kraken_train.common.cli import run_entry; run_entry(p.prepare, p.PrepareConfig, 'prepare')"
 )
 # The same, stopped after the first piece that ends behind a whole shard: much is done, and much is left to do.
 # SIGINT as in a terminal's foreground, even where these tests run in the background, which ignores it.
