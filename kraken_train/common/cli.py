@@ -46,7 +46,12 @@ def run_entry(
     Values of settings that `schema` marks as free text reach the program as typed (`kraken_train.common.free_text`).
     """
     use_unicode()
-    answer_help(sys.argv[1:], sys.modules[main.__module__].__doc__, schema, CONF_DIR / f"{config_name}.yaml")
+    answer_help(
+        sys.argv[1:],
+        getattr(sys.modules.get(main.__module__), "__doc__", None),
+        schema,
+        CONF_DIR / f"{config_name}.yaml",
+    )
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
