@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,8 @@ from data_prep.manifest import (
     probe_sha256,
 )
 from data_prep.output import attempt, finished_result
-from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
+from data_prep.tokenizer_settings import TokenizerSettings
+from data_prep.tokenizers import Tokenizer, build_tokenizer
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError, DataError
 from kraken_train.common.files import file_sha256, real_path
@@ -194,7 +196,7 @@ def require_one_dtype(splits: dict[str, list[ForeignShard]]) -> np.dtype:
 
 def take(shard: ForeignShard, folder: Path, name: str, tokenizer: Tokenizer) -> ShardEntry:
     """Link the tokens and write their index. Raises DataError for a token that the tokenizer has not."""
-    tokens: NDArray = np.memmap(shard.path, shard.dtype, mode="r")
+    tokens: NDArray[Any] = np.memmap(shard.path, shard.dtype, mode="r")
     bin_sha256, ends = scan(tokens, shard.path, tokenizer, find_ends=shard.lengths is None)
     lengths = np.diff(ends, prepend=0) if shard.lengths is None else shard.lengths
     if shard.lengths is None and tokens[-1] != tokenizer.end_of_document:
@@ -223,7 +225,7 @@ def take(shard: ForeignShard, folder: Path, name: str, tokenizer: Tokenizer) -> 
     )
 
 
-def scan(tokens: NDArray, path: Path, tokenizer: Tokenizer, find_ends: bool) -> tuple[str, NDArray[np.int64]]:
+def scan(tokens: NDArray[Any], path: Path, tokenizer: Tokenizer, find_ends: bool) -> tuple[str, NDArray[np.int64]]:
     """SHA-256 of the tokens, and the positions after each end of a document. Raises DataError for a foreign token."""
     checksum = hashlib.sha256()
     ends = [np.empty(0, np.int64)]

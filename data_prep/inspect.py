@@ -171,7 +171,7 @@ def bin_edges(shortest: int, longest: int) -> NDArray[np.float64]:
 
 
 def draw_shares(
-    axes: Axes, lengths: NDArray[np.int64], weights: NDArray, edges: NDArray, color: str, label: str
+    axes: Axes, lengths: NDArray[np.int64], weights: NDArray[Any], edges: NDArray[Any], color: str, label: str
 ) -> None:
     counts, _ = np.histogram(np.maximum(lengths, 1), edges, weights=weights)
     axes.stairs(100 * counts / counts.sum(), edges, color=color, fill=False, label=label)

@@ -169,7 +169,7 @@ def _is_still(partial: Path, descriptor: int) -> bool:
 def _journal(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier attempt has finished, if anything. Raises DataError if its request was another."""
     try:
-        journal = json.loads((partial / JOURNAL_NAME).read_bytes())
+        journal: dict[str, Any] = json.loads((partial / JOURNAL_NAME).read_bytes())
         version, theirs, finished = journal["version"], journal["request"], "cursor" in journal
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         return None

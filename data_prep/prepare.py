@@ -35,7 +35,8 @@ from data_prep.output import Attempt, attempt, finished_result
 from data_prep.progress import Progress
 from data_prep.shard_builder import AssemblyRules, ShardBuilder, assemble
 from data_prep.sources import SourceSettings, open_source
-from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer, load_tokenizer
+from data_prep.tokenizer_settings import TokenizerSettings
+from data_prep.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from data_prep.workers import EncoderSettings, encode_blocks
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError, DataError

@@ -61,7 +61,7 @@ class SplitWriter:
         if len(lengths):
             self._writer = _KeptShardWriter(self._prefix(), dtype, lengths.tolist())
 
-    def append(self, tokens: NDArray, lengths: NDArray[np.int64], text_bytes: int) -> None:
+    def append(self, tokens: NDArray[Any], lengths: NDArray[np.int64], text_bytes: int) -> None:
         """Append documents, whose (sum of lengths,) tokens follow one another."""
         self.text_bytes += text_bytes
         self._lengths.write(lengths.astype("<i4").tobytes())

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ class Content:
     def add_tokens(self, raw: bytes) -> None:
         self._tokens.update(raw)
 
-    def add_lengths(self, lengths: NDArray) -> None:
+    def add_lengths(self, lengths: NDArray[Any]) -> None:
         self._lengths.update(lengths.astype("<i8").tobytes())
 
     def hexdigest(self) -> str:
@@ -130,7 +131,7 @@ def verify_shard(data_dir: Path, entry: ShardEntry, manifest: Manifest, content:
         verify_ends(path, shard, lengths, manifest.tokenizer.end_of_document)
 
 
-def verify_ends(path: Path, shard: Shard, lengths: NDArray, end_of_document: int) -> None:
+def verify_ends(path: Path, shard: Shard, lengths: NDArray[Any], end_of_document: int) -> None:
     empty = np.flatnonzero(lengths == 0)
     if len(empty):
         raise DataError(f"{path}: document {empty[0]} is empty, without the token that ends it; {AGAIN}")
@@ -175,7 +176,7 @@ def compare_ids(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> str
     return f"of {compared:,} documents encoded again, {result}{rest}"
 
 
-def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, NDArray]]:
+def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, NDArray[Any]]]:
     """(number, tokens) of the split's first document, the one in the middle and the last."""
     for number in sorted({0, split.documents // 2, split.documents - 1}):
         first = 0
@@ -186,7 +187,7 @@ def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, N
             first += entry.documents
 
 
-def beginning(document: NDArray, tokenizer: Tokenizer) -> str:
+def beginning(document: NDArray[Any], tokenizer: Tokenizer) -> str:
     ids = [int(i) for i in document[: 4 * SAMPLE_CHARACTERS]]
     return tokenizer.decode([i for i in ids if i != tokenizer.end_of_document])[:SAMPLE_CHARACTERS]
 

@@ -108,7 +108,8 @@ def compose_command(
 def compose_choice(group: str, name: str) -> dict[str, Any]:
     """The settings of conf/<group>/<name>.yaml, those of its defaults included."""
     with initialized_hydra():
-        return to_plain(hydra.compose(f"{group}/{name}"))[group]
+        settings: dict[str, Any] = to_plain(hydra.compose(f"{group}/{name}"))[group]
+    return settings
 
 
 def initialized_hydra() -> AbstractContextManager[object]:

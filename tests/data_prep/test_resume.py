@@ -53,7 +53,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many blocks, and each is a piece."""
     monkeypatch.setattr(files, "BLOCK_BYTES", 300)
     monkeypatch.setattr(shard_builder, "PIECE_SECONDS", 0.0)
-    yield
+    return
 
 
 @pytest.fixture
@@ -189,7 +189,8 @@ def test_a_killed_worker_is_named_and_loses_nothing(
         patch.setattr(Attempt, "record", killing)
         with pytest.raises(DataError, match=r"a worker process died \(signal 9, Killed\).*the same command goes on"):
             prepare(config)
-    assert partial.is_dir() and not (tmp_path / "data").exists()
+    assert partial.is_dir()
+    assert not (tmp_path / "data").exists()
     prepare(configure(source, num_workers=0, shard_tokens=50_000))
     monkeypatch.setattr(shard_builder, "PIECE_SECONDS", 10.0)
     prepare(configure(source, "whole", shard_tokens=50_000))
@@ -321,7 +322,8 @@ def test_the_command_killed_or_interrupted(
     _, errors = process.communicate()
     assert "Traceback" not in errors
     if ending == signal.SIGINT:
-        assert process.returncode == 130 and "interrupted; the same command goes on" in errors
+        assert process.returncode == 130
+        assert "interrupted; the same command goes on" in errors
     assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
     assert not (tmp_path / "data").exists()
     command = [sys.executable, "-c", COMMAND, *arguments]
