@@ -1,4 +1,4 @@
-"""Text columns of Arrow tables in all of their encodings: plain, as a dictionary, or as runs of equal texts."""
+"""Text columns of Arrow tables in all encodings: plain, dictionary, and run-end encoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a block of records to tokens: what a worker does, and the result depends on the block and the settings alone."""
+"""From a block of records to tokens: the work of a worker. The result depends only on the block and the settings."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class BlockEncoder:
 
 
 def _batch(documents: Iterator[Document]) -> Iterator[Document]:
-    """The next of `documents`, as many as are worth one call of a tokenizer."""
+    """The next of `documents`, as many as one call of a tokenizer takes."""
     size = 0
     for document in islice(documents, BATCH_DOCUMENTS):
         yield document

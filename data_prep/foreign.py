@@ -7,8 +7,8 @@ tokenizer's end-of-document token. `format=megatron`: `NAME.bin` with `NAME.idx`
 write them; a NAME that begins with "val" belongs to the validation split.
 
 The tokens' files are linked: hard where the file system can (then no program may change them in place), else by a
-symbolic link (then they must stay where they are), else copied. Every token is read once, to know that it is one of
-the tokenizer's. How much text the tokens were made of is not known, so there are no bits per byte for such data.
+symbolic link (then they must stay where they are), else copied. Every token is read once, to check that the
+tokenizer has it. The size of the original text is not known, so there are no bits per byte for such data.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ForeignConfig:
 
 @dataclass(frozen=True)
 class ForeignShard:
-    """One file of tokens, as its writer left it."""
+    """One file of tokens of another program."""
 
     path: Path
     dtype: np.dtype
@@ -190,7 +190,7 @@ def require_one_dtype(splits: dict[str, list[ForeignShard]]) -> np.dtype:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Taking over
+# Linking
 # ---------------------------------------------------------------------------------------------------------------
 
 

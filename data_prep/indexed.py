@@ -89,8 +89,8 @@ class ShardWriter:
     As a context manager it closes on success and removes its temporary files on an exception. Memory grows by four
     bytes per document only.
 
-    With `lengths` (tokens of each document) it goes on behind documents that an earlier writer has synced to the
-    temporary file; what follows them there is cut off.
+    With `lengths` (tokens of each document) it appends to the documents that an earlier writer synced to the
+    temporary file; what follows them there is removed.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, lengths: Iterable[int] = ()) -> None:

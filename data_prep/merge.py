@@ -6,7 +6,7 @@ documents: the same documents in the same order, so the same tokens at the same 
 put in their order however they are named; other parts are taken in the order given.
 
 Shards are hard links to the parts' files, which then are the same bytes on disk under two names: deleting the parts
-afterwards frees nothing and harms nothing, and nobody may change them in place. Where a link is not possible (on
+afterwards is safe and frees no space, and no program may change them in place. Where a link is not possible (on
 another file system) they are copied, and their checksums compared meanwhile.
 
 The fingerprint covers the shards as files, so it is that of one machine's preparation only if shards happen to end
@@ -217,8 +217,8 @@ def join_splits(parts: Sequence[Part], folder: Path) -> dict[str, SplitEntry]:
                 ways[bring_shard(part.path, entry, folder, renamed.name)] += 1
                 shards.append(renamed)
             splits[name] = SplitEntry(shards, splits[name].text_bytes + split.text_bytes)
-        told = ", ".join(f"{count} shard{'s' if count > 1 else ''} {way}" for way, count in ways.items())
-        print(f"{part.path}: {told}", flush=True)
+        summary = ", ".join(f"{count} shard{'s' if count > 1 else ''} {way}" for way, count in ways.items())
+        print(f"{part.path}: {summary}", flush=True)
     return {name: split for name, split in splits.items() if split.shards}
 
 

@@ -126,7 +126,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         dtype = token_dtype(tokenizer.vocab_size)
         with ShardBuilder(current, dtype, config.assembly_rules, config.text_rules, started) as assembly:
             if current.journal:
-                print(f"going on behind the {assembly.documents:,} documents of an earlier attempt", flush=True)
+                print(f"continuing after the {assembly.documents:,} documents of an earlier attempt", flush=True)
             tokenize(config, source, tokenizer, assembly)
             splits = assembly.finish(needs_both_splits=config.part == WHOLE)
         if "train" not in splits:

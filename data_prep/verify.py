@@ -1,12 +1,12 @@
 """Read all of a prepared folder and compare it with its manifest: python -m data_prep.verify DATA
 
-Training only probes the tokens when it starts. This reads every byte, for example after copying a data set. What it
-prints as a split's content depends on the documents alone: splits with equal contents read the same, however their
-documents are divided among shards.
+Training only probes the tokens when it starts. This command reads every byte, for example after a copy. The content of
+a split that it prints depends only on the documents: it is equal for equal documents, however they are divided among
+shards.
 
-A sample of each shard's documents is turned into text and encoded again, and the ids are compared; recovery.py says
-when that proves something, and how many documents could not be compared is printed. Other ids are an error in data that
-were prepared here, and only told of data that another program has encoded, since it may have had other rules.
+A sample of each shard's documents is decoded and encoded again, and the ids are compared. Not all tokenizers allow this
+comparison (recovery.py); the number of documents that could not be compared is printed. Different ids are an error in
+data that data_prep.prepare has encoded, and a note for data of another program, which may follow other rules.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The edge between the command line and the program.
+"""Entry points of commands.
 
-Hydra composes the configuration, `from_hydra` turns it into frozen dataclasses, and whatever goes wrong because
-of what the user typed or gave us ends as one message and a non-zero exit code.
+Hydra composes the configuration, `from_hydra` turns it into frozen dataclasses, and a user's mistake ends with one
+message and a non-zero exit code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kraken_train.common.settings import (
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 USER_ERROR_EXIT_CODE = 2
-FAULT_EXIT_CODE = 1  # where the same command may succeed next time, as after any error that is not told in one line
+FAULT_EXIT_CODE = 1  # the same command may succeed next time; also the exit code of a traceback
 
 Config = TypeVar("Config")
 
@@ -76,7 +76,7 @@ def run_entry(
     except BrokenPipeError:
         leave_unread()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print("interrupted; the same command continues from what is finished", file=sys.stderr)
         sys.exit(130)
 
 
@@ -121,9 +121,9 @@ def initialized_hydra() -> AbstractContextManager[object]:
 
 @contextmanager
 def user_errors(place: Path) -> Iterator[None]:
-    """What goes wrong in this context because of what the user gave us ends the program with one message.
+    """A user's mistake within this context ends the program with one message.
 
-    For commands without Hydra. `place` is what an error of the system is about where it does not say so itself.
+    For commands without Hydra. `place` is the path to name in an error of the system that names none.
     """
     use_unicode()
     try:
@@ -138,7 +138,7 @@ def user_errors(place: Path) -> Iterator[None]:
 
 
 def leave_unread() -> None:
-    """Exit in silence: whoever read our output has left, as `| head` does."""
+    """Exit silently: the reader of our output has closed it, as `| head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
 
@@ -147,8 +147,8 @@ def exit_with_message(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
     """Print `error: message` to standard error, once per machine, and exit."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     if rank and (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")) != "0":
-        # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
-        # this rank alone has seen is still told.
+        # Local rank 0 prints an error that all ranks have, and the launcher ends this rank meanwhile. An error of this
+        # rank alone is printed after the pause.
         time.sleep(3)
         message = f"[rank {rank}] {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)

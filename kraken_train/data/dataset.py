@@ -1,8 +1,8 @@
-"""From shards to batches, in an order that depends on nothing but the data, the context length and the seed.
+"""From shards to batches, in an order that depends only on the data, the context length and the seed.
 
 A split is one long stream of tokens. A sample is `context_length + 1` consecutive tokens (the last one is only
 predicted), and samples start every `context_length` tokens. The position of a run is one number: the count of
-consumed samples. Ranks, micro-batches and accumulation only decide who reads which of them.
+consumed samples. Ranks, micro-batches and accumulation only decide which rank reads which samples.
 
 A run may read several prepared folders, whose shares of the samples are then exact (`kraken_train.data.blend`).
 """

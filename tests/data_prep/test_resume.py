@@ -264,7 +264,7 @@ def test_other_settings_are_refused_or_start_anew(
         prepare(configure(source, shard_tokens=3000))
     assert content(tmp_path / ".data.partial") == before
     prepare(configure(source, shard_tokens=3000, resume=False))
-    assert "going on behind" not in capsys.readouterr().out
+    assert "continuing after" not in capsys.readouterr().out
     prepare(configure(source, "whole", shard_tokens=3000))
     assert content(tmp_path / "data") == content(tmp_path / "whole")
 
@@ -329,7 +329,7 @@ def test_the_command_killed_or_interrupted(
     command = [sys.executable, "-c", COMMAND, *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "going on behind the" in result.stdout
+    assert "continuing after the" in result.stdout
     assert verify_quick(tmp_path / "data").documents == 10_000
     assert content(tmp_path / "data") == content(tmp_path / "whole")
 
