@@ -187,7 +187,7 @@ def test_a_killed_worker_is_named_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Attempt, "record", killing)
-        with pytest.raises(DataError, match=r"a worker process died \(signal 9, Killed\).*the same command goes on"):
+        with pytest.raises(DataError, match=r"a worker process died \(signal 9, Killed\).*the same command continues"):
             prepare(config)
     assert partial.is_dir()
     assert not (tmp_path / "data").exists()
@@ -323,7 +323,7 @@ def test_the_command_killed_or_interrupted(
     assert "Traceback" not in errors
     if ending == signal.SIGINT:
         assert process.returncode == 130
-        assert "interrupted; the same command goes on" in errors
+        assert "interrupted; the same command continues" in errors
     assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
     assert not (tmp_path / "data").exists()
     command = [sys.executable, "-c", COMMAND, *arguments]
