@@ -75,13 +75,8 @@ class GenerateConfig:
         return ExecutionConfig(self.compile, self.cuda_graphs, self.prefill_lengths)
 
 
-<<<<<<< ours
 def print_continuations(config: GenerateConfig) -> None:
-    """Print each prompt with its continuation: of one prompt as it is, of a file's as a line of JSON each."""
-=======
-def main(config: GenerateConfig) -> None:
-    """Print each prompt with its continuation: of a single one plain text, of a file's a line of JSON each."""
->>>>>>> theirs
+    """Print each prompt with its continuation: a single one as plain text, those of a file as a line of JSON each."""
     with started_ranks(config.device) as runtime:
         generate(config, runtime)
 

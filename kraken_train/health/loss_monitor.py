@@ -1,12 +1,12 @@
-"""Whether the loss is what it should be: steps that are not finite, and spikes.
+"""Detects losses that are not finite and loss spikes.
 
 A loss is suspicious if it is above
 
     median + spike_factor * max(median absolute deviation, SMALLEST_DEVIATION * median)
 
-of the last `spike_window` losses that were not, once there are so many; `spike_steps` such losses in a row are a spike.
-The loss of a step is computed before its update, so it tells of the weights that the step before has left: a
-checkpoint is known to be good once the loss of the step after it is.
+of the last `spike_window` losses that were not suspicious, once there are so many. `spike_steps` suspicious losses in a
+row are a spike. The loss of a step is computed before its update, so it evaluates the weights after the previous step:
+a checkpoint is known to be good once the loss of the next step is good.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from dataclasses import dataclass
 
 from kraken_train.config import HealthConfig
 
-SMALLEST_DEVIATION = 0.01  # of the median: a loss that hardly moves is no reason to call every movement a spike
+SMALLEST_DEVIATION = 0.01  # of the median: when the loss hardly changes, small changes must not count as spikes
 
 
 @dataclass(frozen=True)
 class Trouble:
-    first: int  # the step with which it began
-    last: int  # so far
+    """A series of losses that are not finite, or a spike."""
+
+    first: int  # its first step
+    last: int  # its last step so far
     spike: bool  # False: not finite
-    reason: str  # for people
+    reason: str  # for messages
 
 
 class LossMonitor:
     """Watches the losses of one start of a run. All ranks see the same losses and come to the same conclusions.
 
-    `recent` are the losses of the window; kept in a checkpoint, they let a run that resumes judge like one that was
-    never interrupted.
+    `recent` are the losses of the window. Checkpoints keep them, so that a resumed run detects the same spikes as one
+    that was never interrupted.
     """
 
     def __init__(self, health: HealthConfig, max_nonfinite_steps: int) -> None:
@@ -41,18 +43,18 @@ class LossMonitor:
         self.max_nonfinite_steps = max_nonfinite_steps
         self.recent: deque[float] = deque(maxlen=health.spike_window)
         self.skipped = 0  # in a row
-        self.suspicious = 0  # in a row, those that were skipped between them not counted
-        self.first = 0  # the step with which the present trouble began
+        self.suspicious = 0  # in a row; skipped steps between them are not counted
+        self.first = 0  # the first step of the current trouble
         self.furthest = 0  # the last step of any trouble
-        self.rollbacks = 0  # since a step beyond it
+        self.rollbacks = 0  # since the last good step after `furthest`
 
     @property
     def calm(self) -> bool:
-        """Whether the last step gave no reason to doubt the weights; else they are not to be saved."""
+        """Whether the last step was neither skipped nor suspicious; otherwise the weights must not be saved."""
         return not self.skipped and not self.suspicious
 
     def observe(self, step: int, loss: float, applied: bool, last: bool = False) -> Trouble | None:
-        """Judge a completed step; after the `last` one there is no waiting for another."""
+        """Add a completed step; return the trouble once it is certain. After the `last` step it is certain at once."""
         if applied and not self.is_suspicious(loss):
             self.recent.append(loss)
             self.skipped = self.suspicious = 0
@@ -86,7 +88,7 @@ class LossMonitor:
         return loss > median + health.spike_factor * max(deviation, SMALLEST_DEVIATION * median)
 
     def continue_from(self, recent: Iterable[float]) -> None:
-        """The run continues from a checkpoint with these recent losses."""
+        """Continue from a checkpoint with these recent losses."""
         self.recent.clear()
         self.recent.extend(recent)
         self.skipped = self.suspicious = 0
@@ -95,7 +97,7 @@ class LossMonitor:
         return (self.health.loss_spike if trouble.spike else self.health.nonfinite) == "rollback"
 
     def may_roll_back(self) -> bool:
-        """Count a rollback; False if that is one too many."""
+        """Count a rollback; False if it exceeds `max_rollbacks`."""
         self.rollbacks += 1
         return self.rollbacks <= self.health.max_rollbacks
 

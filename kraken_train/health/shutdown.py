@@ -1,7 +1,8 @@
-"""What asks a run to save and end early: SIGTERM, SIGUSR1, or the end of the launcher that started it.
+"""Requests to save and end a run early: SIGTERM, SIGUSR1, or the end of the launcher that started it.
 
-The `deepspeed` command does not pass SIGTERM on: it dies and leaves `deepspeed.launcher.launch` and the ranks behind.
-So a rank looks at its launchers itself; on other machines these are remote shells, up to the daemon that started them.
+The `deepspeed` command does not forward SIGTERM: it dies and leaves `deepspeed.launcher.launch` and the ranks running.
+So each rank watches its launchers itself. On other machines these include the remote shells, up to the SSH daemon that
+started them.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import psutil
 
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGTERM
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends one or both, depending on the job's --signal
-LAUNCHER_SECONDS = 300.0  # for a run to finish its step, save and end once its launcher has
+LAUNCHER_SECONDS = 300.0  # for a run to finish its step, save and end after its launcher has ended
 
-OURS = ("launch.node", "launch.deepspeed")
-RUNNERS = (*OURS, "deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
-LOCAL_LAUNCHER = "deepspeed.launcher.launch"  # which a runner starts on each machine
+PROJECT_LAUNCHERS = ("launch.node", "launch.deepspeed")
+RUNNERS = (*PROJECT_LAUNCHERS, "deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+LOCAL_LAUNCHER = "deepspeed.launcher.launch"  # started by a runner on each machine
 LAUNCHERS = (*RUNNERS, LOCAL_LAUNCHER, "torchrun", "torch.distributed.run", "torch.distributed.launch")
-STARTED_BY_NODE = "started_by=launch.node"  # an option (-X) of its Python, which that ignores
+STARTED_BY_NODE = "started_by=launch.node"  # a value of Python's option -X, which ignores it
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh", "fish")
 REMOTE_SHELL_DAEMONS = ("sshd", "sshd-session")
 PYTHON_OPTIONS_WITH_VALUE = ("-W", "-X")
 
 
 class Interrupted(Exception):
-    """The run has ended early and in good order, because it was asked to. The message is the reason."""
+    """The run was asked to end early, has saved and ends normally. The message is the reason."""
 
 
 class StopRequest:
@@ -43,16 +44,16 @@ class StopRequest:
         return self.reason is not None
 
     def request(self, reason: str) -> None:
-        """Ask for it, from any thread."""
+        """Request it; may be called from any thread."""
         if self.reason is None:
             self.reason = reason
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Make STOP_SIGNALS a request, in place of death. Main thread only (ValueError elsewhere).
+        """A context in which STOP_SIGNALS become a request and do not kill the process.
 
-        Once there is a request they are ignored for good: the process is about to end, and a second signal must not
-        cut off what is left to be written.
+        After a request they stay ignored: the process is about to end, and a second signal must not interrupt its last
+        writes. Raises ValueError outside the main thread.
         """
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -67,10 +68,10 @@ class StopRequest:
 
 
 class Launchers:
-    """The launchers among the ancestors of this process: the nearest ones, up to the first that is none.
+    """The launchers among the ancestors of this process, from its parent up to the first that is not a launcher.
 
-    A shell, nohup or srun is none, so a run outlives the session that started it; but a local launcher that a remote
-    shell has started is watched with that shell.
+    A shell, nohup or srun is not a launcher, so a run outlives the session that started it. But a local launcher that
+    was started by a remote shell is watched together with that shell.
     """
 
     def __init__(self) -> None:
@@ -81,10 +82,10 @@ class Launchers:
             self.processes.append(parent)
             parent = parent_of(parent)
             if name == LOCAL_LAUNCHER and (parent is None or launcher_name(command_of(parent)) not in RUNNERS):
-                # A runner may have died before this process could look. Only on the machines of a cluster, which are
-                # told their number, is a local launcher started by something else.
-                told_its_number = any(argument.startswith("--node_rank") for argument in command)
-                self.orphaned = not told_its_number or STARTED_BY_NODE in command
+                # The runner may have died before this process looked for it. Only on the machines of a cluster,
+                # where it gets a node rank, is a local launcher started by something else.
+                has_node_rank = any(argument.startswith("--node_rank") for argument in command)
+                self.orphaned = not has_node_rank or STARTED_BY_NODE in command
                 self.processes += remote_shell(parent)
                 break
 
@@ -92,12 +93,12 @@ class Launchers:
         return bool(self.processes)
 
     def have_ended(self) -> bool:
-        """Whether one of them is gone."""
+        """Whether at least one of them has ended, or the runner had ended before this process started."""
         return self.orphaned or any(has_ended(process) for process in self.processes)
 
 
 def remote_shell(process: psutil.Process | None) -> list[psutil.Process]:
-    """The shells from `process` upwards and the daemon that has started them for another machine; none without it."""
+    """The shells from `process` upwards and the SSH daemon that started them; empty if there is no such daemon."""
     found = []
     while process is not None:
         found.append(process)
@@ -117,7 +118,7 @@ def parent_of(process: psutil.Process) -> psutil.Process | None:
 
 
 def command_of(process: psutil.Process) -> list[str]:
-    """Its arguments; none if it has ended or they are not ours to see."""
+    """Its arguments; empty if it has ended or this user may not read them."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -133,7 +134,7 @@ def name_of(process: psutil.Process) -> str:
 
 
 def launcher_name(command: list[str]) -> str | None:
-    """Which of LAUNCHERS a process with these arguments runs: the script or module that its Python was given."""
+    """Which of LAUNCHERS a process with these arguments runs as the script or module of its Python, if any."""
     if not command or not PurePath(command[0]).name.startswith("python"):
         return None
     arguments = iter(command[1:])
@@ -147,7 +148,7 @@ def launcher_name(command: list[str]) -> str | None:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Whether it is gone, its number possibly given to another one, or dead and only not yet collected."""
+    """Whether it has exited: its process ID is free or used by another process, or it is a zombie."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

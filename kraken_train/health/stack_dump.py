@@ -1,6 +1,6 @@
-"""Where the threads of a process are: their Python stacks, and in one line what the main one is doing.
+"""Where the threads of a process are: their Python stacks, and in one line what the main thread is doing.
 
-`kill -USR2 PROCESS` has a rank of a run write its stacks to its log, and go on.
+`kill -USR2 PROCESS` makes a rank of a run write its stacks to its log and continue.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from types import FrameType
 import torch
 
 SIGNAL = signal.SIGUSR2
-LIBRARIES = {*sys.stdlib_module_names, "torch", "deepspeed", "numpy"}  # where it is in these says little
-# What a rank is in while it waits for others ...
+LIBRARIES = {*sys.stdlib_module_names, "torch", "deepspeed", "numpy"}  # their innermost lines are not reported
+# Modules that are on the stack of a rank while it waits for other ranks.
 COLLECTIVES = {
     "torch.distributed.distributed_c10d",
     "torch.distributed._functional_collectives",
     "kraken_train.parallel.distributed",
 }
-# ... and, on a GPU, which waits in the host's place, in what the host waits for its GPU.
+# Modules in which the host waits for its GPU. On a GPU the device waits for the other ranks, and the host for it.
 WAITS_FOR_DEVICE = {
     "kraken_train.training.engine",
     "kraken_train.parallel.step_timer",
     "kraken_train.parallel.replica_check",
 }
-WATCHERS = ("watchdog-", "life-signs", "tracking")  # names of threads that only look on
-MOST_NAMED = 4  # ranks in a message
+# Prefixes of the names of background threads, for which the main thread never waits.
+BACKGROUND_THREADS = ("watchdog-", "run-lock", "tracking")
+MOST_NAMED = 4  # ranks listed in a message
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Place:
     rank: int
     process: str  # "process 17 on node3"
     where: str  # "data.py:120 read"
-    waits: bool  # for other ranks, as far as can be told
+    waits: bool  # for other ranks, as far as its stack shows
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.process}) is in {self.where}"
@@ -71,9 +72,10 @@ def stacks_on_signal(log: Path) -> Iterator[None]:
 
 
 def where_is_main_thread() -> tuple[str, bool]:
-    """The innermost line of the main thread that is no library's, and whether it waits there for other ranks.
+    """The innermost line of the main thread outside LIBRARIES, and whether it waits there for other ranks.
 
-    Where it waits for another thread of this process, as for that which reads the data, it is that one's.
+    If the main thread waits for another thread of this process, such as the one that reads data, these are of that
+    thread.
     """
     frames = sys._current_frames()
     main = list(stack_of(frames[threading.main_thread().ident or 0]))
@@ -81,7 +83,9 @@ def where_is_main_thread() -> tuple[str, bool]:
         others = [
             stack
             for thread in threading.enumerate()
-            if thread is not threading.main_thread() and not thread.name.startswith(WATCHERS) and thread.ident in frames
+            if thread is not threading.main_thread()
+            and not thread.name.startswith(BACKGROUND_THREADS)
+            and thread.ident in frames
             for stack in [list(stack_of(frames[thread.ident]))]
             if own_frame(stack) is not None and not waits_for_thread(stack)
         ]
@@ -91,13 +95,14 @@ def where_is_main_thread() -> tuple[str, bool]:
 
 
 def stack_of(frame: FrameType | None) -> Iterator[FrameType]:
-    """The innermost first."""
+    """Its frames, the innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
 def own_frame(stack: Sequence[FrameType]) -> FrameType | None:
+    """The innermost frame outside LIBRARIES."""
     return next((frame for frame in stack if module_of(frame).partition(".")[0] not in LIBRARIES), None)
 
 
@@ -119,21 +124,22 @@ def waits_for_others(stack: Sequence[FrameType], own: FrameType) -> bool:
     return any(module_of(frame) in COLLECTIVES for frame in stack)
 
 
-def describe_stall(seconds: float, places: Sequence[Place], silent: Sequence[int] = ()) -> str:
-    """One sentence: who holds the others up. `silent` are ranks that have not said where they are."""
+def describe_stall(seconds: float, places: Sequence[Place], missing: Sequence[int] = ()) -> str:
+    """One sentence: which ranks hold the others up. `missing` ranks have not reported where they are."""
     waiting = [place for place in places if place.waits]
     busy = [str(place) for place in places if not place.waits]
-    busy += [f"rank {rank} has not said where it is" for rank in silent]
+    busy += [f"rank {rank} has not reported where it is" for rank in missing]
     if not busy:
         named = listed([f"rank {place.rank} ({place.process}) in {place.where}" for place in waiting])
         return f"no step for {seconds:.0f} s: all ranks wait for each other, {named}"
-    told = f"no step for {seconds:.0f} s: {listed(busy)}"
+    message = f"no step for {seconds:.0f} s: {listed(busy)}"
     if waiting:
         where = Counter(place.where for place in waiting).most_common(1)[0][0]
-        told += f"; the others wait for {'it' if len(busy) == 1 else 'them'} in {where}"
-    return told
+        message += f"; the others wait for {'it' if len(busy) == 1 else 'them'} in {where}"
+    return message
 
 
 def listed(parts: Sequence[str]) -> str:
+    """The first MOST_NAMED parts, and how many more there are."""
     more = len(parts) - MOST_NAMED
     return ", ".join(parts[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

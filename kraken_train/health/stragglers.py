@@ -1,4 +1,4 @@
-"""Which rank the others wait for: ranks whose own part of a step takes longer than that of the rest."""
+"""Stragglers: ranks that the others wait for, since their own part of a step takes longer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WINDOW = 8  # logged steps
-LEAST_SECONDS = 0.02  # longer than the median: less is noise
+LEAST_SECONDS = 0.02  # above the median; smaller differences are noise
 
 Record = dict[str, float | int]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A rank has become a straggler, or is one no longer."""
+    """A rank has become a straggler, or is no longer one."""
 
     rank: int
-    factor: float  # its seconds by those of the median rank
+    factor: float  # its seconds divided by those of the median rank
     slow: bool
 
 
@@ -26,7 +26,7 @@ class Stragglers:
     """Watches the seconds that each rank needs for its own part of a step.
 
     A straggler is a rank whose time, in the median of the last WINDOW logged steps, is more than `factor` times that of
-    the median rank. 0: nobody is one.
+    the median rank. 0: no rank is a straggler.
     """
 
     def __init__(self, factor: float) -> None:
@@ -35,7 +35,7 @@ class Stragglers:
         self.slow: set[int] = set()
 
     def observe(self, seconds: Sequence[float]) -> list[Change]:
-        """`seconds` of each rank in one step -> what changes by it."""
+        """Add the `seconds` of each rank in one step; return which ranks become or stop being stragglers."""
         self.window.append(list(seconds))
         if not self.factor or len(self.window) < WINDOW:
             return []
@@ -60,7 +60,7 @@ def describe_change(change: Change, host: str) -> str:
 
 
 def describe_ranks(seconds: Sequence[float]) -> Record:
-    """What a step's record says of the ranks: the longest and the median time, and whose is the longest."""
+    """Metrics of a step: the longest and the median time of all ranks, and the slowest rank."""
     slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
     return {
         "rank_seconds_max": seconds[slowest],
@@ -70,5 +70,5 @@ def describe_ranks(seconds: Sequence[float]) -> Record:
 
 
 def middle(seconds: Sequence[float]) -> float:
-    """The median; of an even number of ranks the lower one, so that one of two can be slower than it."""
+    """The median; for an even number of ranks the lower one, so that one of two ranks can be slower than it."""
     return statistics.median_low(seconds)

@@ -1,86 +1,44 @@
-"""Ends a job in which a rank has stopped answering, or no step completes, which collectives alone would wait for.
+"""Ends a job in which a rank no longer answers, or no step completes. Collectives alone would wait for that.
 
-Every rank beats: it writes a counter to the store through which the ranks have joined. Every rank watches the next
-one, so the store has five small requests per rank and beat however many ranks there are. Whoever finds that its
-neighbour's counter stands still names it, leaves word for the others in the store, and all of them end.
+Every rank writes a heartbeat with a counter to the store of the process group, and watches the heartbeat of the next
+rank, so the store gets five small requests per rank and heartbeat for any number of ranks. A rank whose neighbour's
+counter does not change writes a JobFailure that names the neighbour to the store, and all ranks end.
 
-A rank that beats can still hang. Whoever has done no step for too long asks all ranks where they are, and names those
-that do not wait for others. Before they end, all living ranks write their stacks.
+A rank that writes heartbeats can still hang. A rank that has completed no step for too long asks all ranks where they
+are, and reports those that do not wait for other ranks. Before they end, all running ranks write their stacks.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psutil
 import torch.distributed as dist
 
+from kraken_train.health.heartbeat import DONE, FAILED, RUNNING, Heartbeat, HeartbeatStore, JobFailure
 from kraken_train.health.shutdown import LAUNCHER_SECONDS, Interrupted, Launchers, StopRequest
 from kraken_train.health.stack_dump import Place, describe_stall, where_is_main_thread, write_stacks
 from kraken_train.parallel.ranks import Runtime
 
-BEAT_SECONDS = 2.0
-STARTING_SECONDS = 120.0  # more than the timeout, for a rank that has not beaten yet
-NOTING_SECONDS = 30.0  # for a rank to note why it ends: a disk that hangs may be what ends it
+HEARTBEAT_SECONDS = 2.0
+STARTING_SECONDS = 120.0  # added to the timeout for a rank that has not written its first heartbeat
+RECORD_SECONDS = 30.0  # for a rank to record why it ends; limited because a hanging disk may be the cause
 FAILED_SECONDS = 10.0  # for a job to end by itself once a rank has failed
-LEAVING_SECONDS = 10.0  # how long the rank that holds the store stays for the others at the end
+LEAVING_SECONDS = 10.0  # for the rank that holds the store to wait at the end for the other ranks
 FAILED_EXIT_CODE = 1
 FIRST_STEP_FACTOR = 3  # the first step of a start may take so many times longer: reading a checkpoint, compilation
-PLACE_BEATS = 5  # for the others to say where they are
-BEATS_TO_LEAVE = 3  # for all to hear that the job ends, and to note it, before the first of them is gone
-
-RUNNING, DONE, FAILED = "running", "done", "failed"
+PLACE_HEARTBEATS = 5  # to wait for the other ranks to write where they are
+HEARTBEATS_BEFORE_EXIT = 3  # for all ranks to read that the job ends, and to record it, before the first one exits
 
 
-@dataclass(frozen=True)
-class Beat:
-    """What a rank writes of itself."""
-
-    rank: int
-    pid: int
-    host: str
-    started: float  # seconds since the epoch on its machine
-    count: int  # beats so far
-    step: int | None  # the last completed one; None before the first
-    state: str  # RUNNING, DONE or FAILED
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
-
-    def kill(self) -> None:
-        """Kill it, if it is on this machine and still there. A stopped process ends by no other signal."""
-        if self.host != socket.gethostname() or self.pid == os.getpid():
-            return
-        try:
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.started) < 2:  # or else its number has another process now
-                process.send_signal(signal.SIGKILL)
-        except psutil.Error:
-            pass
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why a job is ended."""
-
-    message: str
-    culprit: Beat | None  # is killed
-    ranks: tuple[int, ...]  # those who fail by it; the others only follow
-
-
-class Silence:
+class StallTimer:
     """For how many seconds a value has not changed."""
 
     def __init__(self, now: float = 0.0) -> None:
@@ -94,18 +52,18 @@ class Silence:
 
 
 class Watchdog:
-    """A context in which this rank beats, and its neighbour and its launchers are watched, all in threads of its own.
+    """A context with two background threads: one exchanges heartbeats, one watches the neighbour and the launchers.
 
-    `store` is the one that the ranks have joined through, `store_rank` the rank whose process holds it, None if the
-    launcher does. A neighbour that does not answer for `timeout_seconds` ends the job: the process is killed where it
-    is on this machine, and all ranks exit with code 1. So they do when there is no `alive()` and no further `step` for
-    `step_seconds`, three times that before the first step. 0 turns each off. A launcher's end becomes a request to
-    `stop`; LAUNCHER_SECONDS later the process exits with code 1.
+    `store` is the store of the process group, `store_rank` the rank whose process holds it, None if the launcher does.
+    A neighbour that does not answer for `timeout_seconds` ends the job: its process is killed if it is on this
+    machine, and all ranks exit with code 1. The job also ends when there is no `report_progress()` and no further
+    `step` for `step_seconds`, three times that before the first step. 0 turns each limit off. The end of a launcher
+    becomes a request to `stop`; LAUNCHER_SECONDS later the process exits with code 1.
 
     Before it ends the job a rank writes its stacks to standard error and to `log`, and calls `on_end` with the message
-    and whether this rank merely follows others.
+    and whether this rank ends only because of other ranks.
 
-    Leaving with an exception other than Interrupted tells the others that this rank has failed.
+    Leaving with an exception other than Interrupted reports to the other ranks that this rank has failed.
     """
 
     def __init__(
@@ -120,49 +78,47 @@ class Watchdog:
         self.rank, self.world_size, self.store_rank = runtime.rank, runtime.world_size, store_rank
         self.timeout_seconds, self.step_seconds = timeout_seconds, step_seconds
         self.stop = stop
-        self.log: Path | None = None  # of this rank, once there is one
+        self.log: Path | None = None  # of this rank, once it is open
         self.on_end: Callable[[str, bool], None] = lambda message, follows: None
-        self.step: int | None = None  # the last completed one, as the trainer tells
-        self.signs = 0  # of life, between steps
+        self.step: int | None = None  # the last completed one, set by the trainer
+        self.progress_reports = 0  # between steps
         self.state = RUNNING
-        self.beats = 0
+        self.heartbeats = 0
         self.host, self.started = socket.gethostname(), psutil.Process().create_time()
-        self.store: dist.Store | None = None
-        self.interval = BEAT_SECONDS
+        self.store: HeartbeatStore | None = None
+        self.interval = HEARTBEAT_SECONDS
         limits = [seconds for seconds in (timeout_seconds, step_seconds) if seconds > 0]
         if limits:
-            self.interval = min(BEAT_SECONDS, min(limits) / 5)
+            self.interval = min(HEARTBEAT_SECONDS, min(limits) / 5)
         if store is not None and limits and self.world_size > 1:
-            # A connection of its own: a store's lock is held while somebody waits in it.
-            self.store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
-            self.store.set_timeout(timedelta(seconds=limits[0]))
+            self.store = HeartbeatStore(store, limits[0])
 
-        # What the talking thread has heard, and found when it asked.
+        # Set by the store thread.
         self.watched = (self.rank + 1) % self.world_size
-        self.neighbour: Beat | None = None
-        self.holder: Beat | None = None  # of the store
-        self.answers = 0  # of the store
-        self.heard: Verdict | None = None  # by which another rank has ended the job
-        self.found: Verdict | None = None  # by which this one is to end it
-        self.asks = False  # where the others are
-        self.unanswered = 0  # beats since it has asked
+        self.neighbour: Heartbeat | None = None
+        self.store_holder: Heartbeat | None = None
+        self.exchanges = 0  # that the store has answered
+        self.failure_of_others: JobFailure | None = None  # with which another rank ends the job
+        self.stall_failure: JobFailure | None = None  # with which this rank must end the job
+        self.collects_places = False  # this rank was the first to report a stall
+        self.heartbeats_collecting = 0
 
-        # What the watching thread has found.
-        self.stalled: float | None = None  # seconds without a step
-        self.verdict: Verdict | None = None  # by which this rank is ending
+        # Set by the watching thread.
+        self.stalled: float | None = None  # the limit in seconds that a step has exceeded
+        self.failure: JobFailure | None = None  # with which this rank is ending
         self.launcher_ended: float | None = None
-        self.store_silence, self.neighbour_silence, self.step_silence = Silence(), Silence(), Silence()
-        self.warned = False
+        self.store_stall, self.neighbour_stall, self.step_stall = StallTimer(), StallTimer(), StallTimer()
+        self.warned_about_store = False
 
-        self.placed = False  # has said where it is, and written its stacks
+        self.stacks_written = False  # or being written
         self.leaving = threading.Event()
-        self.talker = threading.Thread(target=self.talk, name="watchdog-talk", daemon=True)
+        self.store_thread = threading.Thread(target=self.exchange_until_left, name="watchdog-store", daemon=True)
         self.watcher = threading.Thread(target=self.watch, name="watchdog-watch", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self.launchers = Launchers()
         if self.store is not None:
-            self.talker.start()
+            self.store_thread.start()
         if self.store is not None or self.launchers or self.step_seconds > 0:
             self.watcher.start()
         return self
@@ -172,94 +128,92 @@ class Watchdog:
     ) -> None:
         self.state = DONE if kind is None or issubclass(kind, Interrupted) else FAILED
         self.leaving.set()
-        if self.talker.ident is not None:
-            self.talker.join(LEAVING_SECONDS)  # it may never come back from a store that does not answer
+        if self.store_thread.ident is not None:
+            self.store_thread.join(LEAVING_SECONDS)  # it may hang in a store that does not answer
         if self.watcher.ident is not None:
-            self.watcher.join()  # for good, if it is ending the job
-        if self.state == FAILED and self.heard is not None:
-            os._exit(FAILED_EXIT_CODE)  # the error is only what follows from what another rank has told
+            self.watcher.join()  # never returns if the watcher is ending the job
+        if self.state == FAILED and self.failure_of_others is not None:
+            os._exit(FAILED_EXIT_CODE)  # the error only follows from the failure that another rank has reported
 
-    def alive(self) -> None:
-        """Something other than a step that may take long is done: a save, a validation, a restore."""
-        self.signs += 1
+    def report_progress(self) -> None:
+        """Report that something other than a step that may take long is done: a save, a validation, a restore."""
+        self.progress_reports += 1
 
     def wait_for_end(self) -> None:
-        """Never returns if this rank is ending the job: what goes wrong from then on is only what follows."""
-        if self.verdict is not None:
+        """Never returns if this rank is ending the job: any error from then on is only a consequence."""
+        if self.failure is not None:
             self.watcher.join()
 
     # ----------------------------------------------------------------------------------------------------------
-    # The talking thread. A store that is stopped answers no request and no timeout ends it: only this one waits
+    # The store thread. A stopped store answers no request, and no timeout ends the wait: only this thread may wait
     # ----------------------------------------------------------------------------------------------------------
 
-    def talk(self) -> None:
+    def exchange_until_left(self) -> None:
         assert self.store is not None
         try:
             while not self.leaving.is_set():
-                self.communicator(self.store)
+                self.exchange(self.store)
                 self.leaving.wait(self.interval)
-            self.communicator(self.store)
-            self.take_leave(self.store)
-        except RuntimeError:  # the store is gone, which the watching thread will see
+            self.exchange(self.store)
+            self.leave(self.store)
+        except RuntimeError:  # the store is gone, which the watching thread will notice
             pass
 
-    def communicator(self, store: dist.Store) -> None:
-        self.beats += 1
-        beat = Beat(self.rank, os.getpid(), self.host, self.started, self.beats, self.step, self.state)
-        store.set(f"beat/{self.rank}", encode(beat))
-        if self.verdict is not None:
-            store.set("ended", encode(self.verdict))
+    def exchange(self, store: HeartbeatStore) -> None:
+        """Write this rank's heartbeat, and read what the other ranks have written."""
+        self.heartbeats += 1
+        store.write_heartbeat(
+            Heartbeat(self.rank, os.getpid(), self.host, self.started, self.heartbeats, self.step, self.state)
+        )
+        if self.failure is not None:
+            store.write_failure(self.failure)
         else:
-            self.heard = read_verdict(store)
-        if self.store_rank is not None and self.holder is None:
-            self.holder = read(store, f"beat/{self.store_rank}")
+            self.failure_of_others = store.read_failure()
+        if self.store_rank is not None and self.store_holder is None:
+            self.store_holder = store.read_heartbeat(self.store_rank)
         if self.watched != self.rank:
-            self.neighbour = read(store, f"beat/{self.watched}")
+            self.neighbour = store.read_heartbeat(self.watched)
             if self.neighbour is not None and self.neighbour.state == DONE:
-                self.watched = (self.watched + 1) % self.world_size  # whom it does not watch any more
+                self.watched = (self.watched + 1) % self.world_size  # the rank that the finished one watched
                 self.neighbour = None
-        if self.stalled is not None or store.check(["stalled"]):
-            self.tell_place(store)
-        self.answers += 1
+        if self.stalled is not None or store.stall_reported():
+            self.report_place(store)
+        self.exchanges += 1
 
-    def tell_place(self, store: dist.Store) -> None:
-        """Say where this rank is, as all do once one of them has done no step for too long. The first one concludes."""
-        if not self.placed:
-            self.placed = True
-            store.set(f"place/{self.rank}", encode(self.own_place()))
-            self.asks = store.add("stalled", 1) == 1
+    def report_place(self, store: HeartbeatStore) -> None:
+        """Write where this rank is, as all ranks do after a stall. The first rank to write collects the places."""
+        if not self.stacks_written:
+            self.stacks_written = True
+            self.collects_places = store.write_place(self.own_place())
             reason = f"rank {self.rank} has completed no step for too long, or another rank has not"
-            begin(lambda: write_stacks(reason, self.log))
-        if not self.asks or self.found is not None:
+            start_writing(lambda: write_stacks(reason, self.log))
+        if not self.collects_places or self.stall_failure is not None:
             return
-        places = {rank: read_place(store, rank) for rank in range(self.world_size)}
-        silent = [rank for rank, place in places.items() if place is None and not self.is_done(store, rank)]
-        self.unanswered += 1
-        if not silent or self.unanswered > PLACE_BEATS:
-            self.found = self.conclude([place for place in places.values() if place is not None], silent)
+        places = {rank: store.read_place(rank) for rank in range(self.world_size)}
+        missing = [rank for rank, place in places.items() if place is None and not store.is_done(rank)]
+        self.heartbeats_collecting += 1
+        if not missing or self.heartbeats_collecting > PLACE_HEARTBEATS:
+            self.stall_failure = self.failure_at([place for place in places.values() if place is not None], missing)
 
-    def is_done(self, store: dist.Store, rank: int) -> bool:
-        beat = read(store, f"beat/{rank}")
-        return beat is not None and beat.state == DONE
-
-    def conclude(self, places: list[Place], silent: list[int]) -> Verdict:
+    def failure_at(self, places: list[Place], missing: list[int]) -> JobFailure:
+        """The failure of the ranks that do not wait for others; `missing` ranks have not written where they are."""
         culprits = [place.rank for place in places if not place.waits]
-        message = describe_stall(self.stalled or self.step_seconds, places, silent)
-        return Verdict(message, None, tuple(culprits or [self.rank]))
+        message = describe_stall(self.stalled or self.step_seconds, places, missing)
+        return JobFailure(message, None, tuple(culprits or [self.rank]))
 
     def own_place(self) -> Place:
         where, waits = where_is_main_thread()
         return Place(self.rank, f"process {os.getpid()} on {self.host}", where, waits)
 
-    def take_leave(self, store: dist.Store) -> None:
-        left = store.add("left", 1)
+    def leave(self, store: HeartbeatStore) -> None:
+        """Count this rank as left. The rank that holds the store waits for the others, which it would cut off."""
+        left = store.count_left(1)
         if self.rank != self.store_rank or self.state == FAILED:
             return
-        # The store goes with this process, and the others would complain.
         deadline = time.monotonic() + LEAVING_SECONDS
         while left < self.world_size and time.monotonic() < deadline:
             time.sleep(0.05)
-            left = store.add("left", 0)
+            left = store.count_left()
 
     # ----------------------------------------------------------------------------------------------------------
     # The watching thread
@@ -268,7 +222,7 @@ class Watchdog:
     def watch(self) -> None:
         awake, previous = 0.0, time.monotonic()
         while not self.leaving.wait(self.interval):
-            # Time in which this process itself was stopped is nobody's silence.
+            # Time in which this process itself was stopped counts against no rank.
             now = time.monotonic()
             awake += min(now - previous, 2 * self.interval)
             previous = now
@@ -284,118 +238,96 @@ class Watchdog:
                 self.stop.request("its launcher has ended")
         elif awake - self.launcher_ended > LAUNCHER_SECONDS:
             message = f"rank {self.rank} has not ended in the {LAUNCHER_SECONDS:.0f} s since its launcher has"
-            self.end_job(Verdict(message, None, (self.rank,)))
+            self.end_job(JobFailure(message, None, (self.rank,)))
 
     def watch_steps(self, awake: float) -> None:
         limit = self.step_seconds * (FIRST_STEP_FACTOR if self.step is None else 1)
-        silent = self.step_silence.seconds((self.step, self.signs), awake)
-        if limit == 0 or silent <= limit:
+        stalled = self.step_stall.seconds((self.step, self.progress_reports), awake)
+        if limit == 0 or stalled <= limit:
             return
-        # Without others, or where they have come to no conclusion, this rank can speak for itself only.
-        if self.store is None or silent > limit + 4 * PLACE_BEATS * self.interval:
-            self.end_job(Verdict(describe_stall(limit, [self.own_place()]), None, (self.rank,)))
-        self.stalled = limit  # so that the talking thread asks
+        # Without other ranks, or where these have reached no conclusion, this rank reports only itself.
+        if self.store is None or stalled > limit + 4 * PLACE_HEARTBEATS * self.interval:
+            self.end_job(JobFailure(describe_stall(limit, [self.own_place()]), None, (self.rank,)))
+        self.stalled = limit  # the store thread then asks the other ranks
 
     def watch_ranks(self, awake: float) -> None:
-        if self.heard is not None:
-            self.end_job(self.heard, speaks=False)
-        if self.found is not None:
-            self.end_job(self.found)
+        if self.failure_of_others is not None:
+            self.end_job(self.failure_of_others, is_reporter=False)
+        if self.stall_failure is not None:
+            self.end_job(self.stall_failure)
         if self.timeout_seconds > 0:
             self.watch_neighbour(awake)
 
     def watch_neighbour(self, awake: float) -> None:
-        silent = self.store_silence.seconds(self.answers, awake)
-        if silent > 2 * self.interval:  # it tells nothing of the neighbour
-            self.neighbour_silence = Silence(awake)
-            if silent > self.timeout_seconds:
-                self.end_without_store()
+        stalled = self.store_stall.seconds(self.exchanges, awake)
+        if stalled > 2 * self.interval:  # without the store nothing is known about the neighbour
+            self.neighbour_stall = StallTimer(awake)
+            if stalled > self.timeout_seconds:
+                self.handle_stalled_store()
             return
         neighbour = self.neighbour
-        silent = self.neighbour_silence.seconds(None if neighbour is None else (neighbour.rank, neighbour.count), awake)
+        stalled = self.neighbour_stall.seconds(None if neighbour is None else (neighbour.rank, neighbour.count), awake)
         if neighbour is None:
-            if self.watched != self.rank and silent > self.timeout_seconds + STARTING_SECONDS:
+            if self.watched != self.rank and stalled > self.timeout_seconds + STARTING_SECONDS:
                 message = f"rank {self.watched} has not answered since the ranks joined"
-                self.end_job(Verdict(message, None, (self.rank,)))
+                self.end_job(JobFailure(message, None, (self.rank,)))
         elif neighbour.state == FAILED:
-            if silent > min(FAILED_SECONDS, self.timeout_seconds):
-                self.end_job(Verdict(f"{neighbour} has failed, see its message", neighbour, (neighbour.rank,)))
-        elif silent > self.timeout_seconds:
-            self.end_job(Verdict(self.describe_silence(neighbour), neighbour, (self.rank,)))
+            if stalled > min(FAILED_SECONDS, self.timeout_seconds):
+                self.end_job(JobFailure(f"{neighbour} has failed, see its message", neighbour, (neighbour.rank,)))
+        elif stalled > self.timeout_seconds:
+            self.end_job(JobFailure(self.describe_timeout(neighbour), neighbour, (self.rank,)))
 
-    def end_without_store(self) -> None:
+    def handle_stalled_store(self) -> None:
+        """End the job if the rank that holds the store does not answer; only warn if it is the launcher."""
         if self.store_rank is None:
-            # Training does not need the launcher, and if it has ended that is dealt with.
-            if not self.warned and self.launcher_ended is None:
-                tell(f"warning: the launcher does not answer rank {self.rank}, whose neighbour is not watched now")
-            self.warned = True
+            # Training does not need the launcher, and `watch_launchers` handles a launcher that has ended.
+            if not self.warned_about_store and self.launcher_ended is None:
+                print_error(
+                    f"warning: the launcher does not answer rank {self.rank}, whose neighbour is not watched now"
+                )
+            self.warned_about_store = True
         elif self.store_rank != self.rank:
-            # All ranks see it by themselves, and could not be told. One speaks.
-            speaks = self.watched == self.store_rank
-            beat = (self.neighbour if speaks else None) or self.holder
-            beat = beat or Beat(self.store_rank, 0, "an unknown machine", 0.0, 0, None, RUNNING)
-            ranks = (self.rank,) if speaks else ()
-            self.end_job(Verdict(self.describe_silence(beat), beat, ranks), speaks)
+            # Each rank notices this by itself, since none can write to the store. One rank prints the message.
+            is_reporter = self.watched == self.store_rank
+            holder = (self.neighbour if is_reporter else None) or self.store_holder
+            holder = holder or Heartbeat(self.store_rank, 0, "an unknown machine", 0.0, 0, None, RUNNING)
+            ranks = (self.rank,) if is_reporter else ()
+            self.end_job(JobFailure(self.describe_timeout(holder), holder, ranks), is_reporter)
 
-    def describe_silence(self, beat: Beat) -> str:
-        # Steps are done together, so what this rank has completed may be newer than what the other could tell.
-        step = max((step for step in (beat.step, self.step) if step is not None), default=None)
+    def describe_timeout(self, heartbeat: Heartbeat) -> str:
+        # Ranks do steps together, so this rank's last step may be newer than the one in the other's last heartbeat.
+        step = max((step for step in (heartbeat.step, self.step) if step is not None), default=None)
         steps = "it has completed no step" if step is None else f"its last completed step is {step}"
-        return f"{beat} has not answered for {self.timeout_seconds:.0f} s ({steps})"
+        return f"{heartbeat} has not answered for {self.timeout_seconds:.0f} s ({steps})"
 
-    def end_job(self, verdict: Verdict, speaks: bool = True) -> None:
-        """Does not return. `speaks` says that this rank is the one that tells why."""
-        self.verdict = verdict  # from now on the talking thread tells it
-        noting = begin(lambda: self.note_end(verdict, speaks))
-        # For all to read and note it before they see a process end.
-        time.sleep(BEATS_TO_LEAVE * self.interval)
-        noting.join(NOTING_SECONDS)
-        if verdict.culprit is not None:
-            verdict.culprit.kill()
+    def end_job(self, failure: JobFailure, is_reporter: bool = True) -> None:
+        """Exit with FAILED_EXIT_CODE; never returns. `is_reporter`: this rank prints the message."""
+        self.failure = failure  # from now on the store thread writes it to the store
+        recording = start_writing(lambda: self.record_end(failure, is_reporter))
+        # For all ranks to read and record it before the first process exits.
+        time.sleep(HEARTBEATS_BEFORE_EXIT * self.interval)
+        recording.join(RECORD_SECONDS)
+        if failure.culprit is not None:
+            failure.culprit.kill()
         os._exit(FAILED_EXIT_CODE)
 
-    def note_end(self, verdict: Verdict, speaks: bool) -> None:
-        if speaks:
-            tell(f"error: {verdict.message}; the job is ended. The same command continues from the newest checkpoint")
-        if not self.placed:
-            self.placed = True
+    def record_end(self, failure: JobFailure, is_reporter: bool) -> None:
+        if is_reporter:
+            print_error(
+                f"error: {failure.message}; the job is ended. The same command continues from the newest checkpoint"
+            )
+        if not self.stacks_written:
+            self.stacks_written = True
             write_stacks(f"rank {self.rank} is ended", self.log)
-        self.on_end(verdict.message, self.rank not in verdict.ranks)
+        self.on_end(failure.message, self.rank not in failure.ranks)
 
 
-def begin(write: Callable[[], None]) -> threading.Thread:
-    """Writing, in a thread of its own: with a disk that hangs it may never end."""
+def start_writing(write: Callable[[], None]) -> threading.Thread:
+    """Call `write` in a thread, as it may never return from a disk that hangs."""
     thread = threading.Thread(target=write, name="watchdog-write", daemon=True)
     thread.start()
     return thread
 
 
-def tell(message: str) -> None:
+def print_error(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def encode(told: Beat | Place | Verdict) -> str:
-    return json.dumps(asdict(told))
-
-
-def read_json(store: dist.Store, key: str) -> dict[str, Any] | None:
-    """What is under `key`; None if there is nothing (where `get` would wait for it)."""
-    return json.loads(store.get(key)) if store.check([key]) else None
-
-
-def read(store: dist.Store, key: str) -> Beat | None:
-    told = read_json(store, key)
-    return None if told is None else Beat(**told)
-
-
-def read_place(store: dist.Store, rank: int) -> Place | None:
-    told = read_json(store, f"place/{rank}")
-    return None if told is None else Place(**told)
-
-
-def read_verdict(store: dist.Store) -> Verdict | None:
-    told = read_json(store, "ended")
-    if told is None:
-        return None
-    culprit = told["culprit"]
-    return Verdict(told["message"], None if culprit is None else Beat(**culprit), tuple(told["ranks"]))

@@ -7,7 +7,7 @@ metrics.jsonl one object per logged step
 events.jsonl  what has happened to it, see `kraken_train.run.events`
 submissions/  one folder per submission to Slurm, see `launch.submit`
 starts/       one folder per start, see `kraken_train.run.start`
-.lock         held, and touched every LIFE_SIGN_SECONDS, while a start is alive
+.lock         held, and touched every LOCK_TOUCH_SECONDS, while a start is alive
 checkpoints/  see `checkpoints.training.store`
 exports.jsonl one object per export that was made of it, so that reports find what they were evaluated to
 """
@@ -36,8 +36,8 @@ from kraken_train.run.layout import (
     CONFIG_FILE,
     EVENTS_FILE,
     IDENTITY_FILE,
-    LIFE_SIGN_SECONDS,
     LOCK_FILE,
+    LOCK_TOUCH_SECONDS,
 )
 
 METRICS_FILE = "metrics.jsonl"
@@ -121,7 +121,7 @@ def locked(path: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         left = threading.Event()
-        alive = threading.Thread(target=give_life_signs, args=(file.fileno(), left), name="life-signs", daemon=True)
+        alive = threading.Thread(target=touch_until, args=(file.fileno(), left), name="run-lock", daemon=True)
         alive.start()
         try:
             yield
@@ -130,8 +130,8 @@ def locked(path: Path) -> Iterator[None]:
             alive.join()
 
 
-def give_life_signs(descriptor: int, left: threading.Event) -> None:
+def touch_until(descriptor: int, left: threading.Event) -> None:
     """Other machines may not see the lock, but see when its file was touched."""
-    while not left.wait(LIFE_SIGN_SECONDS):
+    while not left.wait(LOCK_TOUCH_SECONDS):
         with suppress(OSError):
             os.utime(descriptor)

@@ -8,7 +8,7 @@ IDENTITY_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 LOCK_FILE = ".lock"
-LIFE_SIGN_SECONDS = 10.0  # between touches of the lock's file, while a start is alive
+LOCK_TOUCH_SECONDS = 10.0  # between touches of the lock's file, while a start is alive
 ENVIRONMENT_FILE, LOGS, ERRORS = "environment.json", "logs", "errors"  # in the folder of a start
 LAUNCH_COMMAND = "KRAKEN_LAUNCH_COMMAND"  # environment variable: the command line of launch.deepspeed
 

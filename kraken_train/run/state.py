@@ -30,8 +30,8 @@ from kraken_train.run.layout import (
     ENVIRONMENT_FILE,
     EVENTS_FILE,
     IDENTITY_FILE,
-    LIFE_SIGN_SECONDS,
     LOCK_FILE,
+    LOCK_TOUCH_SECONDS,
     start_folders,
 )
 from kraken_train.run.metrics import METRICS_FILE, parse_record
@@ -47,7 +47,7 @@ AWAITING = {
     "allocated": "the ranks of job {job} are being started",
     "requeued": "job {job} was requeued: {reason}",
 }
-LIFE_SIGNS_MISSED = 3  # until a start on another machine counts as dead
+LOCK_TOUCHES_MISSED = 3  # until a start on another machine counts as dead
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def is_alive(path: Path, events: list[Event]) -> bool:
         return False
     here = holder is None or holder[2] == socket.gethostname()
     ended = bool(events) and events[-1]["event"] == "ended"
-    return not here and not ended and age < LIFE_SIGNS_MISSED * LIFE_SIGN_SECONDS
+    return not here and not ended and age < LOCK_TOUCHES_MISSED * LOCK_TOUCH_SECONDS
 
 
 def read_starts(path: Path, events: list[Event], alive: bool) -> list[Start]:

@@ -187,7 +187,7 @@ class Trainer:
 
     def validate(self) -> Record:
         loss = validation_loss(self.engine.model, self.data, self.config, self.mesh, self.runtime)
-        self.watchdog.alive()
+        self.watchdog.report_progress()
         return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
 
     def stop_early(self) -> None:
@@ -211,7 +211,7 @@ class Trainer:
             self.run, self.config, self.model_config, self.data.fingerprint, self.runtime, self.print_rank0
         )
         self.load_checkpoint(checkpoint)
-        self.watchdog.alive()
+        self.watchdog.report_progress()
         tokens = checkpoint.metadata["tokens"]
         self.print_rank0(f"resumed from {checkpoint.path}: step {self.step}, {tokens:,} tokens")
 
@@ -255,7 +255,7 @@ class Trainer:
         }
         self.checkpoints.save(self.step, self.engine.state(), metadata)
         self.save_due = False
-        self.watchdog.alive()
+        self.watchdog.report_progress()
 
     # ----------------------------------------------------------------------------------------------------------
     # Health
@@ -277,7 +277,7 @@ class Trainer:
         self.runtime.on_first(lambda: delete_newer_checkpoints(checkpoint))
         if self.metrics is not None:
             self.metrics.rewind(self.step)
-        self.watchdog.alive()
+        self.watchdog.report_progress()
         self.log_event("rolled_back", step=step, to_step=self.step, reason=trouble.reason, skipped_samples=skipped)
         self.print_rank0(
             f"{trouble.reason}: back from step {step} to {checkpoint.path}, and on with the data after step {step}; "

@@ -38,7 +38,9 @@ def test_a_spike_is_several_high_losses_in_a_row() -> None:
     assert not any(watch(3.49, 3.49, 3.49)[1])
     assert not any(watch(9.0, 9.0, 3.0, 9.0, 9.0)[1])
     spiking, (*before, trouble) = watch(3.0, 3.51, 3.51, 3.51)
-    assert before == [None] * 3 and trouble is not None and spiking.wants_rollback(trouble)
+    assert before == [None] * 3
+    assert trouble is not None
+    assert spiking.wants_rollback(trouble)
     assert (trouble.first, trouble.last, trouble.spike) == (7, 9, True)
     assert "the loss was 3.5100 in step 9, after a median of 3.0000, high from step 7 on" in trouble.reason
 
@@ -72,27 +74,34 @@ def test_too_few_losses_to_judge_and_not_asked_to() -> None:
 def test_steps_that_are_not_finite() -> None:
     seen, troubles = watch(math.nan, 3.0, math.nan, math.nan)
     trouble = troubles.pop()
-    assert not any(troubles) and trouble is not None and not trouble.spike and not seen.wants_rollback(trouble)
+    assert not any(troubles)
+    assert trouble is not None
+    assert not trouble.spike
+    assert not seen.wants_rollback(trouble)
     assert (trouble.first, trouble.last) == (8, 9)
     assert trouble.reason == "the loss or a gradient was not finite in steps 8 to 9"
 
 
 def test_a_spike_that_ends_in_nan_began_as_a_spike() -> None:
     _, troubles = watch(3.0, 9.0, math.nan, math.nan)
-    assert troubles[-1] is not None and (troubles[-1].first, troubles[-1].spike) == (7, False)
+    assert troubles[-1] is not None
+    assert (troubles[-1].first, troubles[-1].spike) == (7, False)
     assert "steps 8 to 9" in troubles[-1].reason
 
 
 def test_after_the_last_step_there_is_no_other_to_wait_for() -> None:
     for loss, applied in ((9.0, True), (math.nan, False)):
         trouble = watch()[0].observe(6, loss, applied, last=True)
-        assert trouble is not None and trouble.first == 6
+        assert trouble is not None
+        assert trouble.first == 6
     assert watch()[0].observe(6, 3.0, applied=True, last=True) is None
 
 
 def test_rollbacks_are_counted_up_to_the_step_of_the_trouble() -> None:
     seen, troubles = watch(9.0, 9.0, 9.0)
-    assert troubles[-1] is not None and seen.furthest == 8 and seen.may_roll_back()
+    assert troubles[-1] is not None
+    assert seen.furthest == 8
+    assert seen.may_roll_back()
     seen.continue_from(USUAL)
     for step in (4, 5, 6, 7, 8):
         assert seen.observe(step, 3.0, applied=True) is None
@@ -125,7 +134,8 @@ def test_a_straggler_is_told_once_and_again_when_it_is_over() -> None:
         told += [(step, change) for change in stragglers.observe(seconds)]
     (begin, slow), (end, over) = told
     assert (slow.rank, slow.slow, over.rank, over.slow) == (2, True, 2, False)
-    assert 20 < begin <= 20 + WINDOW and 40 < end <= 40 + WINDOW
+    assert 20 < begin <= 20 + WINDOW
+    assert 40 < end <= 40 + WINDOW
     assert 1.5 < slow.factor < 3
 
 

@@ -17,14 +17,14 @@ from kraken_train.health.shutdown import STARTED_BY_NODE, STOP_SIGNALS, Launcher
 
 
 @pytest.fixture
-def handlers_back() -> Iterator[None]:
+def restored_handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("handlers_back")
+@pytest.mark.usefixtures("restored_handlers")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_a_request_inside_the_context_only(number: signal.Signals) -> None:
     before = signal.getsignal(number)
@@ -35,10 +35,11 @@ def test_a_signal_is_a_request_inside_the_context_only(number: signal.Signals) -
     with stop.on_signals():
         assert not stop.requested
         os.kill(os.getpid(), number)
-        assert stop.requested and stop.reason == number.name
+        assert stop.requested
+        assert stop.reason == number.name
 
 
-@pytest.mark.usefixtures("handlers_back")
+@pytest.mark.usefixtures("restored_handlers")
 def test_several_signals_are_one_request() -> None:
     """As Slurm sends them at a preemption. What comes once the context has ended must not cut off the process's end."""
     stop = StopRequest()

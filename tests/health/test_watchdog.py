@@ -20,10 +20,11 @@ import pytest
 import torch.distributed as dist
 from helpers import PATIENCE, REPOSITORY, wait_until
 
-from kraken_train.health import watchdog
+from kraken_train.health import heartbeat, watchdog
+from kraken_train.health.heartbeat import DONE, FAILED, RUNNING, Heartbeat, HeartbeatStore, JobFailure
 from kraken_train.health.shutdown import StopRequest, has_ended
 from kraken_train.health.stack_dump import Place, where_is_main_thread
-from kraken_train.health.watchdog import DONE, FAILED, RUNNING, Beat, Silence, Verdict, Watchdog, encode
+from kraken_train.health.watchdog import StallTimer, Watchdog
 from kraken_train.parallel.ranks import Runtime, free_port
 
 SCRIPT = Path(__file__).with_name("watched_rank.py")
@@ -37,22 +38,22 @@ Start = Callable[..., subprocess.Popen[str]]
 # --------------------------------------------------------------------------------------------------------------
 
 
-class Ended(Exception):
-    pass
+class JobEndedError(Exception):
+    """In place of the exit of the process."""
 
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that is ended raises Ended, at once."""
+    """A job that is ended raises JobEndedError at once."""
 
-    def end(self: Watchdog, verdict: Verdict, speaks: bool = True) -> None:
-        raise Ended(verdict.message if speaks else None)
+    def end(self: Watchdog, failure: JobFailure, is_reporter: bool = True) -> None:
+        raise JobEndedError(failure.message if is_reporter else None)
 
     monkeypatch.setattr(Watchdog, "end_job", end)
     monkeypatch.setattr(watchdog, "write_stacks", lambda reason, log: None)
 
 
-def build(rank: int = 0, world_size: int = 3) -> tuple[Watchdog, dist.Store]:
+def build(rank: int = 0, world_size: int = 3) -> tuple[Watchdog, HeartbeatStore]:
     store = dist.HashStore()
     dog = Watchdog(Runtime(rank, rank, world_size, world_size), store, 10.0, StopRequest())
     assert dog.store is not None
@@ -64,78 +65,78 @@ def stand(dog: Watchdog, where: str, waits: bool) -> None:
     dog.own_place = lambda: Place(dog.rank, "process 17 on node3", where, waits)  # type: ignore[method-assign]
 
 
-def beat(rank: int, count: int = 1, state: str = RUNNING) -> Beat:
-    return Beat(rank, pid=4242, host="node3", started=0.0, count=count, step=17, state=state)
+def make_heartbeat(rank: int, count: int = 1, state: str = RUNNING) -> Heartbeat:
+    return Heartbeat(rank, pid=4242, host="node3", started=0.0, count=count, step=17, state=state)
 
 
-def test_silence() -> None:
-    silence = Silence()
-    assert silence.seconds(None, 3.0) == 3.0
-    assert silence.seconds(1, 4.0) == 0.0
-    assert silence.seconds(1, 9.0) == 5.0
+def test_stall_timer() -> None:
+    timer = StallTimer()
+    assert timer.seconds(None, 3.0) == 3.0
+    assert timer.seconds(1, 4.0) == 0.0
+    assert timer.seconds(1, 9.0) == 5.0
 
 
 def test_a_silent_neighbour(ends: None) -> None:
     dog, store = build()
     for count in range(1, 4):
-        store.set("beat/1", encode(beat(1, count)))
+        store.write_heartbeat(make_heartbeat(1, count))
         for _ in range(5):  # 10 s, as long as is allowed
-            dog.communicator(store)
-            dog.watch_ranks(awake=dog.answers * 2.0)
-    dog.communicator(store)
+            dog.exchange(store)
+            dog.watch_ranks(awake=dog.exchanges * 2.0)
+    dog.exchange(store)
     expected = r"rank 1 \(process 4242 on node3\) has not answered for 10 s \(its last completed step is 17\)"
-    with pytest.raises(Ended, match=expected):
-        dog.watch_ranks(awake=dog.answers * 2.0 + 2.0)
+    with pytest.raises(JobEndedError, match=expected):
+        dog.watch_ranks(awake=dog.exchanges * 2.0 + 2.0)
 
 
 def test_a_neighbour_that_has_not_begun_has_longer(ends: None) -> None:
     dog, store = build()
-    while dog.answers * 2.0 < 10.0 + watchdog.STARTING_SECONDS:
-        dog.communicator(store)
-        dog.watch_ranks(awake=dog.answers * 2.0)
-    dog.communicator(store)
-    with pytest.raises(Ended, match="rank 1 has not answered since the ranks joined"):
-        dog.watch_ranks(awake=dog.answers * 2.0)
+    while dog.exchanges * 2.0 < 10.0 + watchdog.STARTING_SECONDS:
+        dog.exchange(store)
+        dog.watch_ranks(awake=dog.exchanges * 2.0)
+    dog.exchange(store)
+    with pytest.raises(JobEndedError, match="rank 1 has not answered since the ranks joined"):
+        dog.watch_ranks(awake=dog.exchanges * 2.0)
 
 
 def test_who_is_done_is_watched_no_more(ends: None) -> None:
     dog, store = build()
-    store.set("beat/1", encode(beat(1, state=DONE)))
-    store.set("beat/2", encode(beat(2, state=DONE)))
+    store.write_heartbeat(make_heartbeat(1, state=DONE))
+    store.write_heartbeat(make_heartbeat(2, state=DONE))
     for awake in range(1000):
-        dog.communicator(store)
+        dog.exchange(store)
         dog.watch_ranks(float(awake))
     assert dog.watched == 0, "nobody else is left"
 
 
 def test_a_failed_neighbour(ends: None) -> None:
     dog, store = build()
-    store.set("beat/1", encode(beat(1, state=FAILED)))
-    dog.communicator(store)
+    store.write_heartbeat(make_heartbeat(1, state=FAILED))
+    dog.exchange(store)
     dog.watch_ranks(1.0)
-    dog.communicator(store)
+    dog.exchange(store)
     dog.watch_ranks(2.0)
-    dog.communicator(store)
-    with pytest.raises(Ended, match="has failed, see its message"):
+    dog.exchange(store)
+    with pytest.raises(JobEndedError, match="has failed, see its message"):
         dog.watch_ranks(12.0)
 
 
 def test_a_silent_store_is_its_holder_s_and_one_rank_says_so(ends: None) -> None:
     for rank, told in [(1, None), (2, r"rank 0 .* has not answered for 10 s")]:
         dog, store = build(rank)
-        store.set("beat/0", encode(beat(0)))
-        store.set("beat/2", encode(beat(2)))
-        dog.communicator(store)
+        store.write_heartbeat(make_heartbeat(0))
+        store.write_heartbeat(make_heartbeat(2))
+        dog.exchange(store)
         for awake in (1.0, 5.0, 9.0):
             dog.watch_ranks(awake)
-        with pytest.raises(Ended, match=told or "None"):
+        with pytest.raises(JobEndedError, match=told or "None"):
             dog.watch_ranks(12.0)
 
 
 def test_a_silent_launcher_s_store_ends_nothing(ends: None, capsys: pytest.CaptureFixture[str]) -> None:
     dog, store = build()
     dog.store_rank = None
-    dog.communicator(store)
+    dog.exchange(store)
     for awake in range(1000):
         dog.watch_ranks(float(awake))
     assert capsys.readouterr().err.count("the launcher does not answer rank 0") == 1
@@ -152,51 +153,54 @@ def test_who_holds_the_others_up(ends: None) -> None:
     stand(busy, "data.py:120 read", waits=False)
     stand(waiting, "ranks.py:99 sum", waits=True)
     assert waiting.store is not None
-    waiting.store.set("beat/0", encode(beat(0, state=DONE)))
+    waiting.store.write_heartbeat(make_heartbeat(0, state=DONE))
     waiting.watch_steps(11.0)
-    waiting.communicator(waiting.store)
+    waiting.exchange(waiting.store)
     waiting.watch_ranks(11.0)
-    busy.communicator(waiting.store)
-    waiting.communicator(waiting.store)
+    busy.exchange(waiting.store)
+    waiting.exchange(waiting.store)
     expected = (
         r"no step for 10 s: rank 1 \(process 17 on node3\) is in data.py:120 read; the others wait for it in "
         "ranks.py:99 sum"
     )
-    with pytest.raises(Ended, match=expected):
+    with pytest.raises(JobEndedError, match=expected):
         waiting.watch_ranks(12.0)
-    waiting.verdict = waiting.found
-    waiting.communicator(waiting.store)
-    busy.communicator(waiting.store)
-    assert busy.heard == waiting.found and busy.heard is not None
-    assert busy.heard.ranks == (1,), "the others only follow"
+    waiting.failure = waiting.stall_failure
+    waiting.exchange(waiting.store)
+    busy.exchange(waiting.store)
+    assert busy.failure_of_others == waiting.stall_failure
+    assert busy.failure_of_others is not None
+    assert busy.failure_of_others.ranks == (1,), "the others only follow"
 
 
 def test_a_rank_that_does_not_say_where_it_is(ends: None) -> None:
     dog, store = build()
     stand(dog, "ranks.py:99 sum", waits=True)
     dog.step, dog.stalled = 4, 60.0
-    for _ in range(watchdog.PLACE_BEATS):
-        dog.communicator(store)
+    for _ in range(watchdog.PLACE_HEARTBEATS):
+        dog.exchange(store)
         dog.watch_ranks(0.0)
-    dog.communicator(store)
-    with pytest.raises(Ended, match="rank 1 has not said where it is, rank 2 has not said where it is; the others"):
+    dog.exchange(store)
+    with pytest.raises(
+        JobEndedError, match="rank 1 has not reported where it is, rank 2 has not reported where it is; the others"
+    ):
         dog.watch_ranks(0.0)
 
 
 def test_steps_and_other_signs_of_life(ends: None) -> None:
     dog = Watchdog(Runtime(0, 0, 1, 1), None, 45.0, StopRequest(), step_seconds=10.0)
     dog.watch_steps(29.0)
-    dog.alive()  # has read a checkpoint; and then compiles
+    dog.report_progress()  # has read a checkpoint; and then compiles
     dog.watch_steps(30.0)
     dog.watch_steps(60.0)
     dog.step = 1
     dog.watch_steps(61.0)
     dog.watch_steps(70.0)
-    dog.alive()  # a validation
+    dog.report_progress()  # a validation
     dog.watch_steps(71.0)
     dog.watch_steps(81.0)
     stand(dog, "data.py:120 read", waits=False)
-    with pytest.raises(Ended, match=r"no step for 10 s: rank 0 \(process 17 on node3\) is in data.py:120 read"):
+    with pytest.raises(JobEndedError, match=r"no step for 10 s: rank 0 \(process 17 on node3\) is in data.py:120 read"):
         dog.watch_steps(81.5)
 
 
@@ -206,8 +210,8 @@ def test_time_in_which_it_was_stopped_itself_counts_for_nobody(
 ) -> None:
     """Seconds between its looks at a neighbour that answers no more; the limit is 10."""
     dog, store = build()
-    store.set("beat/1", encode(beat(1)))
-    dog.communicator(store)
+    store.write_heartbeat(make_heartbeat(1))
+    dog.exchange(store)
     dog.watch_ranks(awake=0.0)
     now, left = 0.0, list(pauses)
 
@@ -217,13 +221,13 @@ def test_time_in_which_it_was_stopped_itself_counts_for_nobody(
         if not left:
             return True
         now += left.pop(0)
-        dog.communicator(store)
+        dog.exchange(store)
         return False
 
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(dog.leaving, "wait", wait)
     monkeypatch.setattr(dog, "watch_launchers", lambda awake: None)
-    with pytest.raises(Ended) if ends_it else nullcontext():
+    with pytest.raises(JobEndedError) if ends_it else nullcontext():
         dog.watch()
 
 
@@ -252,22 +256,23 @@ def test_what_the_main_thread_waits_for() -> None:
     reader = threading.Thread(target=read_slowly, name="data")
     for thread in (
         threading.Thread(target=look_on, name="tracking"),
-        threading.Thread(target=ask, name="watchdog-talk"),
+        threading.Thread(target=ask, name="watchdog-store"),
     ):
         thread.start()
     reader.start()
     reader.join()
     ((where, waits),) = places
-    assert where.endswith(" read_slowly") and not waits
+    assert where.endswith(" read_slowly")
+    assert not waits
 
 
 def test_a_disk_that_hangs_does_not_keep_a_job_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     dog, disk, order = build()[0], threading.Event(), []
-    dog.placed, dog.interval = True, 0.01
+    dog.stacks_written, dog.interval = True, 0.01
     dog.on_end = lambda message, follows: order.append("noted") if disk.wait() else None
-    monkeypatch.setattr(watchdog, "NOTING_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "RECORD_SECONDS", 0.1)
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: order.append(f"exit {code}"))
-    dog.end_job(Verdict("no step", None, (0,)), speaks=False)
+    dog.end_job(JobFailure("no step", None, (0,)), is_reporter=False)
     disk.set()
     assert order[0] == "exit 1"
 
@@ -279,15 +284,16 @@ def test_off() -> None:
         Watchdog(Runtime(0, 0, 2, 2), None, 10.0, StopRequest()),
     ):
         with dog:
-            assert not dog.talker.is_alive()
+            assert not dog.store_thread.is_alive()
 
 
 def test_only_the_process_itself_is_killed() -> None:
     echo = "while True: print(input(), flush=True)"
     child = subprocess.Popen([sys.executable, "-c", echo], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     process = psutil.Process(child.pid)
-    here = replace(beat(1), pid=child.pid, host=watchdog.socket.gethostname(), started=process.create_time())
+    here = replace(make_heartbeat(1), pid=child.pid, host=heartbeat.socket.gethostname(), started=process.create_time())
     replace(here, host="another").kill()
     replace(here, started=here.started - 100).kill()
     print("it lives", file=child.stdin, flush=True)  # which a signal would have come before
@@ -415,13 +421,15 @@ def test_all_stopped_for_a_while_and_leaving_one_by_one(start: Start, tmp_path: 
         os.kill(pid, signal.SIGCONT)
     (tmp_path / "leave").touch()
     assert [rank.wait() for rank in ranks] == [0, 0], output(tmp_path)
-    assert "Exception raised" not in output(tmp_path) and "error" not in output(tmp_path)
+    assert "Exception raised" not in output(tmp_path)
+    assert "error" not in output(tmp_path)
 
 
 def test_a_failure_that_the_others_do_not_see(start: Start, tmp_path: Path) -> None:
     ranks = start_pair(start, tmp_path, PATIENCE, "failing")
     assert ranks[0].wait() == 1, output(tmp_path)
-    assert "rank 1 (process" in output(tmp_path) and "has failed, see its message" in output(tmp_path)
+    assert "rank 1 (process" in output(tmp_path)
+    assert "has failed, see its message" in output(tmp_path)
     assert "this rank has failed" in output(tmp_path)
 
 
@@ -444,10 +452,11 @@ STAND_IN = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.ar
 DEAF = """
 import os, time
 from pathlib import Path
-from kraken_train.health import watchdog
+from kraken_train.health import heartbeat, watchdog
+from kraken_train.health.heartbeat import DONE, FAILED, RUNNING, Heartbeat, HeartbeatStore, JobFailure
 from kraken_train.health.shutdown import StopRequest
 from kraken_train.parallel.ranks import Runtime
-watchdog.BEAT_SECONDS, watchdog.LAUNCHER_SECONDS = 0.2, 1.0
+watchdog.HEARTBEAT_SECONDS, watchdog.LAUNCHER_SECONDS = 0.2, 1.0
 with watchdog.Watchdog(Runtime(0, 0, 1, 1), None, 45.0, StopRequest()):
     Path("{folder}/0.tmp").write_text(str(os.getpid()))
     Path("{folder}/0.tmp").rename("{folder}/0.pid")

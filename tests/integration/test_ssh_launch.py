@@ -129,5 +129,6 @@ def test_two_hosts_over_ssh(two_hosts: list[str], data: Path, tmp_path: Path) ->
     options = ["--hostfile", str(hosts.with_name("with-dead")), *two_hosts[2:]]
     process = started(tmp_path / "none", options, data)
     _, errors = process.communicate()
-    assert process.returncode == 2 and "host node-dead cannot be reached by ssh" in errors
+    assert process.returncode == 2
+    assert "host node-dead cannot be reached by ssh" in errors
     assert not (tmp_path / "none").exists()

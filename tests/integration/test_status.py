@@ -75,7 +75,8 @@ def test_finished(changed: Callable[..., Path]) -> None:
     assert (state.state, state.step, state.max_steps) == ("finished", steps, steps)
     validation = [record["validation_loss"] for record in logged if "validation_loss" in record]
     assert (state.loss, state.validation_loss) == (last["loss"], validation[-1])
-    assert state.checkpoint_step == steps and state.seconds_left is None
+    assert state.checkpoint_step == steps
+    assert state.seconds_left is None
     assert [(start.from_step, start.to_step, start.outcome) for start in state.starts] == [(0, steps, "finished")]
     assert "checkpoints.export" in next_step(state)
 
@@ -90,12 +91,14 @@ def test_finished(changed: Callable[..., Path]) -> None:
     verified = run_here("kraken_train.status", str(run), "--verify")
     assert f"verified    step {steps}, all 2 files" in verified.stdout
     (told,) = json.loads(run_here("kraken_train.status", str(run), "--json").stdout)
-    assert told["state"] == "finished" and told["starts"][0]["hosts"] == [os.uname().nodename]
+    assert told["state"] == "finished"
+    assert told["starts"][0]["hosts"] == [os.uname().nodename]
 
 
 def test_running_and_interrupted(running_and_interrupted: tuple[RunState, Path]) -> None:
     running, run = running_and_interrupted
-    assert running.state == "running" and running.step >= ENOUGH_STEPS
+    assert running.state == "running"
+    assert running.step >= ENOUGH_STEPS
     assert running.starts[-1].outcome == "running"
     tokens = 4 * 32  # per step
     assert running.tokens_per_second is not None
@@ -106,7 +109,8 @@ def test_running_and_interrupted(running_and_interrupted: tuple[RunState, Path])
     state = read_state(run)
     assert (state.state, state.reason) == ("interrupted", "SIGTERM")
     assert state.checkpoint_step == state.step == records(run)[-1]["step"]
-    assert "-m kraken_train.train" in next_step(state) and f"run_dir={run}" in next_step(state)
+    assert "-m kraken_train.train" in next_step(state)
+    assert f"run_dir={run}" in next_step(state)
 
     header, *rows = run_here("kraken_train.status", str(run), str(run)).stdout.splitlines()
     assert header.split()[:3] == ["run", "state", "step"]
@@ -133,7 +137,8 @@ def test_died(changed: Callable[..., Path]) -> None:
 
     (run / "starts" / "0002").mkdir()  # and the next start before it could tell anything
     state = read_state(run)
-    assert state.state == "died" and len(state.starts) == 2
+    assert state.state == "died"
+    assert len(state.starts) == 2
 
 
 @pytest.mark.parametrize(("helps", "words"), [(False, "do what the error says"), (True, "the same command continues")])
@@ -154,7 +159,8 @@ def test_waiting(changed: Callable[..., Path]) -> None:
     run = changed(lambda events: [*events, requeued])
     state = read_state(run)
     assert (state.state, state.reason) == ("waiting", "job 17 was requeued: a node failed")
-    assert state.requeues == 1 and "squeue --job 17" in next_step(state)
+    assert state.requeues == 1
+    assert "squeue --job 17" in next_step(state)
     # Its next start has died before it could tell of itself.
     with (run / "events.jsonl").open("a") as file:
         file.write(json.dumps({"time": "t", "event": "allocated", "job": "17", "earlier_starts": 1}) + "\n")
@@ -291,7 +297,8 @@ def test_without_events_the_end_is_not_known(changed: Callable[..., Path]) -> No
     state = read_state(run)
     assert (state.state, state.starts[-1].outcome) == ("not known", "not known")
     shown = run_here("kraken_train.status", str(run)).stdout
-    assert "1: there are no events of it" in shown and f"problem     {run}/events.jsonl is missing" in shown
+    assert "1: there are no events of it" in shown
+    assert f"problem     {run}/events.jsonl is missing" in shown
 
 
 def test_folders_without_a_run(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def test_a_finished_run_is_left_alone(data: Path, reference: Path, tmp_path: Pat
         manifest.write_text(json.dumps({"content": content, "sha256": content_sha256(content)}))
     result = train(data, run)
     assert result.returncode == 0, result.stderr
-    assert "0 steps to go" in result.stdout and "changed since" not in result.stdout
+    assert "0 steps to go" in result.stdout
+    assert "changed since" not in result.stdout
     assert learned(run) == learned(reference)
 
 
@@ -180,7 +181,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data: Path, tmp_pa
     diverging = ["optim.lr=1e30", "optim.max_grad_norm=0", "max_nonfinite_steps=2", "max_steps=50"]
     result = train(data, run, *diverging, "log_every=5")  # and so found when more steps have been taken
     error = user_error(result)
-    assert "was not finite in steps" in error and "max_nonfinite_steps=2" in error
+    assert "was not finite in steps" in error
+    assert "max_nonfinite_steps=2" in error
     assert "note: the learning rate jumps at step 5: 0.0001 by the settings of the checkpoint, " in result.stdout
     assert find_good_checkpoint(run / "checkpoints")[0].path == good
     assert records(run)[-1]["loss"] is None
@@ -243,7 +245,8 @@ def test_full_disk_while_saving(data: Path, reference: Path, tmp_path: Path) -> 
         pytest.skip("no file system can be mounted here")
     try:
         error = user_error(train(data, disk / "run"))
-        assert "step 12 could not be written" in error and "No space left on device" in error
+        assert "step 12 could not be written" in error
+        assert "No space left on device" in error
         assert find_good_checkpoint(disk / "run" / "checkpoints")[0].step == 8
         subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
         assert train(data, disk / "run").returncode == 0

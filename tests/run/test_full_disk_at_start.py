@@ -37,7 +37,8 @@ def test_other_commands_name_what_could_not_be_written(
     with pytest.raises(SystemExit), user_errors(tmp_path):
         copy_folder(tokenizer_dir, tmp_path / "copy")
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path}/copy/") and error.endswith(": No space left on device\n")
+    assert error.startswith(f"error: {tmp_path}/copy/")
+    assert error.endswith(": No space left on device\n")
 
 
 def test_a_folder_is_copied_as_it_is(tmp_path: Path) -> None:

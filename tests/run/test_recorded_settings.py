@@ -65,7 +65,8 @@ def test_a_change_is_still_one() -> None:
     assert changes == [f"optim.lr: 0.5 -> {now['optim']['lr']}", "optim.eps: 1e-07 -> 1e-08"]
     changed = settings_of("optim.weight_decay=0.5")
     (change,) = changed_settings(recorded_settings(without(now, "optim.weight_decay")), changed)
-    assert change.endswith(" -> 0.5") and "None" not in change
+    assert change.endswith(" -> 0.5")
+    assert "None" not in change
 
 
 @pytest.mark.parametrize("config", small_configs().values(), ids=small_configs().keys())

@@ -65,7 +65,8 @@ def test_errors_by_cause(start: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (0, False, True), (1, False, False), (2, True, True),
     ]  # fmt: skip
     assert errors[0].message == "ZeroDivisionError: division by zero"
-    assert errors[0].traceback is not None and "in fail" in errors[0].traceback
+    assert errors[0].traceback is not None
+    assert "in fail" in errors[0].traceback
     assert errors[1].traceback is None
     (start / ERRORS / "rank-0007.json").write_text('{"time": "2026')  # its rank was killed while it wrote
     assert len(read_errors(start)) == 3
@@ -73,7 +74,9 @@ def test_errors_by_cause(start: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for rank in range(4):
         (line,) = (start / LOGS / f"rank-{rank:04d}.log").read_text().splitlines()
         time, _, text = line.partition(" ")
-        assert text == "about to fail" and time.startswith("20") and time.endswith("+00:00")
+        assert text == "about to fail"
+        assert time.startswith("20")
+        assert time.endswith("+00:00")
 
 
 def test_output_is_as_before(start: Path, capsys: pytest.CaptureFixture[str]) -> None:

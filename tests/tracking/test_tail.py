@@ -21,7 +21,9 @@ def test_growing_and_replaced(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text('{"step": 1}\n')
     other.replace(path)
-    assert list(tail.read()) == [{"step": 1}] and replaced == [True]
+    assert list(tail.read()) == [{"step": 1}]
+    assert replaced == [True]
     with path.open("a") as file:
         file.write('{"step": 5}\n')
-    assert list(tail.read()) == [{"step": 5}] and replaced == [True]
+    assert list(tail.read()) == [{"step": 5}]
+    assert replaced == [True]

@@ -46,6 +46,7 @@ def test_curve_across_starts(tmp_path: Path) -> None:
         assert values(accumulator, "events/started") == [(0, 1), (5, 2), (3, 3)]
         assert values(accumulator, "events/rolled_back") == [(8, 1)]
         (config,) = accumulator.Tensors("config")[-1].tensor_proto.string_val
-        assert b"data_fingerprint: f" in config and b"c0ffee" in config
+        assert b"data_fingerprint: f" in config
+        assert b"c0ffee" in config
     assert len(list((run / "tensorboard").iterdir())) == 2, "the newest file and the one before"
     assert "Traceback" not in (run / "starts/0003/logs" / LOG).read_text()

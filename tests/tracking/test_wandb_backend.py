@@ -107,16 +107,21 @@ def test_offline_across_deaths(tmp_path: Path) -> None:
     assert [step for step, _ in curve] == [row["step"] for _, row in curve] == list(range(1, 12))
     # What W&B has is not logged again; of step 10 it has what it saw first.
     rates = [row["lr"] for _, row in curve]
-    assert rates[:9] == [1e-3] * 9 and rates[9] in (2e-3, 3e-3) and rates[10] == 3e-3
+    assert rates[:9] == [1e-3] * 9
+    assert rates[9] in (2e-3, 3e-3)
+    assert rates[10] == 3e-3
     losses = [row["loss"] for _, row in curve]
-    assert math.isnan(losses[8]) and [losses[i] for i in (0, 7, 9)] == [3.0, 3 / 8, 0.3]
+    assert math.isnan(losses[8])
+    assert [losses[i] for i in (0, 7, 9)] == [3.0, 3 / 8, 0.3]
     counts = [row["events/started"] for _, row in curve if "events/started" in row]
     assert counts == ([1, 2, 3] if left else [2, 3])
     assert [exit.exit_code for exit in kinds(run, "exit")] == [1, 0]
     assert "started start=3 step=6" in "".join(output.line for output in kinds(run, "output_raw"))
     settings = {item.key: item.value_json for item in kinds(run, "run")[-1].config.update}
-    assert settings["data_fingerprint"] == '"f"' and '"c0ffee"' in settings["environment"]
-    assert int(settings["num_parameters"]) > 1000 and '"adamw"' not in settings["environment"]
+    assert settings["data_fingerprint"] == '"f"'
+    assert '"c0ffee"' in settings["environment"]
+    assert int(settings["num_parameters"]) > 1000
+    assert '"adamw"' not in settings["environment"]
     wait_until(lambda: followers_of(run) == [])
 
 
@@ -171,11 +176,14 @@ def test_online_goes_on_where_the_service_is(tmp_path: Path, monkeypatch: pytest
             for step in range(1, 5):
                 first.record(record(step))
             raise Interrupted
-        assert service.steps == [1, 2, 3, 4] and service.exit_codes == [143] and service.preempted
+        assert service.steps == [1, 2, 3, 4]
+        assert service.exit_codes == [143]
+        assert service.preempted
         with begin_start(run, 2, 2, mode="online") as second:
             for step in range(3, 8):
                 second.record(record(step))
-    assert service.steps == [1, 2, 3, 4, 5, 6, 7] and service.exit_codes == [143, 0]
+    assert service.steps == [1, 2, 3, 4, 5, 6, 7]
+    assert service.exit_codes == [143, 0]
     assert set(service.names) == {RUN_ID}
     assert service.config["num_parameters"]["value"] > 1000
     assert not [event for event in read_events(run / "events.jsonl") if event["event"] == "tracking"]
@@ -220,7 +228,8 @@ def test_recorded_where_the_service_cannot_be_reached(
             wait_until(lambda: wandb_files(run, RUN_ID))
             metrics.record(record(4))
     (told,) = [event["note"] for event in read_events(run / "events.jsonl") if event["event"] == "tracking"]
-    assert "cannot be reached" in told and f"`wandb sync {run / 'wandb' / 'offline-run-*'}`" in told
+    assert "cannot be reached" in told
+    assert f"`wandb sync {run / 'wandb' / 'offline-run-*'}`" in told
     assert [step for step, _ in offline_curve(run)] == [1, 2, 3, 4]
     wait_until(lambda: followers_of(run) == [])
 
@@ -266,18 +275,22 @@ def test_files_that_are_cut_short(tmp_path: Path) -> None:
             metrics.record(record(step) | {f"another metric {number}": float(number) for number in range(30)})
     (file,) = wandb_files(run, RUN_ID)
     whole = file.read_bytes()
-    assert len(whole) > 2 * 32768 and [step for step, _ in history(file)] == list(range(1, 61))
+    assert len(whole) > 2 * 32768
+    assert [step for step, _ in history(file)] == list(range(1, 61))
     previous = 60
     for size in (len(whole) - 5, 70_000, 65_540, 65_536, 32_770, 32_768, 5_000, 8, 7, 3, 0):
         file.write_bytes(whole[:size])
         steps = [step for step, _ in history(file)]
-        assert steps == list(range(1, len(steps) + 1)) and len(steps) <= previous
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) <= previous
         previous = len(steps)
         end_at_last_record(file)
         if file.exists():
-            assert [step for step, _ in history(file)] == steps and whole.startswith(file.read_bytes())
+            assert [step for step, _ in history(file)] == steps
+            assert whole.startswith(file.read_bytes())
         else:
-            assert size <= FILE_HEADER_BYTES + 1 and not steps
+            assert size <= FILE_HEADER_BYTES + 1
+            assert not steps
     file.write_bytes(whole[:40_000] + b"\x00" * 1000)  # as some file systems leave it
     assert 0 < last_step([file]) < 60
     end_at_last_record(file)

@@ -58,7 +58,8 @@ def test_file_is_json_even_for_nan(tmp_path: Path) -> None:
     with MetricsLogger(settings(), run, 0) as metrics:
         metrics.record(record(1) | {"loss": math.nan, "grad_norm": math.inf})
     line = run.metrics.read_text()
-    assert "NaN" not in line and "Infinity" not in line
+    assert "NaN" not in line
+    assert "Infinity" not in line
     assert json.loads(line)["loss"] is None
 
 

@@ -55,7 +55,8 @@ def test_warmup_stable_decay() -> None:
     assert rates[0] == pytest.approx(0.2)
     assert set(rates[4:81]) == {1.0}
     assert rates[90] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(0.05) and rates[100] == 0.0
+    assert rates[99] == pytest.approx(0.05)
+    assert rates[100] == 0.0
 
 
 def test_constant_and_no_warmup() -> None:
