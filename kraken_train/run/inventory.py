@@ -90,7 +90,7 @@ def command_again(run: Path, config: dict[str, Any], environment: dict[str, Any]
     It is that of launch.deepspeed, the outermost launcher's, or the program's where there was none.
     """
     launchers = environment.get("launchers") or [environment.get("command")]
-    command = environment.get("launch_command") or launchers[-1]
+    command: str = environment.get("launch_command") or launchers[-1]
     if command is None:
         return None
     run_dir = config.get("run_dir")

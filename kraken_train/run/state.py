@@ -242,7 +242,7 @@ def seconds_left(records: list[dict[str, Any]], max_steps: int, speed: float | N
     last = records[-1] if records else {}
     if not speed or not last.get("tokens") or not last["step"]:
         return None
-    return max(0, max_steps - last["step"]) * last["tokens"] / last["step"] / speed
+    return float(max(0, max_steps - last["step"]) * last["tokens"] / last["step"] / speed)
 
 
 def age_of(file: Path) -> float | None:

@@ -134,14 +134,16 @@ def test_every_fault(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     result = launch(run, ["cannot write", "1", "6"], *in_background)
     assert result.returncode != 0
     messages = [line for line in result.stdout.splitlines() if "error: " in line and "could not be written" in line]
-    assert len(messages) == 1 and "step 6 could not be written" in messages[0], result.stdout
+    assert len(messages) == 1, result.stdout
+    assert "step 6 could not be written" in messages[0]
     assert "File too large" in messages[0]
     assert good_step(run) == 3
     assert records(run)[-1]["step"] < 9, "the save in the background has failed, and nobody said so until the next"
 
     result = launch(run, ["stops", "1", "8"], *every, "watchdog_seconds=8")
     assert result.returncode != 0
-    assert "error: rank 1 (process" in result.stdout and "has not answered for 8 s" in result.stdout, result.stdout
+    assert "error: rank 1 (process" in result.stdout, result.stdout
+    assert "has not answered for 8 s" in result.stdout
     assert good_step(run) == 6
 
     # A byte flips in what is newest.

@@ -180,7 +180,8 @@ def test_what_is_half_written(changed: Callable[..., Path]) -> None:
     (run / "checkpoints" / "step-00999999").mkdir()
     state = read_state(run)
     assert (state.state, state.step, state.loss) == (before.state, before.step, before.loss)
-    assert state.max_steps == before.max_steps and state.command is None  # from the settings of its start
+    assert state.max_steps == before.max_steps  # from the settings of its start
+    assert state.command is None
     assert state.checkpoint_step == before.checkpoint_step
     assert state.damaged_checkpoints == (f"{run}/checkpoints/step-00999999/manifest.json is missing",)
     assert run_here("kraken_train.status", str(run)).returncode == 0

@@ -119,7 +119,8 @@ def test_an_error_is_told_once(data: Path, tmp_path: Path) -> None:
         with pytest.raises(AssertionError) as failure:
             launch_ranks(2, "-m", "kraken_train.train", *command)
         messages = [line for line in str(failure.value).splitlines() if "error: " in line]
-        assert len(messages) == 1 and words in messages[0], messages
+        assert len(messages) == 1, messages
+        assert words in messages[0]
 
 
 def test_damaged_checkpoints_are_passed_over(data: Path, reference: Path, tmp_path: Path) -> None:

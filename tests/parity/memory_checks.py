@@ -1,4 +1,4 @@
-"""On ranks: trains small models through the real engine; the memory that PyTorch's tracker counted, and the collectives.
+"""On ranks: the memory, by PyTorch's tracker, and the collectives of small models that the real engine trains.
 
 `kraken_train.planning` predicts both. The bytes and collectives are those of the first rank.
 """
