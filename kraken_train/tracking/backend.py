@@ -1,4 +1,4 @@
-"""What a copy of a run in some service does, and what all of them do alike."""
+"""The interface of a tracker, which shows a run in a service, and what all of them share."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kraken_train.common.files import try_lock
 WAIT_SECONDS = 0.5
 
 
-class Copy(Protocol):
+class TrackerBackend(Protocol):
     def log(self, record: dict[str, Any]) -> None:
-        """A record of metrics.jsonl. Each step is shown once, however often it comes."""
+        """Show a record of metrics.jsonl; each step once, even if it is repeated."""
 
-    def tell(self, event: dict[str, Any], news: bool) -> None:
-        """A record of events.jsonl. `news`: from the end of the start before this one on."""
+    def log_event(self, event: dict[str, Any], news: bool) -> None:
+        """Show a record of events.jsonl; `news`: it is not older than the end of the previous start."""
 
-    def begin_again(self) -> None:
-        """metrics.jsonl was replaced, as its newest steps are done again: all of its records come once more."""
+    def restart(self) -> None:
+        """Begin anew: metrics.jsonl was replaced, because its newest steps are repeated; all records follow again."""
 
     def close(self, exit_code: int) -> None:
         """Wait until everything is written, or sent. 0: the run is finished; 143: it will be continued; 1: failed."""
@@ -35,13 +35,13 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """Without its step. What was not finite is null in the file, and a gap in the curve would hide it."""
+    """The values of a record without its step. Non-finite values are null in the file; nan shows them in the curve."""
     return {name: float("nan") if value is None else value for name, value in record.items() if name != "step"}
 
 
 @contextmanager
 def only_writer(run_dir: Path, mode: str, wait: bool) -> Iterator[None]:
-    """Keeps others from writing to the same copy, among them the follower of a start that has just been killed.
+    """Excludes other processes that write the same run to the service, such as the follower of a killed start.
 
     Raises CheckpointError if there is one, unless `wait` is set.
     """

@@ -1,8 +1,11 @@
-"""A run's copy in Weights & Biases or TensorBoard: python -m kraken_train.tracking.follow RUN [--mode online]
+"""Sends a run to Weights & Biases or TensorBoard: python -m kraken_train.tracking.follow RUN [--mode online]
 
-Adds what the copy lacks of the run in the folder RUN, and ends; for example from a machine that has a way to the
-internet, for a run on machines that have none. Training starts it with --live: then it goes on until its standard
-input ends, which is when training does, however that happens, and speaks to training through its standard output.
+It adds what the service lacks of the run in the folder RUN, for example from a machine with access to the internet, for
+a run on nodes without. Training starts it with --live: then it runs until its standard input closes, which is when
+training ends, and its standard output is for messages to training.
+
+Training itself only appends to metrics.jsonl and events.jsonl. So a service that is slow, full or out of reach slows
+down and stops nothing, and what it lacks can be added from the files at any later time.
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 from kraken_train.run.events import FAILED, FINISHED, read_events
 from kraken_train.run.layout import EVENTS_FILE
 from kraken_train.run.metrics import METRICS_FILE
-from kraken_train.tracking.backend import Copy, only_writer
+from kraken_train.tracking.backend import TrackerBackend, only_writer
 from kraken_train.tracking.ready import require_ready
-from kraken_train.tracking.run_info import DescribedRun, read_described_run
+from kraken_train.tracking.run_info import RunInfo, read_run_info
 from kraken_train.tracking.tail import Tail
 
 POLL_SECONDS = 0.5
@@ -39,7 +42,7 @@ EXIT_CODES = {FINISHED: 0, FAILED: 1}
 
 
 class Training:
-    """The process whose run is followed. Its last line, if it can still write one, is its exit code."""
+    """The training process, connected through pipes. The last line that it writes is its exit code."""
 
     def __init__(self, finish_seconds: float) -> None:
         # This process's output is a log and the output that W&B shows; the pipe to training becomes `notes`.
@@ -51,7 +54,7 @@ class Training:
         threading.Thread(target=self.listen, name="training", daemon=True).start()
 
     def note(self, text: str) -> None:
-        """Something for its console."""
+        """Send a message to the console of training."""
         print(text, flush=True)
         with suppress(OSError):  # it has ended
             print(text, file=self.notes)
@@ -61,19 +64,21 @@ class Training:
             self.exit_code = int(line)
         self.ended.set()
         time.sleep(self.finish_seconds)
-        print(f"not finished {self.finish_seconds:.0f} s after the run, so given up", flush=True)
+        print(f"not finished {self.finish_seconds:.0f} s after the end of the run; giving up", flush=True)
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(1)
 
 
 class Past:
-    """In place of Training for a run of which only what is there counts."""
+    """In place of Training, for a run that is not followed live."""
 
     def __init__(self, run_dir: Path) -> None:
         starts = [event for event in read_events(run_dir / EVENTS_FILE) if event["event"] in ("started", "ended")]
         outcome = starts[-1].get("outcome") if starts else None
-        self.exit_code = EXIT_CODES.get(str(outcome), INTERRUPTED_EXIT_CODE)  # without an end it goes on now, or later
+        self.exit_code = EXIT_CODES.get(
+            str(outcome), INTERRUPTED_EXIT_CODE
+        )  # without an end it is running, or will continue
         self.ended = threading.Event()
         self.ended.set()
 
@@ -88,29 +93,29 @@ def main() -> None:
     parser.add_argument("--live", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with user_errors(arguments.run_dir):
-        described = read_described_run(arguments.run_dir)
-        mode = arguments.mode or described.tracking.mode
+        run_info = read_run_info(arguments.run_dir)
+        mode = arguments.mode or run_info.tracking.mode
         if mode == "off":
             raise ConfigError(f"{arguments.run_dir} was trained with tracking.mode=off; give --mode online or offline")
         if arguments.live:
-            for number in (signal.SIGTERM, signal.SIGINT):  # which mean the training, whose end is waited for
+            for number in (signal.SIGTERM, signal.SIGINT):  # meant for training, whose end this process waits for
                 signal.signal(number, signal.SIG_IGN)
-            os.nice(10)  # training has the first claim to the processor
-            training: Training | Past = Training(described.tracking.finish_seconds)
+            os.nice(10)  # training has priority
+            training: Training | Past = Training(run_info.tracking.finish_seconds)
         else:
-            tracking = dataclasses.replace(described.tracking, mode=mode)
+            tracking = dataclasses.replace(run_info.tracking, mode=mode)
             tracking.validate()
             require_ready(tracking, os.environ)
             training = Past(arguments.run_dir)
         with only_writer(arguments.run_dir, mode, wait=arguments.live):
-            follow_stubbornly(described, mode, training)
+            follow_with_retries(run_info, mode, training)
 
 
-def follow_stubbornly(described: DescribedRun, mode: str, training: Training | Past) -> None:
-    """Begin again where a copy fails: W&B's own process ends at the SIGTERM that a job gets before its end."""
+def follow_with_retries(run_info: RunInfo, mode: str, training: Training | Past) -> None:
+    """Follow, and retry after a failure: W&B's own process ends at the SIGTERM that a job gets before its end."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            follow(described, make_copy(described, mode, training), training)
+            follow(run_info, make_backend(run_info, mode, training), training)
             return
         except Exception:
             if attempt == ATTEMPTS:
@@ -121,36 +126,36 @@ def follow_stubbornly(described: DescribedRun, mode: str, training: Training | P
             time.sleep(POLL_SECONDS)
 
 
-def make_copy(described: DescribedRun, mode: str, training: Training | Past) -> Copy:
+def make_backend(run_info: RunInfo, mode: str, training: Training | Past) -> TrackerBackend:
     # Each loads its library.
-    if described.tracking.kind == "tensorboard":
-        from kraken_train.tracking.tensorboard_backend import TensorBoardCopy  # noqa: PLC0415
+    if run_info.tracking.kind == "tensorboard":
+        from kraken_train.tracking.tensorboard_backend import TensorBoardBackend  # noqa: PLC0415
 
-        return TensorBoardCopy(described)
-    from kraken_train.tracking.wandb_backend import WandbCopy  # noqa: PLC0415
+        return TensorBoardBackend(run_info)
+    from kraken_train.tracking.wandb_backend import WandbBackend  # noqa: PLC0415
 
-    return WandbCopy(described, mode, training.note)
+    return WandbBackend(run_info, mode, training.note)
 
 
-def follow(described: DescribedRun, copy: Copy, training: Training | Past) -> None:
-    """Give the copy what the run's files hold, and what they get until training ends."""
-    metrics = Tail(described.path / METRICS_FILE, when_replaced=copy.begin_again)
-    events = Tail(described.path / EVENTS_FILE)
+def follow(run_info: RunInfo, backend: TrackerBackend, training: Training | Past) -> None:
+    """Send what the run's files hold, and what is added to them until training ends."""
+    metrics = Tail(run_info.path / METRICS_FILE, when_replaced=backend.restart)
+    events = Tail(run_info.path / EVENTS_FILE)
     past = list(events.read())
     news = start_of_news(past)
     for index, event in enumerate(past):
-        copy.tell(event, news=index >= news)
+        backend.log_event(event, news=index >= news)
     while True:
-        last_time = training.ended.is_set()  # asked before the files are read, so that nothing is left in them
+        last_time = training.ended.is_set()  # read before the files, so that nothing is missed
         for event in events.read():
-            copy.tell(event, news=True)
+            backend.log_event(event, news=True)
         for record in metrics.read():
             if isinstance(record.get("step"), int):
-                copy.log(record)
+                backend.log(record)
         if last_time:
             break
         training.ended.wait(POLL_SECONDS)
-    copy.close(training.exit_code)
+    backend.close(training.exit_code)
 
 
 def start_of_news(events: list[dict[str, Any]]) -> int:

@@ -1,4 +1,4 @@
-"""The process that makes a run's copy, as training sees it: started, heard now and then, and not waited for long."""
+"""Starts and ends the process that sends a run to a tracker, for training."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from kraken_train.config import TrackingConfig
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 
 LOG = "tracking.log"
-INTERRUPTED_SECONDS = 5.0  # at most, for a run that goes on later: whoever has stopped it is in a hurry
+INTERRUPTED_SECONDS = 5.0  # for a run that continues later: after a request to stop there is little time
 SERVICES = {"wandb": "Weights & Biases", "tensorboard": "TensorBoard"}
 
 
 def start_follower(tracking: TrackingConfig, run_dir: Path, logs: Path, note: Callable[[str], None]) -> Follower | None:
-    """The process that follows the run in `run_dir`; None where that is off or, as `note` is told, fails."""
+    """The process that follows the run in `run_dir`; None if tracking is off, or if it cannot start (see `note`)."""
     if tracking.mode == "off":
         return None
     try:
         return Follower(tracking, run_dir, logs, note)
     except OSError as error:
-        note(f"{SERVICES[tracking.kind]}: no process can be started to follow the run ({error}); training goes on")
+        note(f"{SERVICES[tracking.kind]}: no process can be started to follow the run ({error}); training continues")
         return None
 
 
 class Follower:
-    """`tracking.follow` on a run folder, until `close`. `note` gets, from another thread, what people should know."""
+    """`tracking.follow` on a run folder, until `close`. `note` gets its messages, from another thread."""
 
     def __init__(self, tracking: TrackingConfig, run_dir: Path, logs: Path, note: Callable[[str], None]) -> None:
         self.tracking = tracking
@@ -43,8 +43,8 @@ class Follower:
         command = [sys.executable, "-m", "kraken_train.tracking.follow", str(run_dir), "--live"]
         logs.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as log:
-            # In a session of its own, as an interruption from the keyboard is for training alone. Its input ends
-            # with this process, however that happens.
+            # In a session of its own, so that Ctrl-C reaches only training. Its standard input closes when this process
+            # ends, for whatever reason.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -61,11 +61,11 @@ class Follower:
         for line in self.process.stdout or ():
             self.note(line.rstrip("\n"))
         if not self.closing:
-            self.tell_missing("the process that follows the run has ended; training goes on")
+            self.warn_incomplete("the process that follows the run has ended; training continues")
 
     def close(self, exit_code: int) -> None:
-        """Tell how training has ended, and let the copy become complete, for `tracking.finish_seconds` at most."""
-        if self.process.poll() is not None:  # which has been told
+        """Send the exit code of training, and wait until everything is sent, `tracking.finish_seconds` at most."""
+        if self.process.poll() is not None:  # there was a message
             return
         self.closing = True
         seconds = self.tracking.finish_seconds
@@ -82,7 +82,7 @@ class Follower:
             self.kill()
         self.listener.join(1.0)
         if failed:
-            self.tell_missing(f"not everything had arrived {seconds:g} s after the end of training")
+            self.warn_incomplete(f"not everything had arrived {seconds:g} s after the end of training")
 
     def kill(self) -> None:
         with suppress(psutil.NoSuchProcess):
@@ -92,7 +92,7 @@ class Follower:
         self.process.kill()
         self.process.wait()
 
-    def tell_missing(self, problem: str) -> None:
+    def warn_incomplete(self, problem: str) -> None:
         self.note(
             f"{SERVICES[self.tracking.kind]}: {problem} (see {self.log}). What is missing there comes with the next "
             f"start, or with `python -m kraken_train.tracking.follow {shlex.quote(str(self.run_dir))}`"

@@ -20,7 +20,7 @@ ENVIRONMENT_FILE = "environment.json"  # in the folder of a start
 
 
 @dataclass(frozen=True)
-class DescribedRun:
+class RunInfo:
     path: Path
     run_id: str
     tracking: TrackingConfig
@@ -32,7 +32,7 @@ class DescribedRun:
         return self.tracking.name or self.path.resolve().name
 
 
-def read_described_run(path: Path) -> DescribedRun:
+def read_run_info(path: Path) -> RunInfo:
     """The run in the folder `path`. Raises CheckpointError if there is none, ConfigError for its settings."""
     try:
         identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
@@ -51,4 +51,4 @@ def read_described_run(path: Path) -> DescribedRun:
             f"{path} cannot be read as the folder of a run ({error}); name the run_dir of a training run that has "
             "begun its first step"
         ) from error
-    return DescribedRun(path, run_id, from_dict(tracking, TrackingConfig, "tracking"), settings, facts)
+    return RunInfo(path, run_id, from_dict(tracking, TrackingConfig, "tracking"), settings, facts)

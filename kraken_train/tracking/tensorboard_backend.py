@@ -16,24 +16,24 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from kraken_train.tracking.backend import event_line, numbers
-from kraken_train.tracking.run_info import DescribedRun
+from kraken_train.tracking.run_info import RunInfo
 
 FOLDER = "tensorboard"
 
 
-class TensorBoardCopy:
-    """Shows what metrics.jsonl holds: a step that training does again, after a crash or a rollback, as it went last."""
+class TensorBoardBackend:
+    """Shows the content of metrics.jsonl: of a step that was repeated after a crash or a rollback, the last results."""
 
-    def __init__(self, described: DescribedRun) -> None:
-        self.folder = described.path / FOLDER
-        self.config = yaml.safe_dump({**described.settings, **described.facts}, sort_keys=False)
-        self.told: list[dict[str, Any]] = []
+    def __init__(self, run_info: RunInfo) -> None:
+        self.folder = run_info.path / FOLDER
+        self.config = yaml.safe_dump({**run_info.settings, **run_info.facts}, sort_keys=False)
+        self.events: list[dict[str, Any]] = []
         self.writer = self.begin()
 
     def begin(self) -> EventFileWriter:
         outdated = sorted(self.folder.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
         writer = EventFileWriter(str(self.folder))
-        # A TensorBoard that has read older files forgets their steps. It cannot go on from a file that is gone, so the
+        # A TensorBoard that has read older files forgets their steps. It cannot continue from a deleted file, so the
         # newest of them stays.
         writer.add_event(Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START)))
         for file in outdated[:-1]:
@@ -49,20 +49,20 @@ class TensorBoardCopy:
             self.writer.add_event(summary(values, step))
             self.logged = step
 
-    def tell(self, event: dict[str, Any], news: bool) -> None:
+    def log_event(self, event: dict[str, Any], news: bool) -> None:
         """A line of text, and a curve that counts the events of its kind."""
-        self.told.append(event)
+        self.events.append(event)
         kind = event.get("event")
-        count = sum(other.get("event") == kind for other in self.told)
+        count = sum(other.get("event") == kind for other in self.events)
         values = [text("events", event_line(event)), Summary.Value(tag=f"events/{kind}", simple_value=count)]
         self.writer.add_event(summary(values, int(event.get("step") or self.logged)))
 
-    def begin_again(self) -> None:
+    def restart(self) -> None:
         self.writer.close()
         self.writer = self.begin()
-        events, self.told = self.told, []
+        events, self.events = self.events, []
         for event in events:
-            self.tell(event, news=False)
+            self.log_event(event, news=False)
 
     def close(self, exit_code: int) -> None:
         self.writer.close()

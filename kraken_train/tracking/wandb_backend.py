@@ -1,4 +1,4 @@
-"""A run's copy in Weights & Biases: one run there whose id is the run folder's, however often training starts."""
+"""The backend for Weights & Biases: one W&B run with the id of the run folder, over all starts of the training."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import wandb
 from kraken_train.common.errors import CheckpointError
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 from kraken_train.tracking.backend import event_line, numbers, only_writer
-from kraken_train.tracking.run_info import DescribedRun
+from kraken_train.tracking.run_info import RunInfo
 from kraken_train.tracking.wandb_files import end_at_last_record, last_step, wandb_files
 
 LOSSES = ("loss", "validation_loss")
 
 
-class WandbCopy:
-    """Goes on behind the last step that Weights & Biases has; what it has is never logged again.
+class WandbBackend:
+    """Continues after the last step that Weights & Biases has, since no step can be logged twice there.
 
-    A step that training does again, after a crash or a rollback, is therefore shown as it went the first time.
-    Where the service cannot be reached, the run is recorded in the run folder instead, and `note` is told.
+    Of a step that training repeats after a crash or a rollback, the first results are shown. If the service cannot be
+    reached, the run is recorded in the run folder, and `note` gets a message.
     """
 
-    def __init__(self, described: DescribedRun, mode: str, note: Callable[[str], None]) -> None:
+    def __init__(self, run_info: RunInfo, mode: str, note: Callable[[str], None]) -> None:
         with suppress(Exception):
-            wandb.teardown()  # of an earlier copy of this process that has failed
-        mend_files(described, mode)
+            wandb.teardown()  # of an earlier attempt of this process that has failed
+        mend_files(run_info, mode)
         # Before this start has a file of its own.
-        recorded = last_step(wandb_files(described.path, described.run_id))
-        self.run, online = start(described, mode, note)
+        recorded = last_step(wandb_files(run_info.path, run_info.run_id))
+        self.run, online = start(run_info, mode, note)
         self.logged = max(self.run.starting_step - 1, 0) if online else recorded
         self.events = EventCounts()
         self.run.define_metric("step")
@@ -46,12 +46,12 @@ class WandbCopy:
         self.run.log({"step": step, **numbers(record), **self.events.take()}, step=step)
         self.logged = step
 
-    def tell(self, event: dict[str, Any], news: bool) -> None:
+    def log_event(self, event: dict[str, Any], news: bool) -> None:
         self.events.add(event)
         if news:
             print(event_line(event), flush=True)  # which W&B shows as the run's output
 
-    def begin_again(self) -> None:
+    def restart(self) -> None:
         pass  # what is logged cannot be taken back
 
     def close(self, exit_code: int) -> None:
@@ -61,14 +61,14 @@ class WandbCopy:
         self.run.finish(exit_code=exit_code)
 
 
-def mend_files(described: DescribedRun, mode: str) -> None:
+def mend_files(run_info: RunInfo, mode: str) -> None:
     """So that what earlier starts have recorded can be uploaded, however they have ended.
 
     The caller keeps others from writing in this mode; where somebody writes in the other one, nothing is changed.
     """
     other = "offline" if mode == "online" else "online"
-    with suppress(CheckpointError), only_writer(described.path, other, wait=False):
-        for file in wandb_files(described.path, described.run_id):
+    with suppress(CheckpointError), only_writer(run_info.path, other, wait=False):
+        for file in wandb_files(run_info.path, run_info.run_id):
             end_at_last_record(file)
 
 
@@ -91,35 +91,35 @@ class EventCounts:
         return taken
 
 
-def start(described: DescribedRun, mode: str, note: Callable[[str], None]) -> tuple[Any, bool]:
+def start(run_info: RunInfo, mode: str, note: Callable[[str], None]) -> tuple[Any, bool]:
     """The run in W&B, new or continued, and whether the service takes part in it."""
     if mode == "online":
         try:
-            return init(described, mode), True
+            return init(run_info, mode), True
         except wandb.errors.Error as error:
             wandb.teardown()  # with what is still trying
             reason = str(error).strip().splitlines()[0]
             note(
-                f"Weights & Biases cannot be reached ({reason}): this start is recorded in {described.path / 'wandb'}; "
-                f"upload it with `wandb sync {described.path / 'wandb' / 'offline-run-*'}`"
+                f"Weights & Biases cannot be reached ({reason}): this start is recorded in {run_info.path / 'wandb'}; "
+                f"upload it with `wandb sync {run_info.path / 'wandb' / 'offline-run-*'}`"
             )
-    return init(described, "offline"), False
+    return init(run_info, "offline"), False
 
 
-def init(described: DescribedRun, mode: str) -> Any:
-    tracking = described.tracking
+def init(run_info: RunInfo, mode: str) -> Any:
+    tracking = run_info.tracking
     return wandb.init(
-        id=described.run_id,
+        id=run_info.run_id,
         resume="allow",
         mode=mode,  # type: ignore[arg-type]
         project=tracking.project,
         entity=tracking.entity,
-        name=described.name,
+        name=run_info.name,
         group=tracking.group,
         tags=list(tracking.tags),
         notes=tracking.notes,
-        dir=str(described.path),
-        config={**described.settings, **described.facts},
+        dir=str(run_info.path),
+        config={**run_info.settings, **run_info.facts},
         allow_val_change=True,  # such as the hosts
         settings=wandb.Settings(console="wrap"),
     )

@@ -126,7 +126,7 @@ def test_offline_across_deaths(tmp_path: Path) -> None:
 
 
 def test_killed_just_after_its_start_then_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The follower, before it has written a file, before the file has a record, and within one; training goes on."""
+    """The follower, before it has written a file, before the file has a record, and within one; training continues."""
     run = write_run(tmp_path / "run")
     first = begin_start(run, 1, 0)
     kill_follower(first)
@@ -202,9 +202,9 @@ def test_service_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert metrics.follower is not None
             waited = recorded_waits(metrics.follower.process, monkeypatch)
         assert waited[0] == 1.0
-        (told,) = [event["note"] for event in read_events(run / "events.jsonl") if event["event"] == "tracking"]
-        assert "Weights & Biases: not everything had arrived 1 s after" in told
-        assert f"python -m kraken_train.tracking.follow {run}" in told
+        (logged,) = [event["note"] for event in read_events(run / "events.jsonl") if event["event"] == "tracking"]
+        assert "Weights & Biases: not everything had arrived 1 s after" in logged
+        assert f"python -m kraken_train.tracking.follow {run}" in logged
         wait_until(lambda: followers_of(run) == [])
     with Service() as service:
         monkeypatch.setenv("WANDB_BASE_URL", service.environment["WANDB_BASE_URL"])
@@ -227,9 +227,9 @@ def test_recorded_where_the_service_cannot_be_reached(
                 metrics.record(record(step))
             wait_until(lambda: wandb_files(run, RUN_ID))
             metrics.record(record(4))
-    (told,) = [event["note"] for event in read_events(run / "events.jsonl") if event["event"] == "tracking"]
-    assert "cannot be reached" in told
-    assert f"`wandb sync {run / 'wandb' / 'offline-run-*'}`" in told
+    (logged,) = [event["note"] for event in read_events(run / "events.jsonl") if event["event"] == "tracking"]
+    assert "cannot be reached" in logged
+    assert f"`wandb sync {run / 'wandb' / 'offline-run-*'}`" in logged
     assert [step for step, _ in offline_curve(run)] == [1, 2, 3, 4]
     wait_until(lambda: followers_of(run) == [])
 
