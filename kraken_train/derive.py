@@ -1,6 +1,6 @@
 """Kraken with the parameters of a standard Transformer: python -m kraken_train.derive model=gpt2-124m num_sub_layers=4
 
-Layers, vocabulary and context stay those of the base. Searched is the width d of a sub-layer, among multiples of 8
+Layers, vocabulary and context are those of the base. The search is over the width d of a sub-layer, in multiples of 8
 that divide into heads whose dimension is a multiple of 8, since others are slow on matrix units.
 """
 
@@ -41,7 +41,7 @@ class DeriveConfig:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A Kraken beside the standard Transformer that it matches."""
+    """A Kraken and the standard Transformer that it matches."""
 
     config: KrakenConfig
     base: ModelConfig
@@ -92,7 +92,7 @@ def derive(base: ModelConfig, num_sub_layers: int, tolerance: float = 0.02) -> l
     if not base.is_baseline:
         raise ConfigError(f"model.architecture={base.architecture} is no base to derive from; use model=gpt2-124m or "
                           "another standard Transformer")  # fmt: skip
-    candidates = list(around(base, num_sub_layers, tolerance))
+    candidates = list(candidates_near(base, num_sub_layers, tolerance))
     fitting = [candidate for candidate in candidates if abs(candidate.difference) <= tolerance]
     if not fitting:
         nearest = min(candidates, key=lambda candidate: abs(candidate.difference))
@@ -109,8 +109,8 @@ def round_up(fraction: float) -> float:
     return math.ceil(fraction * 1000) / 1000
 
 
-def around(base: ModelConfig, num_sub_layers: int, tolerance: float) -> Iterator[Candidate]:
-    """All widths from the smallest to the first that has too many parameters, that one included."""
+def candidates_near(base: ModelConfig, num_sub_layers: int, tolerance: float) -> Iterator[Candidate]:
+    """Candidates of all widths from the smallest to the first with too many parameters, inclusive."""
     width, too_large = STEP, False
     while not too_large:
         for head_dim in good_head_dims(width):
@@ -121,7 +121,7 @@ def around(base: ModelConfig, num_sub_layers: int, tolerance: float) -> Iterator
 
 
 def good_head_dims(width: int) -> list[int]:
-    """The best ones if they divide the width, otherwise the one multiple of 8 that comes nearest to them, if any."""
+    """The best head dimensions if they divide the width, otherwise the nearest multiple of 8 that does, if any."""
     possible = head_dims(width)
     return [size for size in possible if size in BEST] or sorted(possible, key=distance_to_best)[:1]
 
@@ -139,7 +139,7 @@ def kraken_like(base: ModelConfig, num_sub_layers: int, width: int, heads: int) 
 
 
 def nearest_with_best_heads(base: ModelConfig, num_sub_layers: int) -> Candidate:
-    """The Kraken with heads of 64 or 128 whose parameters come nearest to the base's, however far that is."""
+    """The Kraken with heads of 64 or 128 whose parameters are nearest to the base's, at any distance."""
     candidates = []
     for width in range(min(BEST), 4 * base.hidden_size, min(BEST)):
         head_dim = max(k for k in BEST if width % k == 0)

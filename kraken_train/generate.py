@@ -1,4 +1,4 @@
-"""Text that continues prompts: python -m kraken_train.generate export_dir=EXPORT prompt="Once upon a time"
+"""Continues prompts with generated text: python -m kraken_train.generate export_dir=EXPORT prompt="Once upon a time"
 
 Under a launcher (torchrun, deepspeed, srun) all ranks serve one model together, each with a part of its sub-layers or
 heads; the text is the same, and rank 0 prints it.
@@ -70,7 +70,7 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig) -> None:
-    """Print each prompt with its continuation: of one prompt as it is, of a file's as a line of JSON each."""
+    """Print each prompt with its continuation: of a single one plain text, of a file's a line of JSON each."""
     with started_ranks(config.device) as runtime:
         generate(config, runtime)
 
@@ -82,7 +82,7 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
     texts = read_prompts(config)
     prompts = [list(ids) for ids in tokenizer.encode_batch(list(texts.values()))]
     if config.prompt == "":
-        prompts = [[tokenizer.end_of_document]]  # behind the end of another a document begins, as in training
+        prompts = [[tokenizer.end_of_document]]  # as in training, where a document follows the end of another
     for name, prompt in zip(texts, prompts, strict=True):
         require_servable(prompt, config.max_new_tokens, export.config, name)
     engine = start_engine(
@@ -113,7 +113,7 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
 
 
 def read_prompts(config: GenerateConfig) -> dict[str, str]:
-    """The prompts by what messages call them. Raises ConfigError."""
+    """The prompts by their names in messages. Raises ConfigError."""
     if config.prompt is not None:
         return {"prompt": config.prompt}
     path = Path(str(config.prompts_file))
@@ -124,7 +124,7 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
         raise ConfigError(f"prompts_file={path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts_file={path} is not valid UTF-8 (byte {error.start})") from error
-    # Not at what else Unicode counts as the end of a line; where lines end with both characters, neither is text.
+    # Only at \n or \r\n, not at Unicode's other line separators.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not text:
         raise ConfigError(f"prompts_file={path} is empty; write one prompt a line")

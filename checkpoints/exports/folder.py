@@ -1,13 +1,13 @@
-"""The export: one folder with everything that is needed to run a model.
+"""The export: a folder with everything that is needed to run a model.
 
     model.safetensors  weights under global names, sub-layers stacked: layers.3.attention.qkv.weight is (N, 3D, D)
-    config.json        the model's settings, `model_type`, `format_version`, `dtype` and what is known of the training
+    config.json        the model's settings, `model_type`, `format_version`, `dtype` and facts about the training
     tokenizer/         the tokenizer's files, absent if the model came without one
     modeling_kraken.py, generation_config.json, tokenizer.json, tokenizer_config.json
-                       what transformers needs besides; the last two are made from `tokenizer/`
+                       further files for transformers; the last two are made from `tokenizer/`
 
-It is written under a temporary name, `.NAME.tmp`, and renamed when complete; what a killed attempt left there is
-removed by the next one.
+It is written under a temporary name, `.NAME.tmp`, and renamed when complete. The next attempt removes the temporary
+folder of a killed one.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def write_export(
 ) -> str | None:
     """Write an export into `output_dir`, which is new or an empty folder.
 
-    `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. Returns what the user should
-    know about the tokenizer in transformers, if that is not the same. Raises CheckpointError if the folder is in use,
+    `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. Returns a note
+    for the user if the tokenizer in transformers is not the same. Raises CheckpointError if the folder is in use,
     weights or tokenizer do not fit the model, or the disk refuses.
     """
     note = None
@@ -144,9 +144,9 @@ def require_unused(output_dir: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until the disk has all files and folders below `folder`, and itself."""
+    """Flush `folder` and all files and folders below it to disk."""
     for path in [*folder.rglob("*"), folder]:
-        sync_folder(path)  # which does the same for a file
+        sync_folder(path)  # works for a file too
 
 
 def require_fitting_tokenizer(tokenizer_dir: Path, config: ModelConfig) -> None:
@@ -165,7 +165,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def generation_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """What `generate` of transformers goes by: where text ends, and which rows of the embedding are no tokens.
+    """The settings of `generate` in transformers: the token that ends text, and embedding rows that are no tokens.
 
     Without a prompt it begins a document, behind the end of another, as in training.
     """
@@ -180,10 +180,10 @@ def generation_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, 
 
 
 def describe(config: ModelConfig, metadata: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """What `config.json` holds."""
+    """The content of `config.json`."""
     module = MODELING_FILE.stem
     return {
-        "architectures": ["KrakenForCausalLM"],  # in transformers, of the baselines too
+        "architectures": ["KrakenForCausalLM"],  # the class in transformers, for all architectures
         "auto_map": {
             "AutoConfig": f"{module}.KrakenConfig",
             "AutoModel": f"{module}.KrakenModel",
@@ -251,7 +251,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes from the file's header; also finds a file that is cut off."""
+    """Tensor shapes from the file's header. Raises CheckpointError, also for a truncated file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)

@@ -1,10 +1,11 @@
-"""An export as the start of a training run: is it the run's model, and each rank's part of its weights."""
+"""An export as the start of a training run: checks that it is the run's model, and reads each rank's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,14 +17,14 @@ from kraken_train.common.settings import to_dict
 from kraken_train.model.config import ModelConfig
 from kraken_train.parallel.sharding import ShardedDim
 
-DESCRIPTION = "kraken_tokenizer.json"  # says also where a tokenizer came from, which may differ
+DESCRIPTION = "kraken_tokenizer.json"  # also has the source of the tokenizer, which may differ
 
 
 def open_initial_export(folder: Path, config: ModelConfig, tokenizer_files: Mapping[str, str]) -> Export:
     """The export in `folder`.
 
-    Raises CheckpointError if there is none, if it is of another model than `config`, and if its token ids do not mean
-    what they mean in the run's data, whose tokenizer has `tokenizer_files` (name -> SHA-256).
+    Raises CheckpointError if there is none, if it is of another model than `config`, and if its tokenizer is not that
+    of the run's data, which has `tokenizer_files` (name -> SHA-256).
     """
     if not folder.is_dir():
         raise CheckpointError(f"init_from={folder} is not a folder; name an export")
@@ -61,7 +62,7 @@ def export_reader(export: Export) -> Iterator[Callable[[str, ShardedDim | None],
 
             def read(name: str, sharded_dim: ShardedDim | None) -> Tensor:
                 if sharded_dim is None:
-                    return file.get_tensor(name)
+                    return cast(Tensor, file.get_tensor(name))
                 return sharded_dim.read(file.get_slice(name))
 
             yield read

@@ -39,7 +39,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.versions import require_version
 
 require_version("transformers>=5.4", "This model's file builds on it: pip install -U transformers")
@@ -114,15 +114,15 @@ class KrakenConfig(PretrainedConfig):
     def streams(self) -> int:
         """N in a Kraken, else 1."""
         setting = self.layer_class.streams_setting
-        return 1 if setting is None else getattr(self, setting)
+        return 1 if setting is None else int(getattr(self, setting))
 
     @property
     def heads_per_stream(self) -> int:
-        return getattr(self, self.layer_class.heads_setting)
+        return int(getattr(self, self.layer_class.heads_setting))
 
     @property
     def kv_heads_per_stream(self) -> int:
-        return getattr(self, self.layer_class.kv_heads_setting) or self.heads_per_stream
+        return int(getattr(self, self.layer_class.kv_heads_setting) or self.heads_per_stream)
 
     # Under the names by which caches and inference servers ask for them:
 
@@ -142,7 +142,7 @@ class KrakenConfig(PretrainedConfig):
     @property
     def intermediate_size(self) -> int:
         """Of one sub-layer's FFN."""
-        return self.ffn_multiplier * self.hidden_size
+        return int(self.ffn_multiplier) * self.hidden_size
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class KrakenAttention(nn.Module):
         batch, _, tokens, _ = query.shape
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         mixed, weights = attention(
@@ -269,7 +269,8 @@ class StackedFFN(nn.Module):
 
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
         inner = F.gelu(self.up(self.norm(attended + total)), approximate="tanh")
-        return streams + attended + self.down(inner)
+        result: Tensor = streams + attended + self.down(inner)
+        return result
 
 
 class KrakenLayer(GradientCheckpointingLayer):
@@ -342,7 +343,8 @@ class GPTFFN(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        result: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return result
 
 
 class GPTLayer(GradientCheckpointingLayer):
@@ -474,7 +476,7 @@ class KrakenModel(PreTrainedModel):
         given = position_ids is not None
         if position_ids is None:
             position_ids = self.find_positions(inputs_embeds, attention_mask, past_key_values)
-        # Whoever gives positions and keeps the cache, as an inference server does, sees to their range.
+        # A caller that gives positions and keeps the cache itself, as inference servers do, checks their range.
         if not torch.compiler.is_compiling() and (not given or past_key_values is not None):
             self.require_context(position_ids, attention_mask, past_key_values)
         mask = create_causal_mask(
@@ -510,7 +512,7 @@ class KrakenModel(PreTrainedModel):
     def require_tokens(self, ids: Tensor, on_gpu: bool = False) -> None:
         """Raises ValueError unless these are token ids (B, T) of the vocabulary, of one token at least.
 
-        Ids on a GPU are looked at only if asked for, since that makes the host wait for it.
+        Ids on a GPU are checked only with `on_gpu`, since that makes the host wait for the GPU.
         """
         if ids.dim() != 2 or ids.numel() == 0:
             raise ValueError(
@@ -537,7 +539,7 @@ class KrakenModel(PreTrainedModel):
     def require_context(self, positions: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> None:
         """Raises ValueError for positions beyond the context, which on a GPU would end the process.
 
-        Looks at them only where there are so many tokens, padding included, since that makes the host wait for the GPU.
+        Checks them only where there are so many tokens, padding included, since that makes the host wait for the GPU.
         """
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         tokens = positions.shape[1] + (seen if isinstance(seen, int) else 0)  # a static cache's length is on the GPU

@@ -1,4 +1,4 @@
-"""The authors' weights (a nanoGPT fork) under our names and in our stacked layout.
+"""Converts the authors' weights (a nanoGPT fork) to our names and our stacked layout.
 
 Theirs: `transformer.h.{sub_layer}.{layer}.attn.c_attn.weight` and so on, each (out, in); one conjunction of shape
 (D, N D). Ours: `layers.{layer}.attention.qkv.weight` of shape (N, 3D, D); a conjunction of shape (N, D, D).

@@ -1,9 +1,9 @@
-"""Stand-ins for characters, so that a text spells no special piece of a unigram model.
+"""Replaces characters of a text so that it contains no special piece of a unigram model.
 
-A unigram model of the `tokenizers` library takes text that spells any piece for that piece. SentencePiece does so for
-normal pieces only: text that spells <unk>, </s> or the byte <0x41> is made of others. So the model's text gets another
-character, of those that Unicode leaves to each program, where it has one that a special piece begins with, and so do
-the normal pieces; special pieces keep their spelling, which no text has then.
+A unigram model of the `tokenizers` library encodes text that spells any piece as that piece. SentencePiece does so for
+normal pieces only: it encodes text that spells <unk>, </s> or the byte <0x41> with other pieces. To get the same ids,
+each character with which a special piece begins is replaced by a stand-in, a character of Unicode's private use area,
+in the text and in the normal pieces. Special pieces keep their spelling, which then occurs in no text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PRIVATE_USE = range(0xE000, 0xF900)
 
 @dataclass(frozen=True)
 class StandIns:
-    """`characters` of a text -> what it has instead; `marks` and `unknown` are in no piece either."""
+    """`characters` of a text -> their stand-ins; `marks` and `unknown` are in no piece either."""
 
     characters: dict[str, str]
     marks: tuple[str, str]
@@ -32,7 +32,7 @@ class StandIns:
         used = set().union(*normal, *special)
         unknown, mark, other_mark, *free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
         singles, contained = set(normal), set().union(*normal)
-        # One that is only in longer pieces would become its stand-in's bytes and not its own where it is alone.
+        # A character that is only in longer pieces would, alone, become the bytes of its stand-in instead of its own.
         usable = [
             character
             for character in sorted({piece[0] for piece in special})
@@ -47,13 +47,13 @@ class StandIns:
         )
 
     def spell(self, piece: str) -> str:
-        """A normal piece as the model has it."""
+        """A normal piece as it is in the converted model."""
         return "".join(self.characters.get(character, character) for character in piece)
 
     def normalization(self) -> list[Any]:
-        """Steps that put stand-ins into a text. One that the text itself has becomes what it was before: unknown.
+        """Steps that put stand-ins into a text; a stand-in that the text already has becomes unknown, as before.
 
-        Each is followed by a mark that says which of the two it is, until all are there.
+        Until all are replaced, a mark after each stand-in distinguishes the two cases.
         """
         own, put = self.marks
         replaced = [(stand_in, stand_in + own) for stand_in in self.characters.values()]

@@ -1,13 +1,13 @@
-"""A tokenizer of ours as the files that AutoTokenizer of transformers reads: tokenizer.json and tokenizer_config.json.
+"""Writes a tokenizer of ours as tokenizer.json and tokenizer_config.json, which AutoTokenizer of transformers reads.
 
-Each of our kinds becomes a tokenizer of the `tokenizers` library. Whether that gives the same ids is not believed but
-compared, on text that is always at hand, on text that is hard, and on the spelling of each special piece.
+Each of our kinds becomes a tokenizer of the `tokenizers` library. Its ids are compared with ours on prose, on difficult
+texts, and on the spelling of each special piece.
 
 Pieces of a SentencePiece model have a mark, U+2581, for each space. Here they have the space itself, so that the mark
-as text is text, which is what our own encoding makes of it.
+in a text is encoded as text, as in our own encoding.
 
-As is usual in transformers, text that spells a special token such as the end of a document becomes that token there. In
-training it was text, and so it is there with `split_special_tokens=True`; that is how the two are compared.
+As is usual in transformers, text that spells a special token such as the end of a document becomes that token. In
+training it was encoded as text, as with `split_special_tokens=True`; the comparison uses that.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CHUNK = 2000  # characters of a text that is compared
 
 
 def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> str | None:
-    """Write the files into `folder`. Returns what the user should know about them, or None if the ids are the same."""
+    """Write the files into `folder`. Returns a note for the user, or None if the ids are the same."""
     try:
         backend = convert(tokenizer)
     except DataError as error:
@@ -66,7 +66,7 @@ def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path, context_len
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
-        "pad_token": end,  # what pads a batch is masked
+        "pad_token": end,  # padding is masked
         "padding_side": "left",  # so that all rows of a batch end with their last token
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
@@ -84,7 +84,7 @@ def write_transformers_tokenizer(tokenizer: Tokenizer, folder: Path, context_len
 
 
 def convert(tokenizer: Tokenizer) -> Backend:
-    """Raises DataError for a kind that has no such form."""
+    """Raises DataError for a kind that cannot be converted."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return convert_sentencepiece(tokenizer)
     if isinstance(tokenizer, GPT2Tokenizer):
@@ -96,13 +96,13 @@ def convert(tokenizer: Tokenizer) -> Backend:
 
 
 def with_special(backend: Backend, token: str) -> Backend:
-    """The token that ends documents is special, so that decoding can leave it out."""
+    """Add the token that ends documents as a special one, so that decoding can omit it."""
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
     return backend
 
 
 def without_added_ends(backend: Backend) -> Backend:
-    """Without what adds tokens to a text, such as a beginning: the model was trained on texts without."""
+    """Without the post-processor that adds tokens such as a beginning: the model was trained on texts without them."""
     if backend.num_special_tokens_to_add(is_pair=False):
         description = json.loads(backend.to_str())
         backend = Backend.from_str(json.dumps({**description, "post_processor": None}))
@@ -251,9 +251,9 @@ def differences(tokenizer: Tokenizer, backend: Backend, texts: Sequence[str]) ->
 
 
 def comparison_texts(tokenizer: Tokenizer) -> list[str]:
-    """Hard cases, what special pieces spell, English prose, and pieces of the vocabulary in random order.
+    """Difficult texts, spellings of special pieces, English prose, and pieces of the vocabulary in random order.
 
-    Also a long text and long runs of a character: a unigram model adds up scores, and libraries round sums otherwise.
+    Also a long text and long runs of a character: a unigram model adds scores, and libraries round sums differently.
     """
     generator = random.Random(0)
     pieces = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size) if index != tokenizer.end_of_document]
@@ -266,7 +266,7 @@ def comparison_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def special_spellings(tokenizer: Tokenizer) -> list[str]:
-    """What all pieces are called that text does not usually become: ends, unknown, padding, bytes, added tokens."""
+    """The spellings of special pieces: ends, unknown, padding, bytes, added tokens."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         model = parse_sentencepiece(tokenizer)
         return [piece.piece for piece in model.pieces if piece.type != NORMAL]

@@ -1,9 +1,9 @@
-"""Logits of a model for batches of prompts, token after token, on the device where its part is.
+"""Computes the logits of a model for batches of prompts, token by token, on the device of its part.
 
 The same code serves Kraken and the baselines, in one process and in several: each rank of a model copy has an engine
 around its part, all call it with the same arguments, and all receive the same logits, bit for bit, because each rank
-computes a share of them and all shares go to all ranks. So what is drawn from them with the same seed is the same on
-every rank, without a word between them, on unequal devices too.
+computes a share of them and all shares go to all ranks. Tokens that are drawn from them with the same seed are equal on
+all ranks without further communication, on unequal devices too.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary size, P ranks.
 """
@@ -25,7 +25,7 @@ from kraken_train.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How the engine runs a model; none of it changes what is computed."""
+    """How the engine runs a model; the results are the same."""
 
     compile: bool = False  # torch.compile the parts of the layers
     cuda_graphs: bool = False  # replay recorded kernels: for new tokens, and for prompts of `prefill_lengths`
@@ -53,9 +53,9 @@ class ExecutionConfig:
 class InferenceEngine:
     """Continues up to `batch_size` sequences of up to `capacity` tokens each, prompt and new ones together.
 
-    `model` is whole or a rank's part, with whole embeddings either way. Compiling and recording happen here and with
-    the first prompts. Raises ConfigError where the device cannot do what `execution` asks for, ValueError where the
-    sizes do not fit the model.
+    `model` is whole or a rank's part, with the whole embedding in both cases. Parts are compiled and CUDA graphs
+    captured here and with the first prompts. Raises ConfigError where the device does not support `execution`, ValueError where
+    the sizes do not fit the model.
     """
 
     @torch.inference_mode()
@@ -81,11 +81,11 @@ class InferenceEngine:
         # The rows of the tied embedding whose logits this rank computes, ceil(V / P) or fewer on the last ranks.
         self.head_rows = -(-embedding.rows.total // place.size)
         self.head = embedding.weight.detach()[place.rank * self.head_rows :][: self.head_rows]
-        self.sequences = 0  # of the batch that is under way
-        self.tokens = 0  # that its longest sequence may have
+        self.sequences = 0  # of the current batch
+        self.tokens = 0  # at most in its longest sequence
         if self.execution.compile:
             model.compile_parts()
-        # No methods of this object, which would keep it and its memory until Python looks for cycles.
+        # Not bound methods, whose reference cycles would keep this object's memory until a garbage collection.
         self.recorded_prefill: dict[int, CapturedFunction] = {}  # by padded length
         self.recorded_decode: CapturedFunction | None = None
         if self.execution.cuda_graphs:
@@ -95,8 +95,8 @@ class InferenceEngine:
     def prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Begins a batch: prompts (B, T), padded on the right to one length, of which row i has `lengths[i]` tokens.
 
-        Returns the logits after the last token of each, (B, V). Arguments on the CPU are checked, those on a GPU not,
-        since that would wait for it. Raises ValueError.
+        Returns the logits after the last token of each, (B, V). Arguments on the CPU are checked; those on a GPU
+        are not, since that would wait for the GPU. Raises ValueError.
         """
         sequences, tokens = input_ids.shape
         self.require_prompts(input_ids, lengths)
@@ -140,7 +140,7 @@ class InferenceEngine:
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, D) -> (B, V)."""
         part = F.linear(hidden, self.head)
-        part = pad(part, (0, self.head_rows - len(self.head)))  # the parts that are gathered have one size
+        part = pad(part, (0, self.head_rows - len(self.head)))  # gathered parts must have one size
         return self.model.communicator.gather(part)[:, : self.model.token_embedding.rows.total]
 
     def require_prompts(self, input_ids: Tensor, lengths: Tensor) -> None:
@@ -160,10 +160,10 @@ class InferenceEngine:
             raise ValueError(f"token ids from {ids.min()} to {ids.max()}: the vocabulary has 0 to {vocab_size - 1}")
 
     def capture(self) -> None:
-        """Record new tokens, and prompts of `prefill_lengths`, as CUDA graphs."""
+        """Capture CUDA graphs of decoding a token and of prompts of `prefill_lengths`."""
         pool = torch.cuda.graph_pool_handle()
         ones = torch.ones_like(self.rows)
-        # The longest first: the others then find room in the memory that it has taken.
+        # The longest first: the others then use the memory that it has allocated.
         for length in reversed(self.execution.prefill_lengths):
             input_ids = ones[:, None].repeat(1, length)
             self.recorded_prefill[length] = CapturedFunction(self.compute_prefill, (input_ids, ones.clone()), pool)
@@ -173,5 +173,5 @@ class InferenceEngine:
 
 
 def pad(tensor: Tensor, amounts: tuple[int, ...], value: int = 0) -> Tensor:
-    """`torch.nn.functional.pad`, which makes a copy even where there is nothing to add."""
+    """`torch.nn.functional.pad` without the copy that it makes even if it adds nothing."""
     return F.pad(tensor, amounts, value=value) if any(amounts) else tensor

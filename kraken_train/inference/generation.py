@@ -1,4 +1,4 @@
-"""Text out of logits: batches of prompts are continued token by token."""
+"""Continues batches of prompts token by token."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def continue_prompts(
     """Prompts of token ids, as many as the engine takes at a time at most, each with up to `max_new_tokens` more.
 
     A row ends with `end_of_document` where that is drawn. `vocab_size` is the tokenizer's, where the embedding has
-    further rows as padding: those are never drawn. What is drawn for a row depends on the seed and on its number,
-    `first_row` being that of the first, and not on the rows beside it. Every rank that has a part of the model calls
+    further rows as padding: those are never drawn. The tokens of a row depend on the seed and on the row's number, of
+    which `first_row` is the first, but not on other rows. Every rank that has a part of the model calls
     this and gets the same result. Raises CheckpointError if the model computes no finite numbers.
     """
     rows = [list(prompt) for prompt in prompts]
@@ -50,7 +50,7 @@ def continue_prompts(
 
 
 def require_servable(prompt: Sequence[int], max_new_tokens: int, config: ModelConfig, name: str = "prompt") -> None:
-    """Raises ConfigError unless the model can read a prompt, which messages call `name`, and continue it so far."""
+    """Raises ConfigError unless the model can read the prompt, named `name` in messages, and add `max_new_tokens`."""
     tokens, context_length = len(prompt), config.context_length
     possible = context_length - tokens
     if tokens == 0:

@@ -1,7 +1,7 @@
-"""A function on the GPU as one CUDA graph: its kernels are recorded once and then started by a single call.
+"""A function on the GPU as a CUDA graph: its kernels are captured once and then launched by a single call.
 
-Launching kernels one by one takes the CPU longer than small kernels take the GPU. A graph also holds what runs beside
-them on other streams, as collectives do, as long as the streams fork from and join the one that is recorded.
+Small kernels take less time on the GPU than their launches on the CPU. A graph also contains kernels on other streams,
+such as collectives, if these streams fork from and join the captured one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UP_RUNS = 3  # compilation, the libraries' workspaces and NCCL's connections cannot be recorded
+WARM_UP_RUNS = 3  # compilation, libraries' workspaces and NCCL's connections cannot be captured
 
 
 class CapturedFunction:
-    """`function` of tensors with the shapes of `inputs`, recorded with all that it writes to.
+    """`function` of tensors with the shapes of `inputs`, captured with the memory that it writes to.
 
     `inputs` become the memory that each call copies its arguments into. Before each warm-up run, which is a real one,
     `before` is called. Graphs that share a `pool` share memory for intermediate results, so they must not run at the
-    same time. All ranks of a model copy record the same functions in the same order.
+    same time. All ranks of a model copy capture the same functions in the same order.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class CapturedFunction:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog thread asks for the state of events meanwhile, which a stricter mode would take for an error.
+        # NCCL's watchdog thread queries events meanwhile, which raises an error in a stricter mode.
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = function(*inputs)
 

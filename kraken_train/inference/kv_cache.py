@@ -1,7 +1,7 @@
-"""Keys and values of the tokens so far, in memory that is allocated once, so that a new token costs one token's work.
+"""The key-value cache: allocated once, so that a new token takes the work of one token.
 
-All shapes are fixed and all that changes from token to token is in tensors: a step can be compiled once and captured
-in a CUDA graph.
+All shapes are fixed and all values that change from token to token are in tensors, so that a step can be compiled once
+and captured in a CUDA graph.
 
 Shapes: B batch, n rows of a layer for each sequence (a Kraken's sub-layers here, else 1), R = n B with the sequences of
 a sub-layer side by side, G key-value heads, H heads, K head dimension, S capacity in tokens.
@@ -30,7 +30,7 @@ class KeyValueCache:
         rows_per_sequence, groups, head_dim = model.cache_shape
         weight = model.token_embedding.weight
         shape = (rows_per_sequence * batch_size, groups, capacity, head_dim)
-        # Zeros, not just any memory: what has no weight in the attention must be finite all the same.
+        # Zeros, since values with weight 0 in the attention must be finite too.
         # A pair for each layer, not views of one tensor: compiled code copies aliases of what it writes to.
         pairs = [
             (weight.new_zeros(shape, requires_grad=False), weight.new_zeros(shape, requires_grad=False))
@@ -42,7 +42,7 @@ class KeyValueCache:
 
 
 class Step:
-    """Where the next token of each sequence stands; all layers look here."""
+    """The positions of the next tokens of all sequences, for all layers."""
 
     def __init__(
         self, rows_per_sequence: int, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -69,7 +69,7 @@ class Step:
 class PrefillStore:
     """One layer's keys and values (R, G, S, K); a block of T tokens becomes the first ones.
 
-    Of sequences padded on the right the padding is stored too. No token sees what comes after it, and the tokens that
+    The padding of sequences padded on the right is stored too. No token attends to later ones, and the tokens that
     follow overwrite it.
     """
 
@@ -86,7 +86,7 @@ class PrefillStore:
 
 
 class DecodeStore:
-    """The same memory; one token is added to each row, where `step` says."""
+    """The same memory; adds one token to each row, at the position in `step`."""
 
     def __init__(self, keys: Tensor, values: Tensor, step: Step) -> None:
         self.keys = keys
@@ -97,7 +97,7 @@ class DecodeStore:
         """Queries (R, H, 1, K), keys and values (R, G, 1, K) -> (R, H, 1, K)."""
         self.keys[self.step.rows, :, self.step.positions] = key[:, :, 0]
         self.values[self.step.rows, :, self.step.positions] = value[:, :, 0]
-        # The H / G heads of a group see the same tokens, so they can stand where further query tokens would.
+        # The H / G heads of a group attend to the same tokens, so they can take the axis of query tokens.
         by_group = query.reshape(len(query), key.shape[1], -1, query.shape[3])
         mixed = F.scaled_dot_product_attention(by_group, self.keys, self.values, attn_mask=self.step.bias)
         return mixed.reshape(query.shape)

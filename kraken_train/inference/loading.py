@@ -1,4 +1,4 @@
-"""A rank's part of an exported model, read from the file without the rest.
+"""Reads a rank's part of an exported model from the file, without the rest.
 
 A model that N ranks could train together is served by any number of devices up to N, evenly or not, since sub-layers
 and key-value heads are independent units. Where there are more devices than key-value heads, each head is held by
@@ -24,7 +24,7 @@ from kraken_train.parallel.sharding import UnitRange, sharded_dims, share_units
 
 
 def share_model(config: ModelConfig, speeds: Sequence[float]) -> list[UnitRange]:
-    """What each of the devices of these relative speeds holds: `units` of `load_part`.
+    """The units that each of the devices of these relative speeds holds: `units` of `load_part`.
 
     Raises ConfigError where there are more devices than a model can be shared by.
     """
@@ -45,7 +45,7 @@ def load_part(
 ) -> LanguageModel:
     """The part of the export's model that has these `units`, connected to the others by `communicator`, for inference.
 
-    Of the weights only the part is read, one tensor at a time. Raises CheckpointError.
+    Reads only the part of each weight, one tensor at a time. Raises CheckpointError.
     """
     with torch.device("meta"):
         model = build_model(served_config(export.config, units), units=units, communicator=communicator)

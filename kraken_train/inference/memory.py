@@ -1,7 +1,6 @@
-"""Memory that serving takes on a device, known before anything is loaded.
+"""The memory that serving takes on a device, computed before anything is loaded.
 
-Counted are the weights and the key-value cache, which stay, and what a prompt needs besides while it is read: the
-activations of one layer and the logits.
+That is the weights and the key-value cache, and during a prompt the activations of one layer and the logits.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class ServingMemory:
 def serving_memory(
     config: ModelConfig, units: UnitRange, batch_size: int, capacity: int, dtype: torch.dtype, prompt_tokens: int = 0
 ) -> ServingMemory:
-    """What the part of the model that has these `units` takes, with a cache for `capacity` tokens of each sequence.
+    """The memory of the part of the model that has these `units`, with a cache for `capacity` tokens of each sequence.
 
     `prompt_tokens` is the longest prompt, by default the whole capacity.
     """
@@ -45,8 +44,8 @@ def serving_memory(
     rows, kv_heads, head_dim = model.cache_shape
     weights = sum(parameter.numel() for parameter in model.parameters())
     cache = 2 * model.num_layers * rows * batch_size * kv_heads * head_dim * capacity
-    # Most is alive within the FFN: x, what attention adds, their sum and its norm, the inner width twice; and besides,
-    # once for all rows, the embedding and a sum that is exchanged.
+    # The peak is within the FFN: x, the attention's output, their sum and its norm, the inner width twice; and once,
+    # for all rows, the embedding and the buffer of an all-reduce.
     tokens = batch_size * (prompt_tokens or capacity)
     inner = max(part.shape[-2] for name, part in model.named_parameters() if name.endswith("ffn.up.weight"))
     per_token = rows * (4 * config.hidden_size + 2 * inner) + 2 * config.hidden_size

@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 def started_ranks(device: str = "auto") -> Iterator[Runtime]:
     """This process among the ranks of the run, connected to the others; `device` is one of `DEVICES`.
 
-    What holds the connection, such as an engine, should be gone when the context ends: call a function in it. Raises
-    ConfigError where the ranks cannot meet or the device is not there.
+    References to the process group, such as an engine, must be gone when the context ends: create them in a function.
+    Raises ConfigError where the ranks cannot meet or the device does not exist.
     """
     runtime = replace(read_runtime(), use_gpu=choose_device(device).type == "cuda")
     runtime.configure_device()
@@ -40,14 +40,14 @@ def started_ranks(device: str = "auto") -> Iterator[Runtime]:
         if another_rank_ended(error):
             raise KrakenError(f"rank {runtime.rank}: another rank has ended, see its message") from error
         raise
-    # Not after an error: the others may never come to it. A group that something still refers to keeps its threads,
-    # and these can abort the interpreter at its end.
+    # Not after an error: the other ranks may never reach this call. A group that is still referenced keeps its threads,
+    # and these can abort the interpreter at exit.
     gc.collect()
     dist.destroy_process_group()
 
 
 def connect(runtime: Runtime) -> Communicator:
-    """What connects this rank's part of a model with the others, all ranks having one copy together."""
+    """The communicator of this rank's part of a model, of which all ranks together have one copy."""
     if runtime.world_size == 1:
         return LocalCommunicator()
     group = runtime.group or dist.group.WORLD
@@ -57,7 +57,7 @@ def connect(runtime: Runtime) -> Communicator:
 
 
 def on_all(runtime: Runtime, function: Callable[[], Result]) -> Result:
-    """Call `function` on every rank. What it raises as KrakenError on one of them is raised on all."""
+    """Call `function` on every rank. A KrakenError on one of them is raised on all."""
     result: Result | None = None
     failure: KrakenError | None = None
     try:

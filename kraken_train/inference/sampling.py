@@ -36,7 +36,7 @@ class Sampling:
             raise ConfigError(f"top_p={self.top_p} must be greater than 0 and at most 1")
 
     def generator(self, row: int) -> torch.Generator:
-        """The random numbers of a row: a stream of its own, whatever batch it is in."""
+        """The random numbers of a row: a stream of its own, independent of its batch."""
         digest = hashlib.sha256(f"{self.seed}/{row}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 

@@ -29,8 +29,8 @@ def start_engine(
 ) -> InferenceEngine:
     """This rank's engine for prompts of up to `prompt_tokens` tokens and as many new ones, on all ranks of the run.
 
-    `speeds` are those of the ranks' devices. Raises ConfigError, before any weight is read, where the devices cannot
-    do what is asked for, are more than the model can be shared by, or have too little memory; CheckpointError on all
+    `speeds` are those of the ranks' devices. Raises ConfigError, before any weight is read, where the devices do
+    not support `execution`, are too many to share the model, or have too little memory; CheckpointError on all
     ranks if one of them cannot read its part.
     """
     execution.require_device(runtime.device)

@@ -125,7 +125,7 @@ def generate_on_all(folder: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 def fails_on_rank_2(runtime: Runtime) -> list[str]:
-    """What each rank is told when one of them cannot read its part."""
+    """The error on each rank when one of them cannot read its part."""
 
     def function() -> str:
         if runtime.rank == 2:

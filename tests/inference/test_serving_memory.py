@@ -52,7 +52,7 @@ def test_bytes_follow_the_dtype_and_the_prompt() -> None:
     assert short.activations < wide.activations / 2
 
 
-def test_too_little_memory_is_told_for_each_device() -> None:
+def test_the_error_names_the_memory_of_each_device() -> None:
     needs = [ServingMemory(3 * 2**30, 2**30, 2**29), ServingMemory(2**30, 2**29, 0)]
     require_memory(needs, [5 * 2**30, 2 * 2**30], "the export e")
     with pytest.raises(ConfigError) as error:

@@ -77,7 +77,7 @@ def test_the_same_text_on_every_rank_and_in_one_process(report: Report, folder: 
     assert report["texts"][temperature] == [expected] * 4
 
 
-def test_an_error_of_one_rank_is_told_on_all(report: Report) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(report: Report) -> None:
     assert report["failure"] == ["CheckpointError: rank 2: e/model.safetensors cannot be read"] * 4
 
 

@@ -1,4 +1,4 @@
-"""On ranks: trains small models through the real engine; what PyTorch's tracker of memory saw, and who said how much.
+"""On ranks: trains small models through the real engine; memory as PyTorch's tracker counts it, and collectives.
 
 `kraken_train.planning` predicts both. The bytes and collectives are those of the first rank.
 """

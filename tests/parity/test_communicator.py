@@ -89,8 +89,10 @@ def test_checksums_name_the_parameter_and_the_rank(launched: Launched, ranks: in
         if "layers" in name and ranks == size:  # nobody else holds it
             assert found[f"{name} flipped"] == ""
         else:
-            told = f"{name} is not the same on all ranks that hold it: rank {ranks - 1} has other bits than the first"
-            assert found[f"{name} flipped"].startswith(told)
+            message = (
+                f"{name} is not the same on all ranks that hold it: rank {ranks - 1} has other bits than the first"
+            )
+            assert found[f"{name} flipped"].startswith(message)
 
 
 @pytest.mark.parametrize(("ranks", "size"), PLACES)

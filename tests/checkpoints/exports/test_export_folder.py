@@ -1,4 +1,4 @@
-"""Exports: what is written is what is read, and damage is told in one message."""
+"""Exports: written and read again, and one message for each kind of damage."""
 
 from __future__ import annotations
 

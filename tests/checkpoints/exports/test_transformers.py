@@ -199,7 +199,7 @@ def test_what_cannot_be_imported(cases: Path, tmp_path: Path) -> None:
     assert "model-00001-of-00002.safetensors is missing" in attempt()
     index["weight_map"]["final_norm.weight"] = "../../elsewhere.safetensors"
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "which is not a file beside it" in attempt()
+    assert "which is not a file in the same folder" in attempt()
     (tmp_path / "m" / "model.safetensors.index.json").unlink()
     (tmp_path / "m" / "adapter_model.safetensors").touch()
     assert "holds an adapter" in attempt()

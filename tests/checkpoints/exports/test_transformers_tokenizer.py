@@ -65,7 +65,7 @@ def test_sentencepiece_is_the_same(make: Any, settings: dict[str, Any], tmp_path
     assert settings["model_max_length"] == 128
 
 
-def test_what_is_not_the_same_is_told(tmp_path: Path) -> None:
+def test_a_note_on_ids_that_differ(tmp_path: Path) -> None:
     """NFKC of `tokenizers` goes by graphemes."""
     note = write_transformers_tokenizer(foreign(model_type="unigram"), tmp_path, 128)
     assert note is not None
@@ -74,7 +74,7 @@ def test_what_is_not_the_same_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer.json").exists()
 
 
-def test_what_has_no_such_form_is_told(tmp_path: Path) -> None:
+def test_a_note_on_a_kind_that_cannot_be_converted(tmp_path: Path) -> None:
     note = write_transformers_tokenizer(foreign(model_type="char", character_coverage=1.0, hard_vocab_limit=False),
                                         tmp_path, 128)  # fmt: skip
     assert note is not None
