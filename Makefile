@@ -41,12 +41,14 @@ lint: setup  ## check style, types and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-format: setup  ## fix what ruff can fix, and format
+format: setup  ## fix what ruff can fix, format, and write the comments in conf/
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	PYTHONPATH=. $(BIN)/python tests/test_conf_comments.py
 
+# Not with --quiet, under which --strict counts no warnings.
 docs: $(VENV)/.docs-ready  ## build the documentation into site/, with links checked
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Versions that constraints.txt has are kept where they still fit; with UPGRADE=--upgrade the newest are chosen.
 constraints:  ## write constraints.txt: a version of every package, within the ranges of pyproject.toml

@@ -29,12 +29,12 @@ EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
 class ExportConfig:
     """See conf/export.yaml."""
 
-    run_dir: FilePath
-    output_dir: FilePath
-    step: int | None  # null: the newest undamaged checkpoint
+    run_dir: FilePath  # folder of the training run
+    output_dir: FilePath  # folder to create
+    step: int | None  # optimizer step of the checkpoint; null: the newest undamaged one
     dtype: str  # fp32 | bf16
-    license: Name | None  # of the model card
-    log_artifact: bool  # add the export to the run in Weights & Biases
+    license: Name | None  # for the model card, such as apache-2.0; null: none
+    log_artifact: bool  # add the export to the run's project in Weights & Biases
 
     def validate(self) -> None:
         require_choice("dtype", self.dtype, tuple(DTYPES))
@@ -89,5 +89,9 @@ def export(config: ExportConfig) -> None:
         print(f"logged as an artifact of run {tracked.run_id} in project {tracked.tracking.project}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(export, ExportConfig, "export")
+
+
+if __name__ == "__main__":
+    main()

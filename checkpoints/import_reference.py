@@ -41,10 +41,10 @@ DIMENSIONS_IN_SHAPES = {
 class ImportConfig:
     """See conf/import_reference.yaml."""
 
-    checkpoint: FilePath
-    output_dir: FilePath
-    tokenizer_dir: FilePath | None
-    heads_per_sub_layer: int | None  # null: as in the checkpoint
+    checkpoint: FilePath  # the authors' ckpt.pt
+    output_dir: FilePath  # folder to create
+    tokenizer_dir: FilePath | None  # folder `tokenizer` of prepared data, to copy into the export; null: none
+    heads_per_sub_layer: int | None  # only if the checkpoint does not contain it; null: as in the checkpoint
 
     def validate(self) -> None:
         if self.heads_per_sub_layer is not None:
@@ -104,8 +104,8 @@ def infer_config(
     heads = heads_per_sub_layer or arguments.get("n_heads_in_split")
     if not isinstance(heads, int):
         raise CheckpointError(
-            "the checkpoint does not say how many heads a sub-layer has (model_args.n_heads_in_split), and weights "
-            "cannot show it; give heads_per_sub_layer=NUMBER"
+            "the checkpoint does not contain the number of heads of a sub-layer (model_args.n_heads_in_split), and the "
+            "weights do not show it; give heads_per_sub_layer=NUMBER"
         )
     config = KrakenConfig(
         num_sub_layers=num_sub_layers,
@@ -131,5 +131,9 @@ def infer_config(
     return config
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(import_reference, ImportConfig, "import_reference")
+
+
+if __name__ == "__main__":
+    main()

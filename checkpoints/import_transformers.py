@@ -46,8 +46,9 @@ HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
 class ImportConfig:
     """See conf/import_transformers.yaml."""
 
-    model_dir: FilePath
-    output_dir: FilePath
+    model_dir: FilePath  # folder that save_pretrained has written for a model that was loaded from an export
+    output_dir: FilePath  # folder to create
+    # folder `tokenizer` of prepared data, to copy into the export; null: that of model_dir
     tokenizer_dir: FilePath | None
     dtype: str  # fp32 | bf16
 
@@ -172,5 +173,9 @@ def find_tokenizer(setting: str | None, model_dir: Path, stack: ExitStack) -> Pa
     return folder
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(import_transformers, ImportConfig, "import_transformers")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@ are listed, and the newest is described and verified. Every byte of that checkpo
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from checkpoints.training.manifest import POINTER, STEP_FOLDER, Checkpoint, read
 from checkpoints.training.store import WEIGHT_PREFIX, stored_tensors, verify_checkpoint
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import CheckpointError
+from kraken_train.common.help import make_parser
 
 INDEX = ".metadata"  # the file that every torch.distributed.checkpoint folder has
 OPTIMIZER_PREFIX = "optimizer."
@@ -164,9 +164,7 @@ def print_lines(lines: Sequence[tuple[str, str]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoints.inspect", description="Describe a training checkpoint and check every byte of it."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, a checkpoints folder or a run folder")
     folder = parser.parse_args(arguments).folder
     with user_errors(folder):

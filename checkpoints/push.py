@@ -31,10 +31,10 @@ COMMIT_MESSAGE = "Upload an export of kraken-train"
 class PushConfig:
     """See conf/push.yaml."""
 
-    export_dir: FilePath
-    repo: Name
-    private: bool
-    dry_run: bool
+    export_dir: FilePath  # folder that checkpoints.export has written
+    repo: Name  # ORG/NAME; it is created if it does not exist
+    private: bool  # visibility of a repository that is created
+    dry_run: bool  # print what would be uploaded, and upload nothing
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -108,5 +108,9 @@ def readable(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_entry(push, PushConfig, "push")
+
+
+if __name__ == "__main__":
+    main()

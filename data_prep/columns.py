@@ -1,4 +1,4 @@
-"""Text columns of Arrow tables in all of their encodings: plain, as a dictionary, or as runs of equal texts."""
+"""Text columns of Arrow tables in all encodings: plain, dictionary, and run-end encoded."""
 
 from __future__ import annotations
 
@@ -42,4 +42,4 @@ def plain_size(column: pa.Array) -> int:
         return pc.sum(lengths.take(column.indices)).as_py() or 0
     if isinstance(column, pa.RunEndEncodedArray):
         return plain_size(pc.run_end_decode(column))
-    return column.nbytes
+    return int(column.nbytes)

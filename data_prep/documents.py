@@ -1,7 +1,7 @@
-"""Documents, the blocks of a source that hold them, and what happens to records that are none.
+"""Documents, the blocks of a source that contain them, and the handling of records that are not documents.
 
-A source is cut into blocks, always the same ones, whoever reads it and wherever reading starts. A block is cheap to
-cut and to send to another process; finding documents in it is the work of `Block.records` and `find_documents`.
+A source is divided into blocks. The division is the same for every reader and from every start position. A block is
+cheap to make and to send to another process; `Block.records` and `find_documents` find the documents in it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TextRules:
 
 
 class Block(Protocol):
-    """Some consecutive records of a source; can be pickled."""
+    """Consecutive records of a source; can be pickled."""
 
     def records(self, bad_records: BadRecords) -> Iterator[tuple[str, object]]:
         """Place and value of each record; what cannot be read as one is reported to `bad_records`."""
@@ -116,7 +116,7 @@ class DocumentsOfBlocks:
 
 
 class BadRecords:
-    """Decides what happens to a record that is no document: raise DataError or count it, as the rules say."""
+    """Raises DataError for a record that is not a document, or counts it, by the rules."""
 
     def __init__(self, rules: TextRules | str) -> None:
         self.rules = TextRules(on_bad_record=rules) if isinstance(rules, str) else rules
@@ -146,7 +146,7 @@ class BadRecords:
             self.places[reason].append(place)
 
     def add(self, counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> None:
-        """What was counted elsewhere, in records that follow."""
+        """Add the counts of another process, for the records that follow."""
         self.counts.update(counts)
         for reason, more in places.items():
             self.places[reason] += more[: PLACES_SHOWN - len(self.places[reason])]
@@ -198,7 +198,7 @@ def too_long(max_document_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class RejectedRecord:
-    """Stands for a record that is too large to be given to anybody, or that cannot be found."""
+    """In place of a record that is too large to be passed on, or that cannot be found."""
 
     place: str
     reason: str

@@ -1,4 +1,4 @@
-"""From a block of records to tokens: what a worker does, and the result depends on the block and the settings alone."""
+"""From a block of records to tokens: the work of a worker. The result depends only on the block and the settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ class RoundTrips:
 class EncodedBlock:
     """The documents of a block. What was wrong with its other records is counted, or ends it in `failure`."""
 
-    tokens: NDArray  # (sum of lengths,) of all documents
+    tokens: NDArray[Any]  # (sum of lengths,) of all documents
     lengths: NDArray[np.int64]  # (documents,) tokens of each, its end included
     text_bytes: NDArray[np.int64]  # (documents,) UTF-8 bytes of each
     hashes: NDArray[np.uint64]  # (documents,) `text_hash` of each
@@ -78,7 +79,7 @@ class BlockEncoder:
         started = time.process_time()
         bad_records = BadRecords(self.rules)
         round_trips = RoundTrips()
-        parts: list[NDArray] = []
+        parts: list[NDArray[Any]] = []
         sizes: list[int] = []
         hashes: list[int] = []
         failure = None
@@ -116,10 +117,10 @@ class BlockEncoder:
             tokenizer_seconds=tokenizer_seconds,
         )
 
-    def _ended(self, ids: NDArray) -> NDArray:
+    def _ended(self, ids: NDArray[Any]) -> NDArray[Any]:
         return np.append(ids, ids.dtype.type(self.tokenizer.end_of_document)) if self.append_end_of_document else ids
 
-    def _check(self, document: Document, ids: NDArray, round_trips: RoundTrips) -> None:
+    def _check(self, document: Document, ids: NDArray[Any], round_trips: RoundTrips) -> None:
         if len(document.text) > LONGEST_CHECKED:
             return
         round_trips.checked += 1
@@ -139,7 +140,7 @@ class BlockEncoder:
 
 
 def _batch(documents: Iterator[Document]) -> Iterator[Document]:
-    """The next of `documents`, as many as are worth one call of a tokenizer."""
+    """The next of `documents`, as many as one call of a tokenizer takes."""
     size = 0
     for document in islice(documents, BATCH_DOCUMENTS):
         yield document

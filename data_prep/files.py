@@ -35,7 +35,7 @@ from kraken_train.common.files import require_regular
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 MOST_ROWS = 4096  # in a block
-# JSON may spell a byte of text with six, but hardly ever does; a longer line is not even taken into memory.
+# JSON may use six bytes for a byte of text, but rarely does; a longer line is not read into memory.
 LINE_BYTES_PER_TEXT_BYTE = 2
 LINE_EXTRA_BYTES = 1 << 20
 Span = tuple[int, int]  # positions [start, stop) in a file

@@ -7,8 +7,8 @@ tokenizer's end-of-document token. `format=megatron`: `NAME.bin` with `NAME.idx`
 write them; a NAME that begins with "val" belongs to the validation split.
 
 The tokens' files are linked: hard where the file system can (then no program may change them in place), else by a
-symbolic link (then they must stay where they are), else copied. Every token is read once, to know that it is one of
-the tokenizer's. How much text the tokens were made of is not known, so there are no bits per byte for such data.
+symbolic link (then they must stay where they are), else copied. Every token is read once, to check that the
+tokenizer has it. The size of the original text is not known, so there are no bits per byte for such data.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,8 @@ from data_prep.manifest import (
     probe_sha256,
 )
 from data_prep.output import attempt, finished_result
-from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
+from data_prep.tokenizer_settings import TokenizerSettings
+from data_prep.tokenizers import Tokenizer, build_tokenizer
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError, DataError
 from kraken_train.common.files import file_sha256, real_path
@@ -51,9 +53,10 @@ SAMPLE_TOKENS = 40
 class ForeignConfig:
     """See conf/foreign.yaml."""
 
+    # nanogpt: folder with train.bin and perhaps val.bin; megatron: folder of .bin/.idx pairs, or one of them
     source: FilePath
     format: str  # nanogpt | megatron
-    output_dir: FilePath
+    output_dir: FilePath  # folder to create
     tokenizer: TokenizerSettings
 
     def validate(self) -> None:
@@ -68,7 +71,7 @@ class ForeignConfig:
 
 @dataclass(frozen=True)
 class ForeignShard:
-    """One file of tokens, as its writer left it."""
+    """One file of tokens of another program."""
 
     path: Path
     dtype: np.dtype
@@ -187,13 +190,13 @@ def require_one_dtype(splits: dict[str, list[ForeignShard]]) -> np.dtype:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Taking over
+# Linking
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def take(shard: ForeignShard, folder: Path, name: str, tokenizer: Tokenizer) -> ShardEntry:
     """Link the tokens and write their index. Raises DataError for a token that the tokenizer has not."""
-    tokens: NDArray = np.memmap(shard.path, shard.dtype, mode="r")
+    tokens: NDArray[Any] = np.memmap(shard.path, shard.dtype, mode="r")
     bin_sha256, ends = scan(tokens, shard.path, tokenizer, find_ends=shard.lengths is None)
     lengths = np.diff(ends, prepend=0) if shard.lengths is None else shard.lengths
     if shard.lengths is None and tokens[-1] != tokenizer.end_of_document:
@@ -222,7 +225,7 @@ def take(shard: ForeignShard, folder: Path, name: str, tokenizer: Tokenizer) -> 
     )
 
 
-def scan(tokens: NDArray, path: Path, tokenizer: Tokenizer, find_ends: bool) -> tuple[str, NDArray[np.int64]]:
+def scan(tokens: NDArray[Any], path: Path, tokenizer: Tokenizer, find_ends: bool) -> tuple[str, NDArray[np.int64]]:
     """SHA-256 of the tokens, and the positions after each end of a document. Raises DataError for a foreign token."""
     checksum = hashlib.sha256()
     ends = [np.empty(0, np.int64)]
@@ -256,9 +259,9 @@ def link(source: Path, target: Path) -> str:
     return "copied"
 
 
-def main(config: ForeignConfig) -> None:
-    accept(config)
+def main() -> None:
+    run_entry(accept, ForeignConfig, "foreign")
 
 
 if __name__ == "__main__":
-    run_entry(main, ForeignConfig, "foreign")
+    main()

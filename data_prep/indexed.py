@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -88,8 +89,8 @@ class ShardWriter:
     As a context manager it closes on success and removes its temporary files on an exception. Memory grows by four
     bytes per document only.
 
-    With `lengths` (tokens of each document) it goes on behind documents that an earlier writer has synced to the
-    temporary file; what follows them there is cut off.
+    With `lengths` (tokens of each document) it appends to the documents that an earlier writer synced to the
+    temporary file; what follows them there is removed.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, lengths: Iterable[int] = ()) -> None:
@@ -127,14 +128,14 @@ class ShardWriter:
         self._write(ids)
         self._lengths.append(ids.size)
 
-    def append_many(self, tokens: NDArray, lengths: NDArray[np.integer]) -> None:
+    def append_many(self, tokens: NDArray[Any], lengths: NDArray[np.integer]) -> None:
         """Append documents, whose (sum of lengths,) ids follow one another. Raises DataError as `append` does."""
         if len(lengths) and int(lengths.max()) > LONGEST_SEQUENCE:
             raise DataError(f"{self.prefix}: a document of {lengths.max()} tokens exceeds {LONGEST_SEQUENCE}")
         self._write(tokens)
         self._lengths.extend(lengths.tolist())
 
-    def _write(self, ids: NDArray) -> None:
+    def _write(self, ids: NDArray[Any]) -> None:
         limits = np.iinfo(self.dtype)
         if ids.size and not limits.min <= int(ids.min()) <= int(ids.max()) <= limits.max:
             raise DataError(
@@ -237,7 +238,7 @@ class Shard:
                 f"{path} has {found} bytes, but its index says {expected}: it is {_short_or_foreign(found, expected)}; "
                 "copy it again or prepare the data again"
             )
-        self.tokens: NDArray = np.memmap(path, dtype=self.dtype, mode="r")
+        self.tokens: NDArray[Any] = np.memmap(path, dtype=self.dtype, mode="r")
 
     @property
     def num_tokens(self) -> int:
@@ -251,12 +252,12 @@ class Shard:
     def num_documents(self) -> int:
         return len(self.boundaries) - 1
 
-    def sequence(self, index: int) -> NDArray:
+    def sequence(self, index: int) -> NDArray[Any]:
         """(length,) tokens of sequence `index`, as a view into the file."""
         start = int(self.offsets[index]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[index])]
 
-    def document(self, index: int) -> NDArray:
+    def document(self, index: int) -> NDArray[Any]:
         """(length,) tokens of all sequences of document `index`."""
         first, last = int(self.boundaries[index]), int(self.boundaries[index + 1])
         parts = [self.sequence(i) for i in range(first, last)]
@@ -265,10 +266,11 @@ class Shard:
     def document_lengths(self) -> NDArray[np.int64]:
         """(num_documents,) tokens of each document."""
         ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])  # of sequences, in tokens
-        return np.diff(ends[self.boundaries])
+        lengths: NDArray[np.int64] = np.diff(ends[self.boundaries])
+        return lengths
 
 
-def _read_index(path: Path) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
+def _read_index(path: Path) -> tuple[np.dtype, NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Type, lengths, offsets and boundaries of an index file. Raises DataError."""
     size = file_size(path)
     raw = path.read_bytes()

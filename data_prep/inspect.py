@@ -6,7 +6,6 @@ grows by about 30 bytes per document.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_prep.indexed import Shard
 from data_prep.manifest import Manifest, SplitEntry, verify_quick
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import DataError
+from kraken_train.common.help import make_parser
 
 PICTURE = "document_lengths.png"
 LABEL_WIDTH = 11
@@ -51,7 +51,7 @@ def document_lengths(data_dir: Path, split: SplitEntry) -> NDArray[np.int64]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Words
+# Text
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -171,16 +171,14 @@ def bin_edges(shortest: int, longest: int) -> NDArray[np.float64]:
 
 
 def draw_shares(
-    axes: Axes, lengths: NDArray[np.int64], weights: NDArray, edges: NDArray, color: str, label: str
+    axes: Axes, lengths: NDArray[np.int64], weights: NDArray[Any], edges: NDArray[Any], color: str, label: str
 ) -> None:
     counts, _ = np.histogram(np.maximum(lengths, 1), edges, weights=weights)
     axes.stairs(100 * counts / counts.sum(), edges, color=color, fill=False, label=label)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.inspect", description="Describe prepared data and draw the lengths of its documents."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder that data_prep.prepare has written")
     parser.add_argument("--output", type=Path, help=f"PNG to write; by default DATA/{PICTURE}")
     options = parser.parse_args(arguments)

@@ -6,7 +6,7 @@ documents: the same documents in the same order, so the same tokens at the same 
 put in their order however they are named; other parts are taken in the order given.
 
 Shards are hard links to the parts' files, which then are the same bytes on disk under two names: deleting the parts
-afterwards frees nothing and harms nothing, and nobody may change them in place. Where a link is not possible (on
+afterwards is safe and frees no space, and no program may change them in place. Where a link is not possible (on
 another file system) they are copied, and their checksums compared meanwhile.
 
 The fingerprint covers the shards as files, so it is that of one machine's preparation only if shards happen to end
@@ -15,7 +15,6 @@ at the same documents; `data_prep.verify` prints a split's content, which is equ
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import hashlib
@@ -42,6 +41,7 @@ from data_prep.output import attempt, finished_result
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import DataError
 from kraken_train.common.files import BLOCK_BYTES, real_path
+from kraken_train.common.help import make_parser
 
 # In these parts may differ: shards may end anywhere, and the tokenizer is compared by its files.
 FREE_SETTINGS = ("source", "slice", "shard_tokens", "tokenizer")
@@ -217,8 +217,8 @@ def join_splits(parts: Sequence[Part], folder: Path) -> dict[str, SplitEntry]:
                 ways[bring_shard(part.path, entry, folder, renamed.name)] += 1
                 shards.append(renamed)
             splits[name] = SplitEntry(shards, splits[name].text_bytes + split.text_bytes)
-        told = ", ".join(f"{count} shard{'s' if count > 1 else ''} {way}" for way, count in ways.items())
-        print(f"{part.path}: {told}", flush=True)
+        summary = ", ".join(f"{count} shard{'s' if count > 1 else ''} {way}" for way, count in ways.items())
+        print(f"{part.path}: {summary}", flush=True)
     return {name: split for name, split in splits.items() if split.shards}
 
 
@@ -260,9 +260,7 @@ def print_summary(manifest: Manifest, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.merge", description="Join prepared folders; shards are linked where that is possible."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("parts", nargs="+", type=Path, metavar="PART", help="folder that data_prep.prepare has written")
     parser.add_argument("--output", type=Path, required=True, metavar="DATA", help="folder to create")
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""The output folder: it comes to exist complete, in one rename, or not at all.
+"""The output folder: it appears complete, by one rename, or not at all.
 
-All work happens in a hidden sibling, `.NAME.partial`. Its journal says how far the work has come; see
-data_prep/shard_builder.py. What an attempt that ended early has finished stays there, and the same command goes on from
-it. An attempt that has finished nothing leaves nothing.
+All work happens in a hidden sibling, `.NAME.partial`. Its journal records the progress; see
+data_prep/shard_builder.py. After an interruption the finished part stays there, and the same command continues from it.
+An attempt that has finished nothing leaves nothing.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _is_still(partial: Path, descriptor: int) -> bool:
 def _journal(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier attempt has finished, if anything. Raises DataError if its request was another."""
     try:
-        journal = json.loads((partial / JOURNAL_NAME).read_bytes())
+        journal: dict[str, Any] = json.loads((partial / JOURNAL_NAME).read_bytes())
         version, theirs, finished = journal["version"], journal["request"], "cursor" in journal
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         return None
@@ -179,7 +179,7 @@ def _journal(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     if found:
         raise DataError(
             f"an earlier attempt at this output_dir was interrupted and had another request ({'; '.join(found[:4])}); "
-            "repeat that one to go on, or drop what it has finished with resume=false"
+            "repeat that request to continue it, or delete its work with resume=false"
         )
     return journal
 
@@ -194,7 +194,7 @@ def _remove_all_but_journal(folder: Path) -> None:
 
 def _write_error(current: Attempt, folder: Path, error: OSError) -> DataError:
     left = (
-        f"what is finished is kept in {current.folder}, and the same command goes on from there"
+        f"what is finished is kept in {current.folder}, and the same command continues from there"
         if current.journal
         else "nothing was left there"
     )

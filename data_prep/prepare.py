@@ -10,9 +10,9 @@ Settings are in conf/prepare.yaml, conf/data/ and conf/tokenizer/. The result is
     validation_00000.bin/.idx, ...
     tokenizer/                  the tokenizer's files
 
-The source is read as blocks of about a megabyte (documents.py), which worker processes turn into tokens (workers.py,
-encoding.py), and which are written in the source's order (assembly.py). So the result depends neither on the number
-of workers nor on whether the work was interrupted: the same command goes on from the last finished piece.
+The source is read as blocks of about a megabyte (documents.py). Worker processes turn them into tokens (workers.py,
+encoding.py), which are written in the source's order (shard_builder.py). So the result depends neither on the number of
+workers nor on interruptions: the same command continues from the last finished piece.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from data_prep.output import Attempt, attempt, finished_result
 from data_prep.progress import Progress
 from data_prep.shard_builder import AssemblyRules, ShardBuilder, assemble
 from data_prep.sources import SourceSettings, open_source
-from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer, load_tokenizer
+from data_prep.tokenizer_settings import TokenizerSettings
+from data_prep.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from data_prep.workers import EncoderSettings, encode_blocks
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError, DataError
@@ -48,20 +49,22 @@ from kraken_train.common.validation import require_at_least, require_positive
 class PrepareConfig(SourceSettings):
     """conf/prepare.yaml, which says what each setting means."""
 
-    output_dir: FilePath
+    output_dir: FilePath  # folder to create
     tokenizer: TokenizerSettings
-    validation_fraction: float = 0.005
-    max_documents: int | None = None
-    shard_tokens: int = 500_000_000
+    validation_fraction: float = 0.005  # of all documents, chosen by a hash of their text; 0: no validation split
+    max_documents: int | None = None  # documents to use, from the first; null: all
+    shard_tokens: int = 500_000_000  # tokens per shard, at least one document
+    # fail | skip: broken lines, invalid UTF-8, missing fields, texts above max_document_bytes
     on_bad_record: str = "fail"
-    on_short_document: str = "skip"
-    normalization: str = "none"
-    min_length: int = 1
-    drop_duplicates: bool = False
-    append_end_of_document: bool = True
+    on_short_document: str = "skip"  # fail | skip: texts without a visible character or below min_length
+    normalization: str = "none"  # none | NFC | NFKC, before everything that follows
+    min_length: int = 1  # characters of a document, at least
+    drop_duplicates: bool = False  # keep only the first of equal texts
+    append_end_of_document: bool = True  # end each document with the tokenizer's end-of-document token
+    # PART/PARTS, as in 3/16: prepare one part of the source, for data_prep.merge; null: all of it
     slice: Text | None = None
-    num_workers: int | None = None
-    resume: bool = True
+    num_workers: int | None = None  # processes that tokenize; null: one per usable core; 0: none, this process does it
+    resume: bool = True  # continue from what an interrupted attempt has finished; false: start anew
 
     def __post_init__(self) -> None:
         self.validate()
@@ -123,7 +126,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         dtype = token_dtype(tokenizer.vocab_size)
         with ShardBuilder(current, dtype, config.assembly_rules, config.text_rules, started) as assembly:
             if current.journal:
-                print(f"going on behind the {assembly.documents:,} documents of an earlier attempt", flush=True)
+                print(f"continuing after the {assembly.documents:,} documents of an earlier attempt", flush=True)
             tokenize(config, source, tokenizer, assembly)
             splits = assembly.finish(needs_both_splits=config.part == WHOLE)
         if "train" not in splits:
@@ -223,9 +226,9 @@ def print_summary(manifest: Manifest, assembly: ShardBuilder, output: Path, seco
     print(f"prepared {output} in {seconds:.0f} s")
 
 
-def main(config: PrepareConfig) -> None:
-    prepare(config)
+def main() -> None:
+    run_entry(prepare, PrepareConfig, "prepare")
 
 
 if __name__ == "__main__":
-    run_entry(main, PrepareConfig, "prepare")
+    main()

@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, phase: str, fraction: Callable[[], float] | None = None) -> None:
         self.phase = phase
         self._fraction = fraction
-        self._first_fraction: float | None = None  # an attempt that goes on does not begin at 0
+        self._first_fraction: float | None = None  # a continued attempt does not begin at 0
         self.documents = self.text_bytes = self.tokens = 0
         self._console = Console(stderr=True)
         self._status = self._console.status(phase) if self._console.is_terminal else None

@@ -1,7 +1,7 @@
-"""Token ids compared with what the tokenizer gives, where the text that they were made of is no longer at hand.
+"""Compares token ids with those of the tokenizer, without the text that they were made of.
 
-The text itself is not needed: any text will do that the tokenizer sees as the same. Ids say which, if all of it is in
-them, and then other ids for it prove that these were not made by this tokenizer:
+Any text that the tokenizer treats as equal to the original is enough. If the ids determine such a text and the
+tokenizer gives it other ids, then this tokenizer has not made them:
 
     a trained SentencePiece model with bytes, GPT-2's and those like it: decoding loses nothing
     other SentencePiece models: the pieces are the text after normalization, if normalizing what they spell gives it

@@ -1,9 +1,9 @@
-"""Puts encoded blocks together, in order, and remembers how far it has come.
+"""Writes encoded blocks to shards, in order, and records the progress.
 
 The work of `.NAME.partial` is cut into pieces: what was written between two journals. A piece ends every
 `PIECE_SECONDS`: all files are synced, then the journal is replaced, which names the last block (`cursor`) and holds all
-counts and the state of both splits. After a crash, files are cut back to what the journal says, and blocks are read
-from behind its cursor on. What is written does not depend on where pieces end.
+counts and the state of both splits. After a crash, files are truncated to what the journal records, and reading
+continues behind its cursor. What is written does not depend on where pieces end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AssemblyRules:
 
 
 class ShardBuilder:
-    """What is written so far. A context manager that closes its files.
+    """Writes the shards of all splits. A context manager that closes its files.
 
     Attributes:
         cursor: behind the last block

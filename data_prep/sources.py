@@ -31,14 +31,16 @@ WHAT_SOURCES_ARE = (
 class SourceSettings:
     """The settings that say what to read (conf/prepare.yaml)."""
 
-    source: FilePath
-    text_field: Text = "text"
-    dataset_config: Text | None = None
-    dataset_split: Text = "train"
-    dataset_revision: Text | None = None
-    dataset_streaming: bool = True
+    source: FilePath  # .txt, .jsonl[.gz|.zst] or .parquet file, a folder of them, a Hugging Face dataset, or "embedded"
+    text_field: Text = "text"  # field or column that holds the text
+    dataset_config: Text | None = None  # configuration of a Hugging Face dataset; null: its default
+    dataset_split: Text = "train"  # split of a Hugging Face dataset
+    dataset_revision: Text | None = None  # branch, tag or commit of a Hugging Face dataset; null: its main branch
+    dataset_streaming: bool = True  # read a Hugging Face dataset over the network; false: download all of it first
+    # attempts to continue a Hugging Face dataset after a failure, with no row in between; 0: end at the first one
     dataset_retries: int = 5
-    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES  # of UTF-8
+    # longest text, in UTF-8 bytes; a worker may need 100 times as much memory
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
 
 
 def open_source(settings: SourceSettings) -> Source:

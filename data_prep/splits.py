@@ -30,7 +30,7 @@ def positions(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 class SplitWriter:
-    """Writes the documents of one split to shards `NAME_00000`, `NAME_00001`, ..., and can go on after a crash.
+    """Writes the documents of one split to shards `NAME_00000`, `NAME_00001`, ..., and can continue after a crash.
 
     `sync` brings all to the disk and returns a state. A writer made with that state removes what was written later.
     The tokens of a shard that is not full are in its temporary file, and the documents' lengths in `.NAME.lengths`.
@@ -61,7 +61,7 @@ class SplitWriter:
         if len(lengths):
             self._writer = _KeptShardWriter(self._prefix(), dtype, lengths.tolist())
 
-    def append(self, tokens: NDArray, lengths: NDArray[np.int64], text_bytes: int) -> None:
+    def append(self, tokens: NDArray[Any], lengths: NDArray[np.int64], text_bytes: int) -> None:
         """Append documents, whose (sum of lengths,) tokens follow one another."""
         self.text_bytes += text_bytes
         self._lengths.write(lengths.astype("<i4").tobytes())
@@ -81,7 +81,7 @@ class SplitWriter:
                 self._finish_shard()
 
     def sync(self) -> dict[str, Any]:
-        """Wait until the disk has all, and return what a later writer needs to go on from here."""
+        """Wait until the disk has all, and return what a later writer needs to continue from here."""
         if self._writer:
             self._writer.sync()
         self._lengths.flush()

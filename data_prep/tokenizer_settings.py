@@ -15,15 +15,15 @@ KINDS = ("sentencepiece", "sentencepiece_model", "gpt2", "huggingface")
 class TokenizerSettings:
     """conf/tokenizer/KIND.yaml lists those that belong to a kind."""
 
-    kind: str
-    path: FilePath | None = None  # sentencepiece_model: model file; huggingface: tokenizer.json or its folder
-    end_of_document: Text | None = None  # token that ends a document; None takes the tokenizer's own
-    vocab_size: int = 8000  # tokens, end of document and bytes included
-    model_type: str = "bpe"
-    byte_fallback: bool = True
-    character_coverage: float = 0.9995
-    max_training_documents: int = 1_000_000
-    max_training_bytes: int = 30_000_000
+    kind: str  # sentencepiece (trained on the source) | sentencepiece_model | gpt2 | huggingface
+    path: FilePath | None = None  # sentencepiece_model: model file; huggingface: tokenizer.json or a folder with one
+    end_of_document: Text | None = None  # token that ends a document; null: the tokenizer's end-of-sentence token
+    vocab_size: int = 8000  # tokens, with end of document and bytes
+    model_type: str = "bpe"  # bpe | unigram
+    byte_fallback: bool = True  # encode unknown characters as UTF-8 bytes, so that nothing is lost
+    character_coverage: float = 0.9995  # fraction of the text's characters that get a token of their own
+    max_training_documents: int = 1_000_000  # documents to choose the training text from, from the first
+    max_training_bytes: int = 30_000_000  # UTF-8 bytes of training text
 
     def __post_init__(self) -> None:
         require_choice("tokenizer.kind", self.kind, KINDS)

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     words: re.Pattern[str] | None  # finds the parts of a text that are encoded independently, if that is known
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """Token ids of each text, without begin, end or other added tokens; what looks like one is text.
+        """Token ids of each text, without begin, end or other added tokens; text that looks like such a token is text.
 
         All that becomes ids passes through here, or through `CachedTokenizer`, which gives the same.
         """

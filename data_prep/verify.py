@@ -1,21 +1,21 @@
 """Read all of a prepared folder and compare it with its manifest: python -m data_prep.verify DATA
 
-Training only probes the tokens when it starts. This reads every byte, for example after copying a data set. What it
-prints as a split's content depends on the documents alone: splits with equal contents read the same, however their
-documents are divided among shards.
+Training only probes the tokens when it starts. This command reads every byte, for example after a copy. The content of
+a split that it prints depends only on the documents: it is equal for equal documents, however they are divided among
+shards.
 
-A sample of each shard's documents is turned into text and encoded again, and the ids are compared; recovery.py says
-when that proves something, and how many documents could not be compared is printed. Other ids are an error in data that
-were prepared here, and only told of data that another program has encoded, since it may have had other rules.
+A sample of each shard's documents is decoded and encoded again, and the ids are compared. Not all tokenizers allow this
+comparison (recovery.py); the number of documents that could not be compared is printed. Different ids are an error in
+data that data_prep.prepare has encoded, and a note for data of another program, which may follow other rules.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from data_prep.recovery import Recovery
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import DataError
+from kraken_train.common.help import make_parser
 
 BLOCK_BYTES = 1 << 24  # read at once; a multiple of every token's size
 SAMPLE_CHARACTERS = 200
@@ -87,7 +88,7 @@ class Content:
     def add_tokens(self, raw: bytes) -> None:
         self._tokens.update(raw)
 
-    def add_lengths(self, lengths: NDArray) -> None:
+    def add_lengths(self, lengths: NDArray[Any]) -> None:
         self._lengths.update(lengths.astype("<i8").tobytes())
 
     def hexdigest(self) -> str:
@@ -130,7 +131,7 @@ def verify_shard(data_dir: Path, entry: ShardEntry, manifest: Manifest, content:
         verify_ends(path, shard, lengths, manifest.tokenizer.end_of_document)
 
 
-def verify_ends(path: Path, shard: Shard, lengths: NDArray, end_of_document: int) -> None:
+def verify_ends(path: Path, shard: Shard, lengths: NDArray[Any], end_of_document: int) -> None:
     empty = np.flatnonzero(lengths == 0)
     if len(empty):
         raise DataError(f"{path}: document {empty[0]} is empty, without the token that ends it; {AGAIN}")
@@ -175,7 +176,7 @@ def compare_ids(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) -> str
     return f"of {compared:,} documents encoded again, {result}{rest}"
 
 
-def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, NDArray]]:
+def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, NDArray[Any]]]:
     """(number, tokens) of the split's first document, the one in the middle and the last."""
     for number in sorted({0, split.documents // 2, split.documents - 1}):
         first = 0
@@ -186,13 +187,13 @@ def sample_documents(data_dir: Path, split: SplitEntry) -> Iterator[tuple[int, N
             first += entry.documents
 
 
-def beginning(document: NDArray, tokenizer: Tokenizer) -> str:
+def beginning(document: NDArray[Any], tokenizer: Tokenizer) -> str:
     ids = [int(i) for i in document[: 4 * SAMPLE_CHARACTERS]]
     return tokenizer.decode([i for i in ids if i != tokenizer.end_of_document])[:SAMPLE_CHARACTERS]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check every byte of a data set.")
+    parser = make_parser(__doc__)
     parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder that data_prep.prepare has written")
     data_dir = parser.parse_args(arguments).data_dir
     with user_errors(data_dir):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class CachedTokenizer:
         self._code = "H" if self.dtype.itemsize == 2 else "i"
         self._known: dict[str, bytes] = {}
 
-    def encode_batch(self, texts: list[str]) -> list[NDArray]:
+    def encode_batch(self, texts: list[str]) -> list[NDArray[Any]]:
         """(length,) ids of each text, equal to `tokenizer.encode_batch`."""
         if self.tokenizer.words is None:
             return [np.array(ids, dtype=self.dtype) for ids in self.tokenizer.encode_batch(texts)]

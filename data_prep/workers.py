@@ -1,7 +1,7 @@
-"""Worker processes that turn blocks into tokens, and hand them back in order.
+"""Worker processes that turn blocks into tokens, returned in order.
 
-Each worker gets its next block while it still works on one. What is being worked on or waits for its turn to be
-written is bounded in bytes, so memory does not grow with the source, nor with one slow block.
+Each worker gets its next block while it still works on one. The blocks in work and those that wait to be written are
+limited in bytes, so memory grows neither with the source nor with one slow block.
 
 Workers are started afresh, not forked: libraries with threads of their own do not survive a fork. They use one thread
 each and end with their parent, however that ends.
@@ -128,7 +128,7 @@ def _ready(workers: list[_Worker]) -> list[_Worker]:
 
 @contextmanager
 def _alive(worker: _Worker) -> Iterator[None]:
-    """Turns a connection that ends into a DataError that says what became of the worker."""
+    """Turns a closed connection into a DataError that says how the worker ended."""
     try:
         yield
     except (EOFError, OSError) as error:
@@ -137,7 +137,7 @@ def _alive(worker: _Worker) -> Iterator[None]:
         how = f"signal {-code}, {signal.strsignal(-code)}" if code and code < 0 else f"exit code {code}"
         memory = "; most often the system's memory ran out, so try a smaller num_workers" if code == -9 else ""
         raise DataError(
-            f"a worker process died ({how}){memory}; what is finished is kept, and the same command goes on from there"
+            f"a worker process died ({how}){memory}; what is finished is kept; the same command continues from there"
         ) from error
 
 

@@ -31,10 +31,13 @@ class ParallelConfig:
     The copies are data parallel. A Kraken is divided by sub-layers, a baseline by attention heads.
     """
 
+    # ranks that share one copy of the model; it divides the number of ranks and the model's num_sub_layers (a GPT's
+    # num_heads)
     sub_layer_parallel_size: int
-    vocab_parallel: bool  # divide the embedding, the head and the cross-entropy too, by rows of the vocabulary
-    reduce_dtype: str | None  # bf16 | fp32: what sums over the ranks of a copy are computed in; null: the precision
-    verify_every: int  # optimizer steps between checks that equal weights are equal; 0: at start and checkpoints only
+    vocab_parallel: bool  # shard the embedding, the head and the cross-entropy as well, by rows of the vocabulary
+    reduce_dtype: str | None  # bf16 | fp32: number format of the sums over the ranks of a copy; null: that of precision
+    # optimizer steps between checks that equal weights are equal on all ranks; 0: only at the start and at checkpoints
+    verify_every: int
 
     def validate(self) -> None:
         require_positive("parallel.sub_layer_parallel_size", self.sub_layer_parallel_size)
@@ -74,9 +77,11 @@ class ParallelConfig:
 class EngineConfig:
     """How a step is computed."""
 
-    zero_stage: int  # 1 shards the optimizer state over the data-parallel ranks, 2 the gradients as well
-    activation_checkpointing: bool  # keep no activations within attention and FFN, compute them again when needed
-    compile: bool  # torch.compile attention and FFN
+    # DeepSpeed's ZeRO: 1 shards the optimizer state over the data-parallel ranks, 2 the gradients as well
+    zero_stage: int
+    # recompute the activations of attention and FFN in the backward pass instead of keeping them
+    activation_checkpointing: bool
+    compile: bool  # torch.compile attention, FFN and the loss; the first step then takes a minute
 
     def validate(self) -> None:
         if self.zero_stage not in (1, 2):
@@ -89,9 +94,9 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int  # optimizer steps; a checkpoint is also written after the last step
-    keep: int  # how many of the newest checkpoints stay on disk
-    asynchronous: bool  # write in the background while training goes on
+    every: int  # optimizer steps; the last step is saved as well
+    keep: int  # checkpoints that stay on disk, the newest ones
+    asynchronous: bool  # write in the background while training continues
 
     def validate(self) -> None:
         require_positive("checkpoint.every", self.every)
@@ -100,8 +105,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every: int  # optimizer steps; also after the last step; 0 means never
-    samples: int  # samples of the validation split, from its start
+    every: int  # optimizer steps; the last step is validated as well; 0: never
+    samples: int  # samples, from the start of the validation split
 
     def validate(self) -> None:
         require_at_least("validation.every", self.every, 0)
@@ -112,14 +117,22 @@ class ValidationConfig:
 class HealthConfig:
     """What is done when a run does not go well; see `kraken_train.health.loss_monitor` for what a spike is."""
 
-    step_seconds: float  # without a step, save, validation or restore end the job; 3 times that before the first step
-    straggler_factor: float  # a rank that needs so many times longer than the median one is told; 0: never
+    # time without a step, save, validation or restore after which the job ends, and three times that before the first
+    # step; all ranks write their stacks to RUN_DIR/starts/NUMBER/logs first, as they do after `kill -USR2 PROCESS`;
+    # less than the 1800 s after which collectives time out without such a message; 0: never
+    step_seconds: float
+    # warn about a rank whose own work takes so many times longer than that of the median rank; 0: never
+    straggler_factor: float
     nonfinite: str  # stop | rollback: after max_nonfinite_steps
-    loss_spike: str  # ignore | stop | rollback
-    spike_factor: float  # deviations above the median
-    spike_window: int  # losses that the median and the deviation are of
-    spike_steps: int  # in a row
-    max_rollbacks: int  # before a start gives up getting past the same step
+    # ignore | stop | rollback: to the newest checkpoint before the spike, and on with the data after it; a spike is
+    # spike_steps losses in a row, each above median + spike_factor * deviation of the last spike_window ones; nothing
+    # is saved meanwhile
+    loss_spike: str
+    # deviations above the median; the deviation is the median absolute one, at least 1% of the median
+    spike_factor: float
+    spike_window: int  # losses of which the median and the deviation are computed
+    spike_steps: int  # losses in a row that make a spike
+    max_rollbacks: int  # rollbacks of a start before the same step; after them it stops
 
     def validate(self) -> None:
         require_at_least("health.step_seconds", self.step_seconds, 0)
@@ -138,14 +151,14 @@ class TrackingConfig:
     """A copy of the run's metrics and events in Weights & Biases or TensorBoard."""
 
     kind: str  # wandb | tensorboard
-    mode: str  # online | offline | off
-    project: Name
-    entity: Name | None
-    name: Name | None
-    group: Name | None
-    tags: tuple[Name, ...]
-    notes: Name | None
-    finish_seconds: float  # at the end of training, for the copy to become complete
+    mode: str  # online | offline (W&B: in RUN_DIR/wandb, for `wandb sync`) | off
+    project: Name  # project in W&B
+    entity: Name | None  # user or team in W&B; null: the default one
+    name: Name | None  # name of the run; null: that of the run folder
+    group: Name | None  # group of runs; null: none
+    tags: tuple[Name, ...]  # tags of the run
+    notes: Name | None  # a text about the run; null: none
+    finish_seconds: float  # longest wait at the end of training for data that has not been sent
 
     def validate(self) -> None:
         require_choice("tracking.kind", self.kind, ("wandb", "tensorboard"))
@@ -160,20 +173,27 @@ class TrainConfig:
     """A training run; see conf/train.yaml for the defaults."""
 
     model: ModelSettings  # parsed with the data's vocabulary by `parse_model`
-    data_dir: FilePath | dict[str, Any]  # a prepared folder, or several with their weights, see `data_shares`
-    run_dir: FilePath
-    init_from: FilePath | None  # an export whose weights a new run starts with; null: they are drawn from the seed
+    # folder that data_prep.prepare has written, or several with weights: {data/web: 0.7, data/books: 0.3}
+    data_dir: FilePath | dict[str, Any]
+    run_dir: FilePath  # folder of the run: checkpoints, metrics, logs
+    # export of the same model, whose weights a new run starts with; null: initial weights are drawn from the seed
+    init_from: FilePath | None
     max_steps: int  # optimizer steps
-    global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks and micro-batches
-    micro_batch_size: int  # samples per rank and forward pass
-    seed: int
-    precision: str  # auto: as the run began, else bf16 where all devices have it natively; bf16 (fp32 masters) | fp32
-    resume: str  # auto: continue if the run folder has a checkpoint; never; must
-    max_nonfinite_steps: int  # this many skipped steps in a row stop the run, when their results are read
-    log_every: int  # optimizer steps after which results are read from the device, as they are at validations and saves
-    peak_tflops: float | None  # the device's peak for the MFU; null: from a table, or measured on a CPU
-    rendezvous_seconds: float  # for all ranks to start; then those that are there name the others, and end
-    watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: never
+    global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks
+    micro_batch_size: int  # samples per rank and forward pass; gradients are accumulated up to global_batch_size
+    seed: int  # of the initial weights and of the order of samples
+    # bf16 (with fp32 master weights and accumulation) | fp32 | auto: bf16 where every rank's device computes it
+    # natively (CUDA from compute capability 8.0, CPUs with AMX-BF16 or AVX512-BF16), else fp32; a continued run keeps
+    # its precision
+    precision: str
+    resume: str  # auto: continue if the run folder has a checkpoint | never | must
+    # a step whose loss or gradient is not finite is skipped; after so many in a row health.nonfinite applies
+    max_nonfinite_steps: int
+    # optimizer steps between reads of the results from the device; requests to stop are answered then, too
+    log_every: int
+    peak_tflops: float | None  # peak of a device, for the MFU; null: from a table of GPUs; a CPU is measured
+    rendezvous_seconds: float  # time for all ranks to start; then those that started name the missing ones and end
+    watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: no watchdog
     optim: AdamWConfig
     schedule: AnySchedule
     parallel: ParallelConfig

@@ -27,8 +27,8 @@ class DeriveConfig:
     """See conf/derive.yaml."""
 
     model: ModelSettings
-    num_sub_layers: int
-    tolerance: float
+    num_sub_layers: int  # sub-layers of the Kraken to find
+    tolerance: float  # largest relative difference of the parameter counts
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -172,7 +172,7 @@ def as_table(candidates: list[Candidate]) -> Table:
     return table
 
 
-def main(config: DeriveConfig) -> None:
+def print_candidates(config: DeriveConfig) -> None:
     """Print the candidates and how to train the best one."""
     if config.model.get("vocab_size") is None:
         raise ConfigError("model.vocab_size is not set, and the parameters depend on it; give model.vocab_size=NUMBER")
@@ -190,5 +190,9 @@ def main(config: DeriveConfig) -> None:
             )
 
 
+def main() -> None:
+    run_entry(print_candidates, DeriveConfig, "derive")
+
+
 if __name__ == "__main__":
-    run_entry(main, DeriveConfig, "derive")
+    main()

@@ -51,23 +51,28 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 class EvaluateConfig:
     """See conf/evaluate.yaml."""
 
-    export_dir: FilePath
-    batch_size: int  # windows or requests
+    export_dir: FilePath  # folder that checkpoints.export has written
+    batch_size: int  # windows, or requests of a task, in a batch; results do not depend on it
     device: str  # auto | cpu | cuda
-    output: FilePath | None  # JSON file
-    table: FilePath | None  # Markdown file
-    record: bool
+    output: FilePath | None  # JSON file to write; null: none
+    table: FilePath | None  # Markdown file to write; null: none
+    record: bool  # record the results in the export: in evaluation.json and its model card
+    # prepared data, for the perplexity; ranks of torchrun or deepspeed share the work; null: no perplexity
     data_dir: FilePath | None
-    split: str
-    mode: str  # stream | documents
-    stride: int | None  # tokens
-    dtype: str  # fp32 | fp64
-    suite_data: FilePath | None  # folder of JSONL files
-    tasks: list[str] | None
-    missing: str  # error | skip
-    limit: int | None  # documents per task
+    split: str  # validation | train
+    mode: str  # stream: one sequence, cut as in training | documents: each document on its own
+    # tokens from the start of one window to that of the next; null: context_length in mode stream, half of it in mode
+    # documents; context_length in mode documents gives the bits per byte of lm-evaluation-harness
+    stride: int | None
+    dtype: str  # fp32 | fp64; the batch size changes results by less than 1e-7 in fp32 and 1e-12 in fp64
+    # folder of JSONL files for the suite, in the Hub's schema, named as in conf/suite; null: from the Hub
+    suite_data: FilePath | None
+    tasks: list[str] | None  # tasks of the suite to run, such as [boolq,copa]; null: all
+    missing: str  # error | skip: what to do with a task whose file suite_data lacks (the table shows it)
+    limit: int | None  # documents per task, for trials, whose results are not recorded in the export; null: all
+    # folder for the definitions of offline tasks, for `lm_eval --include_path`; null: a temporary one
     task_dir: FilePath | None
-    suite: Suite | None = None
+    suite: Suite | None = None  # file of conf/suite; null: no suite
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -98,7 +103,7 @@ class EvaluateConfig:
                 raise ConfigError(f"{name}={path} is not a folder")
 
 
-def main(config: EvaluateConfig) -> None:
+def evaluate_export(config: EvaluateConfig) -> None:
     runtime = read_runtime()
     if config.suite is not None:
         if runtime.world_size > 1:
@@ -233,5 +238,9 @@ def print_suite(result: SuiteResult) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table, markup=False)
 
 
+def main() -> None:
+    run_entry(evaluate_export, EvaluateConfig, "evaluate")
+
+
 if __name__ == "__main__":
-    run_entry(main, EvaluateConfig, "evaluate")
+    main()

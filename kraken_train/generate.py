@@ -31,20 +31,26 @@ from kraken_train.parallel.ranks import Runtime
 class GenerateConfig:
     """See conf/generate.yaml."""
 
-    export_dir: FilePath
-    prompt: Text | None
+    export_dir: FilePath  # folder that checkpoints.export has written
+    prompt: Text | None  # text to continue; "" begins a document; null: prompts_file has the prompts
+    # file with a prompt on each line; the output has a JSON string with prompt and continuation for each; null: prompt
+    # is the only one
     prompts_file: FilePath | None
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int
-    batch_size: int
-    dtype: str  # float32 | bfloat16
+    max_new_tokens: int  # tokens to generate
+    temperature: float  # of the distribution to draw from; 0 takes the most likely token
+    top_k: int | None  # draw from this many of the most likely tokens; null: from all
+    top_p: float | None  # draw from the most likely tokens that together have this probability; null: from all
+    seed: int  # with the number of the prompt's line it decides what is drawn; batch_size does not
+    batch_size: int  # prompts of a file at a time
+    # float32 | bfloat16, in which several tokens often have equal logits, so that the batch or the number of devices
+    # decides
+    dtype: str
     device: str  # auto | cpu | cuda
+    # relative speeds of the ranks' devices, as in [1.0,1.0,0.5]: slower ones get less work; null: equal
     devices: tuple[float, ...] | None
-    compile: bool
-    cuda_graphs: bool
+    compile: bool  # torch.compile: faster per token, slower to start
+    cuda_graphs: bool  # record the kernels once and replay them; needs a GPU
+    # prompts are padded to the next of these numbers of tokens, as in [128,512]; CUDA graphs need it
     prefill_lengths: tuple[int, ...]
 
     def validate(self) -> None:
@@ -69,7 +75,7 @@ class GenerateConfig:
         return ExecutionConfig(self.compile, self.cuda_graphs, self.prefill_lengths)
 
 
-def main(config: GenerateConfig) -> None:
+def print_continuations(config: GenerateConfig) -> None:
     """Print each prompt with its continuation: of a single one plain text, of a file's a line of JSON each."""
     with started_ranks(config.device) as runtime:
         generate(config, runtime)
@@ -131,5 +137,9 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
     return {f"line {number} of prompts_file={path}": line for number, line in enumerate(lines, start=1)}
 
 
+def main() -> None:
+    run_entry(print_continuations, GenerateConfig, "generate")
+
+
 if __name__ == "__main__":
-    run_entry(main, GenerateConfig, "generate")
+    main()

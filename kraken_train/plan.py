@@ -30,18 +30,19 @@ class PlanConfig:
 
     model: ModelSettings
     cluster: Cluster
-    nodes: int
-    global_batch_size: int
-    vocab_size: int | None
-    sub_layer_parallel_size: int | None
-    micro_batch_size: int | None
-    zero_stage: int | None
+    nodes: int  # machines
+    global_batch_size: int  # samples per optimizer step, over all devices
+    vocab_size: int | None  # vocabulary of the tokenizer, for models that take it from the data (model.vocab_size=null)
+    sub_layer_parallel_size: int | None  # as in conf/train.yaml; null: the best is searched
+    micro_batch_size: int | None  # as in conf/train.yaml; null: the best is searched
+    zero_stage: int | None  # as engine.zero_stage in conf/train.yaml; null: the best is searched
+    # as engine.activation_checkpointing in conf/train.yaml; null: the best is searched
     activation_checkpointing: bool | None
-    vocab_parallel: bool | None
-    precision: str
-    shown: int
-    output: FilePath | None
-    output_dir: FilePath | None
+    vocab_parallel: bool | None  # as parallel.vocab_parallel in conf/train.yaml; null: the best is searched
+    precision: str  # bf16 | fp32 | auto: bf16 where the devices compute it faster than fp32
+    shown: int  # layouts in the table
+    output: FilePath | None  # JSON file with all results; null: none
+    output_dir: FilePath | None  # folder for memory.png; null: none
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -124,7 +125,7 @@ def traffic_table(traffic: tuple[Collective, ...]) -> Table:
     return table
 
 
-def main(config: PlanConfig) -> None:
+def print_plan(config: PlanConfig) -> None:
     if config.output_dir is not None:
         open_output(Path(config.output_dir))
     if config.output is not None:
@@ -157,5 +158,9 @@ def main(config: PlanConfig) -> None:
         print(f"drawn: {path}")
 
 
+def main() -> None:
+    run_entry(print_plan, PlanConfig, "plan")
+
+
 if __name__ == "__main__":
-    run_entry(main, PlanConfig, "plan")
+    main()

@@ -8,13 +8,13 @@ It reads the metrics that runs logged and the results that evaluations recorded 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kraken_train.common.cli import user_errors
+from kraken_train.common.help import make_parser
 from kraken_train.reporting.curves import draw_curves
 from kraken_train.run.metrics import read_run
 
@@ -62,9 +62,7 @@ def compare(paths: Sequence[Path], output: Path, table: Path | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kraken_train.report", description="Draws and compares training runs."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a training run, or export")
     parser.add_argument(
         "--output", type=Path, help="PNG file to write; default: RUN_DIR/curves.png, or ./curves.png for several runs"

@@ -5,7 +5,6 @@ One run is described, several are listed. --log prints what the ranks have print
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import CheckpointError
+from kraken_train.common.help import make_parser
 from kraken_train.run.logs import follow, logs_of, merged
 from kraken_train.run.next_step import next_step
 from kraken_train.run.state import RUNNING, UNKNOWN, RunState, Start, read_state
@@ -28,9 +28,7 @@ TABLE_WIDTH = 250  # at most; a narrow terminal breaks lines better than columns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kraken_train.status", description="Where training runs are, and what to do next."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the run_dir of a training run")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="everything, as a list with an object per run")

@@ -1,6 +1,7 @@
-"""Pretraining: `python -m kraken_train.train model=NAME data_dir=DATA run_dir=RUN`, alone or under a launcher.
+"""Pretrains a model: python -m kraken_train.train model=NAME data_dir=DATA run_dir=RUN
 
-This file starts and ends a training: ranks, run folder, logs, watchdog. `kraken_train.training.trainer` has the loop.
+On several ranks it runs under a launcher (`launch.deepspeed`, torchrun, srun). The same command continues a run that
+was interrupted, on any number of ranks. The run folder holds checkpoints, metrics, events and logs.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import ConfigError
+from kraken_train.common.help import VERSION, command_name
 from kraken_train.run.layout import LAUNCH_COMMAND
 from launch.exit_report import ErrorLines, diagnose
 from launch.hosts import DEFAULT_HOSTFILE, Slots, choose, is_local, local_slots, read_hostfile
-from launch.node import Plan, newest_start_number
+from launch.plan import Plan, newest_start_number
 from launch.remote import SSH, check_hosts, python_path
 from launch.supervision import NodeProcess, Supervision
 
@@ -46,11 +47,12 @@ def main() -> None:
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The parsed options, and the options to pass on to DeepSpeed's launcher."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.deepspeed",
+        prog=command_name(),
         description=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument("-H", "--hostfile", type=Path, help="file with lines such as `node-1 slots=8`; default: "
                         f"{DEFAULT_HOSTFILE} if it exists, or else this machine")  # fmt: skip
     parser.add_argument("-i", "--include", default="", help="hosts and slots to use: node-1@node-2:0,2")

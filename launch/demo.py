@@ -7,7 +7,6 @@ it runs, so that it can be copied and changed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.exports.folder import read_export
+from kraken_train.common.help import make_parser
 from kraken_train.common.locales import use_unicode
 from kraken_train.parallel.ranks import free_port
 
@@ -35,7 +35,7 @@ console = Console(highlight=False)
 
 def main() -> None:
     use_unicode()
-    parser = argparse.ArgumentParser(description="Prepare data, train, export and evaluate on a CPU.")
+    parser = make_parser(__doc__)
     parser.add_argument("folder", nargs="?", default="runs/demo", type=Path, help="where everything is written")
     folder: Path = parser.parse_args().folder
     make_folder(folder)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kraken_train.common.cli import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 from kraken_train.run.rank_errors import read_errors, root_causes
-from launch.node import Plan
+from launch.plan import Plan
 
 # One of our error messages, or the last line of a traceback.
 ERROR_LINE = re.compile(r"error: .+|(?:\w+\.)*\w*(?:Error|Exception)(?:: .+)?")

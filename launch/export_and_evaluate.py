@@ -14,10 +14,10 @@ from pathlib import Path
 from checkpoints.export import ExportConfig, export
 from checkpoints.exports.folder import read_export
 from checkpoints.training.store import find_good_checkpoint
-from kraken_train.common.cli import compose_command, user_errors
+from kraken_train.common.cli import CONF_DIR, compose_command, user_errors
 from kraken_train.common.errors import CheckpointError, ConfigError
-from kraken_train.evaluate import EvaluateConfig
-from kraken_train.evaluate import main as evaluate
+from kraken_train.common.help import answer_help
+from kraken_train.evaluate import EvaluateConfig, evaluate_export
 
 EXPORT_FOLDER = "export"
 
@@ -29,11 +29,12 @@ class ExportAndEvaluate:
 
 
 def main() -> None:
+    answer_help(sys.argv[1:], __doc__, EvaluateConfig, CONF_DIR / "evaluate.yaml")
     with user_errors(Path.cwd()):
         configs = parse(sys.argv[1:])
         if not is_exported(configs.export):
             export(configs.export)
-        evaluate(configs.evaluate)
+        evaluate_export(configs.evaluate)
 
 
 def parse(arguments: Sequence[str]) -> ExportAndEvaluate:

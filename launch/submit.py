@@ -45,7 +45,12 @@ def main() -> None:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     sys.argv[1:], stages = arguments[:split], arguments[split:]
-    run_entry(lambda config: submit(config, stages), SubmitConfig, "submit")
+    try:
+        run_entry(lambda config: submit(config, stages), SubmitConfig, "submit")
+    except OSError as error:
+        exit_with_message(
+            f"{error.filename2 or error.filename or os.getcwd()} cannot be read or written: {error.strerror}"
+        )
 
 
 def submit(config: SubmitConfig, arguments: Sequence[str]) -> None:
@@ -166,9 +171,4 @@ def submit_jobs(stages: Sequence[Stage], trainings: Sequence[Training], folder: 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        exit_with_message(
-            f"{error.filename2 or error.filename or os.getcwd()} cannot be read or written: {error.strerror}"
-        )
+    main()

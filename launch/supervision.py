@@ -17,7 +17,8 @@ import psutil
 from kraken_train.health.shutdown import LAUNCHER_SECONDS, STOP_SIGNALS
 from launch.exit_report import ErrorLines
 from launch.hosts import is_local
-from launch.node import KEEP_ALIVE, KILL, STOP, Plan, describe_end
+from launch.node import KEEP_ALIVE, KILL, STOP, describe_end
+from launch.plan import Plan
 from launch.remote import SSH_FAILED, python_command
 
 KEEP_ALIVE_SECONDS = 15.0

@@ -88,6 +88,7 @@ def run_program(program: list[str], environment: dict[str, str], stdout: str, st
 
 def execute(program: list[str]) -> int:
     warnings.simplefilter("default")
+    warnings.simplefilter("ignore", DeprecationWarning)  # as in a new interpreter; DeepSpeed has some
     try:
         if program[0] == "-m":
             sys.argv = program[1:]

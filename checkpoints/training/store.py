@@ -64,7 +64,7 @@ def find_good_checkpoint(
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError(f"no checkpoint in {folder} is whole: {'; '.join(problems)}")
+        raise CheckpointError(f"every checkpoint in {folder} is damaged: {'; '.join(problems)}")
     limit = "" if before is None else f" of a step before {before}"
     raise CheckpointError(f"there is no checkpoint{limit} in {folder}")
 

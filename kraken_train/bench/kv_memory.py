@@ -43,17 +43,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class KVMemoryConfig:
     """See conf/kv_memory.yaml."""
 
-    architectures: tuple[str, ...]
-    sizes: tuple[str, ...]
-    attention: tuple[str, ...]
-    degrees: tuple[int, ...]  # devices that share a model; Kraken has as many sub-layers
-    contexts: tuple[int, ...]  # tokens
+    architectures: tuple[str, ...]  # kraken, standard, parallel
+    sizes: tuple[str, ...]  # tiny, 1.3b, 6.7b, 13b, 65b, 175b: of the standard Transformer that a Kraken matches
+    attention: tuple[str, ...]  # multi-head, grouped-query, multi-query
+    degrees: tuple[int, ...]  # devices that share a model, and sub-layers of the Kraken
+    contexts: tuple[int, ...]  # tokens of each sequence
     batch_sizes: tuple[int, ...]  # sequences
-    heads_per_kv_head: int  # at most, of grouped-query attention
-    vocab_size: int
-    dtype: str
-    device: str  # auto | cpu | cuda
-    output_dir: FilePath
+    # of grouped-query attention; the heads of a Kraken are chosen so that this number, or a divisor of it, divides them
+    heads_per_kv_head: int
+    vocab_size: int  # rows of the embedding
+    dtype: str  # bfloat16 | float32
+    device: str  # auto | cpu | cuda; on a GPU one device's share is also allocated and measured, where it fits
+    output_dir: FilePath  # folder for kv_memory.json and kv_memory.png
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -167,7 +168,7 @@ def as_table(rows: list[MemoryRow], label: str) -> Table:
     return table
 
 
-def main(config: KVMemoryConfig) -> None:
+def measure_memory(config: KVMemoryConfig) -> None:
     device = choose_device(config.device)
     output_dir = Path(config.output_dir)
     open_output(output_dir)
@@ -189,5 +190,9 @@ def main(config: KVMemoryConfig) -> None:
         print(f"drawn: {path}")
 
 
+def main() -> None:
+    run_entry(measure_memory, KVMemoryConfig, "kv_memory")
+
+
 if __name__ == "__main__":
-    run_entry(main, KVMemoryConfig, "kv_memory")
+    main()

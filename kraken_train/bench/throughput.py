@@ -40,7 +40,7 @@ LIKELY_MFU = 0.3
 LONG = 20 * 60  # seconds; a longer run prints its expected time
 
 
-def main(config: ThroughputConfig) -> None:
+def measure_throughput(config: ThroughputConfig) -> None:
     if choose_device(config.device).type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed reads when it is imported
     from kraken_train.training.engine import start_processes, stop_processes  # noqa: PLC0415
@@ -143,5 +143,9 @@ def describe(config: ThroughputConfig, runtime: Runtime, results: Sequence[Resul
     }
 
 
+def main() -> None:
+    run_entry(measure_throughput, ThroughputConfig, "throughput")
+
+
 if __name__ == "__main__":
-    run_entry(main, ThroughputConfig, "throughput")
+    main()

@@ -35,20 +35,22 @@ class Entry:
 class ThroughputConfig:
     """See conf/throughput.yaml."""
 
-    models: tuple[str, ...]
-    reference: str | None
+    models: tuple[str, ...]  # files of conf/model
+    reference: str | None  # model that the others are compared with; null: the first
+    # deepspeed: as training uses it | torch: the same in plain PyTorch, to see what DeepSpeed costs
     engines: tuple[str, ...]
-    vocab_size: int
-    context_length: int | None
-    micro_batch_size: int
-    gradient_accumulation_steps: int
+    vocab_size: int  # of models without one, if there is no data_dir
+    context_length: int | None  # tokens; null: the model's own
+    micro_batch_size: int  # samples per rank and forward pass
+    gradient_accumulation_steps: int  # micro-batches per optimizer step
+    # bf16 (with fp32 master weights and accumulation) | fp32 | auto: bf16 where all devices compute it natively
     precision: str
-    steps: int
-    rounds: int
-    data_dir: FilePath | None
-    output_dir: FilePath
-    device: str
-    peak_tflops: float | None
+    steps: int  # optimizer steps that are timed together
+    rounds: int  # rounds over all models; times are medians
+    data_dir: FilePath | None  # folder that data_prep.prepare has written; null: random tokens in memory
+    output_dir: FilePath  # folder for throughput.json and throughput.png
+    device: str  # auto | cpu | cuda
+    peak_tflops: float | None  # peak of a device, for the MFU; null: from a table of GPUs; a CPU is measured
     optim: AdamWConfig
     parallel: ParallelConfig
     engine: EngineConfig

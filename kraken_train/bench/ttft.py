@@ -56,20 +56,21 @@ JSON_FILE, SPEED_UP_FILE, BREAKDOWN_FILE = "ttft.json", "speed_up.png", "breakdo
 class TTFTConfig:
     """See conf/ttft.yaml."""
 
-    architectures: tuple[str, ...]
-    sizes: tuple[str, ...]
-    contexts: tuple[int, ...]  # tokens
-    degrees: tuple[int, ...] | None  # devices; null: 4 and 8, or the number of ranks
-    batch_size: int
-    output_tokens: int
-    vocab_size: int
-    repeats: int
-    output_dir: FilePath
+    architectures: tuple[str, ...]  # kraken, standard, parallel
+    sizes: tuple[str, ...]  # of the standard Transformer: tiny, 1.3b, 6.7b, 13b, 65b, 175b
+    contexts: tuple[int, ...]  # tokens of the prompt
+    # devices, and sub-layers of the Kraken; null: 4 and 8, or the number of ranks if there are several
+    degrees: tuple[int, ...] | None
+    batch_size: int  # prompts at once
+    output_tokens: int  # tokens decoded after the prompt, for the time per output token
+    vocab_size: int  # rows of the embedding
+    repeats: int  # rounds over all that is compared; times are medians
+    output_dir: FilePath  # folder for ttft.json, speed_up.png and breakdown.png
     device: str  # auto | cpu | cuda
-    dtype: str | None  # bf16 | fp32
-    compile: bool | None
-    cuda_graphs: bool | None
-    simulated_blocks: int
+    dtype: str | None  # bf16 | fp32; null: bf16 where the device computes it natively
+    compile: bool | None  # torch.compile the parts of the layers; null: on a GPU
+    cuda_graphs: bool | None  # replay the kernels as CUDA graphs; null: on a GPU
+    simulated_blocks: int  # multiprocessors that a simulated collective occupies on a GPU
     interconnect: Interconnect
 
     def validate(self) -> None:
@@ -233,7 +234,7 @@ def title_of(config: TTFTConfig, device: torch.device, kind: str, ranks: int) ->
     return f"Time to first token: measured on {ranks} x {device_name(device)}, {backend}"
 
 
-def main(config: TTFTConfig) -> None:
+def measure_ttft(config: TTFTConfig) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds' profiler reports each of its starts and stops
     planned = comparisons(config, choose_device(config.device), read_runtime().world_size)
     open_output(Path(config.output_dir))
@@ -277,5 +278,9 @@ def draw(results: list[Result], title: str, folder: Path) -> None:
     figures.draw_breakdowns(results, title, folder / BREAKDOWN_FILE)
 
 
+def main() -> None:
+    run_entry(measure_ttft, TTFTConfig, "ttft")
+
+
 if __name__ == "__main__":
-    run_entry(main, TTFTConfig, "ttft")
+    main()

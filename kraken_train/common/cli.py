@@ -1,7 +1,7 @@
-"""The edge between the command line and the program.
+"""Entry points of commands.
 
-Hydra composes the configuration, `from_hydra` turns it into frozen dataclasses, and whatever goes wrong because
-of what the user typed or gave us ends as one message and a non-zero exit code.
+Hydra composes the configuration, `from_hydra` turns it into frozen dataclasses, and a user's mistake ends with one
+message and a non-zero exit code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from kraken_train.common.errors import ConfigError, KrakenError
 from kraken_train.common.free_text import quote_arguments
+from kraken_train.common.help import answer_help
 from kraken_train.common.locales import use_unicode
 from kraken_train.common.settings import (
     COMPOSITION_ERRORS,
@@ -30,13 +31,13 @@ from kraken_train.common.settings import (
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 USER_ERROR_EXIT_CODE = 2
-FAULT_EXIT_CODE = 1  # where the same command may succeed next time, as after any error that is not told in one line
+FAULT_EXIT_CODE = 1  # the same command may succeed next time; also the exit code of a traceback
 
 Config = TypeVar("Config")
 
 
 def run_entry(
-    main: Callable[[Config], None],
+    main: Callable[[Config], object],
     schema: type[Config],
     config_name: str,
 ) -> None:
@@ -45,6 +46,12 @@ def run_entry(
     Values of settings that `schema` marks as free text reach the program as typed (`kraken_train.common.free_text`).
     """
     use_unicode()
+    answer_help(
+        sys.argv[1:],
+        getattr(sys.modules.get(main.__module__), "__doc__", None),
+        schema,
+        CONF_DIR / f"{config_name}.yaml",
+    )
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
                           "folder")  # fmt: skip
@@ -69,7 +76,7 @@ def run_entry(
     except BrokenPipeError:
         leave_unread()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print("interrupted; the same command continues from what is finished", file=sys.stderr)
         sys.exit(130)
 
 
@@ -101,7 +108,8 @@ def compose_command(
 def compose_choice(group: str, name: str) -> dict[str, Any]:
     """The settings of conf/<group>/<name>.yaml, those of its defaults included."""
     with initialized_hydra():
-        return to_plain(hydra.compose(f"{group}/{name}"))[group]
+        settings: dict[str, Any] = to_plain(hydra.compose(f"{group}/{name}"))[group]
+    return settings
 
 
 def initialized_hydra() -> AbstractContextManager[object]:
@@ -113,9 +121,9 @@ def initialized_hydra() -> AbstractContextManager[object]:
 
 @contextmanager
 def user_errors(place: Path) -> Iterator[None]:
-    """What goes wrong in this context because of what the user gave us ends the program with one message.
+    """A user's mistake within this context ends the program with one message.
 
-    For commands without Hydra. `place` is what an error of the system is about where it does not say so itself.
+    For commands without Hydra. `place` is the path to name in an error of the system that names none.
     """
     use_unicode()
     try:
@@ -130,7 +138,7 @@ def user_errors(place: Path) -> Iterator[None]:
 
 
 def leave_unread() -> None:
-    """Exit in silence: whoever read our output has left, as `| head` does."""
+    """Exit silently: the reader of our output has closed it, as `| head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
 
@@ -139,8 +147,8 @@ def exit_with_message(message: str, code: int = USER_ERROR_EXIT_CODE) -> None:
     """Print `error: message` to standard error, once per machine, and exit."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     if rank and (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")) != "0":
-        # A mistake that every rank sees is told by local rank 0, and the launcher ends this one meanwhile. What
-        # this rank alone has seen is still told.
+        # Local rank 0 prints an error that all ranks have, and the launcher ends this rank meanwhile. An error of this
+        # rank alone is printed after the pause.
         time.sleep(3)
         message = f"[rank {rank}] {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)

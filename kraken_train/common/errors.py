@@ -16,7 +16,7 @@ class ConfigError(KrakenError):
 
 
 class RendezvousError(ConfigError):
-    """The ranks have not found each other: a wrong address, or a machine that is not well."""
+    """The ranks have not found each other: a wrong address, or a faulty machine."""
 
     restart_helps = True
 
@@ -30,16 +30,16 @@ class CheckpointError(KrakenError):
 
 
 class TrainingError(KrakenError):
-    """Training cannot go on, for example because the loss is no longer finite."""
+    """Training cannot continue, for example because the loss is no longer finite."""
 
 
 class RankLostError(TrainingError):
-    """Another rank of the run is gone, whose own message says why."""
+    """Another rank of the run has ended; its own message says why."""
 
     restart_helps = True
 
 
 class ReplicaError(TrainingError):
-    """Weights that must be equal on several ranks are not: something has miscomputed."""
+    """Weights that must be equal on several ranks are not: a device has computed wrongly."""
 
     restart_helps = True

@@ -24,7 +24,7 @@ KINDS = {
 
 
 def real_path(path: str | Path) -> Path:
-    """`path` without links and `~`; of a circle of links, and of the home of nobody, what was given."""
+    """`path` without links and `~`; unchanged if its links form a circle or the user of `~` does not exist."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 

@@ -1,6 +1,6 @@
-"""Settings of free text: their values reach the program as typed, whatever Hydra's grammar would make of them.
+"""Settings of free text: their values reach the program as typed, and not as Hydra's grammar reads them.
 
-That grammar reads a comma as a sweep, `(` as a function, `#` and `%` as nothing it knows, and `007` as a number. A
+That grammar reads a comma as a sweep, `(` as a function, `#` and `%` as errors, and `007` as a number. A
 dataclass says with the type of a setting that it is free text; `quote_arguments` quotes it for Hydra.
 """
 

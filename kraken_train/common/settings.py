@@ -123,7 +123,8 @@ def describe_validation_error(error: ValidationError, dot: str) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration object as the plain values of YAML and JSON, the inverse of `from_dict`."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
 
 
 def to_yaml(config: Any) -> str:

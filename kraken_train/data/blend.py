@@ -38,7 +38,10 @@ class Blend:
     def counts(self, k: int) -> list[int]:
         """Samples that each set gives among the first `k`."""
         periods, rest = divmod(k, self.period)
-        return (periods * self.shares + np.bincount(self._set_of[:rest], minlength=len(self.shares))).tolist()
+        counts: list[int] = (
+            periods * self.shares + np.bincount(self._set_of[:rest], minlength=len(self.shares))
+        ).tolist()
+        return counts
 
 
 def earliest_deadline_first(shares: Sequence[int]) -> NDArray[np.int64]:

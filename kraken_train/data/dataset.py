@@ -1,8 +1,8 @@
-"""From shards to batches, in an order that depends on nothing but the data, the context length and the seed.
+"""From shards to batches, in an order that depends only on the data, the context length and the seed.
 
 A split is one long stream of tokens. A sample is `context_length + 1` consecutive tokens (the last one is only
 predicted), and samples start every `context_length` tokens. The position of a run is one number: the count of
-consumed samples. Ranks, micro-batches and accumulation only decide who reads which of them.
+consumed samples. Ranks, micro-batches and accumulation only decide which rank reads which samples.
 
 A run may read several prepared folders, whose shares of the samples are then exact (`kraken_train.data.blend`).
 """
@@ -14,6 +14,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +150,7 @@ def open_split(data_dir: Path, split: str, manifest: Manifest | None = None) -> 
 class TokenStream:
     """The tokens of several shards as one sequence; only what is asked for is read. `name` is for errors."""
 
-    def __init__(self, shards: Sequence[NDArray], name: str = "the data") -> None:
+    def __init__(self, shards: Sequence[NDArray[Any]], name: str = "the data") -> None:
         self.shards = [np.asarray(shard) for shard in shards]  # a memmap, but as an array, which is cut faster
         self.name = name
         self.starts = [0]  # position of each shard, and the end
@@ -161,7 +162,9 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """(stop - start,) tokens from position `start` on, across shard borders."""
-        return self.read_rows([start], stop - start)[0]
+        (row,) = self.read_rows([start], stop - start)
+        tokens: NDArray[np.int64] = row
+        return tokens
 
     def read_rows(self, starts: Sequence[int], length: int) -> NDArray[np.int64]:
         """(len(starts), length) tokens: row i from position `starts[i]` on, across shard borders."""

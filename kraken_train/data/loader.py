@@ -45,7 +45,7 @@ class BatchLoader:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """Waits for the batch, whose copy to the GPU then goes on in the background."""
+        """Waits for the batch, whose copy to the GPU continues in the background."""
         if not self._ahead:
             raise StopIteration
         tokens = self._ahead.popleft().result().to(self.device, non_blocking=True)

@@ -59,11 +59,13 @@ class ShuffledOrder:
             row = (row + (scramble(scramble(key) + column) >> np.uint64(1))) % self.rows
             key = key + GOLDEN
             column = (column + (scramble(scramble(key) + row) >> np.uint64(1))) % self.columns
-        return row * self.columns + column
+        place: NDArray[np.uint64] = row * self.columns + column
+        return place
 
 
 def scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's bijection of 64-bit numbers, in which each bit of the input changes half of the output's bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed

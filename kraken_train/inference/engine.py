@@ -54,8 +54,8 @@ class InferenceEngine:
     """Continues up to `batch_size` sequences of up to `capacity` tokens each, prompt and new ones together.
 
     `model` is whole or a rank's part, with the whole embedding in both cases. Parts are compiled and CUDA graphs
-    captured here and with the first prompts. Raises ConfigError where the device does not support `execution`, ValueError where
-    the sizes do not fit the model.
+    captured here and with the first prompts. Raises ConfigError where the device does not support `execution`,
+    ValueError where the sizes do not fit the model.
     """
 
     @torch.inference_mode()

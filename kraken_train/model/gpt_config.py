@@ -40,14 +40,17 @@ class GPTConfig(ModelConfig):
     w norms a layer (2, or 1 in the parallel form): L ((2 + 2m) D^2 + 2 D k + w D) + V D + T D + D.
     """
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
+    num_layers: int  # layers
+    hidden_size: int  # width of the residual stream
+    num_heads: int  # attention heads; tensor parallelism divides them
+    # rows of the embedding; null: the data's vocabulary, rounded up to a multiple of 64 (GPT-2's 50257 is 50304)
     vocab_size: int
-    context_length: int  # tokens
-    ffn_multiplier: int = 4
-    norm_epsilon: float = 1e-5
-    num_kv_heads: int | None = None  # fewer than heads: grouped-query attention; 1: multi-query
+    context_length: int  # tokens of a sample
+    ffn_multiplier: int = 4  # width of the FFN, in units of hidden_size
+    norm_epsilon: float = 1e-5  # added to the variance in LayerNorm
+    # key-value heads: fewer than heads is grouped-query attention, 1 multi-query; null: as many as heads
+    num_kv_heads: int | None = None
+    # standard: attention and FFN one after the other; parallel: both add to the same input
     architecture: str = "standard"
 
     architectures = tuple(FORMS)

@@ -30,16 +30,19 @@ class KrakenConfig(ModelConfig):
     L N ((2 + 2m) d^2 + 2dk + 2d) + V d + T d + N d^2 + d for sub-layers, embeddings, conjunction and final norm.
     """
 
-    num_sub_layers: int
-    num_layers: int
+    num_sub_layers: int  # narrow sub-layers of each layer; sub-layer parallelism divides them
+    num_layers: int  # layers
     hidden_size: int  # width of each sub-layer's own residual stream
-    heads_per_sub_layer: int
-    vocab_size: int  # rows of the embedding; at least the tokenizer's size
-    context_length: int  # tokens
-    ffn_multiplier: int = 2  # width of a sub-layer's FFN in units of hidden_size
-    norm_epsilon: float = 1e-5
-    kv_heads_per_sub_layer: int | None = None  # fewer than heads: grouped-query attention; 1: multi-query
-    architecture: str = "kraken"
+    heads_per_sub_layer: int  # attention heads of each sub-layer
+    # rows of the embedding; null: the data's vocabulary, rounded up to a multiple of 64 (GPT-2's 50257 is 50304)
+    vocab_size: int
+    context_length: int  # tokens of a sample
+    ffn_multiplier: int = 2  # width of a sub-layer's FFN, in units of hidden_size
+    norm_epsilon: float = 1e-5  # added to the variance in LayerNorm
+    # key-value heads of each sub-layer: fewer than heads is grouped-query attention, 1 multi-query; null: as many as
+    # heads
+    kv_heads_per_sub_layer: int | None = None
+    architecture: str = "kraken"  # class of the model
 
     architectures = ("kraken",)
     model_class = "kraken_train.model.kraken.KrakenModel"

@@ -25,23 +25,25 @@ INTERCONNECTS = tuple(sorted(path.stem for path in (CONF_DIR / "interconnect").g
 class Cluster:
     """Nodes of equal devices. What is null in the file of `this` is measured by `measured`."""
 
-    name: str
-    device: str | None  # whose peak `kraken_train.model.flops` has; null: as given by the two peaks below
-    devices_per_node: int | None
-    memory_gb: float | None  # GB (1e9 bytes) of a device
-    reserved_gb: float  # of it, not for PyTorch's tensors: context, workspaces, communication, fragmentation
-    bandwidth_gb: float | None  # GB/s of a device's memory, as data sheets have it
-    intra_node: str  # a file of conf/interconnect
-    inter_node: str  # of each device to other nodes
-    matrix_fraction: float  # of the peak that large products of well-aligned matrices reach
-    rows_of_16_bytes: float  # of that, where the rows of a matrix are whole multiples of 16 bytes but not of 128
-    other_rows: float  # of that, where they are not
-    attention_fraction: float | None  # of the peak that fused causal attention reaches, forward and backward
-    wide_head_fraction: float  # of that, with heads of more than 128
-    bandwidth_fraction: float  # of the memory's bandwidth that element-wise operations reach
+    name: str  # file of conf/cluster
+    # name of the device, whose peak kraken_train.model.flops has; null: bf16_tflops and fp32_tflops give the peak
+    device: str | None
+    devices_per_node: int | None  # devices of a machine; null: those of this one
+    memory_gb: float | None  # memory of a device, in GB (1e9 bytes); null: measured
+    reserved_gb: float  # memory that PyTorch's tensors cannot use: context, workspaces, communication, fragmentation
+    bandwidth_gb: float | None  # memory bandwidth of a device by its data sheet, in GB/s; null: measured
+    intra_node: str  # file of conf/interconnect, within a machine
+    inter_node: str  # file of conf/interconnect, between machines, for each device
+    matrix_fraction: float  # of the peak: what large products of well-aligned matrices reach
+    rows_of_16_bytes: float  # of matrix_fraction: where the rows of a matrix are multiples of 16 bytes but not of 128
+    other_rows: float  # of matrix_fraction: where the rows are not multiples of 16 bytes
+    # of the peak: what fused causal attention reaches, forward and backward; null: measured
+    attention_fraction: float | None
+    wide_head_fraction: float  # of attention_fraction: with heads of more than 128
+    bandwidth_fraction: float  # of the bandwidth: what element-wise operations reach
     source: str  # where the figures are from
-    bf16_tflops: float | None = None
-    fp32_tflops: float | None = None
+    bf16_tflops: float | None = None  # peak in bf16; null: from the table, or measured
+    fp32_tflops: float | None = None  # peak in fp32; null: from the table, or measured
 
     def validate(self) -> None:
         """Raises ConfigError."""

@@ -20,9 +20,9 @@ from kraken_train.common.validation import require_at_least, require_positive
 class Interconnect:
     """One file of `conf/interconnect`."""
 
-    name: str
+    name: str  # file of conf/interconnect
     latency_us: float  # microseconds of a collective of few bytes
-    bus_bandwidth: float | None  # GB/s (1e9 bytes per second); null: unlimited
+    bus_bandwidth: float | None  # bus bandwidth as in nccl-tests, in GB/s (1e9 bytes per second); null: unlimited
     source: str  # where the figures are from
 
     def validate(self) -> None:

@@ -14,11 +14,11 @@ class AdamWConfig:
     """AdamW with decoupled weight decay (arXiv 1711.05101)."""
 
     lr: float  # peak learning rate
-    betas: tuple[float, float]  # decay rates of the first and the second moment
-    eps: float  # added to the root of the second moment
-    weight_decay: float  # of matrices and embeddings, not of norms
+    betas: tuple[float, float]  # decay rates of the first and second moments
+    eps: float  # added to the square root of the second moment
+    weight_decay: float  # decoupled weight decay of matrices and embeddings, not of norms
     max_grad_norm: float  # gradients are scaled down to this norm; 0: no clipping
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw"] = "adamw"  # class of the optimizer
 
     def validate(self) -> None:
         """Raises ConfigError."""

@@ -47,7 +47,7 @@ class DecayingSchedule(Schedule):
 class CosineSchedule(DecayingSchedule):
     """Half a cosine from the peak down to `min_ratio` of it at the last step."""
 
-    name: Literal["cosine"] = "cosine"
+    name: Literal["cosine"] = "cosine"  # shape after the warm-up
 
     def after_warmup(self, peak: float, step: int, max_steps: int) -> float:
         floor = self.min_ratio * peak
@@ -60,7 +60,7 @@ class WSDSchedule(DecayingSchedule):
     """Warm-up, stable, decay: the peak, then linear down to `min_ratio` of it over the last `decay_steps`."""
 
     decay_steps: int  # optimizer steps of the final linear decay
-    name: Literal["wsd"] = "wsd"
+    name: Literal["wsd"] = "wsd"  # shape after the warm-up
 
     def validate(self) -> None:
         super().validate()
@@ -83,7 +83,7 @@ class WSDSchedule(DecayingSchedule):
 class ConstantSchedule(Schedule):
     """The peak until the end."""
 
-    name: Literal["constant"] = "constant"
+    name: Literal["constant"] = "constant"  # shape after the warm-up
 
     def after_warmup(self, peak: float, step: int, max_steps: int) -> float:
         return peak

@@ -23,6 +23,7 @@ import psutil
 
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import ConfigError
+from kraken_train.common.help import make_parser
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 from kraken_train.run.events import FAILED, FINISHED, read_events
 from kraken_train.run.layout import EVENTS_FILE
@@ -81,7 +82,7 @@ class Past:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kraken_train.tracking.follow", description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run_dir of a training run")
     parser.add_argument("--mode", choices=("online", "offline"), help="in place of the run's tracking.mode")
     parser.add_argument("--live", action="store_true", help=argparse.SUPPRESS)

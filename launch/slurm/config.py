@@ -19,10 +19,10 @@ MIN_TRAINING_SECONDS = 240
 class JobConfig:
     """The resources of a job on one node."""
 
-    time: str | int  # a bare number means minutes
-    cpus_per_task: int | None
-    mem: str | None
-    partition: Name | None
+    time: str | int  # time limit; a bare number means minutes
+    cpus_per_task: int | None  # cores; null: the cluster's default
+    mem: str | None  # memory, such as 64G; null: the cluster's default
+    partition: Name | None  # null: that of the training
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -35,27 +35,32 @@ class JobConfig:
 class SubmitConfig:
     """The resources of the training job, and the settings of all jobs."""
 
-    nodes: int
-    gpus_per_node: int | None
-    ranks_per_node: int | None
-    cpus_per_task: int | None
-    mem: str | None
-    time: str | int  # a bare number means minutes
+    nodes: int  # nodes of a training
+    gpus_per_node: int | None  # null: as many as the partition's nodes have; 0: ranks on CPUs
+    ranks_per_node: int | None  # null: one per GPU, or one without GPUs
+    cpus_per_task: int | None  # cores per rank; null: the cluster's default
+    mem: str | None  # memory per node, such as 200G; null: the cluster's default
+    # time limit, after which the job requeues itself and continues until the run is finished; a bare number means
+    # minutes
+    time: str | int
+    # seconds before the time limit at which the run saves: longer than a step and a save; 240 s must be left
     signal_seconds: int
-    max_restarts: int
-    partition: Name | None
-    account: Name | None
-    qos: Name | None
-    constraint: Name | None
+    max_restarts: int  # restarts in a row without a newer checkpoint after which the job ends
+    partition: Name | None  # of all jobs; null: the cluster's default
+    account: Name | None  # of all jobs; null: the user's default
+    qos: Name | None  # of all jobs; null: the default
+    constraint: Name | None  # features that nodes must have; null: none
+    # further options of sbatch, such as 'sbatch_options=["--exclusive","--reservation=NAME"]'
     sbatch_options: tuple[str, ...]
-    venv: FilePath | None
-    setup: tuple[str, ...]
+    venv: FilePath | None  # folder of the Python environment; null: the one that runs this command
+    setup: tuple[str, ...]  # shell commands before Python starts, such as 'setup=["module load cuda/12.4"]'
+    # image for srun --container-image of pyxis, whose python3 is used instead of venv; null: none
     container: FilePath | None
-    srun_options: tuple[str, ...]
-    snapshot: bool
+    srun_options: tuple[str, ...]  # further options of srun, such as 'srun_options=["--container-mounts=/data"]'
+    snapshot: bool  # the jobs run a copy of the code of now; false: the code at the time when they run
     prepare: JobConfig
     evaluate: JobConfig
-    dry_run: bool
+    dry_run: bool  # print the scripts; write and submit nothing
 
     def validate(self) -> None:
         """Raises ConfigError."""

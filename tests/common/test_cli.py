@@ -120,7 +120,8 @@ def test_free_text_reaches_the_program(text: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["program", "export_dir=a,b (c)", f"prompt={text}"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by run_entry; this restores it afterwards
     run_entry(received.append, GenerateConfig, "generate")
-    assert received[0].prompt == text and received[0].export_dir == "a,b (c)"
+    assert received[0].prompt == text
+    assert received[0].export_dir == "a,b (c)"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,8 @@ def test_a_mistake_ends_the_process_with_code_2() -> None:
 def test_entries_write_nothing_by_themselves(name: str) -> None:
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         composed = compose(name, return_hydra_config=True)
-    assert composed.hydra.output_subdir is None and composed.hydra.run.dir == "."
-    assert composed.hydra.hydra_logging.root is None and composed.hydra.job_logging.root is None
+    assert composed.hydra.output_subdir is None
+    assert composed.hydra.run.dir == "."
+    assert composed.hydra.hydra_logging.root is None
+    assert composed.hydra.job_logging.root is None
     assert (REPOSITORY / "conf" / f"{name}.yaml").read_text().startswith("# ")

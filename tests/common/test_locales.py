@@ -63,7 +63,8 @@ def test_text_that_the_terminal_cannot_show(folder: Path, tokenizer_dir: Path) -
     assert rb"sch\xf6ne Schiffe \U0001f991 \u65e5\u672c" in result.stdout
     assert rb"d\xe4t\xe4: all" in result.stdout
     result = run_in(folder, "data_prep.verify", "nöwhere")
-    assert result.returncode == 2 and rb"error: n\xf6where does not exist" in result.stderr
+    assert result.returncode == 2
+    assert rb"error: n\xf6where does not exist" in result.stderr
 
 
 def test_the_terminal_keeps_its_encoding(folder: Path, tokenizer_dir: Path) -> None:

@@ -24,7 +24,8 @@ def test_shares_hold_all_along_the_run(shares: list[int]) -> None:
     exact = np.arange(1, len(sets) + 1)[:, None] * np.array(shares)  # in units of 1 / sum(shares)
     assert (np.abs(counts * sum(shares) - exact) < sum(shares)).all()  # less than one sample
     assert np.array_equal(before, counts[np.arange(len(sets)), sets] - 1)
-    assert blend.counts(len(sets)) == counts[-1].tolist() and blend.counts(0) == [0] * len(shares)
+    assert blend.counts(len(sets)) == counts[-1].tolist()
+    assert blend.counts(0) == [0] * len(shares)
 
 
 @settings(max_examples=30)
@@ -41,7 +42,8 @@ def test_far_along_it_is_the_same(shares: list[int], k: int) -> None:
 
 def test_one_set_gives_all() -> None:
     sets, before = Blend([7]).locate(np.arange(9))
-    assert not sets.any() and before.tolist() == list(range(9))
+    assert not sets.any()
+    assert before.tolist() == list(range(9))
 
 
 @pytest.mark.parametrize(

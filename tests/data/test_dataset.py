@@ -36,7 +36,8 @@ def test_stream_crosses_shards(data: st.DataObject, sizes: list[int]) -> None:
     start = data.draw(st.integers(0, len(tokens)))
     stop = data.draw(st.integers(start, len(tokens)))
     read = stream.read(start, stop)
-    assert len(stream) == len(tokens) and read.dtype == np.int64
+    assert len(stream) == len(tokens)
+    assert read.dtype == np.int64
     assert read.tolist() == tokens[start:stop].tolist()
 
 
@@ -51,7 +52,8 @@ def test_samples_against_naive_concatenation() -> None:
     samples = Samples([stream], context_length=4, seed=11)
     run = range(2 * (53 - 1) // 4 + 3)  # more than two epochs
     batch = samples.batch(run)
-    assert batch.shape == (len(run), 5) and batch.dtype == np.int64
+    assert batch.shape == (len(run), 5)
+    assert batch.dtype == np.int64
     for row, k in zip(batch, run, strict=True):
         start = ShuffledOrder(13, 11)[k] * 4
         assert row.tolist() == tokens[start : start + 5].tolist()
@@ -181,7 +183,8 @@ def test_open_split(tmp_path: Path) -> None:
     )
     manifest = prepare(settings)
     stream = open_split(tmp_path / "data", "train")
-    assert len(stream.shards) > 2 and len(stream) == manifest.splits["train"].tokens
+    assert len(stream.shards) > 2
+    assert len(stream) == manifest.splits["train"].tokens
     assert int((stream.read(0, len(stream)) == manifest.tokenizer.end_of_document).sum()) == 40
     with pytest.raises(DataError, match=r"has no split validation, only train; .*validation_fraction above 0"):
         open_split(tmp_path / "data", "validation", verify_quick(tmp_path / "data"))

@@ -23,8 +23,10 @@ def test_batches_are_the_samples_in_order() -> None:
     assert len(batches) == 3
     for (inputs, targets), numbers in zip(batches, ranges, strict=True):
         windows = torch.from_numpy(samples.batch(numbers))
-        assert inputs.dtype == torch.int64 and inputs.device == CPU
-        assert torch.equal(inputs, windows[:, :-1]) and torch.equal(targets, windows[:, 1:])
+        assert inputs.dtype == torch.int64
+        assert inputs.device == CPU
+        assert torch.equal(inputs, windows[:, :-1])
+        assert torch.equal(targets, windows[:, 1:])
 
 
 def test_ranks_divide_the_samples() -> None:
@@ -88,4 +90,5 @@ def test_batches_reach_the_gpu() -> None:
         for first, (inputs, targets) in enumerate(loader):
             windows = torch.from_numpy(make_samples().batch(range(4 * first, 4 * first + 4)))
             assert inputs.device == device
-            assert torch.equal(inputs.cpu(), windows[:, :-1]) and torch.equal(targets.cpu(), windows[:, 1:])
+            assert torch.equal(inputs.cpu(), windows[:, :-1])
+            assert torch.equal(targets.cpu(), windows[:, 1:])

@@ -76,4 +76,5 @@ def test_a_low_hard_limit_is_named(data: Path) -> None:
     assert message.startswith(
         f"error: the train shards of {data} are {SHARDS} files to have open, but this process may"
     )
-    assert "this process may have 60 (ulimit -Hn)" in message and "shard_tokens" in message
+    assert "this process may have 60 (ulimit -Hn)" in message
+    assert "shard_tokens" in message

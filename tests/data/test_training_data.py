@@ -57,9 +57,11 @@ def test_shares_of_the_samples(web: Path, books: Path) -> None:
     data = TrainingData({web: 3, books: 1})
     batch = data.samples(8, seed=4).batch(range(400))
     of_books = (batch >= 200).all(axis=1)
-    assert of_books.sum() == 100 and ((batch < 200).all(axis=1) | of_books).all()
+    assert of_books.sum() == 100
+    assert ((batch < 200).all(axis=1) | of_books).all()
     assert (of_books.reshape(100, 4).sum(axis=1) == 1).all()
-    assert data.vocab_size == 500 and data.tokenizer_dir == web / TOKENIZER_FOLDER
+    assert data.vocab_size == 500
+    assert data.tokenizer_dir == web / TOKENIZER_FOLDER
     assert data.describe() == f"5,300 training tokens (0.75 from {web}, 0.25 from {books})"
     assert TrainingData({web: 1}).describe() == "5,000 training tokens"
 

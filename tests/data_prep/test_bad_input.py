@@ -70,7 +70,8 @@ def test_a_gigantic_line_is_never_in_memory(tmp_path: Path) -> None:
     found, bad = read(path, TextRules(on_bad_record="skip", max_document_bytes=1_000_000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == ["a", "b"] and bad.counts.total() == 1
+    assert found == ["a", "b"]
+    assert bad.counts.total() == 1
     assert bad.summary()[0].endswith(f"({path}:2)")
     assert peak < 20_000_000
 
@@ -115,7 +116,8 @@ def test_settings_are_recorded(config: Configure, corpus: Path, texts: list[str]
     assert manifest.skipped == {"duplicate": 2, "shorter than min_length=8": 1}
     assert manifest.skipped_places["duplicate"] == [f"{corpus}:201", f"{corpus}:203"]
     assert manifest.documents == len(texts)
-    assert manifest.round_trips["checked"] >= 1 and manifest.round_trips["failed"] == 0
+    assert manifest.round_trips["checked"] >= 1
+    assert manifest.round_trips["failed"] == 0
     data = Path(config().output_dir)
     tokens = stream(data, manifest)
     assert manifest.tokenizer.end_of_document not in tokens
@@ -136,7 +138,8 @@ def test_max_documents_counts_nothing_behind_the_last(config: Configure, corpus:
     lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
     corpus.write_text("".join([*lines[:120], '{"text": ""}\n', "broken\n", *lines[120:]]), encoding="utf-8")
     manifest = prepare(config(max_documents=120))
-    assert manifest.documents == 120 and manifest.skipped == {}
+    assert manifest.documents == 120
+    assert manifest.skipped == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +234,8 @@ def test_dataset_blocks(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> Non
     rows = datasets.Dataset.from_dict({"text": make_texts(100)})
 
     def load_dataset(*_: object, **keywords: object) -> object:
-        assert keywords["streaming"] is streaming and keywords["revision"] == "main"
+        assert keywords["streaming"] is streaming
+        assert keywords["revision"] == "main"
         return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -99,13 +99,15 @@ def test_megatron(tmp_path: Path, tokenizer: Tokenizer, model_file: Path) -> Non
     index = header + lengths.tobytes() + offsets.tobytes() + np.arange(0, 41, 2, dtype="<i8").tobytes()
     (old / "corpus_2.idx").write_bytes(index)
     manifest = accept(config(old, tmp_path / "new", model_file, "megatron"))
-    assert manifest.dtype == "int32" and verify(tmp_path / "new") == manifest
+    assert manifest.dtype == "int32"
+    assert verify(tmp_path / "new") == manifest
     shards = [Shard(tmp_path / "new" / entry.name) for entry in manifest.splits["train"].shards]
     assert [s.document(i).tolist() for s in shards for i in range(s.num_documents)] == first + second
     stream = open_split(tmp_path / "new", "validation")
     assert stream.read(0, len(stream)).tolist() == [token for doc in held_out for token in doc]
     alone = accept(config(old / "val_corpus.idx", tmp_path / "alone", model_file, "megatron"))
-    assert list(alone.splits) == ["train"] and alone.documents == 20
+    assert list(alone.splits) == ["train"]
+    assert alone.documents == 20
 
 
 @pytest.mark.parametrize(("refused", "way"), [(("link",), "symbolically"), (("link", "symlink"), "copied")])
@@ -136,7 +138,8 @@ def test_command(tmp_path: Path, tokenizer: Tokenizer, model_file: Path) -> None
     named = ("tokenizer=sentencepiece_model", f"tokenizer.path={model_file}")
     result = run_here("data_prep.foreign", *common, *named, "format=nanogpt")
     assert result.returncode == 0, result.stderr
-    assert "5 documents" in result.stdout and "note: there is no validation split" in result.stdout
+    assert "5 documents" in result.stdout
+    assert "note: there is no validation split" in result.stdout
     for arguments, message in (
         ((*common, *named), "format is not set"),
         ((*common, "format=nanogpt"), "tokenizer is not set; give tokenizer=VALUE"),

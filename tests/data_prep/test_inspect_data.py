@@ -33,7 +33,8 @@ def test_tells_what_is_there(data: Path, corpus: Path, texts: list[str]) -> None
     assert lines["fingerprint"] == manifest.fingerprint
     assert lines["source"] == f"files, {corpus}"
     assert lines["tokenizer"] == f"sentencepiece, 330 tokens, {manifest.tokenizer.end_of_document} ends a document"
-    assert "validation_fraction=0.1" in lines["settings"] and "shard_tokens=4000" in lines["settings"]
+    assert "validation_fraction=0.1" in lines["settings"]
+    assert "shard_tokens=4000" in lines["settings"]
     assert lines["tokens are"] == "uint16"
     ratio = sum(len(text.encode()) for text in texts) / manifest.tokens
     assert lines["in all"] == f"200 documents, {manifest.tokens:,} tokens, {ratio:.3f} bytes per token"
@@ -73,8 +74,10 @@ def test_text_histogram() -> None:
 @pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 9), (34, 34_051), (2**33, 2**34)])
 def test_every_length_has_a_bin(shortest: int, longest: int) -> None:
     edges = bin_edges(shortest, longest)
-    assert edges[0] < shortest and longest < edges[-1]
-    assert (np.diff(edges) >= 1).all() and (edges % 1 == 0.5).all()
+    assert edges[0] < shortest
+    assert longest < edges[-1]
+    assert (np.diff(edges) >= 1).all()
+    assert (edges % 1 == 0.5).all()
 
 
 def test_settings_of_settings() -> None:

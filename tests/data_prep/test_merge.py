@@ -139,7 +139,8 @@ def test_slices_are_put_in_order(prepared: Path, tmp_path: Path, capsys: pytest.
     assert run_here("data_prep.merge", *map(str, slices), "--output", str(tmp_path / "all")).returncode == 0
     assert contents(tmp_path / "all", capsys) == contents(prepared / "whole", capsys)
     merged, whole = load_manifest(tmp_path / "all"), load_manifest(prepared / "whole")
-    assert merged.source == whole.source and "slice" not in merged.request
+    assert merged.source == whole.source
+    assert "slice" not in merged.request
 
 
 def test_slices_of_a_trained_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

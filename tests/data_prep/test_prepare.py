@@ -187,7 +187,8 @@ def test_empty_split_names_a_fraction_that_works(config: Configure, fraction: fl
     few = {"source": str(source), "tokenizer": {"vocab_size": 290}}
     with pytest.raises(DataError, match="split empty: the source has 8 documents; validation_fraction=") as caught:
         prepare(config(**few, validation_fraction=fraction))
-    assert not (tmp_path / "data").exists() and siblings(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
+    assert siblings(tmp_path / "data") == []
     works = float(str(caught.value).split("; validation_fraction=")[1].split()[0])
     assert set(prepare(config(**few, validation_fraction=works)).splits) == {"train", "validation"}
 
@@ -207,7 +208,8 @@ def test_source_without_documents(config: Configure, tmp_path: Path, kind: str) 
         changes |= {"path": str(tmp_path / "tokenizer.json"), "end_of_document": "end"}
     with pytest.raises(DataError, match="no document with text"):
         prepare(config(source=str(source), tokenizer=changes))
-    assert not (tmp_path / "data").exists() and siblings(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
+    assert siblings(tmp_path / "data") == []
 
 
 def test_file_without_bytes(config: Configure, tmp_path: Path) -> None:
@@ -215,7 +217,8 @@ def test_file_without_bytes(config: Configure, tmp_path: Path) -> None:
         (tmp_path / name).touch()
         with pytest.raises(DataError, match=rf"no document with text|{name} cannot be read"):
             prepare(config(source=str(tmp_path / name)))
-        assert not (tmp_path / "data").exists() and siblings(tmp_path / "data") == []
+        assert not (tmp_path / "data").exists()
+        assert siblings(tmp_path / "data") == []
 
 
 def test_broken_record_fails_or_is_skipped(
@@ -225,7 +228,8 @@ def test_broken_record_fails_or_is_skipped(
         file.write('not json\n{"text": ""}\n')
     with pytest.raises(DataError, match=r"corpus.jsonl:201: the line is not JSON .*on_bad_record=skip"):
         prepare(config())
-    assert not (tmp_path / "data").exists() and siblings(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
+    assert siblings(tmp_path / "data") == []
     manifest = prepare(config(on_bad_record="skip"))
     assert manifest.skipped == {"the line is not JSON": 1, "empty": 1}
     assert manifest.documents == len(texts)
@@ -254,7 +258,8 @@ def test_full_disk(config: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(ShardWriter, "append_many", append_many)
     with pytest.raises(DataError, match=r"the disk of output_dir=.*data is full .*nothing was left there"):
         prepare(config())
-    assert not (tmp_path / "data").exists() and siblings(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
+    assert siblings(tmp_path / "data") == []
 
 
 def test_wide_tokens(config: Configure, tmp_path: Path) -> None:
@@ -270,7 +275,9 @@ def test_wide_tokens(config: Configure, tmp_path: Path) -> None:
     )
     assert (manifest.dtype, manifest.vocab_size) == ("int32", 70_002)
     tokens = Shard(tmp_path / "data" / "train_00000").tokens
-    assert tokens.dtype == np.int32 and tokens[1] == 69_999 and tokens[2] == 70_001
+    assert tokens.dtype == np.int32
+    assert tokens[1] == 69_999
+    assert tokens[2] == 70_001
 
 
 @pytest.mark.parametrize(
@@ -340,13 +347,13 @@ def test_command_mistakes_are_one_message(arguments: tuple[str, ...], message: s
 STOPPING = """
 import os, signal
 from data_prep.indexed import ShardWriter
-from data_prep.prepare import PrepareConfig, main
+from data_prep.prepare import PrepareConfig, prepare
 from kraken_train.common.cli import run_entry
 def stopping(self, *arguments, write=ShardWriter._write):
     write(self, *arguments)
     os.kill(os.getpid(), signal.SIGSTOP)
 ShardWriter._write = stopping
-run_entry(main, PrepareConfig, "prepare")
+run_entry(prepare, PrepareConfig, "prepare")
 """
 
 
@@ -364,7 +371,8 @@ def test_killed_attempt_leaves_no_result_and_is_cleared(tmp_path: Path) -> None:
     process.wait()
     assert not (tmp_path / "data").exists()
     holder = f"is being prepared by another process right now (process {process.pid} on {socket.gethostname()})"
-    assert meanwhile.returncode == 2 and f"output_dir={tmp_path}/data {holder}; wait for it" in meanwhile.stderr
+    assert meanwhile.returncode == 2
+    assert f"output_dir={tmp_path}/data {holder}; wait for it" in meanwhile.stderr
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert verify_quick(tmp_path / "data").documents == 20_000

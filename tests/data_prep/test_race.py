@@ -90,7 +90,8 @@ def test_when_the_first_ends_after_the_second_has_looked(
     monkeypatch.setattr(prepare_module, "make_tokenizer", working)
     with pytest.raises(DataError, match=r"output_dir=.*/data was being prepared by another process until now; repeat"):
         prepare(config)
-    assert intact(tmp_path / "data") and not worked
+    assert intact(tmp_path / "data")
+    assert not worked
 
 
 def test_an_attempt_that_goes_on_names_its_own_process(config: PrepareConfig, tmp_path: Path) -> None:
@@ -101,6 +102,7 @@ def test_an_attempt_that_goes_on_names_its_own_process(config: PrepareConfig, tm
     journal = tmp_path / ".data.partial" / output.JOURNAL_NAME
     journal.write_text(journal.read_text().replace(f"process {os.getpid()} ", "process 1 "))
     with attempt(tmp_path / "data", {}, resume=True) as second:
-        assert second.journal and second.journal["cursor"] == [0, 1]
+        assert second.journal
+        assert second.journal["cursor"] == [0, 1]
         with pytest.raises(DataError, match=rf"right now \(process {os.getpid()} on "):
             prepare(config)

@@ -53,7 +53,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many blocks, and each is a piece."""
     monkeypatch.setattr(files, "BLOCK_BYTES", 300)
     monkeypatch.setattr(shard_builder, "PIECE_SECONDS", 0.0)
-    yield
+    return
 
 
 @pytest.fixture
@@ -187,9 +187,10 @@ def test_a_killed_worker_is_named_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Attempt, "record", killing)
-        with pytest.raises(DataError, match=r"a worker process died \(signal 9, Killed\).*the same command goes on"):
+        with pytest.raises(DataError, match=r"a worker process died \(signal 9, Killed\).*the same command continues"):
             prepare(config)
-    assert partial.is_dir() and not (tmp_path / "data").exists()
+    assert partial.is_dir()
+    assert not (tmp_path / "data").exists()
     prepare(configure(source, num_workers=0, shard_tokens=50_000))
     monkeypatch.setattr(shard_builder, "PIECE_SECONDS", 10.0)
     prepare(configure(source, "whole", shard_tokens=50_000))
@@ -263,7 +264,7 @@ def test_other_settings_are_refused_or_start_anew(
         prepare(configure(source, shard_tokens=3000))
     assert content(tmp_path / ".data.partial") == before
     prepare(configure(source, shard_tokens=3000, resume=False))
-    assert "going on behind" not in capsys.readouterr().out
+    assert "continuing after" not in capsys.readouterr().out
     prepare(configure(source, "whole", shard_tokens=3000))
     assert content(tmp_path / "data") == content(tmp_path / "whole")
 
@@ -281,7 +282,7 @@ def test_a_changed_source_is_refused(
 COMMAND = (
     "import sys, data_prep.shard_builder as a, data_prep.files as f, data_prep.prepare as p; "
     "a.PIECE_SECONDS = 0; f.BLOCK_BYTES = 20_000; "
-    "from kraken_train.common.cli import run_entry; run_entry(p.main, p.PrepareConfig, 'prepare')"
+    "from kraken_train.common.cli import run_entry; run_entry(p.prepare, p.PrepareConfig, 'prepare')"
 )
 # The same, stopped after the first piece that ends behind a whole shard: much is done, and much is left to do.
 # SIGINT as in a terminal's foreground, even where these tests run in the background, which ignores it.
@@ -321,13 +322,14 @@ def test_the_command_killed_or_interrupted(
     _, errors = process.communicate()
     assert "Traceback" not in errors
     if ending == signal.SIGINT:
-        assert process.returncode == 130 and "interrupted; the same command goes on" in errors
+        assert process.returncode == 130
+        assert "interrupted; the same command continues" in errors
     assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
     assert not (tmp_path / "data").exists()
     command = [sys.executable, "-c", COMMAND, *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "going on behind the" in result.stdout
+    assert "continuing after the" in result.stdout
     assert verify_quick(tmp_path / "data").documents == 10_000
     assert content(tmp_path / "data") == content(tmp_path / "whole")
 

@@ -221,7 +221,9 @@ def test_a_stream_that_fails_is_read_on(
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     monkeypatch.setattr(time, "sleep", pauses.append)
     assert read("owner/name", dataset_retries=3) == [f"row {row}" for row in range(9000)]
-    assert rows.times == 0 and pauses == [1, 2, 4][:times] and rows.skips == ([number] * times if number else [])
+    assert rows.times == 0
+    assert pauses == [1, 2, 4][:times]
+    assert rows.skips == ([number] * times if number else [])
     note = (
         f"note: reading row {number + 1} from the Hugging Face Hub failed (the server has hung up); it is tried again"
     )
@@ -246,7 +248,9 @@ def test_dataset_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         read("owner/name", BadRecords("skip"))
     message = str(caught.value)
     assert "source=owner/name: there is no such file or folder" in message
-    assert "Couldn't reach" in message and "network" in message and "\n" not in message
+    assert "Couldn't reach" in message
+    assert "network" in message
+    assert "\n" not in message
 
 
 def test_embedded_corpus() -> None:

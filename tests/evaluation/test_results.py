@@ -42,9 +42,8 @@ def test_averages() -> None:
     assert complete["paper"].value == pytest.approx((0.6 + 0.5 + 0.4) / 3)
     assert complete["paper"].standard_error == pytest.approx(math.sqrt(0.03**2 + 0.04**2 + 0.02**2) / 3)
     assert complete["benchmark"].value == pytest.approx((0.6 + (0.5 + 0.3) / 2 + (0.4 + 0.2) / 2) / 3)
-    assert (
-        complete["benchmark"].standard_error is None
-    )  # F1 of CB has none, and the metrics of a task are not independent
+    # F1 of CB has none, and the metrics of one task are not independent.
+    assert complete["benchmark"].standard_error is None
     assert (complete["paper"].tasks, complete["paper"].of) == (3, 3)
     partial = suite({"boolq": BOOLQ}, cb="no file").averages
     assert set(partial) == {"paper"}

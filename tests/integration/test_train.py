@@ -141,7 +141,7 @@ def test_damaged_checkpoints_are_passed_over(data: Path, reference: Path, tmp_pa
     for file in (run / "checkpoints").glob("*/manifest.json"):
         file.write_text("{}")
     error = user_error(train(data, run))
-    assert error.startswith(f"no checkpoint in {run}/checkpoints is whole"), "a run must not start afresh in silence"
+    assert error.startswith(f"every checkpoint in {run}/checkpoints is damaged"), "it must not start from scratch"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import psutil
 from helpers import REPOSITORY, wait_until
 
 from kraken_train.parallel.ranks import free_port
-from launch.node import Plan
+from launch.plan import Plan
 
 # Writes its process id, arguments and environment to the file OUT/RANK, then waits for signals. It kills itself once
 # the file OUT/RANK.die exists. ON_SIGTERM is an expression.

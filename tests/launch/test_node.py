@@ -17,7 +17,8 @@ from node_program import EXITS_ON_SIGTERM, RunningLauncher, make_plan, require_e
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 from launch import node as node_module
 from launch.exit_report import ErrorLines, diagnose
-from launch.node import CONNECTION_TIMEOUT, KEEP_ALIVE, KILL, STOP, Node, Plan
+from launch.node import CONNECTION_TIMEOUT, KEEP_ALIVE, KILL, STOP, Node
+from launch.plan import Plan
 
 # Arguments that shells, pdsh and Hydra would each change.
 DIFFICULT_ARGUMENTS = [

@@ -18,11 +18,15 @@ from helpers import run_module, wait_until
 Result = TypeVar("Result")
 
 STEP_MODULE = "kraken_train.train"
-# Appended to kraken_train/train.py of a submission's code: steps of the tiny model take milliseconds, and these take as
-# long as the file `seconds` says, so that a test can act in between.
+# Inserted at the end of kraken_train/train.py in a submission's code: steps of the tiny model take milliseconds, and
+# these take as long as the file `seconds` says, so that a test can act in between.
 SLOW_STEPS = """
 import resource
 import signal
+import time
+from pathlib import Path
+
+from kraken_train.training.trainer import Trainer
 
 
 def slow_step(trainer, step=Trainer.train_step):

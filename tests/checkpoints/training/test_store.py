@@ -226,7 +226,7 @@ def test_ranks_verify_together(two_ranks: Ranks) -> None:
         assert step == 2
         assert len(problems) == 1
         assert problems[0].startswith(f"{newest / name} is damaged")
-    assert found[0]["unreadable on rank 1"].startswith(f"no checkpoint in {folder} is whole: {newest}")
+    assert found[0]["unreadable on rank 1"].startswith(f"every checkpoint in {folder} is damaged: {newest}")
     assert found[0]["unreadable on rank 1"].count("cannot be read: Permission denied") == 3
     assert found[0]["none"].startswith("there is no checkpoint in")
 
