@@ -432,7 +432,7 @@ class KrakenModel(PreTrainedModel):
         self.final_norm = plain_norm(config)
         self.gradient_checkpointing = False
         self.build_head(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def build_head(self, config: KrakenConfig) -> None:
         """A base model has none."""
@@ -443,7 +443,7 @@ class KrakenModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.token_embedding = value
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -630,7 +630,7 @@ class KrakenForCausalLM(KrakenModel, GenerationMixin):
         arguments = (inputs, generation_config, logits_processor, StoppingCriteriaList(criteria))
         return super().generate(*arguments, **kwargs)  # type: ignore[misc]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
