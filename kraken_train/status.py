@@ -35,7 +35,7 @@ def main() -> None:
     shown.add_argument("--log", nargs="?", type=int, const=LOG_LINES, metavar="LINES", help="the last lines that the "
                        f"ranks have printed ({LOG_LINES}; 0: all)")  # fmt: skip
     parser.add_argument("--start", type=int, metavar="K", help="the log of this start, in place of the newest")
-    parser.add_argument("--follow", action="store_true", help="with --log, go on while the run does")
+    parser.add_argument("--follow", action="store_true", help="with --log, print new lines while the run is running")
     parser.add_argument("--verify", action="store_true", help="read every byte of the newest checkpoint")
     options = parser.parse_args()
     with user_errors(options.runs[0]):

@@ -47,7 +47,7 @@ def connect_ranks(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> dist
     # A single process needs no address; a stale MASTER_ADDR in the environment is not read.
     store = dist.HashStore() if runtime.world_size == 1 else Meeting(runtime, seconds).store()
     slow = (
-        "all ranks have met and connect to each other; if this goes on, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+        "all ranks have met and connect to each other; if this lasts, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
         "to the network that the machines share"
     )
     with reported_if_slow(runtime, slow):

@@ -103,7 +103,7 @@ def shards(config: ModelConfig, layout: TrainingLayout) -> Shards:
 def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
     """Of the first device; all hold the same within a few rows of padding."""
     own, trace = shards(config, layout), trace_micro_batch(config, layout)
-    # A bucket that is too small for all gradients is reduced while the backward pass goes on.
+    # A bucket that is too small for all gradients is reduced during the backward pass.
     besides = new_bucket(own, layout) + (0 if own.elements <= LARGEST_BUCKET else reduction_bytes(own, layout))
     kept = trace.kept
     moments = [

@@ -1,4 +1,4 @@
-"""What has happened to a run: RUN_DIR/events.jsonl, a JSON object per line with `time`, `event` and what belongs to it.
+"""The events of a run: RUN_DIR/events.jsonl, a JSON object per line with `time`, `event` and its details.
 
     submitted   a job was handed to Slurm: job
     allocated   Slurm has given a job its nodes, and its ranks are being started: job, requeues, nodes (their names),
@@ -15,7 +15,8 @@
     tracking    Weights & Biases or TensorBoard lacks something: note
     requeued    the job goes back to Slurm's queue, to continue: job, reason
 
-A start that was killed has no `ended`. Rank 0 writes, and the batch script between two starts, so nobody at once.
+A start that was killed has no `ended`. Rank 0 writes during a start, and the batch script between two starts, so there
+is one writer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends to a file. A disk that takes no more is told once: what happens to a run matters more than its record."""
+    """Appends events to a file. Warns once when the disk is full, and does not stop the run for that."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""What is there of a run: in its folder, and of what its command needs. Imports no torch."""
+"""The files of a run: those in its folder, and those that its command needs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def data_folders(config: dict[str, Any], folder: str | None) -> list[Path]:
 
 
 def missing_inputs(config: dict[str, Any], folder: str | None, has_checkpoint: bool) -> list[str]:
-    """What the run's command reads and does not find, as it would be seen from this machine."""
+    """Inputs of the run's command that do not exist, as seen from this machine."""
     missing = [] if folder is None or Path(folder).is_dir() else [f"the folder {folder} in which it ran"]
     missing += [f"data_dir={path}" for path in data_folders(config, folder) if not path.is_dir()]
     initial = config.get("init_from")

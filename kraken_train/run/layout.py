@@ -1,4 +1,4 @@
-"""The names of what is in a run's folder (`kraken_train.run.folder` says what each is), for who only looks at it."""
+"""The names of the files in a run's folder, which `kraken_train.run.folder` describes. Imports no torch."""
 
 from __future__ import annotations
 

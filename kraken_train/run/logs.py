@@ -60,7 +60,7 @@ def show(stamp: str, rank: int, text: str) -> str:
 
 
 def follow(folder: Path, last: int, going_on: Callable[[], bool]) -> Iterator[str]:
-    """The last lines, and then what comes while `going_on`; what two ranks write at once may be out of order."""
+    """The last lines, then new ones while `going_on`; simultaneous lines of two ranks may be out of order."""
     ends = {rank: path.stat().st_size for rank, path in log_files(folder).items()}
     yield from merged(folder, last)
     more = True

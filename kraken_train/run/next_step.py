@@ -1,4 +1,4 @@
-"""What to do with a run, in words and as a command that works on what is there of it."""
+"""The next step for a run, in words and as a command that works with the files that exist."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def repairs(state: RunState) -> Iterator[str]:
 
 
 def words_of(state: RunState) -> str:
-    """What the command does that is told after them."""
+    """The words before the command: what it does."""
     if state.state == FAILED and state.errors and not any(error.restart_helps for error in state.errors):
         return "do what the error says, then: "
     if state.checkpoint_step is None and not state.damaged_checkpoints:

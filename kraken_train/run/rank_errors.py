@@ -12,7 +12,7 @@ from kraken_train.run.layout import ERRORS
 
 @dataclass(frozen=True)
 class RankError:
-    """Why a rank has failed, in its own words, or in its launcher's if it could say nothing."""
+    """Why a rank failed: its own message, or that of its launcher if it left none."""
 
     time: str
     rank: int
@@ -20,7 +20,7 @@ class RankError:
     pid: int
     message: str  # for people
     traceback: str | None  # of what is not a user's mistake
-    follows: bool  # it failed only because another rank had
+    follows: bool  # it failed only because another rank failed
     restart_helps: bool  # whether the same command may succeed next time
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ def error_file(folder: Path, rank: int) -> Path:
 
 
 def record_error(folder: Path, error: RankError) -> None:
-    """Keep it in the folder of its start; where that cannot be written, say so."""
+    """Write it to the folder of its start; print a message if that cannot be written."""
     try:
         error_file(folder, error.rank).write_text(json.dumps(asdict(error), indent=1), encoding="utf-8")
     except OSError as problem:
@@ -40,7 +40,7 @@ def record_error(folder: Path, error: RankError) -> None:
 
 
 def read_errors(folder: Path) -> list[RankError]:
-    """How the ranks of a start have failed: first what others only follow from, each in the order of time."""
+    """How the ranks of a start have failed: root causes first, then their consequences, each in the order of time."""
     errors = []
     for path in (folder / ERRORS).glob("rank-*.json"):
         try:
@@ -51,6 +51,6 @@ def read_errors(folder: Path) -> list[RankError]:
 
 
 def root_causes(errors: list[RankError]) -> list[RankError]:
-    """Of `read_errors`, those that the others follow from, each message once; all if every one follows."""
+    """The root causes among the results of `read_errors`, each message once; all, if every one is a consequence."""
     causes = [error for error in errors if not error.follows] or errors
     return list({error.message: error for error in reversed(causes)}.values())[::-1]

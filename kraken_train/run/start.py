@@ -1,4 +1,4 @@
-"""One start of a run, as it is kept in RUN_DIR/starts/0001, so that it explains itself afterwards.
+"""One start of a run: what is recorded in RUN_DIR/starts/0001, to explain it afterwards.
 
 config.yaml        the settings, resolved
 environment.json   commands, hosts, versions, commit, Slurm's job
@@ -57,7 +57,7 @@ def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
         held.callback(close_log, log)
         held.enter_context(redirect_stdout(Tee(sys.stdout, log)))
         held.enter_context(redirect_stderr(Tee(sys.stderr, log)))
-        faulthandler.enable(log)  # a crash in C leaves the Python stacks there
+        faulthandler.enable(log)  # a crash in C writes the Python stacks there
         held.callback(faulthandler.disable)
         try:
             yield log_path
@@ -69,7 +69,7 @@ def recorded(folder: Path, runtime: Runtime) -> Iterator[Path]:
 
 
 def close_log(log: TextIO) -> None:
-    with suppress(OSError):  # what a full disk has not taken is tried again here, and must not hide the run's own error
+    with suppress(OSError):  # closing retries what did not fit on a full disk; that must not hide the error of the run
         log.close()
 
 
@@ -85,7 +85,7 @@ class Tee(io.TextIOBase):
         written = self.stream.write(text)
         lines = [overwritten(line) for line in (self.line + DRAWING.sub("", text)).split("\n")]
         self.line = lines.pop()
-        with suppress(OSError, ValueError):  # a full disk, or closed: what matters has gone to the stream
+        with suppress(OSError, ValueError):  # a full disk, or a closed file; the stream has the text
             self.log.write("".join(f"{now()} {line}\n" for line in lines if line))
         return written
 
@@ -104,7 +104,7 @@ class Tee(io.TextIOBase):
 
 
 def overwritten(line: str) -> str:
-    """What a terminal shows of a line that was drawn again and again."""
+    """What a terminal shows of a line that was overwritten several times."""
     return line.rpartition("\r")[2]
 
 

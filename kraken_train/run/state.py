@@ -1,4 +1,4 @@
-"""Where a run is, from what its folder holds; while it is being written as well. Imports no torch."""
+"""The state of a run, read from its folder, also while it is being written. Imports no torch."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class WandbBackend:
 def mend_files(run_info: RunInfo, mode: str) -> None:
     """So that what earlier starts have recorded can be uploaded, however they have ended.
 
-    The caller keeps others from writing in this mode; where somebody writes in the other one, nothing is changed.
+    The caller excludes other writers in this mode; if a process writes in the other mode, nothing is changed.
     """
     other = "offline" if mode == "online" else "online"
     with suppress(CheckpointError), only_writer(run_info.path, other, wait=False):

@@ -72,7 +72,7 @@ class StepResult:
     loss: float  # nats per token, mean over the global batch
     grad_norm: float  # before clipping, over the whole model
     applied: bool  # False: something was not finite, and no weight has changed on any rank
-    stop: bool  # some rank has been asked to stop
+    stop: bool  # some rank has received a request to stop
 
 
 def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
@@ -89,7 +89,7 @@ def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Re
 
 
 def stop_processes(runtime: Runtime) -> None:
-    """Leave the other ranks in good order, at the end of a run that has succeeded."""
+    """Leave the process group, at the end of a run that has succeeded."""
     if runtime.world_size > 1:
         dist.destroy_process_group()
 
@@ -161,7 +161,7 @@ class Engine:
     def step(self, lr: float, stop: bool = False) -> None:
         """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere.
 
-        `stop` says that this rank has been asked to stop. Nothing waits for the device; `results` says what came of it.
+        `stop`: this rank has received a request to stop. Nothing waits for the device; `results` returns the outcome.
         """
         with self.timer.phase(OPTIMIZER):
             self.update(lr, stop)
@@ -182,8 +182,8 @@ class Engine:
     def update(self, lr: float, stop: bool) -> None:
         loss = torch.stack(self.micro_losses).double().mean()
         self.micro_losses = []
-        # One sum tells all ranks the mean loss, the gradients' norm, whether something is not finite anywhere, so that
-        # they skip together, and whether one has been asked to stop.
+        # One all-reduce gives all ranks the mean loss, the gradients' norm and requests to stop; a non-finite sum makes
+        # all of them skip the step together.
         report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop)])
         if self.runtime.world_size > 1:
             dist.all_reduce(report, group=self.runtime.group)
@@ -191,8 +191,8 @@ class Engine:
         self.equalize_shared_gradients()  # not before what is not finite on one rank has counted
         loss_sum, squares, _ = report
         adamw = self.deepspeed.optimizer.optimizer
-        # How PyTorch's gradient scaler tells a fused AdamW, on the device, to leave everything as it is, and what to
-        # divide gradients by: here what makes their norm `max_grad_norm`.
+        # A fused AdamW reads these tensors of PyTorch's gradient scaler on the device: whether to skip the update, and
+        # the divisor of the gradients, which here makes their norm `max_grad_norm`.
         adamw.found_inf = (~torch.isfinite(loss_sum + squares)).float()
         if self.max_grad_norm > 0:
             adamw.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
@@ -274,7 +274,7 @@ class Engine:
         return kept
 
     def load_state(self, fill: Callable[[dict[str, Tensor]], None], optimizer_steps: int) -> None:
-        """Take over the state after `optimizer_steps` updates.
+        """Load the state after `optimizer_steps` updates.
 
         `fill` puts values into tensors of the names that `state` gives and of any sharding.
         """
@@ -289,7 +289,7 @@ class Engine:
                 safe_set_full_optimizer_state(parameter, value, moment)
 
     def load_weights(self, read: Callable[[str, ShardedDim | None], Tensor]) -> None:
-        """Take over weights and nothing else; `read` gives this rank's part of the one of a name."""
+        """Load the weights only; `read` gives this rank's part of the one of a name."""
         for name, parameter in self.model.named_parameters():
             set_weight(parameter, read(name, self.sharded_dims[name]).to(self.device, torch.float32))
 
@@ -341,7 +341,7 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 
 
 def apply_gradients(optimizer: BF16_Optimizer) -> None:
-    """What is left of `BF16_Optimizer.step` without its norm, clipping and decision, which read from the device."""
+    """`BF16_Optimizer.step` without its norm, clipping and skipping, which read from the device."""
     partitions = zip(optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True)
     for weights, gradients in partitions:
         weights.grad = gradients
@@ -367,7 +367,7 @@ def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elem
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        # The norm, clipping and what is not finite are the business of `Engine.update`.
+        # `Engine.update` computes the norm, clips, and skips non-finite steps.
         "gradient_clipping": 0.0,
         # Where micro-batches accumulate, gradients go to their fp32 sums as they come; bf16 ones would else be kept,
         # cleared and added to as well.

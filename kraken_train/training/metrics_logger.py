@@ -1,4 +1,4 @@
-"""What a run reports: lines on the console, `metrics.jsonl`, and what others make of that. Only rank 0 has one."""
+"""The reports of a run: console lines, `metrics.jsonl` and the tracker. Only rank 0 has a logger."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Record = dict[str, float | int]
 
 
 class PatientConsole(Console):
-    """A console whose reader may leave (`| head`): nothing more is printed, and training goes on."""
+    """A console whose reader may close it (`| head`): then nothing more is printed, and training continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -54,7 +54,7 @@ class MetricsLogger:
             self.task = self.progress.add_task("training", total=config.max_steps, completed=step)
 
     def rewind(self, step: int) -> None:
-        """Go on after `step`: later records are dropped, as they will be written again. Raises CheckpointError."""
+        """Continue after `step`: later records are dropped, as they will be written again. Raises CheckpointError."""
         self.file.close()
         self.file = self.open_after(step)
 

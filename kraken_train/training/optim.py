@@ -41,13 +41,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def reduce_bucket_elements(model: nn.Module) -> int:
     """Gradients that are summed over the data-parallel ranks at once.
 
-    DeepSpeed sets a buffer of so many aside in every backward pass, by its default 1 or 2 GB for the smallest model.
+    DeepSpeed allocates a buffer of this size in every backward pass; its default is 1 or 2 GB for the smallest model.
     """
     return min(LARGEST_BUCKET, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def describe_jump(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
-    """How the rate changes at a resumption after `step` steps, for settings of a TrainConfig; None where it goes on."""
+    """The jump of the learning rate at a resumption after `step` steps, for settings of a TrainConfig; None: no jump."""
     rates: list[float] = [
         from_dict(settings["schedule"], AnySchedule, "schedule").learning_rate(  # type: ignore[arg-type]
             settings["optim"]["lr"], step, settings["max_steps"]

@@ -100,7 +100,7 @@ class Trainer:
     def train(self) -> None:
         """Train to `max_steps`.
 
-        Raises TrainingError for losses with which training cannot go on, and Interrupted after a request to stop.
+        Raises TrainingError for losses with which training cannot continue, and Interrupted after a request to stop.
         """
         self.engine.verify_replicas()
         self.hosts = self.runtime.gather(socket.gethostname())

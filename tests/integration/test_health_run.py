@@ -122,7 +122,7 @@ def test_a_spike_stops_the_run(train: Train, tmp_path: Path) -> None:
     result = train(run, ["spikes", "0", "7"], "health.loss_spike=stop")
     assert result.returncode != 0
     assert "high from step 7 on (health.loss_spike=stop); the checkpoints in" in result.stderr
-    assert "health.loss_spike=rollback goes on with those after it" in result.stderr
+    assert "health.loss_spike=rollback continues with the data after" in result.stderr
     (error,) = read_errors(run / "starts" / "0001")
     assert not error.restart_helps
     assert not events(run, "rolled_back")
