@@ -47,7 +47,7 @@ def reduce_bucket_elements(model: nn.Module) -> int:
 
 
 def describe_jump(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
-    """The jump of the learning rate at a resumption after `step` steps, for settings of a TrainConfig; None: no jump."""
+    """The jump of the learning rate at a resumption after `step` steps, by two TrainConfigs; None: no jump."""
     rates: list[float] = [
         from_dict(settings["schedule"], AnySchedule, "schedule").learning_rate(  # type: ignore[arg-type]
             settings["optim"]["lr"], step, settings["max_steps"]

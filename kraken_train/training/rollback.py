@@ -41,7 +41,7 @@ def describe_trouble(trouble: Trouble, config: TrainConfig, checkpoints: Path) -
     if trouble.spike:
         return (
             f"{trouble.reason} (health.loss_spike=stop); {describe_checkpoints(checkpoints)}. The same command meets "
-            "the same data: health.loss_spike=rollback continues with the data after them, ignore with all data"
+            "the same data: health.loss_spike=rollback continues with the data after it, ignore with all of it"
         )
     return (
         f"{trouble.reason} (max_nonfinite_steps={config.max_nonfinite_steps}); they changed no weight, and "
