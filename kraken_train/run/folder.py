@@ -51,7 +51,7 @@ REMEDIES = {
     errno.ENOTDIR: "set run_dir to a folder",
     errno.EEXIST: "a file, or a link to nothing, is where a folder must be",
 }
-LOCK_PATIENCE = 1.0  # seconds: who only looks at a run (`run_state.is_alive`) holds its lock for a moment
+LOCK_PATIENCE = 1.0  # seconds: `kraken_train.run.state.is_alive` holds the lock for a moment
 
 
 @dataclass(frozen=True)

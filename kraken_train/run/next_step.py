@@ -21,7 +21,7 @@ def next_step(state: RunState) -> str:
         return elsewhere[state.state]
     if state.state == FINISHED and (use := use_of_result(state)) is not None:
         return use
-    return "".join([*(f"first {repair}; " for repair in repairs(state)), words_of(state), command_of(state)])
+    return "".join([*(f"first {repair}; " for repair in repairs(state)), introduction_of(state), command_of(state)])
 
 
 def use_of_result(state: RunState) -> str | None:
@@ -54,7 +54,7 @@ def repairs(state: RunState) -> Iterator[str]:
         yield f"restore a checkpoint from a copy, or mv {folder} {aside} to train from the start"
 
 
-def words_of(state: RunState) -> str:
+def introduction_of(state: RunState) -> str:
     """The words before the command: what it does."""
     if state.state == FAILED and state.errors and not any(error.restart_helps for error in state.errors):
         return "do what the error says, then: "

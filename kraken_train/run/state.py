@@ -110,7 +110,7 @@ def read_state(path: Path) -> RunState:
     if not alive:
         events = read_events(path / EVENTS_FILE)  # it may have ended just now
     starts = read_starts(path, events, alive)
-    state, reason = judge(events, starts, alive)
+    state, reason = derive_state(events, starts, alive)
     newest = path / "starts" / f"{starts[-1].number if starts else 0:04d}"
     config = read_mapping(path / CONFIG_FILE) or read_mapping(newest / CONFIG_FILE)
     records = last_records(path)
@@ -204,7 +204,7 @@ def read_starts(path: Path, events: list[Event], alive: bool) -> list[Start]:
     return starts
 
 
-def judge(events: list[Event], starts: list[Start], alive: bool) -> tuple[str, str | None]:
+def derive_state(events: list[Event], starts: list[Start], alive: bool) -> tuple[str, str | None]:
     """The state and its reason."""
     if alive:
         return RUNNING, None

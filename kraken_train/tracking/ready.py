@@ -1,4 +1,4 @@
-"""What a copy needs to be there before training starts; the services' own libraries are not loaded for that."""
+"""Checks before training starts that the tracker can be used, without loading its library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def require_ready(tracking: TrackingConfig, environment: Mapping[str, str]) -> N
 
 
 def require_login(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError if nothing says with whose account."""
+    """Raises ConfigError if there is no login."""
     settings = read_settings(environment)
     if any(environment.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or "api_key" in settings:
         return

@@ -1,4 +1,4 @@
-"""What a copy says of a run beside its metrics, from the run folder alone: this must not wait for torch to load."""
+"""What trackers show of a run beside its metrics, read from the run folder. Imports no torch, which loads slowly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's copy for TensorBoard: RUN_DIR/tensorboard, written anew from metrics.jsonl whenever that was replaced.
+"""The backend for TensorBoard: RUN_DIR/tensorboard, written again from metrics.jsonl whenever that was replaced.
 
 Uses the writer of the package `tensorboard`, so torch need not be loaded.
 """
