@@ -110,7 +110,7 @@ class Engine:
         self.runtime = runtime
         self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
         self.sharded_dims = sharded_dims(model)
-        self.kept = self.share_out()
+        self.assigned = self.assign_parameters()
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
@@ -249,12 +249,12 @@ class Engine:
             tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
             for moment in MOMENTS:
                 tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
-            if name in self.kept:
+            if name in self.assigned:
                 partition = self.sharded_dims[name]
                 state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
         return state
 
-    def share_out(self) -> set[str]:
+    def assign_parameters(self) -> set[str]:
         """The parameters that this rank keeps in `state`, so that memory and writing are shared evenly.
 
         One model copy keeps a parameter: each of its ranks the own part, or one of them all of a shared one.
@@ -262,7 +262,7 @@ class Engine:
         copies, size = self.mesh.data_size, self.mesh.model_rank.size
         here = (self.mesh.data_rank, self.mesh.model_rank.rank)
         loads = {(copy, rank): 0 for copy in range(copies) for rank in range(size)}
-        kept = set()
+        assigned = set()
         for name, parameter in self.model.named_parameters():
             owners = [min(loads, key=lambda place: loads[place])]
             if self.sharded_dims[name] is not None:
@@ -270,8 +270,8 @@ class Engine:
             for owner in owners:
                 loads[owner] += parameter.numel()
             if here in owners:
-                kept.add(name)
-        return kept
+                assigned.add(name)
+        return assigned
 
     def load_state(self, fill: Callable[[dict[str, Tensor]], None], optimizer_steps: int) -> None:
         """Load the state after `optimizer_steps` updates.

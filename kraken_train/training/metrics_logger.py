@@ -23,7 +23,7 @@ from kraken_train.tracking.process import start_follower
 Record = dict[str, float | int]
 
 
-class PatientConsole(Console):
+class PipeSafeConsole(Console):
     """A console whose reader may close it (`| head`): then nothing more is printed, and training continues."""
 
     def on_broken_pipe(self) -> None:
@@ -36,7 +36,7 @@ class MetricsLogger:
 
     def __init__(self, config: TrainConfig, run: RunFolder, step: int) -> None:
         self.run = run
-        self.console = PatientConsole(highlight=False)
+        self.console = PipeSafeConsole(highlight=False)
         with system_errors(f"{run.path} cannot be written"):
             run.write_config(config)
         self.file = self.open_after(step)
@@ -63,7 +63,7 @@ class MetricsLogger:
             drop_records_after(self.run.metrics, step)
             return self.run.metrics.open("a", encoding="utf-8", buffering=1)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def record(self, record: Record) -> None:
@@ -74,7 +74,7 @@ class MetricsLogger:
         if self.progress is not None:
             self.progress.update(self.task, completed=int(record["step"]), description=line)
         if self.progress is None or "validation_loss" in record:
-            self.say(line)
+            self.print_line(line)
 
     def sync(self) -> None:
         """Wait until the disk has all records: those up to a checkpoint's step must not be lost with a machine."""
@@ -82,7 +82,7 @@ class MetricsLogger:
             os.fsync(self.file.fileno())
 
     def note(self, text: str) -> None:
-        self.say(f"note: {text}")
+        self.print_line(f"note: {text}")
         self.run.events.write("tracking", note=text)
 
     def __enter__(self) -> MetricsLogger:

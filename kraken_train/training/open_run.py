@@ -64,9 +64,9 @@ def check_run_folder(
     identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
     with system_errors(f"run_dir={path} cannot be read"):
         existing = read_identity(path) or identity_of_checkpoints(checkpoints)
-        if existing is None and path.exists() and any(not is_of_no_run(entry) for entry in path.iterdir()):
+        if existing is None and path.exists() and any(not may_precede_a_run(entry) for entry in path.iterdir()):
             raise CheckpointError(
-                f"run_dir={path} is not empty and holds {what_it_holds(path)}; use a new or empty folder"
+                f"run_dir={path} is not empty and holds {describe_content(path)}; use a new or empty folder"
             )
     if config.resume == "must" and not has_checkpoints(checkpoints):
         raise CheckpointError(
@@ -83,13 +83,13 @@ def check_run_folder(
     return identity, existing
 
 
-def is_of_no_run(entry: Path) -> bool:
+def may_precede_a_run(entry: Path) -> bool:
     """Whether a folder may hold this before a run begins in it."""
     return entry.name.startswith(".") or entry.name in (SUBMISSIONS, EVENTS_FILE)
 
 
-def what_it_holds(path: Path) -> str:
-    """In place of a run."""
+def describe_content(path: Path) -> str:
+    """The content of a folder that holds no run, for a message."""
     run = next((parent for parent in path.resolve().parents if (parent / IDENTITY_FILE).is_file()), None)
     if run is not None:
         return f"a part of the run in {run}"
