@@ -11,7 +11,7 @@ from conf_models import conf_model
 from helpers import REPOSITORY
 from hydra import compose, initialize_config_dir
 
-from kraken_train.common.cli import compose_choice
+from kraken_train.common.cli import compose_choice, compose_command
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import from_dict, from_hydra, to_dict
 from kraken_train.config import CheckpointConfig, EngineConfig, TrainConfig
@@ -146,3 +146,16 @@ def test_experiments_are_the_papers(path: Path) -> None:
     assert (config.max_steps, config.schedule.name, config.schedule.warmup_steps) == (300_000, "cosine", 2000)
     assert 0.45e6 < config.global_batch_size * config.model["context_length"] < 0.55e6
     assert config.gradient_accumulation_steps(8) == 4
+
+
+def test_a_schedule_by_its_name_alone() -> None:
+    """As command lines had it when every schedule had all settings; a resumed run may still be started so."""
+    given = ["data_dir=d", "run_dir=r"]
+    config = compose_command([*given, "schedule.name=constant"], TrainConfig, "train")
+    assert config.schedule == compose_command([*given, "schedule=constant"], TrainConfig, "train").schedule
+    with pytest.raises(
+        ConfigError, match=r"schedule\.name=wsd needs schedule\.decay_steps; choose it with schedule=wsd"
+    ):
+        compose_command([*given, "schedule.name=wsd"], TrainConfig, "train")
+    with pytest.raises(ConfigError, match=r"schedule\.decay_steps is not a setting of the chosen schedule"):
+        compose_command([*given, "schedule.decay_steps=5"], TrainConfig, "train")

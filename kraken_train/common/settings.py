@@ -52,7 +52,8 @@ def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") 
     """
     dot = f"{prefix}." if prefix else ""
     if choices := choices_of(schema):
-        return from_dict(settings, choose(settings, choices, prefix), prefix)
+        chosen, settings = choose(settings, choices, prefix)
+        return from_dict(settings, chosen, prefix)
     refuse_unknown(settings, schema, dot)
     for key, kind in field_types(schema).items():
         if choices_of(kind) and isinstance(settings.get(key), dict):
@@ -74,18 +75,20 @@ def choices_of(kind: Any) -> dict[str, type]:
     return {get_args(get_type_hints(part)["name"])[0]: part for part in parts}  # type: ignore[misc]
 
 
-def choose(settings: dict[str, Any], choices: dict[str, type], group: str) -> type:
-    """The dataclass that the settings of `group` choose by their `name`. Raises ConfigError."""
+def choose(settings: dict[str, Any], choices: dict[str, type], group: str) -> tuple[type, dict[str, Any]]:
+    """The dataclass that the settings of `group` choose by their `name`, and the settings without those of others.
+
+    `GROUP.name=NAME` alone leaves the settings of the file that was chosen before, which mean nothing for NAME. Raises
+    ConfigError if a setting of NAME is missing.
+    """
     name = settings.get("name")
     require_choice(f"{group}.name", str(name), tuple(choices))
     chosen = choices[str(name)]
-    for key in settings:
-        if key not in field_types(chosen) and any(key in field_types(other) for other in choices.values()):
-            raise ConfigError(
-                f"{group}.{key} is not a setting of {group}.name={name}; choose it by {group}={name}, which brings its "
-                "own settings"
-            )
-    return chosen
+    for field in dataclasses.fields(chosen):
+        if field.name not in settings and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{group}.name={name} needs {group}.{field.name}; choose it with {group}={name}")
+    others = {key for other in choices.values() for key in field_types(other)} - set(field_types(chosen))
+    return chosen, {key: value for key, value in settings.items() if key not in others}
 
 
 def refuse_unknown(settings: dict[str, Any], schema: type, dot: str) -> None:
