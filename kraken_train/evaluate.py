@@ -39,7 +39,7 @@ from kraken_train.evaluation.results import (
     suite_rows,
 )
 from kraken_train.evaluation.suites import Suite, SuiteRun, require_harness, run_suite
-from kraken_train.inference.ranks import started_ranks
+from kraken_train.inference.ranks import end_rank, started_ranks
 from kraken_train.parallel.device import DEVICES, choose_device
 from kraken_train.parallel.ranks import Runtime, read_runtime
 from kraken_train.reporting.model_card import refresh_results
@@ -240,6 +240,7 @@ def print_suite(result: SuiteResult) -> None:
 
 def main() -> None:
     run_entry(evaluate_export, EvaluateConfig, "evaluate")
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kraken_train.common.locales import prints_unicode
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.inference.engine import ExecutionConfig
 from kraken_train.inference.generation import continue_prompts, require_servable
-from kraken_train.inference.ranks import device_speeds, started_ranks
+from kraken_train.inference.ranks import device_speeds, end_rank, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
 from kraken_train.parallel.device import DEVICES
@@ -139,6 +139,7 @@ def read_prompts(config: GenerateConfig) -> dict[str, str]:
 
 def main() -> None:
     run_entry(print_continuations, GenerateConfig, "generate")
+    end_rank()
 
 
 if __name__ == "__main__":

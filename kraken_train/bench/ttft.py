@@ -38,7 +38,7 @@ from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
 from kraken_train.common.validation import require_at_least, require_choice, require_positive
-from kraken_train.inference.ranks import connect, started_ranks
+from kraken_train.inference.ranks import connect, end_rank, started_ranks
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.device import DEVICES, choose_device
@@ -280,6 +280,7 @@ def draw(results: list[Result], title: str, folder: Path) -> None:
 
 def main() -> None:
     run_entry(measure_ttft, TTFTConfig, "ttft")
+    end_rank()
 
 
 if __name__ == "__main__":
