@@ -21,6 +21,7 @@ from kraken_train.parallel.ranks import Runtime, another_rank_ended, read_runtim
 from kraken_train.parallel.rendezvous import connect_ranks
 
 Result = TypeVar("Result")
+RANK_VARIABLES = {"RANK", "SLURM_PROCID"}  # of torchrun and deepspeed, and of srun
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def end_rank() -> None:
 
     Python's own shutdown would destroy the threads of gloo, of which one that still runs aborts the process.
     """
-    if "RANK" in os.environ:
+    if not RANK_VARIABLES.isdisjoint(os.environ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

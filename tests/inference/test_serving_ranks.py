@@ -98,3 +98,18 @@ def test_command(folder: Path) -> None:
     )  # fmt: skip
     assert together.returncode == 0, together.stderr
     assert together.stdout == alone.stdout
+
+
+@pytest.mark.parametrize(("variable", "printed"), [(None, "shut down\n"), ("RANK", ""), ("SLURM_PROCID", "")])
+def test_a_rank_ends_without_python_s_shutdown(variable: str | None, printed: str) -> None:
+    """Which can abort; of what it printed nothing is lost."""
+    program = (
+        "import atexit; from kraken_train.inference.ranks import end_rank; print('text')\n"
+        "atexit.register(print, 'shut down'); end_rank()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}
+    environment |= {"PYTHONPATH": str(REPOSITORY)} | ({variable: "0"} if variable else {})
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, f"text\n{printed}"), result.stderr
