@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kraken_train.model.cross_entropy import CrossEntropy
+from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
 from kraken_train.parallel.weight_role import WeightRole
@@ -22,6 +23,7 @@ class Vocabulary(nn.Module):
     """Holds the rows `rows` of the (V, D) embedding."""
 
     weight_role = WeightRole.MATRIX
+    weight_kind = WeightKind.EMBEDDING
 
     def __init__(self, rows: UnitRange, hidden_size: int, communicator: Communicator) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from kraken_train.model.initialization import initialize
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.layers import KeyValueStore, Layer, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
@@ -48,6 +49,7 @@ class KrakenModel(LanguageModel):
             KrakenLayer(config, self.units, self.communicator) for _ in range(config.num_layers)
         )
         self.conjunction = StackedLinear(self.units, config.hidden_size, config.hidden_size)
+        self.conjunction.weight_kind = WeightKind.CONJUNCTION  # type: ignore[assignment]
         initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers)
 
     @property

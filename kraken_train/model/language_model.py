@@ -14,6 +14,7 @@ from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import IGNORED
 from kraken_train.model.embedding import Vocabulary
 from kraken_train.model.layers import KeyValueStore, Layer
+from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
@@ -33,6 +34,7 @@ class LanguageModel(nn.Module):
         self.token_embedding = Vocabulary(vocabulary or all_units(config.vocab_size), config.hidden_size, communicator)
         self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
         self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)
+        self.final_norm.weight_kind = WeightKind.FINAL_NORM  # type: ignore[assignment]
 
     def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define hidden()")

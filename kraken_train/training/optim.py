@@ -8,33 +8,39 @@ from typing import Any
 from torch import nn
 
 from kraken_train.common.settings import from_dict
+from kraken_train.model.initialization import weight_kind
 from kraken_train.parallel.sharding import sharded_dims
 from kraken_train.parallel.weight_role import WeightRole, weight_role
+from kraken_train.recipe.parametrization import STANDARD, Parametrization
 from kraken_train.recipe.schedules import AnySchedule
 
 SMALLEST_JUMP = 0.01  # of a learning rate, relative
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups by role: matrices and embeddings decay, norms do not; and by whether the ranks of a model copy
-    share the parameter ("shared") or each hold a part. Empty ones are left out.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, parametrization: Parametrization = STANDARD
+) -> list[dict[str, Any]]:
+    """Optimizer groups by role: matrices and embeddings decay, norms do not; by the multipliers that their kinds have;
+    and by whether the ranks of a model copy share the parameter ("shared") or each hold a part. Empty ones are left out.
 
-    The role comes from the module that owns the weight, since a stacked norm has two axes like a matrix. Raises
-    TypeError for a module with parameters that has no role.
+    "lr_multiplier" and "eps_multiplier" are relative to the settings. The role comes from the module that owns the
+    weight, since a stacked norm has two axes like a matrix. Raises TypeError for a module with parameters that has no
+    role.
     """
     cuts = sharded_dims(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, float, float], list[nn.Parameter]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            role = weight_role(module)
-            if role is None:
+            role, kind = weight_role(module), weight_kind(prefix, module)
+            if role is None or kind is None:
                 raise TypeError(f"{prefix} ({type(module).__name__}) has parameters but no role in weight decay")
-            decay = 0.0 if role is WeightRole.NORM else weight_decay
-            groups.setdefault((decay, cuts[name] is None), []).append(parameter)
+            by = parametrization.multipliers(kind)
+            decay = 0.0 if role is WeightRole.NORM else weight_decay * by.weight_decay
+            groups.setdefault((decay, cuts[name] is None, by.learning_rate, by.epsilon), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "shared": shared}
-        for (decay, shared), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, "shared": shared, "lr_multiplier": rate, "eps_multiplier": eps}
+        for (decay, shared, rate, eps), parameters in groups.items()
     ]
 
 
