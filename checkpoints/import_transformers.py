@@ -67,7 +67,7 @@ def import_transformers(config: ImportConfig) -> None:
         raise CheckpointError(f"model_dir={model_dir} is not a folder; give one that save_pretrained has written")
     description = read_description(model_dir / CONFIG_FILE)
     model_config = read_model_config(description, model_dir / CONFIG_FILE)
-    weights = read_weights(model_dir)
+    weights = read_weights(model_dir, model_config.tie_embeddings)
     with ExitStack() as stack:
         tokenizer_dir = find_tokenizer(config.tokenizer_dir, model_dir, stack)
         note = write_export(
@@ -91,15 +91,20 @@ def read_model_config(description: dict[str, Any], path: Path) -> ModelConfig:
     architecture = description.get("architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{path} has architecture={architecture}; known: {', '.join(ARCHITECTURES)}")
-    names = ARCHITECTURES[architecture].setting_names()
+    schema = ARCHITECTURES[architecture]
+    settings = {name: value for name, value in description.items() if name in schema.setting_names()}
+    # The library has a name of its own for what is tied, and saves the head dimension that our `null` stands for.
+    settings["tie_embeddings"] = description.get("tie_word_embeddings", settings.get("tie_embeddings", True))
     try:
-        return parse_model({name: value for name, value in description.items() if name in names})
+        config = parse_model(settings)
+        plain = config.replace(head_dim=None) if config.hidden_size % config.heads == 0 else config
+        return plain if plain.head_size == config.head_size else config
     except ConfigError as error:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights under our names, without the head, which is tied to the embedding. Raises CheckpointError."""
+def read_weights(folder: Path, tied: bool) -> dict[str, Tensor]:
+    """All weights under our names, without a head that is tied to the embedding. Raises CheckpointError."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
@@ -110,11 +115,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} is truncated or not a safetensors file ({error}); copy it again or save the model again"
             ) from error
+    if not tied:
+        return weights
     head = weights.pop(HEAD, None)
     if head is not None and EMBEDDING in weights and not torch.equal(head, weights[EMBEDDING]):
         raise CheckpointError(
-            f"{HEAD} and {EMBEDDING} in {folder} differ, but models of this program tie the head to the embedding; "
-            "fine-tune with tie_word_embeddings=True"
+            f"{HEAD} and {EMBEDDING} in {folder} differ, but {CONFIG_FILE} has tie_word_embeddings=true; save it with "
+            "tie_word_embeddings=false"
         )
     if head is not None:
         weights.setdefault(EMBEDDING, head)

@@ -35,7 +35,8 @@ from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
 
-FORMAT_VERSION = 2  # 1 stored the baselines' attention.qkv.weight as (3, D, D)
+# 1 stored the baselines' attention.qkv.weight as (3, D, D); 3 added the settings of `LayerSettings`.
+FORMAT_VERSION = 3
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
