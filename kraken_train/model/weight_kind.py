@@ -9,10 +9,9 @@ from enum import Enum
 
 
 class WeightKind(Enum):
-    EMBEDDING = "embedding"  # of tokens or positions: each output is one number of a row
+    EMBEDDING = "embedding"  # rows, one for each token or position; the head too, tied or not
     HIDDEN = "hidden"  # a matrix between activations whose number grows with the width
     RESIDUAL = "residual"  # the last matrix of a branch, which adds to a residual stream
     CONJUNCTION = "conjunction"  # the matrices that make one stream of all, before the final norm
     NORM = "norm"  # the gain of a norm
     FINAL_NORM = "final norm"  # the gain of the norm before the head
-    HEAD = "head"  # the matrix after the final norm, where it is not the token embedding

@@ -38,7 +38,7 @@ class Parametrization:
     def multipliers(self, kind: WeightKind) -> Multipliers:
         width, depth, streams = self.width, self.depth, self.streams
         match kind:
-            case WeightKind.EMBEDDING | WeightKind.HEAD:
+            case WeightKind.EMBEDDING:
                 return Multipliers(1.0, 1.0, 1 / width)
             case WeightKind.HIDDEN:
                 return Multipliers(1 / math.sqrt(width), 1 / width, 1 / (width * depth * streams))
