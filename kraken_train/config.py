@@ -17,6 +17,7 @@ from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
 from kraken_train.model.config import ModelConfig, ModelSettings
 from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.parametrization import parametrization_of
 from kraken_train.recipe.schedules import AnySchedule
 
 AUTO = "auto"
@@ -227,6 +228,11 @@ class TrainConfig:
                 "parallel.reduce_dtype=bf16 would round what precision=fp32 computes; use fp32 or null for it"
             )
         self.schedule.require_fits(self.max_steps)
+
+    def require_fits(self, model: ModelConfig) -> None:
+        """Raises ConfigError unless the ranks of a copy can share the model, and its parametrization has a base."""
+        self.parallel.require_fits(model)
+        parametrization_of(self.optim, model)
 
     @property
     def data_shares(self) -> dict[Path, int]:

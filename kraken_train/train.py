@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> None:
     runtime = read_runtime()
     data = TrainingData(config.data_shares)
     model_config = parse_model(config.model, data.vocab_size)
-    config.parallel.require_fits(model_config)
+    config.require_fits(model_config)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
 

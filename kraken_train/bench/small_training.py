@@ -32,7 +32,7 @@ def corpus() -> Tensor:
     text, size = [], 0
     for _, values in EmbeddedSource().blocks():
         for _, document in values.values:
-            text.append(document.encode())
+            text.append(str(document).encode())
             size += len(text[-1])
         if size > CORPUS_BYTES:
             break

@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from kraken_train.common.errors import ConfigError
+from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.weight_kind import WeightKind
+from kraken_train.recipe.optimizers import AdamWConfig
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,27 @@ class Parametrization:
 
 
 STANDARD = Parametrization()
+
+
+def parametrization_of(optim: AdamWConfig, model: ModelConfig) -> Parametrization:
+    """How many times larger `model` is than the base in `optim`. Raises ConfigError where a size of it is missing."""
+    if optim.parametrization != "mup":
+        return STANDARD
+    sizes = {"base_hidden_size": model.hidden_size, "base_num_layers": model.num_layers}
+    if model.units_setting is not None:
+        sizes["base_num_sub_layers"] = model.num_streams
+    elif optim.base_num_sub_layers is not None:
+        raise ConfigError(
+            f"optim.base_num_sub_layers={optim.base_num_sub_layers}: model.architecture={model.architecture} has no "
+            "sub-layers; use null"
+        )
+    ratios = []
+    for name, size in sizes.items():
+        base = getattr(optim, name)
+        if base is None:
+            raise ConfigError(
+                f"optim.parametrization=mup needs optim.{name}, that of the model at which optim.lr was found (in this "
+                f"model it is {size})"
+            )
+        ratios.append(size / base)
+    return Parametrization(*ratios)

@@ -36,6 +36,7 @@ from kraken_train.parallel.rendezvous import RENDEZVOUS_SECONDS, Rendezvous, con
 from kraken_train.parallel.replica_check import require_equal_replicas
 from kraken_train.parallel.sharding import ShardedDim, sharded_dims
 from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
+from kraken_train.recipe.parametrization import STANDARD, Parametrization
 from kraken_train.training.optim import parameter_groups, reduce_bucket_elements
 from kraken_train.training.precision import DTYPES
 
@@ -104,6 +105,7 @@ class Engine:
         mesh: ParallelMesh,
         runtime: Runtime,
         timer: StepTimer | None = None,
+        parametrization: Parametrization = STANDARD,
     ) -> None:
         self.model = model
         self.mesh = mesh
@@ -114,13 +116,14 @@ class Engine:
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
-        groups = parameter_groups(model, config.optim.weight_decay)
+        groups = parameter_groups(model, config.optim.weight_decay, parametrization)
+        for group in groups:
+            group["eps"] = config.optim.eps * group["eps_multiplier"]
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
         optimizer = torch.optim.AdamW(
             groups,
             lr=config.optim.lr,
             betas=config.optim.betas,
-            eps=config.optim.eps,
             fused=True,
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
@@ -197,7 +200,7 @@ class Engine:
         if self.max_grad_norm > 0:
             adamw.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
         for group in adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiplier"]
         self.deepspeed.step()
 
     def average_gradients(self) -> None:

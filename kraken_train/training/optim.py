@@ -21,8 +21,8 @@ LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 def parameter_groups(
     model: nn.Module, weight_decay: float, parametrization: Parametrization = STANDARD
 ) -> list[dict[str, Any]]:
-    """Optimizer groups by role: matrices and embeddings decay, norms do not; by the multipliers that their kinds have;
-    and by whether the ranks of a model copy share the parameter ("shared") or each hold a part. Empty ones are left out.
+    """Optimizer groups by role: matrices and embeddings decay, norms do not; by the multipliers of their kind; and by
+    whether the ranks of a model copy share the parameter ("shared") or each hold a part. Empty ones are left out.
 
     "lr_multiplier" and "eps_multiplier" are relative to the settings. The role comes from the module that owns the
     weight, since a stacked norm has two axes like a matrix. Raises TypeError for a module with parameters that has no
