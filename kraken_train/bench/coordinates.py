@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,20 +40,27 @@ class Size:
 
 
 def check_coordinates(
-    config: ModelConfig, parametrization: Parametrization, lr: float, steps: int, seed: int = 0
+    config: ModelConfig, parametrization: Parametrization, lr: float, steps: int, seeds: Sequence[int]
 ) -> dict[str, Size]:
-    """The sizes of a model's activations before `steps` updates at a constant learning rate, and their changes."""
+    """The sizes of a model's activations before `steps` updates at a constant learning rate, and their changes: means
+    over models and samples of these seeds."""
     generator = torch.Generator().manual_seed(OBSERVED_SEED)
     ids, _ = random_batch(SAMPLES, config.context_length, generator)
-    seen: list[dict[str, Tensor]] = []
+    initial: dict[str, list[float]] = defaultdict(list)
+    change: dict[str, list[float]] = defaultdict(list)
+    for seed in seeds:
+        seen: list[dict[str, Tensor]] = []
 
-    def observe(model: LanguageModel, step: int) -> None:
-        if step in (0, steps):
-            seen.append(activations(model, ids))
+        def observe(model: LanguageModel, step: int, seen: list[dict[str, Tensor]] = seen) -> None:
+            if step in (0, steps):
+                seen.append(activations(model, ids))
 
-    train(config, parametrization, lr, steps, SAMPLES, seed, observe=observe)
-    before, after = seen
-    return {name: Size(rms(before[name]), rms(after[name] - before[name])) for name in before}
+        train(config, parametrization, lr, steps, SAMPLES, seed, observe=observe)
+        before, after = seen
+        for name in before:
+            initial[name].append(rms(before[name]))
+            change[name].append(rms(after[name] - before[name]))
+    return {name: Size(statistics.fmean(initial[name]), statistics.fmean(change[name])) for name in initial}
 
 
 @torch.no_grad()

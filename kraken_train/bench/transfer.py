@@ -50,6 +50,7 @@ class TransferConfig:
     factors: tuple[int, ...]  # of the coordinate checks: how many times larger than the small model a model is
     check_lr: float  # learning rate of the coordinate checks
     check_steps: int  # updates of the coordinate checks
+    check_seeds: int  # of the coordinate checks, whose mean counts
     sweep_factor: int  # how many times larger than the small model the large one of the sweep is
     learning_rates: tuple[float, ...]  # of the sweep; []: no sweep
     sweep_steps: int  # optimizer steps of each training of the sweep, a tenth of them warm-up
@@ -61,7 +62,7 @@ class TransferConfig:
         """Raises ConfigError."""
         require_choice("architecture", self.architecture, architectures())
         for name in ("hidden_size", "num_layers", "num_sub_layers", "base_hidden_size", "head_size", "context_length",
-                     "check_lr", "check_steps", "sweep_factor", "sweep_samples"):  # fmt: skip
+                     "check_lr", "check_steps", "check_seeds", "sweep_factor", "sweep_samples"):  # fmt: skip
             require_positive(name, getattr(self, name))
         require_divides("head_size", self.head_size, "hidden_size", self.hidden_size)
         require_at_least("sweep_steps", self.sweep_steps, 10)
@@ -112,7 +113,8 @@ def check(config: TransferConfig) -> Iterator[dict[str, Any]]:
         for factor in config.factors:
             for name, parametrization in config.parametrizations(dimension, factor).items():
                 model = config.model(dimension, factor)
-                sizes = check_coordinates(model, parametrization, config.check_lr, config.check_steps, config.seed)
+                seeds = range(config.seed, config.seed + config.check_seeds)
+                sizes = check_coordinates(model, parametrization, config.check_lr, config.check_steps, seeds)
                 row = {"dimension": dimension, "factor": factor, "parametrization": name}
                 yield from ({**row, "activation": label, **asdict(size)} for label, size in sizes.items())
 
@@ -153,15 +155,14 @@ def growth_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Loss by learning rate, nats per byte")
-    kinds = list(dict.fromkeys((row["model"], row["parametrization"]) for row in rows))
-    losses = {(row["model"], row["parametrization"], row["lr"]): row["loss"] for row in rows}
-    rates = sorted({row["lr"] for row in rows})
-    best = [min(losses[(*kind, lr)] for lr in rates) for kind in kinds]
-    for name in ("lr", *("\n".join(kind) for kind in kinds)):
+    table = Table(title="Loss by learning rate, nats per byte; *: the least")
+    losses: dict[tuple[str, str], dict[float, float]] = {}
+    for row in rows:
+        losses.setdefault((row["model"], row["parametrization"]), {})[row["lr"]] = row["loss"]
+    for name in ("lr", *("\n".join(kind) for kind in losses)):
         table.add_column(name, justify="right")
-    for lr in rates:
-        cells = zip((losses[(*kind, lr)] for kind in kinds), best, strict=True)
+    for lr in sorted({row["lr"] for row in rows}):
+        cells = ((of_kind[lr], min(of_kind.values())) for of_kind in losses.values())
         table.add_row(f"{lr:g}", *(f"{loss:.3f}{'*' if loss == least else ' '}" for loss, least in cells))
     return table
 
