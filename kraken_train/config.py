@@ -93,6 +93,18 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """What is added to the cross-entropy in training."""
+
+    # weight of the z-loss, the mean of (log Z)^2 with Z = sum of exp(logit) over the vocabulary; 1e-4 in PaLM; 0: none
+    z_loss: float
+
+    def validate(self) -> None:
+        if not 0 <= self.z_loss < math.inf:
+            raise ConfigError(f"loss.z_loss={self.z_loss} must be at least 0 and finite, as 1e-4; 0 switches it off")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int  # optimizer steps; the last step is saved as well
     keep: int  # checkpoints that stay on disk, the newest ones
@@ -198,6 +210,7 @@ class TrainConfig:
     schedule: AnySchedule
     parallel: ParallelConfig
     engine: EngineConfig
+    loss: LossConfig
     checkpoint: CheckpointConfig
     validation: ValidationConfig
     tracking: TrackingConfig
@@ -218,8 +231,8 @@ class TrainConfig:
         require_positive("rendezvous_seconds", self.rendezvous_seconds)
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
-            self.optim, self.schedule, self.parallel, self.engine, self.checkpoint, self.validation, self.tracking,
-            self.health,
+            self.optim, self.schedule, self.parallel, self.engine, self.loss, self.checkpoint, self.validation,
+            self.tracking, self.health,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kraken_train.config import TrainConfig
+from kraken_train.config import LossConfig, TrainConfig
+from kraken_train.model.cross_entropy import Losses
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
@@ -69,10 +70,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class StepResult:
     """Of an optimizer step, the same on all ranks."""
 
-    loss: float  # nats per token, mean over the global batch
+    loss: float  # cross-entropy in nats per token, mean over the global batch
     grad_norm: float  # before clipping, over the whole model
     applied: bool  # False: something was not finite, and no weight has changed on any rank
     stop: bool  # some rank has received a request to stop
+    z_loss: float  # what it adds to the loss in the gradient, weighted; 0 without `loss.z_loss`
 
 
 def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
@@ -125,7 +127,7 @@ class Engine:
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
             self.deepspeed, *_ = deepspeed.initialize(
-                model=LossModule(model),
+                model=LossModule(model, config.loss),
                 optimizer=optimizer,
                 config=deepspeed_settings(config, mesh.data_size, reduce_bucket_elements(model)),
                 mpu=mesh,
@@ -135,8 +137,9 @@ class Engine:
             self.deepspeed.optimizer.step = lambda: apply_gradients(self.deepspeed.optimizer)
             self.deepspeed.allreduce_gradients = self.average_gradients
         self.max_grad_norm = config.optim.max_grad_norm
-        self.micro_losses: list[Tensor] = []
-        self.reports: list[Tensor] = []  # (sum over ranks of losses, of squares of gradients, of requests to stop)
+        self.micro_losses: list[Losses] = []
+        # Sums over ranks: of losses, of squares of gradients, of requests to stop, of z-losses.
+        self.reports: list[Tensor] = []
         self.timer = timer or StepTimer(runtime.device)
         # Part of `backward`. At stage 2 it is what is left after the sums during the backward pass.
         self.deepspeed.allreduce_gradients = self.timer.phase(REDUCTION)(self.deepspeed.allreduce_gradients)
@@ -153,10 +156,10 @@ class Engine:
         """
         self.deepspeed.set_gradient_accumulation_boundary(len(self.micro_losses) + 1 == self.accumulation_steps)
         with self.timer.phase(FORWARD):
-            loss = self.deepspeed(input_ids, targets)
+            losses: Losses = self.deepspeed(input_ids, targets)
         with self.timer.phase(BACKWARD):
-            self.deepspeed.backward(loss)
-        self.micro_losses.append(loss.detach())
+            self.deepspeed.backward(losses.objective)
+        self.micro_losses.append(Losses(*(part.detach() for part in losses)))
 
     def step(self, lr: float, stop: bool = False) -> None:
         """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere.
@@ -172,24 +175,26 @@ class Engine:
             return []
         reports, self.reports = torch.stack(self.reports).tolist(), []
         results = []
-        for loss_sum, squares, stopping in reports:
+        for loss_sum, squares, stopping, z_sum in reports:
             applied = math.isfinite(loss_sum) and math.isfinite(squares)
             loss, norm = (loss_sum / self.runtime.world_size, math.sqrt(squares)) if applied else (math.nan, math.nan)
-            results.append(StepResult(loss, norm, applied, stopping > 0))
+            z_loss = z_sum / self.runtime.world_size
+            results.append(StepResult(loss, norm, applied, stopping > 0, z_loss))
         return results
 
     @torch.no_grad()
     def update(self, lr: float, stop: bool) -> None:
-        loss = torch.stack(self.micro_losses).double().mean()
+        loss = torch.stack([losses.cross_entropy for losses in self.micro_losses]).double().mean()
+        z_loss = torch.stack([losses.z_loss for losses in self.micro_losses]).double().mean()
         self.micro_losses = []
         # One all-reduce gives all ranks the mean loss, the gradients' norm and requests to stop; a non-finite sum makes
         # all of them skip the step together.
-        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop)])
+        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop), z_loss])
         if self.runtime.world_size > 1:
             dist.all_reduce(report, group=self.runtime.group)
         self.reports.append(report)
         self.equalize_shared_gradients()  # not before what is not finite on one rank has counted
-        loss_sum, squares, _ = report
+        loss_sum, squares = report[:2]
         adamw = self.deepspeed.optimizer.optimizer
         # A fused AdamW reads these tensors of PyTorch's gradient scaler on the device: whether to skip the update, and
         # the divisor of the gradients, which here makes their norm `max_grad_norm`.
@@ -352,12 +357,13 @@ def apply_gradients(optimizer: BF16_Optimizer) -> None:
 class LossModule(nn.Module):
     """DeepSpeed hooks into `forward`; training's forward is the loss."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, config: LossConfig) -> None:
         super().__init__()
         self.model = model
+        self.config = config
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(input_ids, targets)
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Losses:
+        return self.model.losses(input_ids, targets, self.config.z_loss)
 
 
 def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elements: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from kraken_train.config import (
     CheckpointConfig,
     EngineConfig,
     HealthConfig,
+    LossConfig,
     ParallelConfig,
     TrackingConfig,
     TrainConfig,
@@ -36,6 +37,7 @@ GLOBAL_BATCH = 24
 ACCUMULATION_STEPS = 2  # whatever the grid
 MAX_GRAD_NORM = 0.5
 RATE = 2e-3
+Z_LOSS = 0.03  # far above what one would use, so that it changes the training
 
 Steps = list[list[float | bool]]  # [loss, gradient norm, applied] per step
 
@@ -57,6 +59,7 @@ def settings(
     reduce_dtype: str | None = None,
     activation_checkpointing: bool = False,
     compile_parts: bool = False,
+    z_loss: float = 0.0,
 ) -> TrainConfig:
     return TrainConfig(
         model={},
@@ -78,6 +81,7 @@ def settings(
         schedule=ConstantSchedule(warmup_steps=0),
         parallel=ParallelConfig(sub_layer_parallel_size, vocab_parallel, reduce_dtype, verify_every=0),
         engine=EngineConfig(zero_stage, activation_checkpointing, compile_parts),
+        loss=LossConfig(z_loss),
         checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),
         validation=ValidationConfig(every=0, samples=1),
         tracking=TrackingConfig("wandb", "off", "", None, None, None, tags=(), notes=None, finish_seconds=0),
@@ -147,7 +151,7 @@ def share_of_rank(engine: Engine, config: ModelConfig, step: int) -> list[torch.
     return list(shares[engine.mesh.data_rank :: copies])
 
 
-def plain_training(config: ModelConfig, steps: range) -> list[tuple[float, float]]:
+def plain_training(config: ModelConfig, steps: range, z_loss: float = 0.0) -> list[tuple[float, float]]:
     """(loss, gradient norm) per step of the same training in plain PyTorch: one process, the global batch at once."""
     model = build_model(config)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
@@ -155,7 +159,7 @@ def plain_training(config: ModelConfig, steps: range) -> list[tuple[float, float
     for step in steps:
         samples = batch(config, step)
         loss = model.loss(samples[:, :-1], samples[:, 1:])
-        loss.backward()
+        (loss + z_loss * model(samples[:, :-1]).logsumexp(-1).square().mean()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()

@@ -19,6 +19,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
     2: [
         "modes:1,2",
         "trajectories:kraken-4/2/plain,kraken-6/2/plain,kraken-4/2/compile,kraken-4/2/compile-recompute-bf16,"
+        "kraken-4/2/z-loss-vocab,"
         "standard/2/compile,parallel/2/zero2-recompute-vocab",
         "exchange:2",
         "overlap:2",

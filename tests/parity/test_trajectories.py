@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from parity.common import MODELS, plain_training
+from parity.common import MODELS, Z_LOSS, plain_training
 from parity.conftest import GRIDS, SLOW_RANKS
-from parity.trajectories import STEPS
+from parity.trajectories import SHORT, STEPS
 
 CASES = [
     pytest.param(ranks, case, marks=[pytest.mark.slow] * (ranks == SLOW_RANKS))
@@ -22,7 +22,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def twins() -> dict[str, list[tuple[float, float]]]:
-    return {name: plain_training(config, range(STEPS)) for name, config in MODELS.items()}
+    plain = {name: plain_training(config, range(STEPS)) for name, config in MODELS.items()}
+    return plain | {"kraken-4 z-loss": plain_training(MODELS["kraken-4"], range(SHORT), Z_LOSS)}
 
 
 @pytest.mark.parametrize(("ranks", "case"), CASES)
@@ -32,13 +33,20 @@ def test_same_losses_and_norms(
     model, _, variant = case.split("/")
     steps = launched(ranks)["trajectories"][case]
     loss_tolerance, norm_tolerance = (5e-3, 2e-2) if "bf16" in variant else (1e-5, 1e-5)
-    assert len(steps) == (STEPS if variant == "plain" else 6)
-    for (loss, norm, applied), (expected_loss, expected_norm) in zip(steps, twins[model], strict=False):
+    assert len(steps) == (STEPS if variant == "plain" else SHORT)
+    twin = twins[f"{model} z-loss" if "z-loss" in variant else model]
+    for (loss, norm, applied), (expected_loss, expected_norm) in zip(steps, twin, strict=False):
         assert applied
         assert loss == pytest.approx(expected_loss, rel=loss_tolerance)
         assert norm == pytest.approx(expected_norm, rel=norm_tolerance)
 
 
 def test_the_twins_learn(twins: dict[str, list[tuple[float, float]]]) -> None:
-    for twin in twins.values():
-        assert twin[-1][0] < twin[0][0] - 0.3
+    for name in MODELS:
+        assert twins[name][-1][0] < twins[name][0][0] - 0.3
+
+
+def test_the_z_loss_changes_the_training(twins: dict[str, list[tuple[float, float]]]) -> None:
+    """By more than the tolerance above."""
+    last, last_with = twins["kraken-4"][SHORT - 1], twins["kraken-4 z-loss"][-1]
+    assert all(abs(found - without) > 1e-4 * without for found, without in zip(last_with, last, strict=True)), last_with
