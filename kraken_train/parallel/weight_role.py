@@ -21,6 +21,4 @@ def weight_role(module: nn.Module) -> WeightRole | None:
     declared: WeightRole | None = getattr(module, "weight_role", None)
     if declared is not None:
         return declared
-    if isinstance(module, nn.Linear | nn.Embedding):
-        return WeightRole.MATRIX
-    return WeightRole.NORM if isinstance(module, nn.LayerNorm) else None
+    return WeightRole.MATRIX if isinstance(module, nn.Linear | nn.Embedding) else None
