@@ -21,7 +21,7 @@ from kraken_train.parallel.weight_role import WeightRole
 class Vocabulary(nn.Module):
     """Holds the rows `rows` of the (V, D) embedding."""
 
-    weight_role = WeightRole.MATRIX
+    weight_role = WeightRole.EMBEDDING
 
     def __init__(self, rows: UnitRange, hidden_size: int, communicator: Communicator) -> None:
         super().__init__()

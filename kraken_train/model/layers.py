@@ -6,6 +6,7 @@ H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -45,13 +46,17 @@ class Layer(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product."""
+    """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product.
+
+    `fused` are the rows of each of the matrices that the weight of a sub-layer consists of, where these are several.
+    """
 
     weight_role = WeightRole.STACKED_MATRIX
 
-    def __init__(self, units: UnitRange, in_features: int, out_features: int) -> None:
+    def __init__(self, units: UnitRange, in_features: int, out_features: int, fused: Sequence[int] = ()) -> None:
         super().__init__()
         self.sharded_dim = ShardedDim(units, axis=0)
+        self.fused = list(fused) or [out_features]
         self.weight = nn.Parameter(torch.empty(units.count, out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +65,10 @@ class StackedLinear(nn.Module):
             return F.linear(x, self.weight[0])
         product = torch.bmm(x.reshape(n, batch * tokens, -1), self.weight.transpose(1, 2))
         return product.view(n, batch, tokens, -1)
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """See `kraken_train.parallel.matrices`."""
+        return [matrix for of_sub_layer in weight for matrix in of_sub_layer.split(self.fused)]
 
 
 class StackedLayerNorm(nn.Module):
@@ -85,7 +94,8 @@ class StackedAttention(nn.Module):
         self.head_counts = (num_heads, kv_heads, kv_heads)  # of queries, keys, values
         self.head_dim = hidden_size // num_heads
         self.norm = StackedLayerNorm(units, hidden_size, norm_epsilon)
-        self.qkv = StackedLinear(units, hidden_size, sum(self.head_counts) * self.head_dim)
+        sizes = [count * self.head_dim for count in self.head_counts]
+        self.qkv = StackedLinear(units, hidden_size, sum(sizes), fused=sizes)
         self.out = StackedLinear(units, hidden_size, hidden_size)
 
     def forward(self, x: Tensor, cache: KeyValueStore | None = None) -> Tensor:

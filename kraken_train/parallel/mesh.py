@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from kraken_train.parallel.matrix_exchange import Place
 from kraken_train.parallel.sharding import ModelRank, ShardedDim
 
 DATA, KRAKEN = "data", "kraken"
@@ -39,6 +40,10 @@ class ParallelMesh:
     @property
     def data_size(self) -> int:
         return self.get_data_parallel_world_size()
+
+    @property
+    def place(self) -> Place:
+        return Place(self.data_rank, self.data_size, self.model_rank.rank, self.model_rank.size)
 
     def as_global(self, local: Tensor, sharded_dim: ShardedDim | None) -> Tensor:
         """This rank's part of a parameter, on the CPU, as a DTensor with the whole shape; a shared one unchanged.
