@@ -1,4 +1,4 @@
-"""Muon against PyTorch's on the separate matrices, bit for bit; what it skips; and matrices that lie on several ranks."""
+"""Muon against PyTorch's on the separate matrices; steps that it skips; and matrices that lie on several ranks."""
 
 from __future__ import annotations
 
