@@ -62,6 +62,4 @@ def compare(continued: list, uninterrupted: list, precision: str, optimizer: str
     for (loss, norm, applied), (expected_loss, expected_norm, _) in zip(continued, uninterrupted, strict=True):
         assert applied
         assert loss == pytest.approx(expected_loss, rel=tolerance)
-        assert norm == pytest.approx(
-            expected_norm, rel=tolerance if (precision, optimizer) == ("fp32", "adamw") else 4 * tolerance
-        )
+        assert norm == pytest.approx(expected_norm, rel=of_norms)
