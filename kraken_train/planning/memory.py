@@ -186,10 +186,13 @@ def reduction_bytes(own: Shards, layout: TrainingLayout) -> int:
 
 def update_bytes(own: Shards, layout: TrainingLayout) -> int:
     """To update the weights with a fused AdamW, or Muon, beside what is counted as gradients."""
-    muon = max((working_bytes(*group) for group in own.by_muon), default=0)
+    muon, once = max((working_bytes(*group) for group in own.by_muon), default=0), layout.accumulation_steps == 1
+    if layout.keeps_accumulator:
+        return muon + (layout.width * own.elements if once else 0)
     if layout.precision == "bf16":
-        return muon + (0 if layout.keeps_accumulator or layout.accumulation_steps > 1 else FP32 * sum(own.parts))
-    copy = FP32 * max(own.parts)  # a flat copy of the group that is updated
-    if layout.zero_stage == 1 and layout.accumulation_steps > 1:
-        return max(0, muon + copy - FP32 * own.bucket)  # the bucket, which counts as gradients, is gone by then
-    return muon + copy + (0 if layout.accumulation_steps > 1 else FP32 * own.overlapping)
+        return muon + (FP32 * sum(own.parts) if once else 0)
+    # A flat copy of the group that is updated, in whose place its gradients are freed.
+    more = max(FP32 * max(own.parts), muon)
+    if layout.zero_stage == 1 and not once:
+        return max(0, more - FP32 * own.bucket)  # the bucket, which counts as gradients, is gone by then
+    return more + (FP32 * own.overlapping if once else 0)

@@ -38,7 +38,8 @@ def working_bytes(parts: Parts, elements: int, copies: int, ranks: int) -> int:
         optimizer = Muon([{"params": [weights], MATRICES: exchange}], momentum=0.9, ns_steps=NS_STEPS)
         weights.grad = torch.empty(elements)
         optimizer.step()  # makes the state
-        with LiveBytes() as live:
+        kept = (weights, weights.grad, *optimizer.state[weights].values())
+        with LiveBytes(kept) as live:
             optimizer.step()
         return live.peak
 

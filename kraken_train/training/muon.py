@@ -82,12 +82,11 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize_all(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
     """`orthogonalize` of matrices of different shapes, those of one shape together."""
-    results: list[Tensor] = [matrix.new_empty(0) for matrix in matrices]
+    results: dict[int, Tensor] = {}
     for batch in batches(matrices):
         stacked = torch.stack([matrices[number] for number in batch])
-        for number, result in zip(batch, orthogonalize(stacked, steps).unbind(), strict=True):
-            results[number] = result
-    return results
+        results.update(zip(batch, orthogonalize(stacked, steps), strict=True))
+    return [results[number] for number in range(len(matrices))]
 
 
 def batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
