@@ -65,7 +65,7 @@ class Candidate:
     def base_cache_bytes(self) -> int:
         """The same for the base under N-way tensor parallelism, which splits it by whole heads."""
         heads = math.ceil(self.base.heads / self.config.num_sub_layers)
-        return cache_bytes(self.base.num_layers, heads * self.base.head_dim)
+        return cache_bytes(self.base.num_layers, heads * self.base.head_size)
 
     @property
     def overrides(self) -> str:
@@ -77,7 +77,7 @@ class Candidate:
     @property
     def rank(self) -> tuple[bool, float, int]:
         """Smaller is better: heads that fill matrix units, then closeness, then fewer heads."""
-        return (self.config.head_dim not in BEST, abs(self.difference), self.config.heads_per_sub_layer)
+        return (self.config.head_size not in BEST, abs(self.difference), self.config.heads_per_sub_layer)
 
 
 def cache_bytes(num_layers: int, width: int) -> int:
@@ -162,7 +162,7 @@ def as_table(candidates: list[Candidate]) -> Table:
         table.add_row(
             str(config.hidden_size),
             str(config.heads_per_sub_layer),
-            str(config.head_dim),
+            str(config.head_size),
             f"{config.num_parameters:,}",
             f"{candidate.difference:+.2%}",
             f"{candidate.attention_cost:.2f}x",
@@ -180,7 +180,7 @@ def print_candidates(config: DeriveConfig) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     console.print(as_table(candidates))
     print(f"to train the first: python -m kraken_train.train {candidates[0].overrides}")
-    if candidates[0].config.head_dim not in BEST:
+    if candidates[0].config.head_size not in BEST:
         faster = nearest_with_best_heads(candidates[0].base, config.num_sub_layers)
         needed = round_up(abs(faster.difference))
         if needed < 1:

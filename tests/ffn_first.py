@@ -12,19 +12,17 @@ from kraken_train.model.architecture import (
     ADD,
     ATTENTION,
     FFN,
-    GELU,
-    JOIN_HEADS,
     NORM,
     AllReduces,
     LayerPart,
-    Matrix,
     ModelConfig,
 )
 from kraken_train.model.gpt import FFN as GPTFFN
-from kraken_train.model.gpt import AddNorm, Attention
+from kraken_train.model.gpt import AddNorm, Attention, qk_gains
 from kraken_train.model.initialization import initialize
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.layers import KeyValueStore, Layer
+from kraken_train.model.rotary import Rotary
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
@@ -53,19 +51,18 @@ class FFNFirstConfig(ModelConfig):
     introduction = "A language model whose FFN comes first."
 
     @property
-    def norm_parameters(self) -> int:
-        return (2 * self.num_layers + 1) * self.hidden_size
+    def hidden_norms(self) -> int:
+        return 2 * self.num_layers + 1
 
     @property
     def parallel_units(self) -> tuple[str, int]:
         return "model.query_heads", self.kv_heads
 
     def layer_parts(self, ranks: int) -> dict[str, LayerPart]:
-        d, inner = self.hidden_size, self.ffn_size // ranks
-        attention = (Matrix(d, (d + 2 * self.kv_size) // ranks), Matrix(d // ranks, d))
+        add_norm = ((NORM, self.hidden_size), (ADD, self.hidden_size))
         return {
-            FFN: LayerPart((Matrix(d, inner), Matrix(inner, d)), ((NORM, d), (ADD, d), (GELU, inner))),
-            ATTENTION: LayerPart(attention, ((NORM, d), (ADD, d), (JOIN_HEADS, d / ranks))),
+            FFN: LayerPart(self.ffn_matrices(1, ranks), (*add_norm, *self.ffn_passes(1, ranks))),
+            ATTENTION: LayerPart(self.attention_matrices(1, ranks), (*add_norm, *self.attention_passes(1, ranks))),
         }
 
     @property
@@ -83,7 +80,6 @@ class FFNFirstModel(LanguageModel):
         vocabulary: UnitRange | None = None,
     ) -> None:
         super().__init__(config, communicator or LocalCommunicator(), vocabulary)
-        self.config = config
         self.units = units or all_units(config.kv_heads)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             FFNFirstLayer(config, self.units, self.communicator) for _ in range(config.num_layers)
@@ -92,12 +88,13 @@ class FFNFirstModel(LanguageModel):
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        return 1, self.units.count, self.config.head_dim
+        return 1, self.units.count, self.config.head_size
 
-    def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
+    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[KeyValueStore | None]) -> Tensor:
         x, added = embedding, embedding.new_zeros(())
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, added = layer(x, added, cache)
+        all_gains = qk_gains(self.layers, self.config, self.communicator)
+        for layer, cache, gains in zip(self.layers, caches, all_gains, strict=True):
+            x, added = layer(x, added, rotary, cache, gains)
         return x + added
 
 
@@ -112,12 +109,14 @@ class FFNFirstLayer(Layer):
         self.attention_norm = AddNorm(config)
         self.attention = Attention(config, units)
 
-    def forward(self, x: Tensor, added: Tensor, cache: KeyValueStore | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, added: Tensor, rotary: Rotary | None, cache: KeyValueStore | None, gains: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x, normed = self.ffn_norm(x, added)
         added = self.communicator.all_reduce(self.run(self.ffn, self.communicator.copy_to_ranks(normed)))
         x, normed = self.attention_norm(x, added)
         normed = self.communicator.copy_to_ranks(normed)
-        return x, self.communicator.all_reduce(self.run(self.attention, normed, cache))
+        return x, self.communicator.all_reduce(self.run(self.attention, normed, rotary, cache, gains))
 
 
 def transformers_layer(modeling: Any) -> type[nn.Module]:

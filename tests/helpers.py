@@ -35,8 +35,11 @@ TEXTS = [
 ]
 
 
+MODERN = {"norm": "rmsnorm", "ffn": "swiglu", "positions": "rope", "rope_theta": 500.0, "qk_norm": True}
+
+
 def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, ModelConfig]:
-    """A model of each architecture, and some with grouped-query and multi-query attention."""
+    """A model of each architecture, some with grouped-query and multi-query attention, and some with today's recipe."""
     common = {"vocab_size": vocab_size, "context_length": context_length, "num_layers": 3}
     return {
         "kraken": KrakenConfig(num_sub_layers=3, hidden_size=16, heads_per_sub_layer=2, **common),
@@ -46,7 +49,18 @@ def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, M
         "kraken-mqa": KrakenConfig(3, hidden_size=16, heads_per_sub_layer=2, kv_heads_per_sub_layer=1, **common),
         "standard-gqa": GPTConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **common),
         "parallel-mqa": GPTConfig(hidden_size=24, num_heads=3, num_kv_heads=1, architecture="parallel", **common),
-    }
+        "kraken-modern": KrakenConfig(
+            3, hidden_size=20, heads_per_sub_layer=2, head_dim=8, ffn_hidden_size=28, tie_embeddings=False,
+            **common, **MODERN,
+        ),
+        "standard-modern": GPTConfig(
+            hidden_size=20, num_heads=6, num_kv_heads=3, head_dim=8, ffn_hidden_size=30, **common, **MODERN
+        ),
+        "parallel-modern": GPTConfig(
+            architecture="parallel", hidden_size=24, num_heads=3, ffn_hidden_size=30, tie_embeddings=False,
+            **common, **MODERN,
+        ),
+    }  # fmt: skip
 
 
 def shareable_configs() -> dict[str, ModelConfig]:
@@ -57,7 +71,12 @@ def shareable_configs() -> dict[str, ModelConfig]:
         "kraken-6": KrakenConfig(6, hidden_size=24, heads_per_sub_layer=2, kv_heads_per_sub_layer=1, **common),
         "standard": GPTConfig(hidden_size=48, num_heads=4, **common),
         "parallel": GPTConfig(hidden_size=48, num_heads=8, num_kv_heads=4, architecture="parallel", **common),
-    }
+        "kraken-modern": KrakenConfig(4, hidden_size=28, heads_per_sub_layer=2, head_dim=8, **common, **MODERN),
+        "standard-modern": GPTConfig(
+            hidden_size=40, num_heads=8, num_kv_heads=4, head_dim=8, ffn_hidden_size=72, tie_embeddings=False,
+            **common, **MODERN,
+        ),
+    }  # fmt: skip
 
 
 def rough_model(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> LanguageModel:

@@ -30,7 +30,7 @@ class PlainMuon:
         for name, weight in model.named_parameters():
             if "norm" in name:
                 others.append(weight)
-            elif "embedding" in name:
+            elif is_vocabulary(name):
                 decaying.append(weight)
             else:
                 places = split(config, name, torch.arange(weight.numel()).view(weight.shape))
@@ -70,15 +70,20 @@ class PlainMuon:
         return whole.view(weight.shape)
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a weight has a row for each token or position."""
+    return "embedding" in name or "lm_head" in name
+
+
 def split(config: ModelConfig, name: str, weight: Tensor) -> list[Tensor]:
     """The matrices of a weight: of each sub-layer, and queries, keys and values apart."""
     if not isinstance(config, KrakenConfig):
-        return split_qkv(weight, config.head_dim) if "qkv" in name else [weight]
+        return split_qkv(weight, config.head_size) if "qkv" in name else [weight]
     found: list[Any] = []
     for of_sub_layer in weight:
         if "qkv" in name:
-            queries = config.heads * config.head_dim
-            keys = config.kv_heads * config.head_dim
+            queries = config.heads * config.head_size
+            keys = config.kv_heads * config.head_size
             found += [of_sub_layer[:queries], of_sub_layer[queries:-keys], of_sub_layer[-keys:]]
         else:
             found.append(of_sub_layer)

@@ -23,13 +23,13 @@ def test_candidates_fit(base_name: str, num_sub_layers: int) -> None:
     for candidate in candidates:
         config = candidate.config
         assert abs(config.num_parameters / base.num_parameters - 1) <= 0.02
-        assert config.head_dim % 8 == 0
-        assert config.head_dim * config.heads_per_sub_layer == config.hidden_size
+        assert config.head_size % 8 == 0
+        assert config.head_size * config.heads_per_sub_layer == config.hidden_size
         assert config.num_sub_layers == num_sub_layers
         assert config.num_layers == base.num_layers
         assert (config.vocab_size, config.context_length) == (base.vocab_size, base.context_length)
     assert {c.config.hidden_size for c in candidates} == widths_that_fit(base_name, num_sub_layers)
-    best_heads = [c.config.head_dim in (64, 128) for c in candidates]
+    best_heads = [c.config.head_size in (64, 128) for c in candidates]
     assert best_heads == sorted(best_heads, reverse=True)
 
 

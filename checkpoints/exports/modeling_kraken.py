@@ -45,7 +45,7 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.4", "This model's file builds on it: pip install -U transformers")
 import transformers.initialization as init  # noqa: E402 (older versions have none)
 
-FORMAT_VERSION = 2  # of config.json and the weights
+FORMAT_VERSION = 3  # of config.json and the weights; 3 added the settings of layers other than GPT-2's
 INITIAL_STD = 0.02
 
 
@@ -71,9 +71,17 @@ class KrakenConfig(PretrainedConfig):
         hidden_size: int = 32,
         vocab_size: int = 256,
         context_length: int = 512,  # tokens
+        norm: str = "layernorm",  # or rmsnorm
         norm_epsilon: float = 1e-5,
+        ffn: str = "gelu",  # or swiglu
+        ffn_hidden_size: int | None = None,  # None: as `intermediate_size` derives it
+        positions: str = "learned",  # or rope
+        rope_theta: float = 10000.0,
+        qk_norm: bool = False,
+        head_dim: int | None = None,  # None: hidden_size / heads
+        tie_embeddings: bool = True,
         use_cache: bool = True,
-        tie_word_embeddings: bool = True,
+        tie_word_embeddings: bool | None = None,  # the library's name of `tie_embeddings`
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
@@ -89,12 +97,20 @@ class KrakenConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.context_length = context_length
+        self.norm = norm
         self.norm_epsilon = norm_epsilon
+        self.ffn = ffn
+        self.ffn_hidden_size = ffn_hidden_size
+        self.positions = positions
+        self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
+        self.tie_embeddings = tie_embeddings if tie_word_embeddings is None else tie_word_embeddings
         for name, default in LAYERS[architecture].settings.items():
             given = kwargs.pop(name, None)
             setattr(self, name, default if given is None else given)
+        self.head_dim = head_dim or hidden_size // self.heads_per_stream
         self.use_cache = use_cache
-        self.tie_word_embeddings = tie_word_embeddings
+        self.tie_word_embeddings = self.tie_embeddings
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
@@ -136,13 +152,58 @@ class KrakenConfig(PretrainedConfig):
         return self.streams * self.kv_heads_per_stream
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.heads_per_stream
-
-    @property
     def intermediate_size(self) -> int:
         """Of one sub-layer's FFN."""
-        return int(self.ffn_multiplier * self.hidden_size)
+        if self.ffn_hidden_size is not None:
+            return int(self.ffn_hidden_size)
+        width = int(self.ffn_multiplier * self.hidden_size)
+        if self.ffn == "gelu":
+            return width
+        step = 64 if self.is_stacked else math.lcm(64, self.num_attention_heads)
+        return max(1, round(2 * width / 3 / step)) * step
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Norms, rotary embeddings and non-linearities
+# ---------------------------------------------------------------------------------------------------------------
+
+NORMALIZE: dict[str, Callable[..., Tensor]] = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
+
+
+class Norm(nn.Module):
+    """LayerNorm without bias or RMSNorm, over the last axis of (..., D)."""
+
+    def __init__(self, norm: str, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.normalize = NORMALIZE[norm]
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x, self.weight.shape, self.weight, eps=self.epsilon)
+
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of the angles of each token, (B, T, K)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+    """Positions (B or 1, T) -> what `rotate` takes; computed in float32 from the positions alone."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Queries or keys (B, heads, T, K), whose value pairs (j, j + K/2) are rotated."""
+    cos, sin = (part.unsqueeze(1) for part in rotary)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def ffn_inner(x: Tensor, gate: nn.Module | None, up: nn.Module) -> Tensor:
+    """(..., D) -> (..., inner width): GELU without a gate, SwiGLU with one."""
+    return F.gelu(up(x), approximate="tanh") if gate is None else F.silu(gate(x)) * up(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -193,10 +254,13 @@ class KrakenAttention(nn.Module):
         value: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        rotary: Rotary | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Queries (B, N H, T, K), keys and values (B, N G, T, K) -> (B, T, N, H K), and weights if there are any."""
         batch, _, tokens, _ = query.shape
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -226,16 +290,18 @@ class StackedLinear(nn.Module):
         return product.view(n, batch, tokens, -1)
 
 
-class StackedLayerNorm(nn.Module):
-    """N LayerNorms without bias over the last axis of (N, B, T, D)."""
+class StackedNorm(nn.Module):
+    """N norms, each with a gain of its own, over the last axis of (N, ..., size)."""
 
-    def __init__(self, count: int, size: int, epsilon: float) -> None:
+    def __init__(self, count: int, norm: str, size: int, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(count, size))
+        self.normalize = NORMALIZE[norm]
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.epsilon) * self.weight[:, None, None, :]
+        between = (1,) * (x.dim() - 2)
+        return self.normalize(x, x.shape[-1:], eps=self.epsilon) * self.weight.view(len(self.weight), *between, -1)
 
 
 class StackedAttention(KrakenAttention):
@@ -243,16 +309,21 @@ class StackedAttention(KrakenAttention):
 
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        count, width = config.num_sub_layers, config.hidden_size
-        self.norm = StackedLayerNorm(count, width, config.norm_epsilon)
+        count, width, epsilon = config.num_sub_layers, config.hidden_size, config.norm_epsilon
+        self.norm = StackedNorm(count, config.norm, width, epsilon)
         self.qkv = StackedLinear(count, width, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        self.out = StackedLinear(count, width, width)
+        self.q_norm = StackedNorm(count, "rmsnorm", self.head_dim, epsilon) if config.qk_norm else None
+        self.k_norm = StackedNorm(count, "rmsnorm", self.head_dim, epsilon) if config.qk_norm else None
+        self.out = StackedLinear(count, self.num_heads * self.head_dim, width)
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         n, batch, tokens, _ = x.shape
-        by_head = self.qkv(self.norm(x)).view(n, batch, tokens, -1, self.head_dim).permute(1, 0, 3, 2, 4)
-        parts = by_head.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
-        query, key, value = (part.flatten(1, 2) for part in parts)  # (B, N heads, T, K)
+        by_head = self.qkv(self.norm(x)).view(n, batch, tokens, -1, self.head_dim)
+        query, key, value = by_head.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=3)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        # (B, N heads, T, K)
+        query, key, value = (part.permute(1, 0, 3, 2, 4).flatten(1, 2) for part in (query, key, value))
         mixed, weights = self.attend(query, key, value, **kwargs)
         return self.out(mixed.permute(2, 0, 1, 3)), weights
 
@@ -263,12 +334,13 @@ class StackedFFN(nn.Module):
     def __init__(self, config: KrakenConfig) -> None:
         super().__init__()
         count, width, inner = config.num_sub_layers, config.hidden_size, config.intermediate_size
-        self.norm = StackedLayerNorm(count, width, config.norm_epsilon)
+        self.norm = StackedNorm(count, config.norm, width, config.norm_epsilon)
+        self.gate = StackedLinear(count, width, inner) if config.ffn == "swiglu" else None
         self.up = StackedLinear(count, width, inner)
         self.down = StackedLinear(count, inner, width)
 
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
-        inner = F.gelu(self.up(self.norm(attended + total)), approximate="tanh")
+        inner = ffn_inner(self.norm(attended + total), self.gate, self.up)
         result: Tensor = streams + attended + self.down(inner)
         return result
 
@@ -327,10 +399,15 @@ class GPTAttention(KrakenAttention):
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.qkv = QKVLinear(config)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = Norm("rmsnorm", self.head_dim, config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = Norm("rmsnorm", self.head_dim, config.norm_epsilon) if config.qk_norm else None
+        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attend(*self.qkv(x), **kwargs)
+        query, key, value = self.qkv(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        mixed, weights = self.attend(query, key, value, **kwargs)
         return self.out(mixed.squeeze(2)), weights
 
 
@@ -339,11 +416,13 @@ class GPTFFN(nn.Module):
 
     def __init__(self, config: KrakenConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate = nn.Linear(width, inner, bias=False) if config.ffn == "swiglu" else None
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        result: Tensor = self.down(ffn_inner(x, self.gate, self.up))
         return result
 
 
@@ -387,8 +466,8 @@ class ParallelLayer(GPTLayer):
         return x + (attended + self.ffn(normed)), weights
 
 
-def plain_norm(config: KrakenConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)
+def plain_norm(config: KrakenConfig) -> Norm:
+    return Norm(config.norm, config.hidden_size, config.norm_epsilon)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -425,7 +504,8 @@ class KrakenModel(PreTrainedModel):
     def __init__(self, config: KrakenConfig) -> None:
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size) if learned else None
         self.layers = nn.ModuleList(config.layer_class(config, index) for index in range(config.num_layers))
         if config.is_stacked:
             self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, config.hidden_size)
@@ -486,7 +566,12 @@ class KrakenModel(PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        embedding = inputs_embeds + self.position_embedding(position_ids).to(inputs_embeds.device)
+        embedding, rotary = inputs_embeds, None
+        if self.position_embedding is not None:
+            embedding = embedding + self.position_embedding(position_ids).to(inputs_embeds.device)
+        else:
+            position_ids = position_ids.to(inputs_embeds.device)
+            rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
 
         streams = embedding.expand(self.config.streams, -1, -1, -1) if self.config.is_stacked else embedding
         states, all_weights = [embedding], []
@@ -496,6 +581,7 @@ class KrakenModel(PreTrainedModel):
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                rotary=rotary,
                 **kwargs,
             )
             if keep_states:
@@ -554,7 +640,7 @@ class KrakenModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """normal(0, 0.02), projections onto a residual stream normal(0, 0.02 / sqrt(2 depth)), norms 1."""
-        if isinstance(module, StackedLayerNorm | nn.LayerNorm):
+        if isinstance(module, StackedNorm | Norm):
             init.ones_(module.weight)
         elif isinstance(module, StackedLinear | QKVLinear | nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=INITIAL_STD)
@@ -584,7 +670,7 @@ class ContextEnd(StoppingCriteria):
 
 
 class KrakenForCausalLM(KrakenModel, GenerationMixin):
-    """With the head, which is tied to the embedding, and the loss."""
+    """With the head, which is tied to the embedding unless `tie_embeddings` is false, and the loss."""
 
     lm_head: nn.Module
 

@@ -88,7 +88,7 @@ class Result:
             "architecture": self.model.architecture,
             "num_layers": self.model.num_layers,
             "hidden_size": self.model.hidden_size,
-            "head_dim": self.model.head_dim,
+            "head_dim": self.model.head_size,
             "parameters": self.model.num_parameters,
             "scaled_from_layers": self.scaled_from,
             "interleaved": self.interleaved,

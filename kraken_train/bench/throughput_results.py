@@ -75,7 +75,7 @@ class Result:
             "architecture": model.architecture,
             "parameters": model.num_parameters,
             "hidden_size": model.hidden_size,
-            "head_dim": model.head_dim,
+            "head_dim": model.head_size,
             "context_length": model.context_length,
             "tokens_per_step": self.tokens,
             "step_seconds": {"median": self.seconds, "low": low, "high": high},
@@ -136,7 +136,7 @@ def as_table(results: Sequence[Result], title: str) -> Table:
         table.add_row(
             str(result.entry),
             f"{result.entry.model.num_parameters / 1e6:.1f}M",
-            str(result.entry.model.head_dim),
+            str(result.entry.model.head_size),
             f"{result.tokens_per_second:,.0f}",
             str(result.to_reference),
             f"{result.seconds * 1e3:.1f}",

@@ -238,6 +238,8 @@ def activation_bytes(model: ModelConfig, config: ThroughputConfig) -> int:
     """Of a micro-batch on one rank, at most: what autograd keeps of each layer, and all logits."""
     tokens, bytes_per_value = config.micro_batch_size * model.context_length, DTYPES[config.precision].itemsize
     width = model.attention_width
-    inner = width // model.hidden_size * model.ffn_size
-    layers = model.num_layers * (8 * width + 3 * inner) * bytes_per_value // config.parallel.sub_layer_parallel_size
+    streams = model.num_streams * model.hidden_size
+    inner = model.num_streams * model.ffn_size * (1 if model.ffn == "gelu" else 2)
+    values = model.num_layers * (4 * width + 4 * streams + 3 * inner)
+    layers = values * bytes_per_value // config.parallel.sub_layer_parallel_size
     return tokens * (layers + 10 * model.vocab_size)  # bytes: logits in 16 and twice in 32 bits

@@ -77,10 +77,10 @@ class InferenceEngine:
         self.capacity = capacity
         self.cache = KeyValueCache(model, batch_size, capacity)
         self.rows = torch.arange(batch_size, device=self.device)
-        embedding, place = model.token_embedding, model.communicator.model_rank
-        # The rows of the tied embedding whose logits this rank computes, ceil(V / P) or fewer on the last ranks.
-        self.head_rows = -(-embedding.rows.total // place.size)
-        self.head = embedding.weight.detach()[place.rank * self.head_rows :][: self.head_rows]
+        head, place = model.head, model.communicator.model_rank
+        # The rows of the head whose logits this rank computes, ceil(V / P) or fewer on the last ranks.
+        self.head_rows = -(-head.rows.total // place.size)
+        self.head = head.weight.detach()[place.rank * self.head_rows :][: self.head_rows]
         self.sequences = 0  # of the current batch
         self.tokens = 0  # at most in its longest sequence
         if self.execution.compile:

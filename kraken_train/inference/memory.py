@@ -44,11 +44,12 @@ def serving_memory(
     rows, kv_heads, head_dim = model.cache_shape
     weights = sum(parameter.numel() for parameter in model.parameters())
     cache = 2 * model.num_layers * rows * batch_size * kv_heads * head_dim * capacity
-    # The peak is within the FFN: x, the attention's output, their sum and its norm, the inner width twice; and once,
-    # for all rows, the embedding and the buffer of an all-reduce.
+    # The peak is within the FFN: x, the attention's output, their sum and its norm, the inner width twice, of SwiGLU
+    # three times; and once, for all rows, the embedding and the buffer of an all-reduce.
     tokens = batch_size * (prompt_tokens or capacity)
     inner = max(part.shape[-2] for name, part in model.named_parameters() if name.endswith("ffn.up.weight"))
-    per_token = rows * (4 * config.hidden_size + 2 * inner) + 2 * config.hidden_size
+    inner *= 2 if config.ffn == "gelu" else 3
+    per_token = rows * (4 * config.hidden_size + inner) + 2 * config.hidden_size
     activations = tokens * per_token + 2 * batch_size * config.vocab_size
     return ServingMemory(*(values * dtype.itemsize for values in (weights, cache, activations)))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
 from kraken_train.common.validation import require_choice, require_divides, require_positive
+from kraken_train.model.layer_settings import LayerSettings
 
 ATTENTION, FFN = "attention", "ffn"  # names of the parts of a layer
 Config = TypeVar("Config", bound="ModelConfig")
@@ -43,6 +44,9 @@ JOIN_HEADS = Passes(2, 2)
 RESIDUAL = Passes(4, 3)  # of Kraken: streams, attended and FFN in, streams out
 ADD = Passes(2, 2)  # of the baselines, whose norm makes the sum
 GELU = Passes(2, 3)
+SWIGLU = Passes(3, 5)  # gate and up in, their product out; its gradient and both in, two gradients out
+ROTATE = Passes(2, 2)  # queries and keys
+QK_NORM = Passes(2, 3)  # fused with the rotation, if there is one
 SUM_OF_STREAMS = Passes(1, 1)
 
 
@@ -67,8 +71,8 @@ class AllReduces:
     behind: str | None = None
 
 
-class ModelConfig(ABC):
-    """The settings of a model; a subclass is a frozen dataclass with the settings below and its own.
+class ModelConfig(LayerSettings, ABC):
+    """The settings of a model; a subclass is a frozen dataclass with the settings below, `LayerSettings` and its own.
 
     The names of the settings for heads and key-value heads are the subclass's choice (`heads_setting`,
     `kv_heads_setting`); the second may be None, which stands for as many as there are heads.
@@ -98,10 +102,17 @@ class ModelConfig(ABC):
     def validate(self) -> None:
         """Raises ConfigError if a setting breaks a rule."""
         require_choice("model.architecture", self.architecture, self.architectures)
+        self.validate_layers()
+        shared = {field.name for field in dataclasses.fields(LayerSettings)}
         for name in self.setting_names():
-            if name not in ("architecture", self.kv_heads_setting):
+            if name not in {"architecture", self.kv_heads_setting, *shared}:
                 require_positive(f"model.{name}", getattr(self, name))
-        require_divides(f"model.{self.heads_setting}", self.heads, "model.hidden_size", self.hidden_size)
+        heads = f"model.{self.heads_setting}"
+        if self.head_dim is None:
+            require_divides(heads, self.heads, "model.hidden_size", self.hidden_size)
+            self.require_even_heads(self.head_size, f"model.hidden_size={self.hidden_size} with {heads}={self.heads}")
+        else:
+            self.require_even_heads(self.head_dim, f"model.head_dim={self.head_dim}")
         kv_heads = getattr(self, self.kv_heads_setting)
         if kv_heads is not None:  # each serves the same number of heads
             require_positive(f"model.{self.kv_heads_setting}", kv_heads)
@@ -172,23 +183,37 @@ class ModelConfig(ABC):
         return cast(int, getattr(self, self.kv_heads_setting) or self.heads)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.heads
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden_size // self.heads
+
+    @property
+    def query_size(self) -> int:
+        """Width of the queries of a layer and stream."""
+        return self.heads * self.head_size
 
     @property
     def kv_size(self) -> int:
         """Width of the keys of a layer and stream, and of its values."""
-        return self.kv_heads * self.head_dim
+        return self.kv_heads * self.head_size
 
     @property
     def ffn_size(self) -> int:
         """Inner width of an FFN."""
-        return self.ffn_multiplier * self.hidden_size
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        width = self.ffn_multiplier * self.hidden_size
+        return width if self.ffn == "gelu" else nearest_multiple(2 * width / 3, self.swiglu_step)
+
+    @property
+    def swiglu_step(self) -> int:
+        """What a width that is derived for SwiGLU is a multiple of."""
+        return 64
 
     @property
     def attention_width(self) -> int:
         """Width of all heads of a layer together: the cost of attention is proportional to it."""
-        return self.num_streams * self.hidden_size
+        return self.num_streams * self.query_size
 
     @property
     def cache_width(self) -> int:
@@ -197,12 +222,21 @@ class ModelConfig(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """All weights: matrices with the embedding, position embedding and norms."""
-        return self.matrix_parameters + self.context_length * self.hidden_size + self.norm_parameters
+        """All weights: matrices with the head, embeddings and norms."""
+        embeddings = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        if self.positions == "learned":
+            embeddings += self.context_length * self.hidden_size
+        return self.matrix_parameters + embeddings + self.norm_parameters
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of all norms."""
+        qk_norms = 2 * self.num_layers * self.num_streams * self.head_size if self.qk_norm else 0
+        return self.hidden_norms * self.hidden_size + qk_norms
 
     @property
     def matrix_parameters(self) -> int:
-        """Parameters that each token is multiplied with: all but position embedding and norms."""
+        """Parameters that each token is multiplied with: the layers' matrices and the head."""
         layer = sum(matrix.parameters for part in self.layer_parts(1).values() for matrix in part.matrices)
         last = sum(matrix.parameters for matrix in self.last_matrices(1))
         return self.num_layers * layer + last + self.vocab_size * self.hidden_size
@@ -211,8 +245,8 @@ class ModelConfig(ABC):
 
     @property
     @abstractmethod
-    def norm_parameters(self) -> int:
-        """Weights of all norms."""
+    def hidden_norms(self) -> int:
+        """Norms over the hidden size in the whole model, the last one included."""
 
     @property
     @abstractmethod
@@ -225,6 +259,31 @@ class ModelConfig(ABC):
 
         `ATTENTION` must be one of them; its scores are not listed, they follow from `attention_width`.
         """
+
+    def attention_matrices(self, streams: int, ranks: int) -> tuple[Matrix, ...]:
+        """Queries, keys and values, and the way out, of so many streams whose heads `ranks` ranks share."""
+        d, heads = self.hidden_size, self.query_size // ranks
+        return Matrix(d, heads + 2 * self.kv_size // ranks, streams), Matrix(heads, d, streams)
+
+    def ffn_matrices(self, streams: int, ranks: int) -> tuple[Matrix, ...]:
+        """Of the FFNs of so many streams whose inner width `ranks` ranks share."""
+        d, inner = self.hidden_size, self.ffn_size // ranks
+        into = Matrix(d, inner, streams)
+        return (*((into,) if self.ffn == "gelu" else (into, into)), Matrix(inner, d, streams))
+
+    def attention_passes(self, streams: int, ranks: int) -> tuple[tuple[Passes, float], ...]:
+        """Element-wise operations between the products of the attention, with their widths."""
+        query_and_key = streams * (self.query_size + self.kv_size) / ranks
+        passes: tuple[tuple[Passes, float], ...] = ((JOIN_HEADS, streams * self.query_size / ranks),)
+        if self.qk_norm:
+            passes += ((QK_NORM, query_and_key),)
+        elif self.positions == "rope":
+            passes += ((ROTATE, query_and_key),)
+        return passes
+
+    def ffn_passes(self, streams: int, ranks: int) -> tuple[tuple[Passes, float], ...]:
+        """Element-wise operations between the products of the FFN, with their widths."""
+        return ((GELU if self.ffn == "gelu" else SWIGLU, streams * self.ffn_size / ranks),)
 
     def last_matrices(self, ranks: int) -> tuple[Matrix, ...]:
         """What there is once on one of `ranks` ranks, between the layers and the head."""
@@ -267,3 +326,8 @@ class ModelConfig(ABC):
     @abstractmethod
     def introduction(self) -> str:
         """The first sentence of a model card, in Markdown."""
+
+
+def nearest_multiple(value: float, step: int) -> int:
+    """The multiple of `step` that is nearest to `value`, at least one `step`."""
+    return max(1, round(value / step)) * step

@@ -1,4 +1,4 @@
-"""The token embedding and the head that is tied to it, whole or sharded over the ranks by rows of the vocabulary.
+"""The token embedding and the head, which may be one matrix, whole or sharded over the ranks by rows of the vocabulary.
 
 Sharded, each rank looks up the tokens and computes the logits of its own rows, and no rank ever holds the logits of all
 (Megatron-LM, arXiv 1909.08053, section 3). The loss is the same; `kraken_train.model.cross_entropy` computes it.
@@ -19,7 +19,7 @@ from kraken_train.parallel.weight_role import WeightRole
 
 
 class Vocabulary(nn.Module):
-    """Holds the rows `rows` of the (V, D) embedding."""
+    """Holds the rows `rows` of a (V, D) matrix: of the embedding, of the head, or of both if they are tied."""
 
     weight_role = WeightRole.EMBEDDING
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from kraken_train.common.errors import ConfigError
 from kraken_train.model.architecture import (
     ADD,
     ATTENTION,
     FFN,
-    GELU,
-    JOIN_HEADS,
     NORM,
     AllReduces,
     LayerPart,
-    Matrix,
     ModelConfig,
 )
 from kraken_train.model.kraken_config import PAPER
@@ -36,8 +35,9 @@ class GPTConfig(ModelConfig):
     """A GPT-2 without biases: the paper's two baselines.
 
     `architecture="standard"` adds attention and FFN one after the other, `"parallel"` adds both to the same input
-    (`x + MHA(LN x) + FFN(LN x)`). Parameters, with D = hidden_size, k the width of the keys, m = ffn_multiplier and
-    w norms a layer (2, or 1 in the parallel form): L ((2 + 2m) D^2 + 2 D k + w D) + V D + T D + D.
+    (`x + MHA(LN x) + FFN(LN x)`). Parameters of the paper's models, with D = hidden_size, k the width of the keys,
+    m = ffn_multiplier and w norms a layer (2, or 1 in the parallel form):
+    L ((2 + 2m) D^2 + 2 D k + w D) + V D + T D + D.
     """
 
     num_layers: int  # layers
@@ -47,7 +47,7 @@ class GPTConfig(ModelConfig):
     vocab_size: int
     context_length: int  # tokens of a sample
     ffn_multiplier: int = 4  # width of the FFN, in units of hidden_size
-    norm_epsilon: float = 1e-5  # added to the variance in LayerNorm
+    norm_epsilon: float = 1e-5  # added to the variance in norms
     # key-value heads: fewer than heads is grouped-query attention, 1 multi-query; null: as many as heads
     num_kv_heads: int | None = None
     # standard: attention and FFN one after the other; parallel: both add to the same input
@@ -63,9 +63,24 @@ class GPTConfig(ModelConfig):
     def form(self) -> Form:
         return FORMS[self.architecture]
 
+    def validate(self) -> None:
+        super().validate()
+        if self.ffn_size % self.kv_heads:  # the ranks of a copy share both
+            name, kv_heads = self.parallel_units
+            below, above = (self.ffn_size // kv_heads + more for more in (0, 1))
+            raise ConfigError(
+                f"model.ffn_hidden_size={self.ffn_size} is not a multiple of {name}={kv_heads}, and the ranks of a "
+                f"model copy share the FFN with the heads; use {f'{below * kv_heads} or ' if below else ''}"
+                f"{above * kv_heads}"
+            )
+
     @property
-    def norm_parameters(self) -> int:
-        return (self.num_layers * self.form.norms + 1) * self.hidden_size
+    def swiglu_step(self) -> int:
+        return math.lcm(super().swiglu_step, self.heads)
+
+    @property
+    def hidden_norms(self) -> int:
+        return self.num_layers * self.form.norms + 1
 
     @property
     def parallel_units(self) -> tuple[str, int]:
@@ -73,12 +88,12 @@ class GPTConfig(ModelConfig):
         return f"model.{self.heads_setting if self.num_kv_heads is None else self.kv_heads_setting}", self.kv_heads
 
     def layer_parts(self, ranks: int) -> dict[str, LayerPart]:
-        d, inner = self.hidden_size, self.ffn_size // ranks
-        attention = (Matrix(d, (d + 2 * self.kv_size) // ranks), Matrix(d // ranks, d))
+        d = self.hidden_size
         norm = ((NORM, d),) if self.form.norms > 1 else ()  # in the parallel form the attention's serves the FFN too
+        attention = ((NORM, d), (ADD, d), *self.attention_passes(1, ranks))
         return {
-            ATTENTION: LayerPart(attention, ((NORM, d), (ADD, d), (JOIN_HEADS, d / ranks))),
-            FFN: LayerPart((Matrix(d, inner), Matrix(inner, d)), (*norm, (ADD, d), (GELU, self.ffn_size / ranks))),
+            ATTENTION: LayerPart(self.attention_matrices(1, ranks), attention),
+            FFN: LayerPart(self.ffn_matrices(1, ranks), (*norm, (ADD, d), *self.ffn_passes(1, ranks))),
         }
 
     @property
@@ -92,12 +107,13 @@ class GPTConfig(ModelConfig):
         """
         if self.kv_heads >= devices:
             return self.parallel_units
-        heads_per_group = self.heads // self.kv_heads
-        enough = (r for r in range(1, heads_per_group) if heads_per_group % r == 0 and r * self.kv_heads >= devices)
-        return f"model.{self.heads_setting}", next(enough, heads_per_group) * self.kv_heads
+        most = self.heads // self.kv_heads
+        copies = [r for r in range(1, most + 1) if most % r == 0 and self.ffn_size % (r * self.kv_heads) == 0]
+        enough = (r for r in copies if r * self.kv_heads >= devices)
+        return f"model.{self.heads_setting}", next(enough, copies[-1]) * self.kv_heads
 
     def served_with(self, units: int) -> GPTConfig:
-        return self if units == self.kv_heads else self.with_kv_heads(units)
+        return self if units == self.kv_heads else self.replace(num_kv_heads=units, ffn_hidden_size=self.ffn_size)
 
     @property
     def title(self) -> str:

@@ -14,7 +14,7 @@ NEAR = 0.03  # a fraction of the parameters
 
 def head_size_note(config: ModelConfig) -> str | None:
     """A note on a head dimension that no attention kernel supports, with the nearest model without; None: supported."""
-    size = config.head_dim
+    size = config.head_size
     if size % STEP == 0 and size <= LARGEST:
         return None
     near, name = nearest(config), config.heads_setting
@@ -23,7 +23,7 @@ def head_size_note(config: ModelConfig) -> str | None:
         f"model.hidden_size={config.hidden_size} with model.{name}={config.heads} makes heads of {size}, and "
         f"attention kernels take multiples of {STEP} up to {LARGEST}: attention is slower with others, and servers "
         f"such as vLLM may refuse the model; nearest in parameters ({difference:+.1%}) is "
-        f"model.hidden_size={near.hidden_size} model.{name}={near.heads}, with heads of {near.head_dim}"
+        f"model.hidden_size={near.hidden_size} model.{name}={near.heads}, with heads of {near.head_size}"
     )
 
 
@@ -42,7 +42,7 @@ def nearest(config: ModelConfig) -> ModelConfig:
     def rank(other: ModelConfig) -> tuple[bool, bool, float, int, int]:
         difference = abs(other.num_parameters / config.num_parameters - 1)
         far = difference > NEAR
-        best = distance_to_best(other.head_dim)
+        best = distance_to_best(other.head_size)
         return far, not far and best > 0, difference, best, other.heads
 
     return min(with_other_widths(config), key=rank)

@@ -22,6 +22,7 @@ from kraken_train.model.initialization import initialize
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.layers import KeyValueStore, Layer, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.model.rotary import Rotary
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
@@ -42,7 +43,6 @@ class KrakenModel(LanguageModel):
         vocabulary: UnitRange | None = None,
     ) -> None:
         super().__init__(config, communicator or LocalCommunicator(), vocabulary)
-        self.config = config
         self.units = units or all_units(config.num_sub_layers)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             KrakenLayer(config, self.units, self.communicator) for _ in range(config.num_layers)
@@ -52,16 +52,16 @@ class KrakenModel(LanguageModel):
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        return self.units.count, self.config.kv_heads, self.config.head_dim
+        return self.units.count, self.config.kv_heads, self.config.head_size
 
-    def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
+    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[KeyValueStore | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         embedding = self.communicator.copy_to_ranks(embedding)
         # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
         streams = embedding.expand(self.units.count, -1, -1, -1).contiguous()
         total: Tensor | None = embedding  # all streams start as the embedding, and it counts once, not N times
         for layer, cache in zip(self.layers, caches, strict=True):
-            streams, total = layer(streams, total, cache), None
+            streams, total = layer(streams, total, rotary, cache), None
         return self.communicator.all_reduce(self.conjunction(streams).sum(dim=0))
 
 
@@ -71,14 +71,14 @@ class KrakenLayer(Layer):
     def __init__(self, config: KrakenConfig, units: UnitRange, communicator: Communicator) -> None:
         super().__init__()
         self.communicator = communicator
-        self.attention = StackedAttention(
-            units, config.hidden_size, config.heads_per_sub_layer, config.kv_heads, config.norm_epsilon
-        )
-        self.ffn = StackedFFN(units, config.hidden_size, config.ffn_size, config.norm_epsilon)
+        self.attention = StackedAttention(units, config)
+        self.ffn = StackedFFN(units, config)
 
-    def forward(self, streams: Tensor, total: Tensor | None, cache: KeyValueStore | None) -> Tensor:
+    def forward(
+        self, streams: Tensor, total: Tensor | None, rotary: Rotary | None, cache: KeyValueStore | None
+    ) -> Tensor:
         """x_i (n, B, T, D) -> x_i (n, B, T, D); `total` is s (B, T, D) where it is known, else it is summed here."""
         pending = self.communicator.start_all_reduce(streams) if total is None else None
-        attended = self.run(self.attention, streams, cache)
+        attended = self.run(self.attention, streams, rotary, cache)
         total = self.communicator.wait(pending) if total is None else total
         return self.run(self.ffn, streams, attended, total)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from kraken_train.model.architecture import (
     ATTENTION,
     FFN,
-    GELU,
-    JOIN_HEADS,
     NORM,
     RESIDUAL,
     SUM_OF_STREAMS,
@@ -25,8 +23,8 @@ PAPER = "https://arxiv.org/abs/2408.07802"
 class KrakenConfig(ModelConfig):
     """A Kraken model (arXiv 2408.07802, section 3): every layer is `num_sub_layers` narrow sub-layers.
 
-    The product `num_sub_layers * heads_per_sub_layer` is the total number of heads of a layer. Parameters, with
-    d = hidden_size, k the width of the keys, m = ffn_multiplier:
+    The product `num_sub_layers * heads_per_sub_layer` is the total number of heads of a layer. Parameters of the
+    paper's models, with d = hidden_size, k the width of the keys, m = ffn_multiplier:
     L N ((2 + 2m) d^2 + 2dk + 2d) + V d + T d + N d^2 + d for sub-layers, embeddings, conjunction and final norm.
     """
 
@@ -38,7 +36,7 @@ class KrakenConfig(ModelConfig):
     vocab_size: int
     context_length: int  # tokens of a sample
     ffn_multiplier: int = 2  # width of a sub-layer's FFN, in units of hidden_size
-    norm_epsilon: float = 1e-5  # added to the variance in LayerNorm
+    norm_epsilon: float = 1e-5  # added to the variance in norms
     # key-value heads of each sub-layer: fewer than heads is grouped-query attention, 1 multi-query; null: as many as
     # heads
     kv_heads_per_sub_layer: int | None = None
@@ -57,8 +55,8 @@ class KrakenConfig(ModelConfig):
         return self.num_sub_layers
 
     @property
-    def norm_parameters(self) -> int:
-        return self.num_layers * self.num_sub_layers * 2 * self.hidden_size + self.hidden_size
+    def hidden_norms(self) -> int:
+        return 2 * self.num_layers * self.num_sub_layers + 1
 
     @property
     def parallel_units(self) -> tuple[str, int]:
@@ -67,12 +65,12 @@ class KrakenConfig(ModelConfig):
 
     def layer_parts(self, ranks: int) -> dict[str, LayerPart]:
         here, d = self.num_sub_layers // ranks, self.hidden_size
-        attention = (Matrix(d, d + 2 * self.kv_size, here), Matrix(d, d, here))
-        ffn = (Matrix(d, self.ffn_size, here), Matrix(self.ffn_size, d, here))
         own = here * d
+        attention = ((NORM, own), (SUM_OF_STREAMS, own + d), *self.attention_passes(here, 1))
+        ffn = ((NORM, own), (SUM_OF_STREAMS, d), (RESIDUAL, own), *self.ffn_passes(here, 1))
         return {
-            ATTENTION: LayerPart(attention, ((NORM, own), (JOIN_HEADS, own), (SUM_OF_STREAMS, own + d))),
-            FFN: LayerPart(ffn, ((NORM, own), (SUM_OF_STREAMS, d), (RESIDUAL, own), (GELU, here * self.ffn_size))),
+            ATTENTION: LayerPart(self.attention_matrices(here, 1), attention),
+            FFN: LayerPart(self.ffn_matrices(here, 1), ffn),
         }
 
     def last_matrices(self, ranks: int) -> tuple[Matrix, ...]:

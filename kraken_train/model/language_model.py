@@ -1,4 +1,4 @@
-"""What all architectures share: embeddings in, layers, the tied head and the loss out.
+"""What all architectures share: embeddings in, layers, the head and the loss out.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary size.
 """
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import IGNORED
 from kraken_train.model.embedding import Vocabulary
-from kraken_train.model.layers import KeyValueStore, Layer
+from kraken_train.model.layers import KeyValueStore, Layer, Norm
+from kraken_train.model.rotary import Rotary, rotary_angles
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
 
 class LanguageModel(nn.Module):
-    """What Kraken and the baselines share: embeddings in, the tied head and the loss out.
+    """What Kraken and the baselines share: embeddings in, the head and the loss out.
 
     A subclass has `layers` and turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer.
     """
@@ -28,13 +29,21 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig, communicator: Communicator, vocabulary: UnitRange | None) -> None:
         super().__init__()
+        self.config = config
         self.communicator = communicator
         self.context_length = config.context_length
-        self.token_embedding = Vocabulary(vocabulary or all_units(config.vocab_size), config.hidden_size, communicator)
-        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
-        self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_epsilon, bias=False)
+        rows, width = vocabulary or all_units(config.vocab_size), config.hidden_size
+        self.token_embedding = Vocabulary(rows, width, communicator)
+        self.position_embedding = nn.Embedding(config.context_length, width) if config.positions == "learned" else None
+        self.final_norm = Norm(config)
+        self.lm_head = None if config.tie_embeddings else Vocabulary(rows, width, communicator)
 
-    def hidden(self, embedding: Tensor, caches: Sequence[KeyValueStore | None]) -> Tensor:
+    @property
+    def head(self) -> Vocabulary:
+        """What turns the last hidden state into logits: the token embedding, or a matrix of its own."""
+        return self.lm_head or self.token_embedding
+
+    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[KeyValueStore | None]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define hidden()")
 
     @property
@@ -65,7 +74,7 @@ class LanguageModel(nn.Module):
         below `context_length`, then says where they stand, and by default they are the first ones. Raises ValueError
         where these are more than `context_length`.
         """
-        return self.token_embedding.logits(self.last_hidden(input_ids, caches, positions))
+        return self.head.logits(self.last_hidden(input_ids, caches, positions))
 
     def last_hidden(
         self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
@@ -76,8 +85,13 @@ class LanguageModel(nn.Module):
             if tokens > self.context_length:
                 raise ValueError(f"{tokens} tokens are more than context_length={self.context_length}")
             positions = torch.arange(tokens, device=input_ids.device)
-        embedding = self.token_embedding(input_ids) + self.position_embedding(positions)
-        hidden = self.hidden(embedding, caches if caches is not None else [None] * self.num_layers)
+        embedding: Tensor = self.token_embedding(input_ids)
+        rotary = None
+        if self.position_embedding is not None:
+            embedding = embedding + self.position_embedding(positions)
+        else:
+            rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta, embedding.dtype)
+        hidden = self.hidden(embedding, rotary, caches if caches is not None else [None] * self.num_layers)
         normed: Tensor = self.final_norm(hidden)
         return normed
 
@@ -86,15 +100,15 @@ class LanguageModel(nn.Module):
 
         Targets of -100 do not count and have 0.
         """
-        return self.token_embedding.token_losses(self.last_hidden(input_ids), targets)
+        return self.head.token_losses(self.last_hidden(input_ids), targets)
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """The mean of `token_losses` over the targets that count, a scalar."""
-        return self.token_embedding.loss(self.last_hidden(input_ids), targets) / (targets != IGNORED).sum()
+        return self.head.loss(self.last_hidden(input_ids), targets) / (targets != IGNORED).sum()
 
     def compile_parts(self) -> None:
         """Compile the parts of the layers, which share one compilation, and what the loss does to the logits."""
-        self.token_embedding.cross_entropy.compile()
+        self.head.cross_entropy.compile()
         for layer in self.layers:
             for part in layer.children():
                 part.compile()

@@ -1,12 +1,12 @@
 """What layers are made of. A Kraken's weights are stacked over sub-layers, which a rank then runs as one product.
 
 Shapes: n sub-layers here, B batch, T tokens, S tokens seen so far (cache included), D hidden size, F FFN size,
-H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dimension. D = H K.
+H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kraken_train.model.architecture import ModelConfig
+from kraken_train.model.rotary import Rotary, rotate
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
 from kraken_train.parallel.weight_role import WeightRole
+
+# Functions of PyTorch: x, the shape of the last axes, the gain, eps.
+NORMALIZE: dict[str, Callable[..., Tensor]] = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
 
 
 class KeyValueStore(Protocol):
@@ -45,6 +50,21 @@ class Layer(nn.Module):
         return cast(Tensor, part(*inputs))
 
 
+class Norm(nn.Module):
+    """LayerNorm without bias or RMSNorm, as `config.norm` says, over the last axis of (..., D)."""
+
+    weight_role = WeightRole.NORM
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.normalize = NORMALIZE[config.norm]
+        self.epsilon = config.norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x, self.weight.shape, self.weight, eps=self.epsilon)
+
+
 class StackedLinear(nn.Module):
     """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product.
 
@@ -71,39 +91,49 @@ class StackedLinear(nn.Module):
         return [matrix for of_sub_layer in weight for matrix in of_sub_layer.split(self.fused)]
 
 
-class StackedLayerNorm(nn.Module):
-    """n LayerNorms without bias over the last axis of (n, B, T, D)."""
+class StackedNorm(nn.Module):
+    """n norms without bias, each with a gain of its own, over the last axis of (n, ..., size)."""
 
     weight_role = WeightRole.NORM
 
-    def __init__(self, units: UnitRange, size: int, epsilon: float) -> None:
+    def __init__(self, units: UnitRange, size: int, norm: str, epsilon: float) -> None:
         super().__init__()
         self.sharded_dim = ShardedDim(units, axis=0)
         self.weight = nn.Parameter(torch.empty(units.count, size))
+        self.normalize = NORMALIZE[norm]
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.epsilon) * self.weight[:, None, None, :]
+        between = (1,) * (x.dim() - 2)
+        return self.normalize(x, x.shape[-1:], eps=self.epsilon) * self.weight.view(len(self.weight), *between, -1)
 
 
 class StackedAttention(nn.Module):
     """MHA_i(LN1_i(x_i)) of all sub-layers here, (n, B, T, D) -> (n, B, T, D)."""
 
-    def __init__(self, units: UnitRange, hidden_size: int, num_heads: int, kv_heads: int, norm_epsilon: float) -> None:
+    def __init__(self, units: UnitRange, config: ModelConfig) -> None:
         super().__init__()
-        self.head_counts = (num_heads, kv_heads, kv_heads)  # of queries, keys, values
-        self.head_dim = hidden_size // num_heads
-        self.norm = StackedLayerNorm(units, hidden_size, norm_epsilon)
-        sizes = [count * self.head_dim for count in self.head_counts]
-        self.qkv = StackedLinear(units, hidden_size, sum(sizes), fused=sizes)
-        self.out = StackedLinear(units, hidden_size, hidden_size)
+        self.head_counts = (config.heads, config.kv_heads, config.kv_heads)  # of queries, keys, values
+        self.head_size = config.head_size
+        width, epsilon = config.hidden_size, config.norm_epsilon
+        self.norm = StackedNorm(units, width, config.norm, epsilon)
+        rows = [count * self.head_size for count in self.head_counts]
+        self.qkv = StackedLinear(units, width, sum(rows), fused=rows)
+        self.q_norm = StackedNorm(units, self.head_size, "rmsnorm", epsilon) if config.qk_norm else None
+        self.k_norm = StackedNorm(units, self.head_size, "rmsnorm", epsilon) if config.qk_norm else None
+        self.out = StackedLinear(units, config.query_size, width)
 
-    def forward(self, x: Tensor, cache: KeyValueStore | None = None) -> Tensor:
-        n, batch, tokens, width = x.shape
+    def forward(self, x: Tensor, rotary: Rotary | None = None, cache: KeyValueStore | None = None) -> Tensor:
+        n, batch, tokens, _ = x.shape
+        by_head = self.qkv(self.norm(x)).view(n, batch, tokens, -1, self.head_size)
+        query, key, value = by_head.split(self.head_counts, dim=3)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary is not None:
+            query, key = (rotate(part, rotary, heads_axis=-2) for part in (query, key))
         # To attention, sub-layers are more rows of the batch.
-        qkv = self.qkv(self.norm(x)).view(n * batch, tokens, -1, self.head_dim)
-        query, key, value = qkv.transpose(1, 2).split(self.head_counts, dim=1)
-        attended: Tensor = self.out(causal_attention(query, key, value, cache).view(n, batch, tokens, width))
+        query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in (query, key, value))
+        attended: Tensor = self.out(causal_attention(query, key, value, cache).view(n, batch, tokens, -1))
         return attended
 
 
@@ -113,16 +143,24 @@ class StackedFFN(nn.Module):
     The sums belong to it so that compilation can fuse them with the norm and with each other.
     """
 
-    def __init__(self, units: UnitRange, hidden_size: int, ffn_size: int, norm_epsilon: float) -> None:
+    def __init__(self, units: UnitRange, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = StackedLayerNorm(units, hidden_size, norm_epsilon)
-        self.up = StackedLinear(units, hidden_size, ffn_size)
-        self.down = StackedLinear(units, ffn_size, hidden_size)
+        width, inner = config.hidden_size, config.ffn_size
+        self.norm = StackedNorm(units, width, config.norm, config.norm_epsilon)
+        self.gate = StackedLinear(units, width, inner) if config.ffn == "swiglu" else None
+        self.up = StackedLinear(units, width, inner)
+        self.down = StackedLinear(units, inner, width)
 
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
-        inner = F.gelu(self.up(self.norm(attended + total)), approximate="tanh")
+        inner = ffn_inner(self.norm(attended + total), self.gate, self.up)
         result: Tensor = streams + attended + self.down(inner)
         return result
+
+
+def ffn_inner(x: Tensor, gate: nn.Module | None, up: nn.Module) -> Tensor:
+    """(..., D) -> (..., F): GELU where there is no gate, else SwiGLU (arXiv 2002.05202)."""
+    # No name holds a result that is not needed any more, since these are the largest of a layer.
+    return F.gelu(up(x), approximate="tanh") if gate is None else F.silu(gate(x)) * up(x)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, cache: KeyValueStore | None = None) -> Tensor:

@@ -72,14 +72,14 @@ class KVGroupsDim(ShardedDim):
     units and serve an equal part of its heads each.
     """
 
-    head_dim: int
+    head_size: int
 
     def read(self, stored: Any) -> Tensor:
         groups, rows, _ = stored.get_shape()
         copies = self.units.total // groups
         if copies == 1:
             return super().read(stored)
-        all_queries = rows - 2 * self.head_dim
+        all_queries = rows - 2 * self.head_size
         queries = all_queries // copies
         parts = []
         for unit in self.units.ids:

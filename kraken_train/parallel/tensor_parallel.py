@@ -40,20 +40,20 @@ class QKVLinear(nn.Module):
 
     weight_role = WeightRole.MATRIX
 
-    def __init__(self, in_features: int, groups: UnitRange, heads_per_group: int, head_dim: int) -> None:
+    def __init__(self, in_features: int, groups: UnitRange, heads_per_group: int, head_size: int) -> None:
         super().__init__()
-        self.sharded_dim = KVGroupsDim(groups, axis=0, head_dim=head_dim)
+        self.sharded_dim = KVGroupsDim(groups, axis=0, head_size=head_size)
         self.heads_per_group = heads_per_group
-        self.head_dim = head_dim
-        self.weight = nn.Parameter(torch.empty(groups.count, (heads_per_group + 2) * head_dim, in_features))
+        self.head_size = head_size
+        self.weight = nn.Parameter(torch.empty(groups.count, (heads_per_group + 2) * head_size, in_features))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grouped = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (len(self.weight), -1, self.head_dim))
+        grouped = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (len(self.weight), -1, self.head_size))
         by_head = grouped.permute(0, 2, 3, 1, 4)  # (B, G, H / G + 2, T, K)
         query, key, value = by_head.split((self.heads_per_group, 1, 1), dim=2)
         return query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """Queries, keys and values of all groups; see `kraken_train.parallel.matrices`."""
-        rows = [self.heads_per_group * self.head_dim, self.head_dim, self.head_dim]
+        rows = [self.heads_per_group * self.head_size, self.head_size, self.head_size]
         return list(weight.split(rows, dim=1))

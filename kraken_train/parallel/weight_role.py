@@ -28,6 +28,4 @@ def weight_role(module: nn.Module) -> WeightRole | None:
         return declared
     if isinstance(module, nn.Embedding):
         return WeightRole.EMBEDDING
-    if isinstance(module, nn.Linear):
-        return WeightRole.MATRIX
-    return WeightRole.NORM if isinstance(module, nn.LayerNorm) else None
+    return WeightRole.MATRIX if isinstance(module, nn.Linear) else None

@@ -172,7 +172,7 @@ def record_peaks(model: LanguageModel, live: LiveBytes) -> Iterator[list[int]]:
     handles = [
         model.final_norm.register_forward_pre_hook(into_head),
         model.layers[-1].register_forward_pre_hook(into_last_layer),
-        model.position_embedding.register_forward_hook(out_of_embedding),
+        (model.position_embedding or model.token_embedding).register_forward_hook(out_of_embedding),
     ]
     try:
         yield peaks

@@ -151,11 +151,11 @@ def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, lis
 
 def attention_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> tuple[float, float]:
     """Forward and backward of a layer's scores and weighted sums on one device."""
-    padded = next((size for size in PADDED_HEAD_DIMS if size >= config.head_dim), config.head_dim)
-    width = config.attention_width / layout.sub_layer_parallel_size * padded / config.head_dim
+    padded = next((size for size in PADDED_HEAD_DIMS if size >= config.head_size), config.head_size)
+    width = config.attention_width / layout.sub_layer_parallel_size * padded / config.head_size
     flops = 2.0 * layout.micro_batch_size * config.context_length**2 * width  # the causal half of two products
     fraction = known("attention_fraction", cluster.attention_fraction)
-    if config.head_dim > 128:
+    if config.head_size > 128:
         fraction *= cluster.wide_head_fraction
     rate = cluster.peak_flops(layout.precision) * fraction
     return flops / rate, 2.5 * flops / rate

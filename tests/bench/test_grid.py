@@ -27,17 +27,17 @@ def test_matched(name: str, degree: int) -> None:
         model_config(architecture, size, degree, 50304, 2064) for architecture in ("kraken", "standard", "parallel")
     )
     assert standard.num_parameters == pytest.approx(float(name[:-1]) * 1e9, rel=0.05)  # it is what it is called
-    assert standard.head_dim == parallel.head_dim == 128
+    assert standard.head_size == parallel.head_size == 128
     assert standard.num_heads % degree == 0
     assert kraken.num_sub_layers == degree
     assert kraken.num_layers == standard.num_layers
     assert layer_parameters(kraken) == pytest.approx(layer_parameters(standard), rel=0.03)
-    assert kraken.head_dim % 16 == 0
-    assert kraken.head_dim <= 128
+    assert kraken.head_size % 16 == 0
+    assert kraken.head_size <= 128
     # No width that fits would have allowed a better head dimension.
     fitting = [d for d in range(16, 12288, 16) if abs(8 * degree * d * d / (12 * size.hidden_size**2) - 1) <= 0.03]
     best = next(k for k in (128, 96, 64, 112, 80, 48, 32, 16) if any(d % k == 0 for d in fitting))
-    assert kraken.head_dim == best
+    assert kraken.head_size == best
 
 
 def test_small_and_impossible() -> None:

@@ -75,7 +75,7 @@ def test_a_kraken_whose_heads_can_be_shared(size: str, degree: int, asked: int, 
     assert isinstance(kraken, KrakenConfig)
     assert (kraken.heads_per_sub_layer, kraken.heads_per_sub_layer // kraken.kv_heads) == (heads, sharing)
     assert abs(layer_excess("kraken", kraken.hidden_size, SIZES[size], degree)) < 0.03
-    assert kraken.head_dim % 16 == 0
+    assert kraken.head_size % 16 == 0
     standard = model_with(settings, size, degree, "standard", "gqa")
     assert isinstance(standard, GPTConfig)
     assert standard.num_heads // standard.kv_heads == asked

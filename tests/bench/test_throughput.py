@@ -161,8 +161,8 @@ def test_derived_models(num_sub_layers: int) -> None:
     assert derived.num_sub_layers == num_sub_layers
     assert abs(derived.num_parameters / base.num_parameters - 1) <= 0.03
     assert derived.hidden_size in {found.config.hidden_size for found in derive(base, num_sub_layers, 0.03)}
-    assert derived.head_dim % 8 == 0
-    assert derived.head_dim <= 128
+    assert derived.head_size % 8 == 0
+    assert derived.head_size <= 128
 
 
 @pytest.mark.parametrize(

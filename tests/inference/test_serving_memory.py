@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import random_ids, small_configs
+from helpers import MODERN, random_ids, small_configs
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from kraken_train.common.errors import ConfigError
@@ -21,6 +21,8 @@ CASES = [
     (GPTConfig(hidden_size=256, num_heads=8, **SIZES), all_units(8)),
     (GPTConfig(hidden_size=256, num_heads=8, num_kv_heads=4, **SIZES), UnitRange(4, 2, 1)),
     (GPTConfig(hidden_size=256, num_heads=8, architecture="parallel", **SIZES), UnitRange(8, 0, 2)),
+    (KrakenConfig(4, hidden_size=128, heads_per_sub_layer=2, head_dim=64, **SIZES, **MODERN), UnitRange(4, 0, 2)),
+    (GPTConfig(hidden_size=256, num_heads=8, **SIZES, **MODERN), all_units(8)),
 ]
 
 

@@ -43,7 +43,7 @@ def test_standard_form_is_gpt2() -> None:
         renamed[f"{their}.ln_1.weight"] = ours[f"{mine}.attention_norm.weight"]
         renamed[f"{their}.ln_2.weight"] = ours[f"{mine}.ffn_norm.weight"]
         # Their Conv1D holds (in, out).
-        qkv = split_qkv(ours[f"{mine}.attention.qkv.weight"], config.head_dim)
+        qkv = split_qkv(ours[f"{mine}.attention.qkv.weight"], config.head_size)
         renamed[f"{their}.attn.c_attn.weight"] = torch.cat(qkv).T
         renamed[f"{their}.attn.c_proj.weight"] = ours[f"{mine}.attention.out.weight"].T
         renamed[f"{their}.mlp.c_fc.weight"] = ours[f"{mine}.ffn.up.weight"].T
@@ -82,10 +82,10 @@ def test_parallel_form_by_hand() -> None:
         h = F.layer_norm(x, (d,), weights[f"{prefix}.norm.weight"])
 
         def heads(i: int, h: Tensor = h, prefix: str = prefix) -> Tensor:
-            part = h @ split_qkv(weights[f"{prefix}.attention.qkv.weight"], config.head_dim)[i].T
+            part = h @ split_qkv(weights[f"{prefix}.attention.qkv.weight"], config.head_size)[i].T
             return part.view(2, 10, config.num_heads, -1).transpose(1, 2)
 
-        scores = heads(0) @ heads(1).transpose(-1, -2) / config.head_dim**0.5 + mask
+        scores = heads(0) @ heads(1).transpose(-1, -2) / config.head_size**0.5 + mask
         mixed = (scores.softmax(-1) @ heads(2)).transpose(1, 2).reshape(2, 10, d)
         attended = mixed @ weights[f"{prefix}.attention.out.weight"].T
         up = F.gelu(h @ weights[f"{prefix}.ffn.up.weight"].T, approximate="tanh")
@@ -111,10 +111,10 @@ def repeat_kv_heads(config: ModelConfig, name: str, weight: Tensor) -> Tensor:
     if isinstance(config, KrakenConfig):
         repeats = config.heads_per_sub_layer // config.kv_heads
         parts = weight.split((config.hidden_size, config.kv_size, config.kv_size), dim=1)
-        query, key, value = (part.unflatten(1, (-1, config.head_dim)) for part in parts)
+        query, key, value = (part.unflatten(1, (-1, config.head_size)) for part in parts)
         repeated = (query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1))
         return torch.cat(repeated, dim=1).flatten(1, 2)
     repeats = config.num_heads // config.kv_heads
-    query, key, value = (part.unflatten(0, (-1, config.head_dim)) for part in split_qkv(weight, config.head_dim))
+    query, key, value = (part.unflatten(0, (-1, config.head_size)) for part in split_qkv(weight, config.head_size))
     by_head = (query, key.repeat_interleave(repeats, dim=0), value.repeat_interleave(repeats, dim=0))
     return torch.cat(by_head, dim=1)

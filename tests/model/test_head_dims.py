@@ -40,7 +40,7 @@ def test_what_is_named_instead(name: str) -> None:
     assert set(settings) == set(re.findall(r"model\.(\w+)=", before))
     other = dataclasses.replace(config, **settings)  # which also validates it
     assert head_size_note(other) is None
-    assert f"heads of {other.head_dim}" in after
+    assert f"heads of {other.head_size}" in after
     difference = other.num_parameters / config.num_parameters - 1
     assert f"({difference:+.1%})" in after
     assert abs(difference) < 0.04 or name == "tiny"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kraken_train.model.layers import StackedAttention, StackedFFN, StackedLayerNorm, StackedLinear, causal_attention
+from kraken_train.model.kraken_config import KrakenConfig
+from kraken_train.model.layers import StackedAttention, StackedFFN, StackedLinear, StackedNorm, causal_attention
 from kraken_train.parallel.sharding import all_units
 
 
@@ -43,11 +44,14 @@ def test_stacked_linear() -> None:
         torch.testing.assert_close(y, F.linear(x[i], layer.weight[i]), rtol=0, atol=1e-13)
 
 
-def test_stacked_layer_norm() -> None:
-    layer = randomized(StackedLayerNorm(all_units(3), 6, epsilon=1e-3))
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_stacked_norm(norm: str) -> None:
+    layer = randomized(StackedNorm(all_units(3), 6, norm, epsilon=1e-3))
     x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
     for i, y in enumerate(layer(x)):
-        torch.testing.assert_close(y, F.layer_norm(x[i], (6,), layer.weight[i], eps=1e-3), rtol=0, atol=1e-13)
+        centred = x[i] - x[i].mean(-1, keepdim=True) if norm == "layernorm" else x[i]
+        expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * layer.weight[i]
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (3, 1)])
@@ -59,8 +63,8 @@ def test_causal_attention(heads: int, kv_heads: int) -> None:
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_stacked_attention_and_ffn_keep_sub_layers_apart(kv_heads: int) -> None:
-    attention = randomized(StackedAttention(all_units(3), 8, num_heads=4, kv_heads=kv_heads, norm_epsilon=1e-5))
-    ffn = randomized(StackedFFN(all_units(3), 8, ffn_size=16, norm_epsilon=1e-5))
+    config = KrakenConfig(3, 1, 8, 4, vocab_size=8, context_length=8, kv_heads_per_sub_layer=kv_heads)
+    attention, ffn = randomized(StackedAttention(all_units(3), config)), randomized(StackedFFN(all_units(3), config))
     x, attended = torch.randn(2, 3, 2, 5, 8, dtype=torch.float64)
     total = torch.randn(2, 5, 8, dtype=torch.float64)
     for i in range(3):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kraken_train.model.config import KrakenConfig
 from kraken_train.model.registry import build_model
+from kraken_train.model.rotary import rotary_angles
 from kraken_train.planning.fake_trace import drop_gradient, trace_all_layers, trace_micro_batch
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import predict_memory, shards
@@ -34,15 +35,20 @@ def saved_bytes(name: str, recompute: bool) -> int:
         return tensor
 
     ids = random_ids(config, 2, config.context_length)
-    embedding = model.token_embedding(ids) + model.position_embedding(torch.arange(ids.shape[1]))
+    rotary, positions = None, torch.arange(ids.shape[1])
+    embedding = model.token_embedding(ids)
+    if model.position_embedding is None:
+        rotary = rotary_angles(positions, config.head_size, config.rope_theta, embedding.dtype)
+    else:
+        embedding = embedding + model.position_embedding(positions)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.hidden(embedding, [None] * config.num_layers)
+        hidden = model.hidden(embedding, rotary, [None] * config.num_layers)
     for tensor in (hidden, embedding):
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("name", ["kraken", "standard", "parallel", "kraken-gqa"])
+@pytest.mark.parametrize("name", ["kraken", "standard", "parallel", "kraken-gqa", "kraken-modern", "standard-modern"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_kept_activations(name: str, recompute: bool) -> None:
     config = small_configs()[name]

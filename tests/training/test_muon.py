@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import shareable_configs, small_configs
-from plain_muon import PlainMuon, split
+from plain_muon import PlainMuon, is_vocabulary, split
 from torch import Tensor, nn
 
 from kraken_train.model.config import KrakenConfig, ModelConfig
@@ -88,7 +88,7 @@ def test_equal_to_pytorch_on_the_separate_matrices(
     by_adamw = 0
     for key, weight in plain.named_parameters():
         mine = ours.model.get_parameter(key)
-        if "norm" in key or "embedding" in key:
+        if "norm" in key or is_vocabulary(key):
             torch.testing.assert_close(mine, weight, rtol=1e-5, atol=1e-7)  # a fused kernel against a plain one
             by_adamw += 1
         elif batch_elements == 1:
@@ -143,11 +143,11 @@ def test_gradients_are_scaled() -> None:
 
 
 def test_groups() -> None:
-    model = build_model(CONFIGS["kraken"])
+    model = build_model(CONFIGS["kraken-modern"])
     groups = parameter_groups(model, 0.1, matrices_apart=True)
     names = {weight: name for name, weight in model.named_parameters()}
     by_muon = {names[weight] for group in groups if MATRICES in group for weight in group["params"]}
-    assert by_muon == {name for name in names.values() if "norm" not in name and "embedding" not in name}
+    assert by_muon == {name for name in names.values() if "norm" not in name and not is_vocabulary(name)}
     assert {state_names(group) for group in groups} == {("momentum_buffer",), ("exp_avg", "exp_avg_sq")}
     assert not any(MATRICES in group for group in parameter_groups(model, 0.1))
 
@@ -174,14 +174,14 @@ class AllToAll:
 
 
 @pytest.mark.parametrize(("copies", "ranks"), [(1, 2), (2, 1), (2, 2), (7, 1), (3, 4), (40, 1)])
-@pytest.mark.parametrize("name", ["kraken-4", "standard", "parallel"])
+@pytest.mark.parametrize("name", ["kraken-4", "standard", "kraken-modern", "standard-modern"])
 def test_each_matrix_is_whole_on_one_rank(name: str, copies: int, ranks: int) -> None:
     config = shareable_configs()[name]
     whole = build_model(config)
     expected = [
         matrix.reshape(-1, matrix.shape[-1])
         for key, weight in whole.named_parameters()
-        if "norm" not in key and "embedding" not in key
+        if "norm" not in key and not is_vocabulary(key)
         for matrix in split(config, key, weight.detach())
     ]
     places = [Place(copy, copies, rank, ranks) for copy in range(copies) for rank in range(ranks)]
