@@ -144,7 +144,8 @@ class MatrixExchange:
             arrived = buffer.new_empty(sum(received))
             self.all_to_all(arrived, buffer, received, sent, group=self.group)
             buffer = arrived
-        return buffer.split(lengths)
+        pieces: Sequence[Tensor] = buffer.split(lengths)
+        return pieces
 
 
 def joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:

@@ -39,9 +39,10 @@ def working_bytes(parts: Parts, elements: int, copies: int, ranks: int) -> int:
         weights.grad = torch.empty(elements)
         optimizer.step()  # makes the state
         kept = (weights, weights.grad, *optimizer.state[weights].values())
-        with LiveBytes(kept) as live:
+        live = LiveBytes(kept)
+        with live:
             optimizer.step()
-        return live.peak
+    return live.peak
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ section 2.2). The result is that of `torch.optim.Muon` with `adjust_lr_fn="match
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,12 +41,12 @@ class Muon(torch.optim.AdamW):
         self.ns_steps = ns_steps
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if MATRICES not in group]
             if self.param_groups:
-                super().step(closure)
+                super().step()
         finally:
             self.param_groups = groups
         for group in groups:

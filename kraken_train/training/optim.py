@@ -55,7 +55,7 @@ def make_optimizer(
     config: AnyOptimizer, groups: list[dict[str, Any]], place: Place, world: dist.ProcessGroup | None
 ) -> torch.optim.Optimizer:
     """For the groups of `parameter_groups`, on the rank at `place`; `world` has all ranks."""
-    adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if isinstance(config, AdamWConfig):
         return torch.optim.AdamW(groups, **adamw)
     for group in groups:

@@ -37,7 +37,8 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "memory",
     ],
     SLOW_RANKS: [
-        "trajectories:kraken-6/2/plain,kraken-6/3/plain,kraken-6/6/plain,kraken-6/3/zero2-recompute-vocab,kraken-6/3/muon"
+        "trajectories:kraken-6/2/plain,kraken-6/3/plain,kraken-6/6/plain,kraken-6/3/zero2-recompute-vocab,"
+        "kraken-6/3/muon"
     ],
 }
 SLOW = {  # the other half of the checkpoint matrix; and an attention that computes
