@@ -2,8 +2,8 @@
 
 ZeRO cuts a group of weights, laid out as one vector, into an equal part for each model copy, wherever that falls; and
 the ranks of a copy may each hold rows or columns of a matrix. A matrix goes whole to the copy that holds its first
-element, and there to a rank in turn where the ranks of a copy hold parts of it. So each is on one rank, all ranks have
-about as many elements to work on, and of matrices that a rank holds whole only those across a border move.
+element, and there to the least busy rank where the ranks of a copy hold parts of it. So each is on one rank, all ranks
+have about as many elements to work on, and of matrices that a rank holds whole only those across a border move.
 
 Ranks are numbered as in `kraken_train.parallel.mesh`: rank r is number r % P of copy r // P.
 """
@@ -20,24 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kraken_train.parallel.matrices import MatrixPart
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank in the grid of a run."""
-
-    copy: int = 0
-    copies: int = 1
-    rank: int = 0  # in its copy
-    ranks: int = 1  # of a copy
-
-    @property
-    def world(self) -> int:
-        return self.copies * self.ranks
-
-    @property
-    def number(self) -> int:
-        return self.copy * self.ranks + self.rank
+from kraken_train.parallel.mesh import Place
 
 
 @dataclass(frozen=True)
@@ -64,45 +47,35 @@ class MatrixExchange:
         all_to_all: Callable[..., Any] = dist.all_to_all_single,
     ) -> None:
         self.parts, self.place, self.group, self.all_to_all = parts, place, group, all_to_all
-        self.owners = [
-            Place(
-                part.runs[0][0] // elements,
-                place.copies,
-                place.rank if part.axis is None else number % place.ranks,
-                place.ranks,
-            ).number
-            for number, part in enumerate(parts)
-        ]
-        self.owned = [number for number, owner in enumerate(self.owners) if owner == place.number]
+        owners = find_owners(parts, elements, place)
+        self.owned = [number for number, owner in enumerate(owners) if owner == place.number]
 
         # What leaves this rank: its pieces, by owner.
-        here = [cut(part, number, place.copy, elements) for number, part in enumerate(parts)]
-        self.pieces = [
-            piece
-            for rank in range(place.world)
-            for number, owner in enumerate(self.owners)
-            if owner == rank
-            for piece in here[number]
-        ]
+        here = [piece for number, part in enumerate(parts) for piece in cut(part, number, place.copy, elements)]
+        self.pieces = sorted(here, key=lambda piece: owners[piece.matrix])
         self.sent = [0] * place.world
         for piece in self.pieces:
-            self.sent[self.owners[piece.matrix]] += piece.length
+            self.sent[owners[piece.matrix]] += piece.length
 
         # What arrives: of each rank, its part of each matrix that is owned here.
-        self.arriving: list[tuple[int, int, int]] = []  # (matrix, rank of its copy, elements)
+        self.arriving: list[tuple[int, int, int]] = []  # (matrix, rank of a copy, elements)
+        self.lengths: dict[tuple[int, int], list[int]] = defaultdict(list)  # the same by (matrix, rank of a copy)
         self.received = [0] * place.world
         for copy in range(place.copies):
             for rank in range(place.ranks):
                 for number in self.owned:
-                    part = parts[number]
-                    if part.axis is None and rank != place.rank:
-                        continue
-                    length = sum(piece.length for piece in cut(part, number, copy, elements))
-                    self.arriving.append((number, rank, length))
-                    self.received[copy * place.ranks + rank] += length
+                    length = sum(piece.length for piece in cut(parts[number], number, copy, elements))
+                    if length and rank in self.holders(number):
+                        self.arriving.append((number, rank, length))
+                        self.lengths[number, rank].append(length)
+                        self.received[copy * place.ranks + rank] += length
         self.moves = place.world > 1 and any(
             (part.axis is not None and place.ranks > 1) or spans(part, elements) for part in parts
         )
+
+    def holders(self, number: int) -> Sequence[int]:
+        """The ranks of a copy whose parts make up a matrix."""
+        return [self.place.rank] if self.parts[number].axis is None else range(self.place.ranks)
 
     def gather(self, vector: Tensor) -> list[Tensor]:
         """This rank's part of the vector -> the whole matrices of `owned`."""
@@ -116,20 +89,17 @@ class MatrixExchange:
 
     def assemble(self, number: int, shards: dict[tuple[int, int], list[Tensor]]) -> Tensor:
         """A matrix from the elements that each rank of a copy holds, in pieces by copy."""
-        part, whole = self.parts[number], []
-        for rank in range(self.place.ranks) if part.axis is not None else [self.place.rank]:
-            whole.append(joined(shards[number, rank]).view(part.rows, part.columns))
+        part = self.parts[number]
+        whole = [joined(shards[number, rank]).view(part.rows, part.columns) for rank in self.holders(number)]
         return joined(whole, part.axis or 0)
 
     def scatter(self, matrices: Sequence[Tensor]) -> Sequence[Tensor]:
         """Matrices in the place of those that `gather` has given -> what each of `pieces` has of them."""
         shards: dict[tuple[int, int], Iterator[Tensor]] = {}
         for number, matrix in zip(self.owned, matrices, strict=True):
-            axis = self.parts[number].axis
-            ranks = [self.place.rank] if axis is None else range(self.place.ranks)
-            for rank, shard in zip(ranks, matrix.chunk(len(ranks), axis or 0), strict=True):
-                lengths = [length for other, holder, length in self.arriving if (other, holder) == (number, rank)]
-                shards[number, rank] = iter(shard.reshape(-1).split(lengths))
+            ranks = self.holders(number)
+            for rank, shard in zip(ranks, matrix.chunk(len(ranks), self.parts[number].axis or 0), strict=True):
+                shards[number, rank] = iter(shard.reshape(-1).split(self.lengths[number, rank]))
         leaving = [next(shards[number, rank]) for number, rank, _ in self.arriving]
         return self.exchange(leaving, self.received, self.sent, [piece.length for piece in self.pieces])
 
@@ -146,6 +116,19 @@ class MatrixExchange:
             buffer = arrived
         pieces: Sequence[Tensor] = buffer.split(lengths)
         return pieces
+
+
+def find_owners(parts: Sequence[MatrixPart], elements: int, place: Place) -> list[int]:
+    """The number of the rank that gets each matrix; where the ranks of a copy hold parts of it, the least busy one."""
+    loads: dict[int, list[int]] = defaultdict(lambda: [0] * place.ranks)  # by copy
+    owners = []
+    for part in parts:
+        copy, rank = part.runs[0][0] // elements, place.rank
+        if part.axis is not None:
+            rank = loads[copy].index(min(loads[copy]))
+            loads[copy][rank] += part.rows * part.columns
+        owners.append(copy * place.ranks + rank)
+    return owners
 
 
 def joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:

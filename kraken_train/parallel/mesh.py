@@ -6,15 +6,34 @@ copy r // P and is number r % P in it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from kraken_train.parallel.matrix_exchange import Place
 from kraken_train.parallel.sharding import ModelRank, ShardedDim
 
 DATA, KRAKEN = "data", "kraken"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank in the grid of a run."""
+
+    copy: int = 0
+    copies: int = 1
+    rank: int = 0  # in its copy
+    ranks: int = 1  # of a copy
+
+    @property
+    def world(self) -> int:
+        return self.copies * self.ranks
+
+    @property
+    def number(self) -> int:
+        return self.copy * self.ranks + self.rank
 
 
 class ParallelMesh:

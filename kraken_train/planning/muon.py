@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kraken_train.parallel.matrices import MatrixPart
-from kraken_train.parallel.matrix_exchange import MatrixExchange, Place
+from kraken_train.parallel.matrix_exchange import MatrixExchange
+from kraken_train.parallel.mesh import Place
 from kraken_train.planning.live_bytes import LiveBytes
 from kraken_train.training.muon import MATRICES, Muon
 

@@ -61,23 +61,23 @@ class Muon(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(weights)
         momentum = state["momentum_buffer"]
 
-        # A step that is to be skipped goes through all this with gradients of 0 and changes neither of the two.
+        # A step that is to be skipped goes through all this with zeros and changes nothing. Numbers are not chosen by
+        # `torch.where`, which would copy them to the device and wait for it.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        skip = torch.zeros((), device=weights.device) if found_inf is None else found_inf
-        skip = skip.bool()
+        skip = torch.zeros((), device=weights.device) if found_inf is None else found_inf.ne(0).float()
         if grad_scale is not None:
             gradients.div_(grad_scale)
-        gradients.masked_fill_(skip, 0.0)
+        gradients.masked_fill_(skip.bool(), 0.0)
 
-        momentum.lerp_(gradients, torch.where(skip, 0.0, 1 - self.momentum))
+        momentum.lerp_(gradients, (1 - skip) * (1 - self.momentum))
         update = gradients.lerp_(momentum, self.momentum).bfloat16()  # Nesterov's
-        matrices = orthogonalize_all(exchange.gather(update), self.ns_steps)
+        matrices = orthogonalize_all(exchange.gather(update.masked_fill_(skip.bool(), 0.0)), self.ns_steps)
         del update
-        weights.mul_(torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
+        weights.mul_(skip + (1 - skip) * (1 - group["lr"] * group["weight_decay"]))
         for piece, change in zip(exchange.pieces, exchange.scatter(matrices), strict=True):
             shape = exchange.parts[piece.matrix].whole_shape(exchange.place.ranks)
             rate = group["lr"] * UPDATE_RMS * math.sqrt(max(shape))
-            weights[piece.begin : piece.begin + piece.length].sub_(change.masked_fill(skip, 0.0), alpha=rate)
+            weights[piece.begin : piece.begin + piece.length].sub_(change, alpha=rate)
 
 
 def orthogonalize_all(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:

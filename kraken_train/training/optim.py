@@ -12,7 +12,8 @@ from torch import nn
 
 from kraken_train.common.settings import from_dict
 from kraken_train.parallel.matrices import lay_out, matrix_parts
-from kraken_train.parallel.matrix_exchange import MatrixExchange, Place
+from kraken_train.parallel.matrix_exchange import MatrixExchange
+from kraken_train.parallel.mesh import Place
 from kraken_train.parallel.sharding import sharded_dims
 from kraken_train.parallel.weight_role import WeightRole, weight_role
 from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
