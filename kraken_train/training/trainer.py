@@ -69,6 +69,7 @@ class Trainer:
         communicator = make_communicator(self.mesh, reduce_dtype(config.parallel), self.timer)
         units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
         model = build_model(model_config, config.seed, units, communicator, vocabulary)
+        model.end_of_document = data.end_of_document if config.attention_within_documents else None
         self.engine = Engine(model, config, self.mesh, runtime, self.timer)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,

@@ -65,7 +65,7 @@ def test_z_loss_is_logged_apart(data: Path, reference: Path, tmp_path: Path) -> 
     assert first["loss"] == of_reference["loss"]  # the initial weights are the same
     assert first["grad_norm"] != of_reference["grad_norm"]
     assert "z_loss" not in of_reference
-    vocab_size = read_weights(run).config.vocab_size
+    vocab_size = read_weights(run).model_config.vocab_size
     assert first["z_loss"] == pytest.approx(0.01 * math.log(vocab_size) ** 2, rel=0.01)  # small initial logits
     assert "z-loss" in result.stdout
     continued = train(data, run, "max_steps=3")

@@ -71,6 +71,7 @@ def settings(
         micro_batch_size=GLOBAL_BATCH // (ACCUMULATION_STEPS * data_parallel_size),
         seed=0,
         precision=precision,
+        attention_within_documents=False,
         resume="auto",
         max_nonfinite_steps=3,
         log_every=1,
