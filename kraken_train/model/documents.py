@@ -42,6 +42,11 @@ class Documents:
         """Of each token in its document, (B, T)."""
         return torch.arange(self.begins.shape[1], device=self.begins.device) - self.begins
 
+    @property
+    def attended(self) -> Tensor:
+        """To how many tokens one attends in the mean, its own counting half, a scalar (T / 2 for one document)."""
+        return self.positions.double().mean() + 0.5
+
     def attention(self, rows_per_sequence: int, head_size: int, dtype: torch.dtype) -> KeyValueStore:
         """What attends within these documents, in all layers: it is made once for a micro-batch.
 
@@ -148,8 +153,9 @@ class VariableLengthAttention:
         joint = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
         lengths = (self.starts, self.starts, self.tokens, self.tokens)
         attend: Callable[..., Any] = varlen.varlen_attn
-        mixed: Tensor = attend(*joint, *lengths, window_size=(-1, 0), enable_gqa=query.shape[1] > key.shape[1])
-        return mixed.unflatten(0, (len(query), self.tokens)).transpose(1, 2)
+        mixed = attend(*joint, *lengths, window_size=(-1, 0), enable_gqa=query.shape[1] > key.shape[1])
+        by_row: Tensor = mixed.unflatten(0, (len(query), self.tokens))
+        return by_row.transpose(1, 2)
 
 
 KERNELS: dict[str, Callable[[Tensor, int, torch.dtype], KeyValueStore]] = {

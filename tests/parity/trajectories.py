@@ -20,6 +20,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "z-loss-vocab": {"z_loss": Z_LOSS, "vocab_parallel": True},
     "compile": {"compile_parts": True},
+    "apart": {"attention_within_documents": True},
+    "compile-recompute-apart": {
+        "compile_parts": True, "activation_checkpointing": True, "attention_within_documents": True,
+    },
     "compile-recompute-bf16": {"compile_parts": True, "activation_checkpointing": True, "precision": "bf16"},
 }  # fmt: skip
 
