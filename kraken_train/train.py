@@ -44,6 +44,8 @@ def train(config: TrainConfig) -> None:
     """
     runtime = read_runtime()
     data = TrainingData(config.data_shares)
+    if config.attention_within_documents:
+        data.require_ends_of_documents()
     model_config = parse_model(config.model, data.vocab_size)
     config.require_fits(model_config)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))

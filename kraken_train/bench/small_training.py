@@ -64,7 +64,7 @@ def train(
     """
     model = build_model(config, seed)
     scale_initial_weights(model, lambda kind: parametrization.multipliers(kind).initial)
-    groups = parameter_groups(model, WEIGHT_DECAY, parametrization)
+    groups = parameter_groups(model, WEIGHT_DECAY, parametrization=parametrization)
     for group in groups:
         group["eps"] = EPSILON * group["eps_multiplier"]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)

@@ -57,7 +57,7 @@ def weight_kind(name: str, module: nn.Module) -> WeightKind | None:
         return declared
     if role is WeightRole.NORM:
         return WeightKind.NORM
-    if isinstance(module, nn.Embedding):
+    if role is WeightRole.EMBEDDING:
         return WeightKind.EMBEDDING
     return WeightKind.RESIDUAL if name.endswith(RESIDUAL_PROJECTIONS) else WeightKind.HIDDEN
 

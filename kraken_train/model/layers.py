@@ -6,7 +6,7 @@ H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,10 +25,14 @@ NORMALIZE: dict[str, Callable[..., Tensor]] = {"layernorm": F.layer_norm, "rmsno
 
 
 class KeyValueStore(Protocol):
-    """One layer's cache of keys and values during generation."""
+    """What the queries of a layer attend to, where that is not simply what comes before them.
+
+    During generation it is the layer's cache of keys and values; with documents apart, see `model.documents`, it is
+    each token's own document.
+    """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Adds the keys and values of T new tokens, (rows, G, T, K) each, and attends to all tokens so far.
+        """A cache adds the keys and values of T new tokens, (rows, G, T, K) each, and attends to all tokens so far.
 
         The queries (rows, H, T, K) are those of the new tokens, each of which sees itself and what came before it;
         the result is (rows, H, T, K).
@@ -73,13 +77,17 @@ class FinalNorm(Norm):
 
 
 class StackedLinear(nn.Module):
-    """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product."""
+    """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product.
+
+    `fused` are the rows of each of the matrices that the weight of a sub-layer consists of, where these are several.
+    """
 
     weight_role = WeightRole.STACKED_MATRIX
 
-    def __init__(self, units: UnitRange, in_features: int, out_features: int) -> None:
+    def __init__(self, units: UnitRange, in_features: int, out_features: int, fused: Sequence[int] = ()) -> None:
         super().__init__()
         self.sharded_dim = ShardedDim(units, axis=0)
+        self.fused = list(fused) or [out_features]
         self.weight = nn.Parameter(torch.empty(units.count, out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +96,10 @@ class StackedLinear(nn.Module):
             return F.linear(x, self.weight[0])
         product = torch.bmm(x.reshape(n, batch * tokens, -1), self.weight.transpose(1, 2))
         return product.view(n, batch, tokens, -1)
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """See `kraken_train.parallel.matrices`."""
+        return [matrix for of_sub_layer in weight for matrix in of_sub_layer.split(self.fused)]
 
 
 class StackedNorm(nn.Module):
@@ -116,7 +128,8 @@ class StackedAttention(nn.Module):
         self.head_size = config.head_size
         width, epsilon = config.hidden_size, config.norm_epsilon
         self.norm = StackedNorm(units, width, config.norm, epsilon)
-        self.qkv = StackedLinear(units, width, sum(self.head_counts) * self.head_size)
+        rows = [count * self.head_size for count in self.head_counts]
+        self.qkv = StackedLinear(units, width, sum(rows), fused=rows)
         self.q_norm = StackedNorm(units, self.head_size, "rmsnorm", epsilon) if config.qk_norm else None
         self.k_norm = StackedNorm(units, self.head_size, "rmsnorm", epsilon) if config.qk_norm else None
         self.out = StackedLinear(units, config.query_size, width)
@@ -171,11 +184,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, cache: KeyValueS
     return mixed.transpose(1, 2).flatten(2)
 
 
-def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries (rows, H, T, K), keys and values (rows, G, T, K) of the same tokens -> (rows, H, T, K)."""
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Queries (rows, H, T, K), keys and values (rows, G, T, K) of the same tokens -> (rows, H, T, K).
+
+    A `bias` (rows, 1, T, T), which is added to the scores, takes the place of the causal mask.
+    """
     heads_per_group = query.shape[1] // key.shape[1]
     if heads_per_group > 1 and query.dtype not in (torch.bfloat16, torch.float16):
         # Fused kernels share key-value heads in 16 bits only; without one, all scores would be held at once.
         key, value = (shared.repeat_interleave(heads_per_group, dim=1) for shared in (key, value))
         heads_per_group = 1
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads_per_group > 1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=bias is None, enable_gqa=heads_per_group > 1
+    )

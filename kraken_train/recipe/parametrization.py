@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kraken_train.common.errors import ConfigError
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.weight_kind import WeightKind
-from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class Parametrization:
-    """How many times larger a model is than the base, at which the learning rate was found. 1: the standard one."""
+    """How many times larger a model is than the base, for which all multipliers are 1."""
 
     width: float = 1.0  # hidden_size
     depth: float = 1.0  # layers
@@ -60,9 +60,9 @@ class Parametrization:
 STANDARD = Parametrization()
 
 
-def parametrization_of(optim: AdamWConfig, model: ModelConfig) -> Parametrization:
+def parametrization_of(optim: AnyOptimizer, model: ModelConfig) -> Parametrization:
     """How many times larger `model` is than the base in `optim`. Raises ConfigError where a size of it is missing."""
-    if optim.parametrization != "mup":
+    if not isinstance(optim, AdamWConfig) or optim.parametrization != "mup":
         return STANDARD
     sizes = {"base_hidden_size": model.hidden_size, "base_num_layers": model.num_layers}
     if model.units_setting is not None:
@@ -77,7 +77,7 @@ def parametrization_of(optim: AdamWConfig, model: ModelConfig) -> Parametrizatio
         base = getattr(optim, name)
         if base is None:
             raise ConfigError(
-                f"optim.parametrization=mup needs optim.{name}, that of the model at which optim.lr was found (in this "
+                f"optim.parametrization=mup needs optim.{name}, the same for all models that share optim.lr (in this "
                 f"model it is {size})"
             )
         ratios.append(size / base)

@@ -16,7 +16,15 @@ from kraken_train.run.folder import RunFolder
 from kraken_train.run.recorded_settings import recorded_settings
 from kraken_train.training.optim import describe_jump
 
-LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "global_batch_size", "precision")
+LEARNING_SETTINGS = (
+    "optim",
+    "schedule",
+    "max_steps",
+    "global_batch_size",
+    "precision",
+    "loss",
+    "attention_within_documents",
+)
 
 
 def find_checkpoint_to_resume(

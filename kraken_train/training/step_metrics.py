@@ -6,8 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
+from kraken_train.model.documents import Documents
 from kraken_train.model.flops import device_peak_flops, training_flops_per_token
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.training.engine import StepResult
@@ -20,10 +24,14 @@ class StepMetrics:
     Throughput, utilization and data wait are means over the steps whose results are read together.
     """
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, runtime: Runtime, end_of_document: int | None
+    ) -> None:
+        self.model_config = model_config
+        self.end_of_document = end_of_document  # None: tokens attend to all before them
         self.samples_per_step = config.global_batch_size
         self.tokens_per_sample = model_config.context_length
-        self.flops_per_token = training_flops_per_token(model_config)
+        self.z_weight = config.loss.z_loss
         device_peak = config.peak_tflops * 1e12 if config.peak_tflops else None
         if device_peak is None:
             device_peak = device_peak_flops(runtime.device, config.precision)
@@ -32,6 +40,7 @@ class StepMetrics:
         self.learning_rates: list[float] = []
         self.started = 0.0  # when the first of them began, by time.perf_counter
         self.data_seconds = 0.0  # waiting for batches
+        self.attended: list[Tensor] = []  # by micro-batch here, where documents are apart
 
     def begin_step(self, lr: float) -> None:
         if not self.learning_rates:
@@ -45,6 +54,11 @@ class StepMetrics:
         yield
         self.data_seconds += time.perf_counter() - started
 
+    def count_attention(self, input_ids: Tensor) -> None:
+        """Of a micro-batch (B, T), without waiting for the device."""
+        if self.end_of_document is not None:
+            self.attended.append(Documents.of(input_ids, self.end_of_document).attended)
+
     def take(self, results: Sequence[StepResult], last_step: int, samples: int) -> list[Record]:
         """One record for each of the `results`, which are those of all steps since the last call.
 
@@ -53,6 +67,8 @@ class StepMetrics:
         learning_rates, self.learning_rates = self.learning_rates, []
         seconds = time.perf_counter() - self.started
         tokens_per_second = len(results) * self.samples_per_step * self.tokens_per_sample / seconds
+        attended, self.attended = float(torch.stack(self.attended).mean()) if self.attended else None, []
+        flops_per_token = training_flops_per_token(self.model_config, attended)
         records = []
         for index, (lr, result) in enumerate(zip(learning_rates, results, strict=True), start=1):
             record: Record = {
@@ -64,7 +80,9 @@ class StepMetrics:
                 "tokens_per_second": tokens_per_second,
                 "data_wait": self.data_seconds / seconds,
             }
+            if self.z_weight:
+                record["z_loss"] = result.z_loss
             if self.peak_flops:
-                record["mfu"] = self.flops_per_token * tokens_per_second / self.peak_flops
+                record["mfu"] = flops_per_token * tokens_per_second / self.peak_flops
             records.append(record)
         return records
