@@ -47,7 +47,9 @@ class TransferConfig:
     positions: str  # learned | rope, of all models
     context_length: int  # bytes of a sample
     dimensions: tuple[str, ...]  # width, depth, sub-layers: in which of these models grow
-    factors: tuple[int, ...]  # of the coordinate checks: how many times larger than the small model a model is
+    factors: tuple[
+        int, ...
+    ]  # how many times larger than the small one the models of the coordinate checks are; []: none
     check_lr: float  # learning rate of the coordinate checks
     check_steps: int  # updates of the coordinate checks
     check_seeds: int  # of the coordinate checks, whose mean counts
@@ -69,7 +71,6 @@ class TransferConfig:
         require_axis("dimensions", self.dimensions)
         for dimension in self.dimensions:
             require_choice("dimensions", dimension, DIMENSIONS if self.has_sub_layers else DIMENSIONS[:2])
-        require_axis("factors", self.factors)
         for factor in (*self.factors, *self.learning_rates):
             require_positive("factors and learning_rates", factor)
 
@@ -172,9 +173,10 @@ def measure_transfer(config: TransferConfig) -> None:
     open_output(output_dir)
     console = Console(width=None if Console().is_terminal else 160)
     checks = list(check(config))
-    console.print(growth_table(checks))
-    title = f"{config.model(DIMENSIONS[0], 1).title}: {config.check_steps} updates at {config.check_lr:g}"
-    draw_coordinates(checks, title, output_dir / "coordinates.svg")
+    if checks:
+        console.print(growth_table(checks))
+        title = f"{config.model(DIMENSIONS[0], 1).title}: {config.check_steps} updates at {config.check_lr:g}"
+        draw_coordinates(checks, title, output_dir / "coordinates.svg")
     swept = list(sweep(config))
     if swept:
         console.print(sweep_table(swept))
