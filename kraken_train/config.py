@@ -16,7 +16,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
 from kraken_train.model.config import ModelConfig, ModelSettings
-from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.optimizers import AnyOptimizer
 from kraken_train.recipe.schedules import AnySchedule
 
 AUTO = "auto"
@@ -208,7 +208,7 @@ class TrainConfig:
     peak_tflops: float | None  # peak of a device, for the MFU; null: from a table of GPUs; a CPU is measured
     rendezvous_seconds: float  # time for all ranks to start; then those that started name the missing ones and end
     watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: no watchdog
-    optim: AdamWConfig
+    optim: AnyOptimizer
     schedule: AnySchedule
     parallel: ParallelConfig
     engine: EngineConfig

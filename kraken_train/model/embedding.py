@@ -21,7 +21,7 @@ from kraken_train.parallel.weight_role import WeightRole
 class Vocabulary(nn.Module):
     """Holds the rows `rows` of a (V, D) matrix: of the embedding, of the head, or of both if they are tied."""
 
-    weight_role = WeightRole.MATRIX
+    weight_role = WeightRole.EMBEDDING
 
     def __init__(self, rows: UnitRange, hidden_size: int, communicator: Communicator) -> None:
         super().__init__()

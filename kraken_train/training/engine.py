@@ -5,7 +5,8 @@ This is the only file that imports deepspeed. Which of its modes are used, and w
 - ZeRO-1 or 2, also in fp32: ZeRO-0 with bf16 reports and clips wrong gradient norms.
 - bf16 weights with fp32 masters and fp32 accumulation of gradients.
 - `overlap_comm: false`: races with it are open (deepspeedai/DeepSpeed#5545, #8061).
-- A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute.
+- A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute; and our Muon
+  (`kraken_train.training.muon`), not DeepSpeed's, which needs a whole matrix on a rank and one matrix in a weight.
 - It neither computes the gradients' norm, nor clips, nor decides which steps to skip: it would read from the device
   several times a step. `Engine.update` does, on the device.
 - Its checkpoints are not used; `checkpoints.training.writer` writes the state that `Engine.state` returns.
@@ -37,7 +38,9 @@ from kraken_train.parallel.rendezvous import RENDEZVOUS_SECONDS, Rendezvous, con
 from kraken_train.parallel.replica_check import require_equal_replicas
 from kraken_train.parallel.sharding import ShardedDim, sharded_dims
 from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
-from kraken_train.training.optim import parameter_groups, reduce_bucket_elements
+from kraken_train.recipe.optimizers import MuonConfig
+from kraken_train.training.muon import Muon
+from kraken_train.training.optim import make_optimizer, parameter_groups, reduce_bucket_elements, state_names
 from kraken_train.training.precision import DTYPES
 
 # DeepSpeed looks for its accelerator, and logs, while it is imported.
@@ -47,6 +50,7 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -60,10 +64,9 @@ bf16_optimizer.see_memory_usage = lambda *_, **__: None
 make_decorator, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 compiler.compile = make_decorator
+ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
 # DeepSpeed calls it on every step; newer PyTorch has another name for it.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def stop_processes(runtime: Runtime) -> None:
 
 
 class Engine:
-    """This rank's part of a model under DeepSpeed with AdamW."""
+    """This rank's part of a model under DeepSpeed."""
 
     def __init__(
         self,
@@ -116,15 +119,11 @@ class Engine:
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
-        groups = parameter_groups(model, config.optim.weight_decay)
+        groups = parameter_groups(model, config.optim.weight_decay, isinstance(config.optim, MuonConfig))
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=True,
-        )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.states = {names[parameter]: state_names(group) for group in groups for parameter in group["params"]}
+        optimizer = make_optimizer(config.optim, groups, mesh.place, runtime.group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
             self.deepspeed, *_ = deepspeed.initialize(
                 model=LossModule(model, config.loss),
@@ -195,13 +194,13 @@ class Engine:
         self.reports.append(report)
         self.equalize_shared_gradients()  # not before what is not finite on one rank has counted
         loss_sum, squares = report[:2]
-        adamw = self.deepspeed.optimizer.optimizer
+        optimizer = self.deepspeed.optimizer.optimizer
         # A fused AdamW reads these tensors of PyTorch's gradient scaler on the device: whether to skip the update, and
         # the divisor of the gradients, which here makes their norm `max_grad_norm`.
-        adamw.found_inf = (~torch.isfinite(loss_sum + squares)).float()
+        optimizer.found_inf = (~torch.isfinite(loss_sum + squares)).float()
         if self.max_grad_norm > 0:
-            adamw.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
-        for group in adamw.param_groups:
+            optimizer.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
+        for group in optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
 
@@ -246,14 +245,14 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """This rank's share of the training state, on the CPU, in copies. A collective.
 
-        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). What the ranks of a copy
-        hold parts of is a DTensor.
+        The state is the fp32 weights (`model.NAME`) and what the optimizer keeps for them (`optimizer.STATE.NAME`, by
+        `states`). What the ranks of a copy hold parts of is a DTensor.
         """
         state = {}
         for name, parameter in self.model.named_parameters():
             tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
-            for moment in MOMENTS:
-                tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
+            for kept in self.states[name]:
+                tensors[f"optimizer.{kept}.{name}"] = safe_get_full_optimizer_state(parameter, kept)
             if name in self.assigned:
                 partition = self.sharded_dims[name]
                 state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
@@ -285,13 +284,13 @@ class Engine:
         """
         self.set_optimizer_steps(optimizer_steps)
         for name, parameter in self.model.named_parameters():
-            keys = [f"model.{name}", *(f"optimizer.{moment}.{name}" for moment in MOMENTS)]
+            keys = [f"model.{name}", *(f"optimizer.{kept}.{name}" for kept in self.states[name])]
             parts = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in keys}
             fill({key: self.mesh.as_global(part, self.sharded_dims[name]) for key, part in parts.items()})
-            weight, *moments = [part.to(self.device) for part in parts.values()]
+            weight, *kept_values = [part.to(self.device) for part in parts.values()]
             set_weight(parameter, weight)
-            for moment, value in zip(MOMENTS, moments, strict=True):
-                safe_set_full_optimizer_state(parameter, value, moment)
+            for kept, value in zip(self.states[name], kept_values, strict=True):
+                safe_set_full_optimizer_state(parameter, value, kept)
 
     def load_weights(self, read: Callable[[str, ShardedDim | None], Tensor]) -> None:
         """Load the weights only; `read` gives this rank's part of the one of a name."""
@@ -311,19 +310,19 @@ class Engine:
         require_equal_replicas(held(), self.mesh.model_rank.size, self.runtime)
 
     def create_optimizer_state(self) -> None:
-        """Make AdamW's state, which otherwise appears with the first update, without changing a weight.
+        """Make the optimizer's state, which otherwise appears with the first update, without changing a weight.
 
         DeepSpeed links parameters to their state after the first group's first update, when the second group has
         none yet, and so never finds that of the norms.
         """
-        zero, adamw = self.deepspeed.optimizer, self.deepspeed.optimizer.optimizer
-        rates = [(group["lr"], group["weight_decay"]) for group in adamw.param_groups]
-        for group in adamw.param_groups:
+        zero, optimizer = self.deepspeed.optimizer, self.deepspeed.optimizer.optimizer
+        rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
             group.update(lr=0.0, weight_decay=0.0)
             for partition in group["params"]:
                 partition.grad = torch.zeros_like(partition)
-        adamw.step()
-        for group, (lr, weight_decay) in zip(adamw.param_groups, rates, strict=True):
+        optimizer.step()
+        for group, (lr, weight_decay) in zip(optimizer.param_groups, rates, strict=True):
             group.update(lr=lr, weight_decay=weight_decay)
             for partition in group["params"]:
                 partition.grad = None
@@ -332,7 +331,8 @@ class Engine:
 
     def set_optimizer_steps(self, steps: int) -> None:
         for state in self.deepspeed.optimizer.optimizer.state.values():
-            state["step"].fill_(steps)
+            if "step" in state:  # of AdamW, which corrects its moments by it
+                state["step"].fill_(steps)
 
 
 def set_weight(parameter: nn.Parameter, weight: Tensor) -> None:

@@ -19,6 +19,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "precision": "bf16", "zero_stage": 2, "activation_checkpointing": True, "reduce_dtype": "fp32",
     },
     "z-loss-vocab": {"z_loss": Z_LOSS, "vocab_parallel": True},
+    "muon": {"muon": True},
+    "muon-zero2-recompute-vocab": {
+        "muon": True, "zero_stage": 2, "activation_checkpointing": True, "vocab_parallel": True,
+    },
+    "muon-bf16": {"muon": True, "precision": "bf16"},
+    "muon-bf16-zero2": {"muon": True, "precision": "bf16", "zero_stage": 2},
     "compile": {"compile_parts": True},
     "apart": {"attention_within_documents": True},
     "compile-recompute-apart": {
