@@ -168,6 +168,7 @@ def plain_varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *_: 
     return torch.cat(parts)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kernel", ["flex", "varlen"])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_kernels_of_gpus(kernel: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
