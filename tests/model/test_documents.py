@@ -16,6 +16,7 @@ from kraken_train.model import documents
 from kraken_train.model.config import KrakenConfig
 from kraken_train.model.cross_entropy import IGNORED
 from kraken_train.model.documents import BLOCK, KERNELS, Documents, block_mask
+from kraken_train.model.flops import attention_flops_per_token
 from kraken_train.model.language_model import LanguageModel
 
 CONFIGS = small_configs()
@@ -62,6 +63,16 @@ def test_positions() -> None:
     found = Documents.of(ids, END)
     assert found.begins.tolist() == [[0, 0, 2, 2, 4, 5, 5], [0] * 7]
     assert found.positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], list(range(7))]
+
+
+@pytest.mark.parametrize("name", ["kraken-gqa", "standard"])
+def test_flops(name: str) -> None:
+    """The documents of a sample take what samples of their lengths would take."""
+    config, tokens = CONFIGS[name], sum(LENGTHS[0])
+    attended = Documents.of(samples()[:1], END).attended.item()
+    alone = sum(length * attention_flops_per_token(config, length / 2) for length in LENGTHS[0])
+    assert tokens * attention_flops_per_token(config, attended) == pytest.approx(alone, rel=1e-12)
+    assert attention_flops_per_token(config, config.context_length / 2) == attention_flops_per_token(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
