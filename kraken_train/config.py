@@ -272,7 +272,9 @@ class TrainConfig:
 
     def step_plan(self, context_length: int) -> StepPlan:
         """Raises ConfigError where the run is too short for its schedule."""
-        return StepPlan(self.length, self.schedule, BatchRamp(self.global_batch_size, context_length))
+        plan = StepPlan(self.length, self.schedule, BatchRamp(self.global_batch_size, context_length))
+        plan.require_fits()
+        return plan
 
     @property
     def data_shares(self) -> dict[Path, int]:

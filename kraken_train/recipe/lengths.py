@@ -24,11 +24,14 @@ class Length:
         if self.tokens is not None:
             require_at_least(self.tokens_setting, self.tokens, minimum)
 
+    @property
+    def setting(self) -> str:
+        """The name of the setting that counts."""
+        return self.steps_setting if self.tokens is None else self.tokens_setting
+
     def __str__(self) -> str:
         """The setting that counts, as a user types it."""
-        if self.tokens is None:
-            return f"{self.steps_setting}={self.steps}"
-        return f"{self.tokens_setting}={format_tokens(self.tokens)}"
+        return f"{self.setting}={self.steps if self.tokens is None else format_tokens(self.tokens)}"
 
     def is_reached_by(self, step: Step) -> bool:
         """Whether a multiple of the length ends with or within the step; never for a length of 0."""

@@ -81,7 +81,7 @@ class CosineSchedule(DecayingSchedule):
 
 @dataclass(frozen=True)
 class WSDSchedule(DecayingSchedule):
-    """Warm-up, stable, decay: the peak, then linear down to `min_ratio` of it over the last `decay_steps`."""
+    """Warm-up, stable, decay: the peak, then linear down to `min_ratio` of it at the end of the run."""
 
     decay_steps: int  # optimizer steps of the final linear decay
     # tokens of the final linear decay, as in 300M, in place of decay_steps; null: decay_steps count

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.recipe.batch_ramp import START, BatchRamp, Position, Step
+from kraken_train.common.settings import from_dict
+from kraken_train.recipe.batch_ramp import START, BatchRamp, Position, Step, parse_batch_size
 from kraken_train.recipe.lengths import Length
-from kraken_train.recipe.schedules import Schedule, ScheduleLengths
+from kraken_train.recipe.schedules import AnySchedule, Schedule, ScheduleLengths
 
 
 class StepPlan:
     """What step comes next at any position of a run, whichever settings have led there.
 
     The learning rate follows the steps where all lengths are in steps, and else the tokens: lengths in steps are then
-    converted to the tokens that a run with these settings has after so many steps. Raises ConfigError where the run is
-    too short for its schedule.
+    converted to the tokens that a run with these settings has after so many steps.
     """
 
     def __init__(self, length: Length, schedule: Schedule, ramp: BatchRamp) -> None:
@@ -25,8 +26,13 @@ class StepPlan:
         lengths = [length, schedule.warmup] + ([schedule.decay] if schedule.decay is not None else [])
         self.by_tokens = any(one.tokens is not None for one in lengths)
         self.lengths = self.lengths_in_tokens() if self.by_tokens else self.lengths_in_steps()
-        if schedule.decay is not None and self.lengths.warmup + self.lengths.decay > self.lengths.total:
-            raise ConfigError(f"{schedule.warmup} and {schedule.decay} together are more than {length}; lower them")
+
+    def require_fits(self) -> None:
+        """Raises ConfigError where the run is too short for its schedule."""
+        if self.schedule.decay is not None and self.lengths.warmup + self.lengths.decay > self.lengths.total:
+            raise ConfigError(
+                f"{self.schedule.warmup} and {self.schedule.decay} together are more than {self.length}; lower them"
+            )
 
     def lengths_in_steps(self) -> ScheduleLengths:
         decay = 0 if self.schedule.decay is None else self.schedule.decay.steps
@@ -58,6 +64,12 @@ class StepPlan:
             return self.ramp.reaching(self.length.tokens, position)
         return self.ramp.after_steps(self.length.steps, position)
 
+    def is_beyond(self, position: Position) -> bool:
+        """Whether a run at `position` has done a step more than the length asks for."""
+        if self.length.tokens is None:
+            return position.step > self.length.steps
+        return position.tokens >= self.length.tokens + self.step_at(Position(0, self.length.tokens - 1)).tokens
+
     def learning_rate(self, peak: float, position: Position) -> float:
         """Of the step that begins at `position`."""
         if not self.by_tokens:
@@ -66,3 +78,10 @@ class StepPlan:
         unit = self.step_at(position).tokens
         lengths = ScheduleLengths(self.lengths.warmup / unit, self.lengths.decay / unit, self.lengths.total / unit)
         return self.schedule.rate(peak, position.tokens / unit, lengths)
+
+
+def recorded_plan(settings: dict[str, Any], context_length: int) -> StepPlan:
+    """The plan of the recorded settings of a TrainConfig, those of older programs included."""
+    schedule: Schedule = from_dict(settings["schedule"], AnySchedule, "schedule")  # type: ignore[arg-type]
+    length = Length("max_steps", settings["max_steps"], "max_tokens", settings.get("max_tokens"))
+    return StepPlan(length, schedule, BatchRamp(parse_batch_size(settings["global_batch_size"]), context_length))

@@ -41,7 +41,7 @@ def summary_lines(
             f"note: the run of {config.length} ends within its warm-up of {config.schedule.warmup}, before the peak "
             "learning rate"
         )
-    if (rounded := describe_rounding(config, plan)) and position.step < end.step:
+    if rounded := describe_rounding(config, plan, position):
         yield f"note: {rounded}"
     head_sizes = head_size_note(model)
     if head_sizes is not None and position.step == 0:
@@ -58,28 +58,24 @@ def summary_lines(
 
 def describe_sizes(config: TrainConfig, plan: StepPlan, position: Position, copies: int) -> str:
     """The steps from `position` on: samples, tokens and micro-batches."""
-    end, stretches = plan.end(position), []
-    for begin, samples, count in plan.ramp.stretches(position):
-        if begin.step < end.step or not stretches:
-            steps = end.step - begin.step if count is None else min(count, end.step - begin.step)
-            stretches.append((steps, samples, samples // (config.micro_batch_size * copies)))
-    if len(stretches) == 1:
-        ((_, samples, micro_batches),) = stretches
-        sizes = str(samples)
-    else:
-        sizes = f"({', then '.join(f'{samples} in {steps} steps' for steps, samples, _ in stretches)})"
-        micro_batches = " or ".join(str(count) for _, _, count in stretches)
-    tokens = plan.ramp.context_length
+    end, tokens = plan.end(position).step, plan.ramp.context_length
+    stretches = [
+        (samples, (end if count is None else min(end, begin.step + count)) - begin.step)
+        for begin, samples, count in plan.ramp.stretches(position)
+        if begin.step < max(end, position.step + 1)
+    ]
+    sizes = ", then ".join(f"{samples}{f' in {steps} steps' * (len(stretches) > 1)}" for samples, steps in stretches)
+    micro_batches = " or ".join(str(samples // (config.micro_batch_size * copies)) for samples, _ in stretches)
     return f"{sizes} x {tokens} tokens ({micro_batches} micro-batches of {config.micro_batch_size} per copy)"
 
 
-def describe_rounding(config: TrainConfig, plan: StepPlan) -> str | None:
-    """Which tokens are no whole number of steps, and what they are rounded up to; None: none."""
+def describe_rounding(config: TrainConfig, plan: StepPlan, position: Position) -> str | None:
+    """Which tokens after `position` are no whole number of steps, and what they are rounded up to; None: none."""
     ramp = plan.ramp
     marks = {} if config.max_tokens is None else {str(config.length): config.max_tokens}
     marks |= {f"the batch of {samples} from {format_tokens(begin)}": begin for begin, samples in ramp.sizes.items()}
     rounded = [f"{name}: {at.tokens:,} ({at.step:,} steps)" for name, tokens in marks.items()
-               if (at := ramp.reaching(tokens)).tokens != tokens]  # fmt: skip
+               if tokens > position.tokens and (at := ramp.reaching(tokens, position)).tokens != tokens]  # fmt: skip
     if not rounded:
         return None
     return f"tokens that are no whole number of steps are rounded up: {'; '.join(rounded)}"

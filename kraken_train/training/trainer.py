@@ -30,12 +30,12 @@ from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime, slurm_job
 from kraken_train.parallel.step_timer import DATA, FORWARD, StepTimer
-from kraken_train.recipe.batch_ramp import START, Position, Step
+from kraken_train.recipe.batch_ramp import START, Step
 from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
 from kraken_train.training.precision import reduce_dtype
-from kraken_train.training.resume import find_checkpoint_to_resume
+from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.step_metrics import StepMetrics
 from kraken_train.training.summary import summary_lines
@@ -252,8 +252,7 @@ class Trainer:
         """Load the state that `save` has written. Raises CheckpointError."""
         metadata = checkpoint.metadata
         self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
-        # Older programs have not kept the tokens of the steps, only those with skipped data.
-        self.position = Position(checkpoint.step, metadata.get("trained_tokens", metadata["tokens"]))
+        self.position = position_of(checkpoint)
         self.updates = metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
         self.loss_monitor.continue_from(metadata.get("recent_losses", ()))  # which older programs did not keep
