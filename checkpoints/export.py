@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.exports.folder import require_unused, write_export
+from checkpoints.exports.native import require_native
 from checkpoints.training.store import read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.common.cli import run_entry
@@ -22,6 +23,7 @@ from kraken_train.run.folder import read_identity
 from kraken_train.tracking.artifact import log_artifact, read_wandb_run
 from kraken_train.training.precision import DTYPES
 
+FORMATS = ("kraken", "native")
 EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
 
 
@@ -32,15 +34,21 @@ class ExportConfig:
     run_dir: FilePath  # folder of the training run
     output_dir: FilePath  # folder to create
     step: int | None  # optimizer step of the checkpoint; null: the newest undamaged one
+    # kraken: for this program, and for transformers with trust_remote_code | native: a standard Transformer with
+    # RMSNorm, SwiGLU and RoPE as a Llama, or with qk_norm as a Qwen3, for transformers and servers without code of ours
+    format: str
     dtype: str  # fp32 | bf16
     license: Name | None  # for the model card, such as apache-2.0; null: none
     log_artifact: bool  # add the export to the run's project in Weights & Biases
 
     def validate(self) -> None:
+        require_choice("format", self.format, FORMATS)
         require_choice("dtype", self.dtype, tuple(DTYPES))
         for name in ("run_dir", "output_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
+        if self.format == "native" and self.log_artifact:
+            raise ConfigError("log_artifact=true logs exports of format=kraken; leave it out with format=native")
         if self.step is not None:
             require_at_least("step", self.step, 0)
 
@@ -59,6 +67,8 @@ def export(config: ExportConfig) -> None:
             f"step {trained.metadata['step']} in {run_dir} is a checkpoint of another run; move it away, or give a "
             "step=NUMBER of this run"
         )
+    if config.format == "native":
+        require_native(trained.model_config)
     for problem in trained.skipped:
         print(f"passed over a damaged checkpoint: {problem}")
     step = trained.metadata["step"]
@@ -71,6 +81,7 @@ def export(config: ExportConfig) -> None:
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
         metadata={key: trained.metadata[key] for key in EXPORTED_METADATA if key in trained.metadata},
         dtype=DTYPES[config.dtype],
+        native=config.format == "native",
     )
     parameters = trained.model_config.num_parameters
     if not tokenizer_dir.is_dir():
@@ -78,15 +89,21 @@ def export(config: ExportConfig) -> None:
     for message in (note, head_size_note(trained.model_config)):
         if message is not None:
             print(f"note: {message}")
-    write_card(output_dir, training, config.license)
-    try:
-        record_export(run_dir, output_dir, step)
-    except OSError as error:
-        print(f"note: {run_dir} cannot be written ({error.strerror}), so reports on it will not find this export")
+    if config.format == "kraken":
+        write_card(output_dir, training, config.license)
+        record(run_dir, output_dir, step)
     print(f"exported step {trained.metadata.get('step')}, {parameters:,} parameters in {config.dtype}, to {output_dir}")
     if tracked is not None:
         log_artifact(tracked, output_dir, {"step": step, "num_parameters": parameters, "dtype": config.dtype})
         print(f"logged as an artifact of run {tracked.run_id} in project {tracked.tracking.project}")
+
+
+def record(run_dir: Path, output_dir: Path, step: int) -> None:
+    """Let reports on the run find the export."""
+    try:
+        record_export(run_dir, output_dir, step)
+    except OSError as error:
+        print(f"note: {run_dir} cannot be written ({error.strerror}), so reports on it will not find this export")
 
 
 def main() -> None:

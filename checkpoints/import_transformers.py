@@ -1,4 +1,4 @@
-"""Imports a model that transformers fine-tuned and saved, as an export:
+"""Imports a model that transformers has saved, as an export; one that came from an export, a Llama or a Qwen3:
 
     python -m checkpoints.import_transformers model_dir=FOLDER output_dir=EXPORT
 
@@ -23,10 +23,12 @@ from torch import Tensor
 from checkpoints.exports.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    read_description,
+    read_json,
+    require_ours,
     require_unused,
     write_export,
 )
+from checkpoints.exports.native import from_native, is_native, native_config
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import HuggingFaceTokenizer
 from kraken_train.common.cli import run_entry
@@ -46,7 +48,8 @@ HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
 class ImportConfig:
     """See conf/import_transformers.yaml."""
 
-    model_dir: FilePath  # folder that save_pretrained has written for a model that was loaded from an export
+    # folder that save_pretrained has written, of a model that was loaded from an export, or of a Llama or a Qwen3
+    model_dir: FilePath
     output_dir: FilePath  # folder to create
     # folder `tokenizer` of prepared data, to copy into the export; null: that of model_dir
     tokenizer_dir: FilePath | None
@@ -65,9 +68,15 @@ def import_transformers(config: ImportConfig) -> None:
     require_unused(output_dir)
     if not model_dir.is_dir():
         raise CheckpointError(f"model_dir={model_dir} is not a folder; give one that save_pretrained has written")
-    description = read_description(model_dir / CONFIG_FILE)
-    model_config = read_model_config(description, model_dir / CONFIG_FILE)
-    weights = read_weights(model_dir, model_config.tie_embeddings)
+    path = model_dir / CONFIG_FILE
+    description = read_json(path)
+    if is_native(description):
+        model_config: ModelConfig = (native := native_config(description, path))
+        weights = from_native(native, read_tensors(model_dir), model_dir)
+    else:
+        require_ours(description, path)
+        model_config = read_model_config(description, path)
+        weights = without_tied_head(read_tensors(model_dir), model_config, model_dir)
     with ExitStack() as stack:
         tokenizer_dir = find_tokenizer(config.tokenizer_dir, model_dir, stack)
         note = write_export(
@@ -103,8 +112,8 @@ def read_model_config(description: dict[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error
 
 
-def read_weights(folder: Path, tied: bool) -> dict[str, Tensor]:
-    """All weights under our names, without a head that is tied to the embedding. Raises CheckpointError."""
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All weights of the folder. Raises CheckpointError."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
@@ -115,7 +124,12 @@ def read_weights(folder: Path, tied: bool) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} is truncated or not a safetensors file ({error}); copy it again or save the model again"
             ) from error
-    if not tied:
+    return weights
+
+
+def without_tied_head(weights: dict[str, Tensor], config: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    """The weights without a head that is tied to the embedding. Raises CheckpointError where it is another matrix."""
+    if not config.tie_embeddings:
         return weights
     head = weights.pop(HEAD, None)
     if head is not None and EMBEDDING in weights and not torch.equal(head, weights[EMBEDDING]):

@@ -19,7 +19,7 @@ from kraken_train.common.validation import divisors, require_at_least, require_c
 from kraken_train.model.config import ModelConfig, ModelSettings
 from kraken_train.recipe.batch_ramp import BatchRamp, BatchSize, describe_batch_size, validate_batch_size
 from kraken_train.recipe.lengths import Length
-from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.optimizers import AnyOptimizer
 from kraken_train.recipe.schedules import AnySchedule
 from kraken_train.recipe.step_plan import StepPlan
 
@@ -94,6 +94,18 @@ class EngineConfig:
                 3: "stage 3 shards the weights as well, which Kraken's sub-layers already do",
             }.get(self.zero_stage, "there is no such stage")
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is not supported ({why}); use 1 or 2")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is added to the cross-entropy in training."""
+
+    # weight of the z-loss, the mean of (log Z)^2 with Z = sum of exp(logit) over the vocabulary; 1e-4 in PaLM; 0: none
+    z_loss: float
+
+    def validate(self) -> None:
+        if not 0 <= self.z_loss < math.inf:
+            raise ConfigError(f"loss.z_loss={self.z_loss} must be at least 0 and finite, as 1e-4; 0 switches it off")
 
 
 @dataclass(frozen=True)
@@ -218,10 +230,11 @@ class TrainConfig:
     peak_tflops: float | None  # peak of a device, for the MFU; null: from a table of GPUs; a CPU is measured
     rendezvous_seconds: float  # time for all ranks to start; then those that started name the missing ones and end
     watchdog_seconds: float  # a rank that is dead or stopped for so long ends the job; 0: no watchdog
-    optim: AdamWConfig
+    optim: AnyOptimizer
     schedule: AnySchedule
     parallel: ParallelConfig
     engine: EngineConfig
+    loss: LossConfig
     checkpoint: CheckpointConfig
     validation: ValidationConfig
     tracking: TrackingConfig
@@ -247,8 +260,8 @@ class TrainConfig:
         require_positive("rendezvous_seconds", self.rendezvous_seconds)
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
-            self.optim, self.schedule, self.parallel, self.engine, self.checkpoint, self.validation, self.tracking,
-            self.health,
+            self.optim, self.schedule, self.parallel, self.engine, self.loss, self.checkpoint, self.validation,
+            self.tracking, self.health,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

@@ -1,7 +1,12 @@
 """Kraken with the parameters of a standard Transformer: python -m kraken_train.derive model=gpt2-124m num_sub_layers=4
 
-Layers, vocabulary and context are those of the base. The search is over the width d of a sub-layer, in multiples of 8
-that divide into heads whose dimension is a multiple of 8, since others are slow on matrix units.
+Layers, vocabulary, context and what a layer is made of (norm, FFN, positions, ...) are those of the base.
+
+- By default the heads of a sub-layer are together as wide as its stream, as in the paper. The search is over the width
+  d of a sub-layer, in multiples of 8 that divide into heads whose dimension is a multiple of 8, since others are slow
+  on matrix units.
+- With `max_attention_cost` the heads are as many as this allows, of 64 or 128, and the search is over the width, the
+  head dimension and the FFN's inner width together.
 """
 
 from __future__ import annotations
@@ -17,9 +22,12 @@ from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import require_positive
 from kraken_train.model.config import KrakenConfig, ModelConfig, ModelSettings, parse_model
-from kraken_train.model.head_dims import BEST, STEP, distance_to_best, head_dims
+from kraken_train.model.head_dims import BEST, SMALLEST, STEP, distance_to_best, head_dims
+from kraken_train.model.layer_settings import LayerSettings
 
 BYTES_PER_VALUE = 2  # bf16
+ALIGNED = 64  # what widths are multiples of where they are free
+MOST_ROWS = 20  # of the table
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,9 @@ class DeriveConfig:
     model: ModelSettings
     num_sub_layers: int  # sub-layers of the Kraken to find
     tolerance: float  # largest relative difference of the parameter counts
+    # largest width of all heads of a layer relative to the base's, which decides the time of attention and the
+    # key-value cache; null: heads as wide as the streams, as in the paper, 1.8 to 3.3 times the base's
+    max_attention_cost: float | None
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -37,6 +48,8 @@ class DeriveConfig:
             raise ConfigError(
                 f"tolerance={self.tolerance} must be greater than 0 and less than 1: it is a fraction, 0.02 means 2%"
             )
+        if self.max_attention_cost is not None:
+            require_positive("max_attention_cost", self.max_attention_cost)
 
 
 @dataclass(frozen=True)
@@ -53,19 +66,29 @@ class Candidate:
 
     @property
     def attention_cost(self) -> float:
-        """Work of attention's scores and sums relative to the base: N d / D."""
+        """Work of attention's scores and sums relative to the base: the width of all heads of a layer."""
         return self.config.attention_width / self.base.attention_width
 
     @property
     def cache_bytes(self) -> int:
         """Key-value cache in bytes per token and device (bf16), each of N devices holding one sub-layer."""
-        return cache_bytes(self.config.num_layers, self.config.hidden_size)
+        return cache_bytes(self.config.num_layers, self.config.kv_size)
 
     @property
     def base_cache_bytes(self) -> int:
         """The same for the base under N-way tensor parallelism, which splits it by whole heads."""
-        heads = math.ceil(self.base.heads / self.config.num_sub_layers)
+        heads = math.ceil(self.base.kv_heads / self.config.num_sub_layers)
         return cache_bytes(self.base.num_layers, heads * self.base.head_size)
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of an all-reduce for each token (bf16): one of them a layer. The base's are two, of its width."""
+        return self.config.hidden_size * BYTES_PER_VALUE
+
+    @property
+    def ffn_multiplier(self) -> float:
+        """Inner width of an FFN in units of the stream's, of a GELU FFN with as many parameters."""
+        return self.config.ffn_size / self.config.hidden_size * (1.5 if self.config.ffn == "swiglu" else 1)
 
     @property
     def overrides(self) -> str:
@@ -75,24 +98,35 @@ class Candidate:
         return " ".join(["model=kraken-125m-4way", *settings])
 
     @property
-    def rank(self) -> tuple[bool, float, int]:
-        """Smaller is better: heads that fill matrix units, then closeness, then fewer heads."""
-        return (self.config.head_size not in BEST, abs(self.difference), self.config.heads_per_sub_layer)
+    def rank(self) -> tuple[float, ...]:
+        """Smaller is better: sizes that fill matrix units, then closeness, then fewer heads."""
+        if self.config.ffn_hidden_size is None:
+            return (self.config.head_size not in BEST, abs(self.difference), self.config.heads_per_sub_layer)
+        # Where the FFN is free, the one nearest to the paper's multiplier.
+        distance = abs(math.log(self.ffn_multiplier / KrakenConfig.ffn_multiplier))
+        other_heads = self.config.head_size != self.base.head_size
+        return (other_heads, distance)
 
 
 def cache_bytes(num_layers: int, width: int) -> int:
     return num_layers * 2 * width * BYTES_PER_VALUE  # keys and values
 
 
-def derive(base: ModelConfig, num_sub_layers: int, tolerance: float = 0.02) -> list[Candidate]:
+def derive(
+    base: ModelConfig, num_sub_layers: int, tolerance: float = 0.02, max_attention_cost: float | None = None
+) -> list[Candidate]:
     """Krakens whose parameters differ from the base's by at most `tolerance` (a fraction), the best first.
 
-    Raises ConfigError if the base is not a standard or parallel Transformer, or if no width fits.
+    `max_attention_cost` as in `DeriveConfig`. Raises ConfigError if the base is not a standard or parallel Transformer,
+    or if no width fits.
     """
     if not base.is_baseline:
         raise ConfigError(f"model.architecture={base.architecture} is no base to derive from; use model=gpt2-124m or "
                           "another standard Transformer")  # fmt: skip
-    candidates = list(candidates_near(base, num_sub_layers, tolerance))
+    if max_attention_cost is None:
+        candidates = list(candidates_near(base, num_sub_layers, tolerance))
+    else:
+        candidates = list(candidates_with_free_attention(base, num_sub_layers, max_attention_cost))
     fitting = [candidate for candidate in candidates if abs(candidate.difference) <= tolerance]
     if not fitting:
         nearest = min(candidates, key=lambda candidate: abs(candidate.difference))
@@ -120,14 +154,45 @@ def candidates_near(base: ModelConfig, num_sub_layers: int, tolerance: float) ->
         width += STEP
 
 
+def candidates_with_free_attention(base: ModelConfig, num_sub_layers: int, cost: float) -> Iterator[Candidate]:
+    """Of each width and best head dimension, the FFN's width with which the parameters are nearest to the base's.
+
+    The FFN's multiplier is between 1 and 4. Raises ConfigError where not even one head a sub-layer is allowed.
+    """
+    most = cost * base.attention_width / num_sub_layers  # width of the heads of a sub-layer
+    smallest = min(BEST) if most >= min(BEST) else SMALLEST
+    if most < smallest:
+        least = round_up(smallest * num_sub_layers / base.attention_width)
+        raise ConfigError(
+            f"max_attention_cost={cost} leaves {most:.0f} values for the heads of each of {num_sub_layers} sub-layers, "
+            f"and one head takes {smallest}; use max_attention_cost={least:g} or fewer sub-layers"
+        )
+    step = ALIGNED if base.hidden_size >= 8 * ALIGNED else STEP
+    for width in range(step, 2 * base.hidden_size, step):
+        for head_dim in [size for size in BEST if size <= most] or [smallest]:
+            like = kraken_like(base, num_sub_layers, width, int(most // head_dim), head_dim)
+            thin, thicker = (like.replace(ffn_hidden_size=size) for size in (ALIGNED, 2 * ALIGNED))
+            per_step = thicker.num_parameters - thin.num_parameters
+            steps = 1 + round((base.num_parameters - thin.num_parameters) / per_step)
+            if steps >= 1:
+                candidate = Candidate(thin.replace(ffn_hidden_size=steps * ALIGNED), base)
+                if 1 <= candidate.ffn_multiplier <= 4:
+                    yield candidate
+
+
 def good_head_dims(width: int) -> list[int]:
     """The best head dimensions if they divide the width, otherwise the nearest multiple of 8 that does, if any."""
     possible = head_dims(width)
     return [size for size in possible if size in BEST] or sorted(possible, key=distance_to_best)[:1]
 
 
-def kraken_like(base: ModelConfig, num_sub_layers: int, width: int, heads: int) -> KrakenConfig:
+def kraken_like(
+    base: ModelConfig, num_sub_layers: int, width: int, heads: int, head_dim: int | None = None
+) -> KrakenConfig:
+    """With the base's kind of layers, but heads and FFN of its own."""
+    shared = {field.name: getattr(base, field.name) for field in fields(LayerSettings)}
     return KrakenConfig(
+        **{**shared, "head_dim": head_dim, "ffn_hidden_size": None},
         num_sub_layers=num_sub_layers,
         num_layers=base.num_layers,
         hidden_size=width,
@@ -152,22 +217,26 @@ def as_table(candidates: list[Candidate]) -> Table:
     table = Table(
         title=f"{num_sub_layers}-way Kraken for {base.num_layers} layers of {base.hidden_size}, "
         f"{base.num_parameters:,} parameters",
-        caption=f"key-value cache: bytes per token and device in bf16 on {num_sub_layers} devices, "
-        "the base with tensor parallelism",
+        caption="attention: width of all heads relative to the base's, which decides its time. In bf16 on "
+        f"{num_sub_layers} devices: bytes per token and device of the key-value cache, the base's with tensor "
+        "parallelism; and bytes per token of a layer's all-reduce",
     )
-    for name in ("hidden size", "heads", "head dim", "parameters", "difference", "attention cost", "cache", "base's"):
+    names = "hidden size, heads, head dim, FFN, parameters, difference, attention, cache, base's, message"
+    for name in names.split(", "):
         table.add_column(name, justify="right")
-    for candidate in candidates:
+    for candidate in candidates[:MOST_ROWS]:
         config = candidate.config
         table.add_row(
             str(config.hidden_size),
             str(config.heads_per_sub_layer),
             str(config.head_size),
+            str(config.ffn_size),
             f"{config.num_parameters:,}",
             f"{candidate.difference:+.2%}",
             f"{candidate.attention_cost:.2f}x",
             f"{candidate.cache_bytes:,}",
             f"{candidate.base_cache_bytes:,}",
+            f"{candidate.message_bytes:,}",
         )
     return table
 
@@ -176,7 +245,8 @@ def print_candidates(config: DeriveConfig) -> None:
     """Print the candidates and how to train the best one."""
     if config.model.get("vocab_size") is None:
         raise ConfigError("model.vocab_size is not set, and the parameters depend on it; give model.vocab_size=NUMBER")
-    candidates = derive(parse_model(config.model), config.num_sub_layers, config.tolerance)
+    base = parse_model(config.model)
+    candidates = derive(base, config.num_sub_layers, config.tolerance, config.max_attention_cost)
     console = Console(width=None if Console().is_terminal else 120)
     console.print(as_table(candidates))
     print(f"to train the first: python -m kraken_train.train {candidates[0].overrides}")

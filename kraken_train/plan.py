@@ -13,7 +13,7 @@ from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
-from kraken_train.common.settings import to_dict
+from kraken_train.common.settings import choices_of, to_dict
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.config import AUTO, PRECISIONS, EngineConfig
 from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
@@ -22,6 +22,7 @@ from kraken_train.planning.figure import draw
 from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import GB, Constraints, Plan, describe, reasons, search, why_slower
 from kraken_train.planning.traffic import Collective
+from kraken_train.recipe.optimizers import AnyOptimizer
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PlanConfig:
     activation_checkpointing: bool | None
     vocab_parallel: bool | None  # as parallel.vocab_parallel in conf/train.yaml; null: the best is searched
     precision: str  # bf16 | fp32 | auto: bf16 where the devices compute it faster than fp32
+    optim: str  # adamw | muon, as in conf/train.yaml
     shown: int  # layouts in the table
     output: FilePath | None  # JSON file with all results; null: none
     output_dir: FilePath | None  # folder for memory.png; null: none
@@ -58,6 +60,7 @@ class PlanConfig:
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
         require_choice("precision", self.precision, PRECISIONS)
+        require_choice("optim", self.optim, tuple(choices_of(AnyOptimizer)))
         if self.zero_stage is not None:
             EngineConfig(self.zero_stage, activation_checkpointing=False, compile=True).validate()
 
@@ -65,7 +68,7 @@ class PlanConfig:
         precision = cluster.faster_precision if self.precision == AUTO else self.precision
         return Constraints(
             self.sub_layer_parallel_size, self.micro_batch_size, self.zero_stage, self.activation_checkpointing,
-            self.vocab_parallel, precision,
+            self.vocab_parallel, precision, self.optim,
         )  # fmt: skip
 
     def model_config(self) -> ModelConfig:

@@ -27,7 +27,7 @@ from kraken_train.evaluate import EvaluateConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import GPTConfig, KrakenConfig
 from kraken_train.plan import PlanConfig
-from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
 from launch.slurm.config import SubmitConfig
 
@@ -53,6 +53,7 @@ GROUPS = {
     "model/base/gpt": GPTConfig,
     "model/base/kraken": KrakenConfig,
     "optim/adamw": AdamWConfig,
+    "optim/muon": MuonConfig,
     "parallel/*": ParallelConfig,
     "schedule/constant": ConstantSchedule,
     "schedule/cosine": CosineSchedule,

@@ -18,7 +18,7 @@ from kraken_train.config import CheckpointConfig, EngineConfig, TrainConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import KrakenConfig, padded_vocab_size, parse_model
 from kraken_train.model.registry import build_model
-from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
 EXPERIMENT_FILES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
@@ -125,6 +125,30 @@ def test_rules_name_setting_value_and_remedy() -> None:
         AdamWConfig(lr=1e-3, betas=(0.9, 1.0), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
     with pytest.raises(ConfigError, match=r"optim.lr=0 must be greater than 0"):
         AdamWConfig(lr=0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+
+
+def test_settings_of_another_optimizer() -> None:
+    given = ["data_dir=d", "run_dir=r"]
+    config = compose_command(
+        [*given, "optim=muon", "optim.momentum=0.9", "optim.betas=[0.8,0.9]"], TrainConfig, "train"
+    )
+    assert isinstance(config.optim, MuonConfig)
+    assert (config.optim.momentum, config.optim.betas) == (0.9, (0.8, 0.9))
+    with pytest.raises(ConfigError) as refused:
+        compose_command([*given, "optim.momentum=0.9"], TrainConfig, "train")
+    assert str(refused.value) == (
+        "optim.momentum is not a setting of the chosen optim; it belongs to optim=muon; optim=adamw has optim.lr, "
+        "optim.betas, optim.eps, optim.weight_decay, optim.max_grad_norm"
+    )
+    for arguments, message in (
+        (["optim.name=muon"], r"optim\.name=muon needs optim\.momentum; choose it with optim=muon"),
+        (["optim=muon", "optim.momentum=1"], r"optim\.momentum=1\.0 must be at least 0 and less than 1"),
+        (["optim=muon", "optim.ns_steps=0"], r"optim\.ns_steps=0 must be between 1 and 99"),
+        (["optim=muon", "+optim.nesterov=false"], r"optim\.nesterov is not a setting; known: optim\.lr"),
+        (["optim=moun"], r"optim=moun is not known; use one of adamw, muon"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compose_command([*given, *arguments], TrainConfig, "train")
 
 
 def test_free_text_is_not_an_interpolation() -> None:

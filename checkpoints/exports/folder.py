@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.exports.native import is_native, native_description, require_native, to_native
 from checkpoints.exports.transformers_tokenizer import write_transformers_tokenizer
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
@@ -92,12 +93,14 @@ def write_export(
     tokenizer_dir: Path | None,
     metadata: Mapping[str, Any],
     dtype: torch.dtype,
+    native: bool = False,
 ) -> str | None:
     """Write an export into `output_dir`, which is new or an empty folder.
 
-    `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. Returns a note
-    for the user if the tokenizer in transformers is not the same. Raises CheckpointError if the folder is in use,
-    weights or tokenizer do not fit the model, or the disk refuses.
+    `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. With `native` the folder is
+    that of a Llama or a Qwen3 instead (`exports.native`). Returns a note for the user if the tokenizer in transformers
+    is not the same. Raises CheckpointError if the folder is in use, weights or tokenizer do not fit the model, or the
+    disk refuses.
     """
     note = None
     require_unused(output_dir)
@@ -109,16 +112,25 @@ def write_export(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
+        special_tokens = {}
+        if tokenizer_dir is not None:
+            tokenizer = load_tokenizer(tokenizer_dir)
+            special_tokens = generation_settings(tokenizer, model_config)
+            write_json(temporary / GENERATION_FILE, special_tokens)
+            note = write_transformers_tokenizer(tokenizer, temporary, model_config.context_length)
+            if not native:
+                copy_folder(tokenizer_dir, temporary / TOKENIZER_FOLDER)
+        description = describe(model_config, metadata, dtype)
+        if native:
+            standard = require_native(model_config)
+            weights = to_native(standard, weights)
+            about = {name: description[name] for name in ("dtype", "training")}
+            description = {**native_description(standard, special_tokens), **about}
+        else:
+            shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
+        write_json(temporary / CONFIG_FILE, description)
         converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
         save_file(converted, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        description = describe(model_config, metadata, dtype)
-        write_json(temporary / CONFIG_FILE, description)
-        shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
-        if tokenizer_dir is not None:
-            copy_folder(tokenizer_dir, temporary / TOKENIZER_FOLDER)
-            tokenizer = load_tokenizer(tokenizer_dir)
-            write_json(temporary / GENERATION_FILE, generation_settings(tokenizer, model_config))
-            note = write_transformers_tokenizer(tokenizer, temporary, model_config.context_length)
         sync_tree(temporary)
         os.replace(temporary, output_dir)  # over an empty folder too
         sync_folder(output_dir.parent)
@@ -234,13 +246,33 @@ def read_export(export_dir: Path) -> Export:
 
 
 def read_description(path: Path) -> dict[str, Any]:
+    """The config.json of an export. Raises CheckpointError."""
+    description = read_json(path)
+    require_ours(description, path)
+    return description
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config.json of any model. Raises CheckpointError."""
     try:
         description = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing, so {path.parent} is not an export") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again or export again") from error
-    if not isinstance(description, dict) or description.get("model_type") != "kraken":
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} is not of an export: its model_type is not kraken")
+    return description
+
+
+def require_ours(description: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError unless it describes a model of this program, and of no later version."""
+    if is_native(description):
+        raise CheckpointError(
+            f"{path} describes a {description['model_type']} of transformers; make an export of it with "
+            f"python -m checkpoints.import_transformers model_dir={path.parent} output_dir=EXPORT"
+        )
+    if description.get("model_type") != "kraken":
         raise CheckpointError(f"{path} is not of an export: its model_type is not kraken")
     version = description.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -248,7 +280,6 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path} has format_version={version}, and this program knows up to {FORMAT_VERSION}; "
             "update the program or export again with this one"
         )
-    return description
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.config import PRECISIONS, EngineConfig, ParallelConfig, TrainConfig
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.device import DEVICES
-from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
 
 DEEPSPEED, TORCH = "deepspeed", "torch"
 ENGINES = (DEEPSPEED, TORCH)
@@ -51,7 +51,7 @@ class ThroughputConfig:
     output_dir: FilePath  # folder for throughput.json and throughput.png
     device: str  # auto | cpu | cuda
     peak_tflops: float | None  # peak of a device, for the MFU; null: from a table of GPUs; a CPU is measured
-    optim: AdamWConfig
+    optim: AnyOptimizer
     parallel: ParallelConfig
     engine: EngineConfig
 
@@ -74,6 +74,11 @@ class ThroughputConfig:
         require_choice("device", self.device, DEVICES)
         if not self.output_dir:
             raise ConfigError("output_dir is empty; give output_dir=FOLDER")
+        if TORCH in self.engines and not isinstance(self.optim, AdamWConfig):
+            raise ConfigError(
+                f"engines={','.join(self.engines)}: {TORCH} trains with optim=adamw only, not optim={self.optim.name}; "
+                f"use engines=[{DEEPSPEED}]"
+            )
         for part in (self.optim, self.parallel, self.engine):
             part.validate()
 

@@ -25,7 +25,6 @@ from kraken_train.common.settings import (
     COMPOSITION_ERRORS,
     describe_composition_error,
     from_hydra,
-    setting_names,
     to_plain,
 )
 
@@ -68,7 +67,7 @@ def run_entry(
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
     except COMPOSITION_ERRORS as error:
-        exit_with_message(describe_composition_error(error, setting_names(schema)))
+        exit_with_message(describe_composition_error(error, schema))
     except ValueError as error:
         if "Config group override" not in str(error):
             raise
@@ -97,7 +96,7 @@ def compose_command(
         with initialized_hydra():
             composed = hydra.compose(config_name, quoted)
     except COMPOSITION_ERRORS as error:
-        raise ConfigError(describe_composition_error(error, setting_names(schema))) from error
+        raise ConfigError(describe_composition_error(error, schema)) from error
     except ValueError as error:
         if "Config group override" not in str(error):
             raise

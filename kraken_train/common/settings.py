@@ -153,18 +153,31 @@ def setting_names(schema: type, prefix: str = "") -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def describe_composition_error(error: Exception, known: tuple[str, ...] = ()) -> str:
+def describe_unchosen(key: str, schema: type) -> str:
+    """One line about a setting that the chosen file of its group does not have: which ones do, and what others have."""
+    group, _, name = key.partition(".")
+    fields = {choice: field_types(kind) for choice, kind in choices_of(field_types(schema).get(group)).items()}
+    having = [f"{group}={choice}" for choice, kinds in fields.items() if name in kinds]
+    others = [
+        f"{group}={choice} has {', '.join(f'{group}.{kind}' for kind in kinds if kind != 'name')}"
+        for choice, kinds in fields.items()
+        if name not in kinds
+    ]
+    belongs = f"it belongs to {' and '.join(having) or f'another choice of {group}'}"
+    return "; ".join([f"{key} is not a setting of the chosen {group}", belongs, *others])
+
+
+def describe_composition_error(error: Exception, schema: type | None = None) -> str:
     """One line for what Hydra or OmegaConf refused: the key, its value and what would work.
 
-    `known` are the dotted names of all settings.
+    `schema` has all settings.
     """
-    text = str(error)
+    text, known = str(error), () if schema is None else setting_names(schema)
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown and "To append to your config" in text:
         key = unknown.group(1)
-        if key in known:
-            group = key.partition(".")[0]
-            return f"{key} is not a setting of the chosen {group}; it belongs to another choice of {group}"
+        if key in known and schema is not None:
+            return describe_unchosen(key, schema)
         return f"{key} is not a setting{suggestion(key, known)}; see --help for all"
     unreadable = getattr(error, "override", None)  # of Hydra's OverrideParseException
     if unreadable is not None:

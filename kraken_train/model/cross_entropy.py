@@ -4,13 +4,17 @@ The gradient needs the logits again. They are neither kept nor computed twice: t
 each chunk together with its loss, and the backward pass only multiplies it (Liger Kernel, arXiv 2410.10989, section
 3.2). Over ranks that each hold some rows of the vocabulary a chunk takes one gather of two numbers per token and rank.
 
+The z-loss of a token is (log Z)^2, with Z the sum over the vocabulary of exp(logit). It keeps log Z near 0, where bf16
+logits are precise (PaLM, arXiv 2204.02311, section 5; ST-MoE, arXiv 2202.08906, section 3.2). Its gradient is computed
+with that of the cross-entropy and takes no further pass over the logits.
+
 Shapes: R tokens, C of them in a chunk, D hidden size, v rows of the vocabulary here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +28,14 @@ IGNORED = -100  # a target that does not count, as in PyTorch
 LOGITS_AT_ONCE = 2**27
 
 
+class Losses(NamedTuple):
+    """Of some tokens, scalars of at least float32."""
+
+    objective: Tensor  # what training minimizes, with a gradient: the cross-entropy and the weighted z-loss
+    cross_entropy: Tensor  # in nats, without a gradient
+    z_loss: Tensor  # weighted, without a gradient
+
+
 class CrossEntropy:
     """The cross-entropy of logits `hidden weight^T`; the rows `rows` of the weight, (v, D), are here."""
 
@@ -32,7 +44,7 @@ class CrossEntropy:
         self.communicator = communicator
         self.logits_at_once = LOGITS_AT_ONCE
         self.log_sums: Callable[[Tensor], Tensor] = log_sums
-        self.probabilities: Callable[[Tensor, Tensor], Tensor] = probabilities
+        self.probabilities: Callable[[Tensor, Tensor, Tensor | None], Tensor] = probabilities
 
     def compile(self) -> None:
         """One kernel for each operation on all logits, so that these never exist in fp32."""
@@ -44,17 +56,28 @@ class CrossEntropy:
         rows_of_a_rank = -(-self.rows.total // self.communicator.model_rank.size)
         return max(1, self.logits_at_once // rows_of_a_rank)
 
-    def total(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """The sum of `by_token`, with a gradient; with a sharded vocabulary, `hidden`'s is this rank's part."""
+    def total(self, hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float = 0.0) -> Losses:
+        """The sums over all tokens: `by_token`, and `z_weight` times the z-loss of each target that counts.
+
+        With a sharded vocabulary, the gradient of `hidden` is this rank's part.
+        """
         if torch.is_grad_enabled():
             function: Any = Total  # PyTorch gives `apply` no types
-            return cast(Tensor, function.apply(hidden, weight, targets, self))
-        return self.by_token(hidden, weight, targets).sum()
+            return Losses(*function.apply(hidden, weight, targets, z_weight, self))
+        losses, sums = self.by_token_with_sums(hidden, weight, targets)
+        cross_entropy, z_loss = losses.sum(), weighted_squares(sums, targets, z_weight)
+        return Losses(cross_entropy + z_loss, cross_entropy, z_loss)
 
-    @torch.no_grad()
     def by_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """(R, D) and targets (R,) -> nats (R,), of at least float32, without a gradient; 0 where one is `IGNORED`."""
-        return torch.cat([self.losses(F.linear(part, weight), of)[0] for part, of in self.chunks(hidden, targets)])
+        return self.by_token_with_sums(hidden, weight, targets)[0]
+
+    @torch.no_grad()
+    def by_token_with_sums(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`by_token` and log Z, (R,) each."""
+        parts = [self.losses(F.linear(part, weight), of) for part, of in self.chunks(hidden, targets)]
+        losses, sums = (torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
+        return losses, sums
 
     def chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Chunks of equal sizes, as far as possible."""
@@ -73,39 +96,58 @@ class CrossEntropy:
             sums, of_target = of_ranks[0].logsumexp(0), of_ranks[1].sum(0)
         return (sums - of_target).masked_fill(targets == IGNORED, 0), sums
 
-    def gradient(self, logits: Tensor, targets: Tensor, losses: Tensor, sums: Tensor) -> Tensor:
-        """What `losses` returned -> the gradient of their sum with respect to the logits, (C, v), in their type."""
+    def gradient(self, logits: Tensor, targets: Tensor, losses: Tensor, sums: Tensor, z_weight: float) -> Tensor:
+        """What `losses` returned -> the gradient of their sum with respect to the logits, (C, v), in their type.
+
+        The z-loss adds 2 z_weight log Z p to p - 1 at the target and p elsewhere.
+        """
         local, here = self.rows.local(targets)
-        gradient = self.probabilities(logits, sums.masked_fill(targets == IGNORED, torch.inf))
+        ignored = targets == IGNORED
+        of_z = (2 * z_weight * sums).masked_fill(ignored, 0) if z_weight else None
+        gradient = self.probabilities(logits, sums.masked_fill(ignored, torch.inf), None if of_z is None else 1 + of_z)
         # At the target it is p - 1 with p = exp(-loss), which the type of the logits could not tell from 0 or 1.
         column = local[:, None]
-        at_target = torch.expm1(-losses).to(gradient.dtype)[:, None]
+        at_target = torch.expm1(-losses)
+        if of_z is not None:
+            at_target += of_z * torch.exp(-losses)
+        at_target = at_target.to(gradient.dtype)[:, None]
         return gradient.scatter_(1, column, torch.where(here[:, None], at_target, gradient.gather(1, column)))
 
 
 class Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: CrossEntropy) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float, entropy: CrossEntropy
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = at_least_fp32(weight.dtype)
         hidden_gradients = []
         weight_gradient = torch.zeros_like(weight, dtype=wide)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        cross_entropy = torch.zeros((), dtype=wide, device=hidden.device)
+        z_loss = torch.zeros_like(cross_entropy)
         for part, of in entropy.chunks(hidden, targets):
             logits = F.linear(part, weight)
             losses, sums = entropy.losses(logits, of)
-            gradient = entropy.gradient(logits, of, losses, sums)
+            gradient = entropy.gradient(logits, of, losses, sums, z_weight)
             hidden_gradients.append(gradient @ weight)
             weight_gradient += gradient.T @ part
-            total += losses.sum()
+            cross_entropy += losses.sum()
+            if z_weight:
+                z_loss += weighted_squares(sums, of, z_weight)
             del logits, gradient  # before there are those of the next chunk
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(cross_entropy, z_loss)
+        return cross_entropy + z_loss, cross_entropy, z_loss
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * factor, (weight_gradient * factor).to(ctx.weight_dtype), None, None
+        return hidden_gradient * factor, (weight_gradient * factor).to(ctx.weight_dtype), None, None, None
+
+
+def weighted_squares(sums: Tensor, targets: Tensor, z_weight: float) -> Tensor:
+    """log Z (C,), targets (C,) -> the weighted z-loss of those that count, a scalar."""
+    return z_weight * sums.square().masked_fill(targets == IGNORED, 0).sum()
 
 
 def log_sums(logits: Tensor) -> Tensor:
@@ -115,9 +157,13 @@ def log_sums(logits: Tensor) -> Tensor:
     return logits[:, 0].to(wide) - logits.log_softmax(1, dtype=wide)[:, 0]
 
 
-def probabilities(logits: Tensor, sums: Tensor) -> Tensor:
-    """(C, v), (C,) -> exp(logits - sums), in the type of the logits; overwrites these where `sums` has it too."""
-    return logits.to(sums.dtype).sub_(sums[:, None]).exp_().to(logits.dtype)
+def probabilities(logits: Tensor, sums: Tensor, factors: Tensor | None) -> Tensor:
+    """(C, v), (C,), (C,) -> factors exp(logits - sums), in the type of the logits.
+
+    Overwrites the logits where `sums` has their type too.
+    """
+    exponentials = logits.to(sums.dtype).sub_(sums[:, None]).exp_()
+    return (exponentials if factors is None else exponentials.mul_(factors[:, None])).to(logits.dtype)
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

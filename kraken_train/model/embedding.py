@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kraken_train.model.cross_entropy import CrossEntropy
+from kraken_train.model.cross_entropy import CrossEntropy, Losses
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
 from kraken_train.parallel.weight_role import WeightRole
@@ -21,7 +21,7 @@ from kraken_train.parallel.weight_role import WeightRole
 class Vocabulary(nn.Module):
     """Holds the rows `rows` of a (V, D) matrix: of the embedding, of the head, or of both if they are tied."""
 
-    weight_role = WeightRole.MATRIX
+    weight_role = WeightRole.EMBEDDING
 
     def __init__(self, rows: UnitRange, hidden_size: int, communicator: Communicator) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class Vocabulary(nn.Module):
         after = self.rows.total - self.rows.first - self.rows.count
         return self.communicator.all_reduce(F.pad(self.local_logits(hidden), (self.rows.first, after)))
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum of `token_losses`, with gradients."""
+    def losses(self, hidden: Tensor, targets: Tensor, z_weight: float) -> Losses:
+        """The sums of `token_losses` and of the z-loss, with gradients."""
         shared = hidden if self.rows.is_whole else self.communicator.copy_to_ranks(hidden)
-        return self.cross_entropy.total(shared.flatten(0, 1), self.weight, targets.flatten())
+        return self.cross_entropy.total(shared.flatten(0, 1), self.weight, targets.flatten(), z_weight)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropies in nats (B, T), of at least float32 and without gradients; 0 where a target is `IGNORED`."""

@@ -17,12 +17,17 @@ def head_size_note(config: ModelConfig) -> str | None:
     size = config.head_size
     if size % STEP == 0 and size <= LARGEST:
         return None
+    refused = f"and attention kernels take multiples of {STEP} up to {LARGEST}: attention is slower with others"
+    if config.head_dim is not None:
+        return (
+            f"model.head_dim={size}, {refused}, and servers such as vLLM may refuse the model; use model.head_dim="
+            f"{min(LARGEST, -(-size // STEP) * STEP)}"
+        )
     near, name = nearest(config), config.heads_setting
     difference = near.num_parameters / config.num_parameters - 1
     return (
-        f"model.hidden_size={config.hidden_size} with model.{name}={config.heads} makes heads of {size}, and "
-        f"attention kernels take multiples of {STEP} up to {LARGEST}: attention is slower with others, and servers "
-        f"such as vLLM may refuse the model; nearest in parameters ({difference:+.1%}) is "
+        f"model.hidden_size={config.hidden_size} with model.{name}={config.heads} makes heads of {size}, "
+        f"{refused}, and servers such as vLLM may refuse the model; nearest in parameters ({difference:+.1%}) is "
         f"model.hidden_size={near.hidden_size} model.{name}={near.heads}, with heads of {near.head_size}"
     )
 

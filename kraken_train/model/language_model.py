@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kraken_train.model.architecture import ModelConfig
-from kraken_train.model.cross_entropy import IGNORED
+from kraken_train.model.cross_entropy import IGNORED, Losses
 from kraken_train.model.embedding import Vocabulary
 from kraken_train.model.layers import KeyValueStore, Layer, Norm
 from kraken_train.model.rotary import Rotary, rotary_angles
@@ -104,7 +104,13 @@ class LanguageModel(nn.Module):
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """The mean of `token_losses` over the targets that count, a scalar."""
-        return self.head.loss(self.last_hidden(input_ids), targets) / (targets != IGNORED).sum()
+        return self.losses(input_ids, targets).objective
+
+    def losses(self, input_ids: Tensor, targets: Tensor, z_weight: float = 0.0) -> Losses:
+        """The means over the targets that count; `z_weight` is the weight of the z-loss (see `model.cross_entropy`)."""
+        counted = (targets != IGNORED).sum()
+        sums = self.head.losses(self.last_hidden(input_ids), targets, z_weight)
+        return Losses(*(total / counted for total in sums))
 
     def compile_parts(self) -> None:
         """Compile the parts of the layers, which share one compilation, and what the loss does to the logits."""

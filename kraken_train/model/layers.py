@@ -6,7 +6,7 @@ H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -66,13 +66,17 @@ class Norm(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product."""
+    """n independent bias-free linear maps, (n, B, T, in) -> (n, B, T, out), as one batched product.
+
+    `fused` are the rows of each of the matrices that the weight of a sub-layer consists of, where these are several.
+    """
 
     weight_role = WeightRole.STACKED_MATRIX
 
-    def __init__(self, units: UnitRange, in_features: int, out_features: int) -> None:
+    def __init__(self, units: UnitRange, in_features: int, out_features: int, fused: Sequence[int] = ()) -> None:
         super().__init__()
         self.sharded_dim = ShardedDim(units, axis=0)
+        self.fused = list(fused) or [out_features]
         self.weight = nn.Parameter(torch.empty(units.count, out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,6 +85,10 @@ class StackedLinear(nn.Module):
             return F.linear(x, self.weight[0])
         product = torch.bmm(x.reshape(n, batch * tokens, -1), self.weight.transpose(1, 2))
         return product.view(n, batch, tokens, -1)
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """See `kraken_train.parallel.matrices`."""
+        return [matrix for of_sub_layer in weight for matrix in of_sub_layer.split(self.fused)]
 
 
 class StackedNorm(nn.Module):
@@ -109,7 +117,8 @@ class StackedAttention(nn.Module):
         self.head_size = config.head_size
         width, epsilon = config.hidden_size, config.norm_epsilon
         self.norm = StackedNorm(units, width, config.norm, epsilon)
-        self.qkv = StackedLinear(units, width, sum(self.head_counts) * self.head_size)
+        rows = [count * self.head_size for count in self.head_counts]
+        self.qkv = StackedLinear(units, width, sum(rows), fused=rows)
         self.q_norm = StackedNorm(units, self.head_size, "rmsnorm", epsilon) if config.qk_norm else None
         self.k_norm = StackedNorm(units, self.head_size, "rmsnorm", epsilon) if config.qk_norm else None
         self.out = StackedLinear(units, config.query_size, width)

@@ -6,6 +6,8 @@ copy r // P and is number r % P in it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -14,6 +16,24 @@ from torch.distributed.tensor import DTensor, Shard
 from kraken_train.parallel.sharding import ModelRank, ShardedDim
 
 DATA, KRAKEN = "data", "kraken"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank in the grid of a run."""
+
+    copy: int = 0
+    copies: int = 1
+    rank: int = 0  # in its copy
+    ranks: int = 1  # of a copy
+
+    @property
+    def world(self) -> int:
+        return self.copies * self.ranks
+
+    @property
+    def number(self) -> int:
+        return self.copy * self.ranks + self.rank
 
 
 class ParallelMesh:
@@ -39,6 +59,10 @@ class ParallelMesh:
     @property
     def data_size(self) -> int:
         return self.get_data_parallel_world_size()
+
+    @property
+    def place(self) -> Place:
+        return Place(self.data_rank, self.data_size, self.model_rank.rank, self.model_rank.size)
 
     def as_global(self, local: Tensor, sharded_dim: ShardedDim | None) -> Tensor:
         """This rank's part of a parameter, on the CPU, as a DTensor with the whole shape; a shared one unchanged.

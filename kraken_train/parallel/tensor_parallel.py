@@ -52,3 +52,8 @@ class QKVLinear(nn.Module):
         by_head = grouped.permute(0, 2, 3, 1, 4)  # (B, G, H / G + 2, T, K)
         query, key, value = by_head.split((self.heads_per_group, 1, 1), dim=2)
         return query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """Queries, keys and values of all groups; see `kraken_train.parallel.matrices`."""
+        rows = [self.heads_per_group * self.head_size, self.head_size, self.head_size]
+        return list(weight.split(rows, dim=1))

@@ -1,4 +1,4 @@
-"""What the weight of a module is: its initial values and its weight decay follow from it.
+"""What the weight of a module is: its initial values, its weight decay and its optimizer follow from it.
 
 A module of ours with a weight says so with an attribute `weight_role`.
 """
@@ -11,9 +11,14 @@ from torch import nn
 
 
 class WeightRole(Enum):
-    MATRIX = "matrix"  # also an embedding; drawn as one tensor
+    MATRIX = "matrix"  # maps vectors; drawn as one tensor
     STACKED_MATRIX = "stacked matrix"  # matrices over the first axis, each drawn on its own
+    EMBEDDING = "embedding"  # a row for each token or position, in an embedding or in the head; drawn as one tensor
     NORM = "norm"  # begins as ones and does not decay
+
+    @property
+    def is_matrix(self) -> bool:
+        return self in (WeightRole.MATRIX, WeightRole.STACKED_MATRIX)
 
 
 def weight_role(module: nn.Module) -> WeightRole | None:
@@ -21,4 +26,6 @@ def weight_role(module: nn.Module) -> WeightRole | None:
     declared: WeightRole | None = getattr(module, "weight_role", None)
     if declared is not None:
         return declared
-    return WeightRole.MATRIX if isinstance(module, nn.Linear | nn.Embedding) else None
+    if isinstance(module, nn.Embedding):
+        return WeightRole.EMBEDDING
+    return WeightRole.MATRIX if isinstance(module, nn.Linear) else None

@@ -21,6 +21,7 @@ class TrainingLayout:
     activation_checkpointing: bool = False
     vocab_parallel: bool = False
     precision: str = "bf16"
+    optim: str = "adamw"  # name of the optimizer
 
     @property
     def devices(self) -> int:
@@ -46,6 +47,10 @@ class TrainingLayout:
         return self.precision == "bf16" and self.zero_stage == 1
 
     @property
+    def with_muon(self) -> bool:
+        return self.optim == "muon"
+
+    @property
     def overrides(self) -> str:
         """The command-line settings of kraken_train.train."""
         values = {
@@ -56,5 +61,6 @@ class TrainingLayout:
             "engine.activation_checkpointing": str(self.activation_checkpointing).lower(),
             "parallel.vocab_parallel": str(self.vocab_parallel).lower(),
             "precision": self.precision,
+            "optim": self.optim,
         }
         return " ".join(f"{name}={value}" for name, value in values.items())

@@ -7,7 +7,7 @@ it, with E parameters on this device, in groups, D copies of the model and w byt
 | | bf16, ZeRO-1 (BF16_Optimizer) | bf16, ZeRO-2 | fp32 (both DeepSpeedZeroOptimizer) |
 | --- | --- | --- | --- |
 | weights | 2 E | 2 E | 4 E |
-| fp32 masters and two moments | 12 E / D | 12 E / D | 12 E / D |
+| fp32 masters and two moments (Muon: and its momentum) | 12 E / D (8 E / D) | 12 E / D | 12 E / D |
 | gradients between micro-batches | 4 E | 4 E / D | 4 E and a bucket; ZeRO-2: 4 E / D |
 | to reduce them | nothing | a bucket of 2 E, 2 E + 4 E to sum | a bucket of 4 E, 4 E to sum |
 
@@ -25,7 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kraken_train.model.config import ModelConfig
 from kraken_train.planning.fake_trace import fake_model, trace_micro_batch
 from kraken_train.planning.layout import TrainingLayout
-from kraken_train.training.optim import LARGEST_BUCKET, parameter_groups
+from kraken_train.planning.muon import Parts, working_bytes
+from kraken_train.training.muon import MATRICES
+from kraken_train.training.optim import LARGEST_BUCKET, parameter_groups, state_names
 
 FP32 = 4  # bytes
 
@@ -57,7 +59,10 @@ class Shards:
 
     groups: tuple[tuple[int, ...], ...]  # elements of each parameter
     shared: tuple[bool, ...]  # by group: whether all devices of a model copy hold all of it
+    matrices: tuple[Parts, ...]  # by group: those that Muon updates
+    states: tuple[int, ...]  # by group: numbers that the optimizer keeps for each parameter
     copies: int
+    ranks: int  # of a copy
 
     @property
     def elements(self) -> int:
@@ -73,6 +78,12 @@ class Shards:
     def parts(self) -> list[int]:
         """Elements of each group that this rank updates."""
         return [size // self.copies for size in self.padded]
+
+    @property
+    def by_muon(self) -> list[tuple[Parts, int, int, int]]:
+        """The groups that Muon updates, as `kraken_train.planning.muon` takes them."""
+        groups = zip(self.matrices, self.parts, strict=True)
+        return [(matrices, part, self.copies, self.ranks) for matrices, part in groups if matrices]
 
     @property
     def overlapping(self) -> int:
@@ -95,9 +106,16 @@ class Shards:
 @lru_cache(maxsize=256)
 def shards(config: ModelConfig, layout: TrainingLayout) -> Shards:
     with FakeTensorMode():
-        groups = parameter_groups(fake_model(config, layout), weight_decay=0.1)
+        groups = parameter_groups(fake_model(config, layout), weight_decay=0.1, matrices_apart=layout.with_muon)
         sizes = tuple(tuple(parameter.numel() for parameter in group["params"]) for group in groups)
-    return Shards(sizes, tuple(group["shared"] for group in groups), layout.data_parallel_size)
+    return Shards(
+        sizes,
+        tuple(group["shared"] for group in groups),
+        tuple(tuple(group.get(MATRICES, ())) for group in groups),
+        tuple(len(state_names(group)) for group in groups),
+        layout.data_parallel_size,
+        layout.sub_layer_parallel_size,
+    )
 
 
 def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
@@ -118,7 +136,7 @@ def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
     moment, activations, working = max(moments, key=lambda candidate: candidate[1] + candidate[2])
     return Memory(
         weights=sum(own.padded) * layout.width,
-        optimizer=3 * FP32 * sum(own.parts),
+        optimizer=FP32 * sum((1 + kept) * part for kept, part in zip(own.states, own.parts, strict=True)),
         gradients=gradients_between(own, layout),
         activations=activations,
         working=working,
@@ -167,10 +185,14 @@ def reduction_bytes(own: Shards, layout: TrainingLayout) -> int:
 
 
 def update_bytes(own: Shards, layout: TrainingLayout) -> int:
-    """To update the weights with a fused AdamW, beside what is counted as gradients."""
+    """To update the weights with a fused AdamW, or Muon, beside what is counted as gradients."""
+    muon, once = max((working_bytes(*group) for group in own.by_muon), default=0), layout.accumulation_steps == 1
+    if layout.keeps_accumulator:
+        return muon + (layout.width * own.elements if once else 0)
     if layout.precision == "bf16":
-        return 0 if layout.keeps_accumulator or layout.accumulation_steps > 1 else FP32 * sum(own.parts)
-    if layout.zero_stage == 1 and layout.accumulation_steps > 1:
-        return 0  # the bucket is gone by then, and larger
-    held = 0 if layout.accumulation_steps > 1 else FP32 * own.overlapping
-    return held + FP32 * max(own.parts)  # a flat copy of the group that is updated
+        return muon + (FP32 * sum(own.parts) if once else 0)
+    # A flat copy of the group that is updated, in whose place its gradients are freed.
+    more = max(FP32 * max(own.parts), muon)
+    if layout.zero_stage == 1 and not once:
+        return max(0, more - FP32 * own.bucket)  # the bucket, which counts as gradients, is gone by then
+    return more + (FP32 * own.overlapping if once else 0)

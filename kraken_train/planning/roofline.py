@@ -9,18 +9,23 @@ Shapes of a product: m rows (tokens) x k inner x n columns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kraken_train.model.architecture import ATTENTION, Matrix, ModelConfig
 from kraken_train.planning.cluster import Cluster, known
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
+from kraken_train.planning.muon import NS_STEPS, owned_shapes
 from kraken_train.planning.traffic import COPY, Collective, loss_chunks
 
 PADDED_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of which FlashAttention-2 has kernels; it computes the next larger
 LOSS = 6  # bytes per logit: read for its sum, read and written as gradient, in bf16
 UPDATE = 28  # bytes per weight of a fused AdamW: master, moments and gradient in, the first three out
+# Bytes per weight of Muon, besides its products: clipping and skipping 16, momentum 24, to and from the stacked bf16
+# matrices 16, weight decay and update 20.
+MUON_UPDATE = 76
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def predict_time(
         recomputation=steps * layers * recomputed if layout.activation_checkpointing else 0.0,
         exchange=exchange,
         reduction=reduction,
-        update=update_bytes(config, layout) / cluster.bandwidth,
+        update=update_bytes(config, layout) / cluster.bandwidth + orthogonalization_seconds(config, layout, cluster),
         hidden=hidden,
     )
 
@@ -181,4 +186,20 @@ def update_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
     own = shards(config, layout)
     added = layout.accumulation_steps * own.elements * (layout.width + 4 * FP32)
     averaged = (FP32 + (2 * FP32 if layout.data_parallel_size > 1 else 0)) * own.elements  # cleared; divided
-    return added + averaged + sum(own.parts) * (UPDATE + FP32 + layout.width)
+    by_muon = sum(elements for _, elements, _, _ in own.by_muon)
+    updated = UPDATE * (sum(own.parts) - by_muon) + MUON_UPDATE * by_muon
+    return added + averaged + updated + sum(own.parts) * (FP32 + layout.width)
+
+
+def orthogonalization_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> float:
+    """Of Muon's iterations in bf16: (r, c) times its transpose, the square of that, and that times (r, c)."""
+    in_bf16, seconds = replace(layout, precision="bf16"), 0.0
+    for group in shards(config, layout).by_muon:
+        for shape, count in Counter(owned_shapes(*group)).items():
+            rows, columns = sorted(shape)
+            products = (
+                Product(rows, columns, rows, count), Product(rows, rows, rows, count),
+                Product(rows, rows, columns, count),
+            )  # fmt: skip
+            seconds += NS_STEPS * sum(product.seconds(cluster, in_bf16) for product in products)
+    return seconds

@@ -28,6 +28,7 @@ class Constraints:
     activation_checkpointing: bool | None = None
     vocab_parallel: bool | None = None
     precision: str = "bf16"
+    optim: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def variants(size: int, copies: int, constraints: Constraints) -> Iterator[Train
                     continue
                 if stage == 2 and copies == 1 and constraints.zero_stage is None:
                     continue
-                yield TrainingLayout(size, copies, 1, 1, stage, checkpointing, sharded, constraints.precision)
+                yield TrainingLayout(
+                    size, copies, 1, 1, stage, checkpointing, sharded, constraints.precision, constraints.optim
+                )
 
 
 def saves_memory_in_vain(

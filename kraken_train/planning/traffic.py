@@ -17,6 +17,7 @@ from kraken_train.model.cross_entropy import LOGITS_AT_ONCE
 from kraken_train.planning.cluster import Cluster
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
+from kraken_train.planning.muon import moved_bytes
 from kraken_train.training.optim import LARGEST_BUCKET
 
 COPY, DATA = "model copy", "data"  # groups: the devices of a copy; the devices of all copies that hold the same part
@@ -27,7 +28,7 @@ class Collective:
     """`count` collectives of `size` bytes each in an optimizer step."""
 
     purpose: str
-    kind: str  # all-reduce | all-gather (of `size` bytes in all) | broadcast
+    kind: str  # all-reduce | all-gather (of `size` bytes in all) | broadcast | all-to-all (`size` bytes to this device)
     group: str
     size: int
     count: int
@@ -57,11 +58,11 @@ class Collective:
             return link.all_reduce_seconds(self.size, ranks)
         if self.kind == "all-gather":
             return link.all_gather_seconds(self.size, ranks)
-        return link.seconds(self.size)  # a broadcast sends all bytes over each link
+        return link.seconds(self.size)  # a broadcast sends all bytes over each link, an all-to-all no more over any
 
 
 def predict_traffic(config: ModelConfig, layout: TrainingLayout) -> list[Collective]:
-    return [*within_copy(config, layout), *among_copies(config, layout)]
+    return [*within_copy(config, layout), *among_copies(config, layout), *for_muon(config, layout)]
 
 
 def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collective]:
@@ -107,3 +108,13 @@ def among_copies(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collec
         yield Collective("sum of the gradients", "all-reduce", DATA, FP32 * own.elements // buckets, buckets * steps)
     for size in own.padded:
         yield Collective("updated weights", "all-gather", DATA, layout.width * size, 1)
+
+
+def for_muon(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collective]:
+    """Matrices that lie on several devices come together on one; what was computed goes back."""
+    for group in shards(config, layout).by_muon:
+        among = COPY if layout.sub_layer_parallel_size > 1 and any(part.axis is not None for part in group[0]) else DATA
+        purposes = ("momentum, to whole matrices", "updates of whole matrices")
+        for purpose, size in zip(purposes, moved_bytes(*group), strict=True):
+            if size:
+                yield Collective(purpose, "all-to-all", among, size, 1)

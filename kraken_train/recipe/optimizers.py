@@ -10,15 +10,14 @@ from kraken_train.common.validation import require_at_least, require_positive
 
 
 @dataclass(frozen=True)
-class AdamWConfig:
-    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+class Optimizer:
+    """What all optimizers share: the settings of AdamW."""
 
     lr: float  # peak learning rate
-    betas: tuple[float, float]  # decay rates of the first and second moments
-    eps: float  # added to the square root of the second moment
+    betas: tuple[float, float]  # decay rates of AdamW's first and second moments
+    eps: float  # AdamW adds it to the square root of the second moment
     weight_decay: float  # decoupled weight decay of matrices and embeddings, not of norms
     max_grad_norm: float  # gradients are scaled down to this norm; 0: no clipping
-    name: Literal["adamw"] = "adamw"  # class of the optimizer
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -29,3 +28,32 @@ class AdamWConfig:
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ConfigError(f"optim.betas={list(self.betas)} must both be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class AdamWConfig(Optimizer):
+    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"  # class of the optimizer
+
+
+@dataclass(frozen=True)
+class MuonConfig(Optimizer):
+    """Muon for the matrices of the model, AdamW for its embeddings, head and norms, with one learning rate.
+
+    Updates by Muon are scaled to the root mean square of AdamW's (arXiv 2502.16982, section 2.2).
+    """
+
+    momentum: float  # decay rate of Muon's momentum, which is Nesterov's
+    ns_steps: int  # Newton-Schulz iterations that orthogonalise a matrix
+    name: Literal["muon"] = "muon"  # class of the optimizer
+
+    def validate(self) -> None:
+        super().validate()
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optim.momentum={self.momentum} must be at least 0 and less than 1")
+        if not 1 <= self.ns_steps < 100:
+            raise ConfigError(f"optim.ns_steps={self.ns_steps} must be between 1 and 99; 5 is usual")
+
+
+AnyOptimizer = AdamWConfig | MuonConfig

@@ -11,7 +11,11 @@ from kraken_train.config import TrainConfig
 from kraken_train.model.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
 
 OF_THE_RUN = ("model", "data_dir", "run_dir")  # these have no default
-CHOICES = {"schedule": "name", "tracking": "kind"}  # the setting that names the file in conf/ of a group
+CHOICES = {
+    "optim": "name",
+    "schedule": "name",
+    "tracking": "kind",
+}  # the setting that names the file in conf/ of a group
 
 
 def recorded_settings(recorded: dict[str, Any]) -> dict[str, Any]:

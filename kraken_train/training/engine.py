@@ -5,7 +5,8 @@ This is the only file that imports deepspeed. Which of its modes are used, and w
 - ZeRO-1 or 2, also in fp32: ZeRO-0 with bf16 reports and clips wrong gradient norms.
 - bf16 weights with fp32 masters and fp32 accumulation of gradients.
 - `overlap_comm: false`: races with it are open (deepspeedai/DeepSpeed#5545, #8061).
-- A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute.
+- A `torch.optim.AdamW` object, since the name "AdamW" compiles a CPU kernel for a minute; and our Muon
+  (`kraken_train.training.muon`), not DeepSpeed's, which needs a whole matrix on a rank and one matrix in a weight.
 - It neither computes the gradients' norm, nor clips, nor decides which steps to skip: it would read from the device
   several times a step. `Engine.update` does, on the device.
 - Its checkpoints are not used; `checkpoints.training.writer` writes the state that `Engine.state` returns.
@@ -28,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kraken_train.config import TrainConfig
+from kraken_train.config import LossConfig, TrainConfig
+from kraken_train.model.cross_entropy import Losses
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
@@ -36,7 +38,9 @@ from kraken_train.parallel.rendezvous import RENDEZVOUS_SECONDS, Rendezvous, con
 from kraken_train.parallel.replica_check import require_equal_replicas
 from kraken_train.parallel.sharding import ShardedDim, sharded_dims
 from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
-from kraken_train.training.optim import parameter_groups, reduce_bucket_elements
+from kraken_train.recipe.optimizers import MuonConfig
+from kraken_train.training.muon import Muon
+from kraken_train.training.optim import make_optimizer, parameter_groups, reduce_bucket_elements, state_names
 from kraken_train.training.precision import DTYPES
 
 # DeepSpeed looks for its accelerator, and logs, while it is imported.
@@ -46,6 +50,7 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -59,20 +64,20 @@ bf16_optimizer.see_memory_usage = lambda *_, **__: None
 make_decorator, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 compiler.compile = make_decorator
+ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
 # DeepSpeed calls it on every step; newer PyTorch has another name for it.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Of an optimizer step, the same on all ranks."""
 
-    loss: float  # nats per token, mean over the global batch
+    loss: float  # cross-entropy in nats per token, mean over the global batch
     grad_norm: float  # before clipping, over the whole model
     applied: bool  # False: something was not finite, and no weight has changed on any rank
     stop: bool  # some rank has received a request to stop
+    z_loss: float  # what it adds to the loss in the gradient, weighted; 0 without `loss.z_loss`
 
 
 def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
@@ -95,7 +100,7 @@ def stop_processes(runtime: Runtime) -> None:
 
 
 class Engine:
-    """This rank's part of a model under DeepSpeed with AdamW."""
+    """This rank's part of a model under DeepSpeed."""
 
     def __init__(
         self,
@@ -114,18 +119,14 @@ class Engine:
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
-        groups = parameter_groups(model, config.optim.weight_decay)
+        groups = parameter_groups(model, config.optim.weight_decay, isinstance(config.optim, MuonConfig))
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=True,
-        )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.states = {names[parameter]: state_names(group) for group in groups for parameter in group["params"]}
+        optimizer = make_optimizer(config.optim, groups, mesh.place, runtime.group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
             self.deepspeed, *_ = deepspeed.initialize(
-                model=LossModule(model),
+                model=LossModule(model, config.loss),
                 optimizer=optimizer,
                 config=deepspeed_settings(config, mesh.data_size, reduce_bucket_elements(model)),
                 mpu=mesh,
@@ -135,8 +136,9 @@ class Engine:
             self.deepspeed.optimizer.step = lambda: apply_gradients(self.deepspeed.optimizer)
             self.deepspeed.allreduce_gradients = self.average_gradients
         self.max_grad_norm = config.optim.max_grad_norm
-        self.micro_losses: list[Tensor] = []
-        self.reports: list[Tensor] = []  # (sum over ranks of losses, of squares of gradients, of requests to stop)
+        self.micro_losses: list[Losses] = []
+        # Sums over ranks: of losses, of squares of gradients, of requests to stop, of z-losses.
+        self.reports: list[Tensor] = []
         self.timer = timer or StepTimer(runtime.device)
         # Part of `backward`. At stage 2 it is what is left after the sums during the backward pass.
         self.deepspeed.allreduce_gradients = self.timer.phase(REDUCTION)(self.deepspeed.allreduce_gradients)
@@ -161,10 +163,10 @@ class Engine:
         """
         self.deepspeed.set_gradient_accumulation_boundary(len(self.micro_losses) + 1 == self.accumulation_steps)
         with self.timer.phase(FORWARD):
-            loss = self.deepspeed(input_ids, targets)
+            losses: Losses = self.deepspeed(input_ids, targets)
         with self.timer.phase(BACKWARD):
-            self.deepspeed.backward(loss)
-        self.micro_losses.append(loss.detach())
+            self.deepspeed.backward(losses.objective)
+        self.micro_losses.append(Losses(*(part.detach() for part in losses)))
 
     def step(self, lr: float, stop: bool = False) -> None:
         """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere.
@@ -180,31 +182,33 @@ class Engine:
             return []
         reports, self.reports = torch.stack(self.reports).tolist(), []
         results = []
-        for loss_sum, squares, stopping in reports:
+        for loss_sum, squares, stopping, z_sum in reports:
             applied = math.isfinite(loss_sum) and math.isfinite(squares)
             loss, norm = (loss_sum / self.runtime.world_size, math.sqrt(squares)) if applied else (math.nan, math.nan)
-            results.append(StepResult(loss, norm, applied, stopping > 0))
+            z_loss = z_sum / self.runtime.world_size
+            results.append(StepResult(loss, norm, applied, stopping > 0, z_loss))
         return results
 
     @torch.no_grad()
     def update(self, lr: float, stop: bool) -> None:
-        loss = torch.stack(self.micro_losses).double().mean()
+        loss = torch.stack([losses.cross_entropy for losses in self.micro_losses]).double().mean()
+        z_loss = torch.stack([losses.z_loss for losses in self.micro_losses]).double().mean()
         self.micro_losses = []
         # One all-reduce gives all ranks the mean loss, the gradients' norm and requests to stop; a non-finite sum makes
         # all of them skip the step together.
-        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop)])
+        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop), z_loss])
         if self.runtime.world_size > 1:
             dist.all_reduce(report, group=self.runtime.group)
         self.reports.append(report)
         self.equalize_shared_gradients()  # not before what is not finite on one rank has counted
-        loss_sum, squares, _ = report
-        adamw = self.deepspeed.optimizer.optimizer
+        loss_sum, squares = report[:2]
+        optimizer = self.deepspeed.optimizer.optimizer
         # A fused AdamW reads these tensors of PyTorch's gradient scaler on the device: whether to skip the update, and
         # the divisor of the gradients, which here makes their norm `max_grad_norm`.
-        adamw.found_inf = (~torch.isfinite(loss_sum + squares)).float()
+        optimizer.found_inf = (~torch.isfinite(loss_sum + squares)).float()
         if self.max_grad_norm > 0:
-            adamw.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
-        for group in adamw.param_groups:
+            optimizer.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
+        for group in optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
 
@@ -249,14 +253,14 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """This rank's share of the training state, on the CPU, in copies. A collective.
 
-        The state is the fp32 weights (`model.NAME`) and moments (`optimizer.MOMENT.NAME`). What the ranks of a copy
-        hold parts of is a DTensor.
+        The state is the fp32 weights (`model.NAME`) and what the optimizer keeps for them (`optimizer.STATE.NAME`, by
+        `states`). What the ranks of a copy hold parts of is a DTensor.
         """
         state = {}
         for name, parameter in self.model.named_parameters():
             tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
-            for moment in MOMENTS:
-                tensors[f"optimizer.{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
+            for kept in self.states[name]:
+                tensors[f"optimizer.{kept}.{name}"] = safe_get_full_optimizer_state(parameter, kept)
             if name in self.assigned:
                 partition = self.sharded_dims[name]
                 state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
@@ -288,13 +292,13 @@ class Engine:
         """
         self.set_optimizer_steps(optimizer_steps)
         for name, parameter in self.model.named_parameters():
-            keys = [f"model.{name}", *(f"optimizer.{moment}.{name}" for moment in MOMENTS)]
+            keys = [f"model.{name}", *(f"optimizer.{kept}.{name}" for kept in self.states[name])]
             parts = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in keys}
             fill({key: self.mesh.as_global(part, self.sharded_dims[name]) for key, part in parts.items()})
-            weight, *moments = [part.to(self.device) for part in parts.values()]
+            weight, *kept_values = [part.to(self.device) for part in parts.values()]
             set_weight(parameter, weight)
-            for moment, value in zip(MOMENTS, moments, strict=True):
-                safe_set_full_optimizer_state(parameter, value, moment)
+            for kept, value in zip(self.states[name], kept_values, strict=True):
+                safe_set_full_optimizer_state(parameter, value, kept)
 
     def load_weights(self, read: Callable[[str, ShardedDim | None], Tensor]) -> None:
         """Load the weights only; `read` gives this rank's part of the one of a name."""
@@ -314,19 +318,19 @@ class Engine:
         require_equal_replicas(held(), self.mesh.model_rank.size, self.runtime)
 
     def create_optimizer_state(self) -> None:
-        """Make AdamW's state, which otherwise appears with the first update, without changing a weight.
+        """Make the optimizer's state, which otherwise appears with the first update, without changing a weight.
 
         DeepSpeed links parameters to their state after the first group's first update, when the second group has
         none yet, and so never finds that of the norms.
         """
-        zero, adamw = self.deepspeed.optimizer, self.deepspeed.optimizer.optimizer
-        rates = [(group["lr"], group["weight_decay"]) for group in adamw.param_groups]
-        for group in adamw.param_groups:
+        zero, optimizer = self.deepspeed.optimizer, self.deepspeed.optimizer.optimizer
+        rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
             group.update(lr=0.0, weight_decay=0.0)
             for partition in group["params"]:
                 partition.grad = torch.zeros_like(partition)
-        adamw.step()
-        for group, (lr, weight_decay) in zip(adamw.param_groups, rates, strict=True):
+        optimizer.step()
+        for group, (lr, weight_decay) in zip(optimizer.param_groups, rates, strict=True):
             group.update(lr=lr, weight_decay=weight_decay)
             for partition in group["params"]:
                 partition.grad = None
@@ -335,7 +339,8 @@ class Engine:
 
     def set_optimizer_steps(self, steps: int) -> None:
         for state in self.deepspeed.optimizer.optimizer.state.values():
-            state["step"].fill_(steps)
+            if "step" in state:  # of AdamW, which corrects its moments by it
+                state["step"].fill_(steps)
 
 
 def set_weight(parameter: nn.Parameter, weight: Tensor) -> None:
@@ -360,12 +365,13 @@ def apply_gradients(optimizer: BF16_Optimizer) -> None:
 class LossModule(nn.Module):
     """DeepSpeed hooks into `forward`; training's forward is the loss."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, config: LossConfig) -> None:
         super().__init__()
         self.model = model
+        self.config = config
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(input_ids, targets)
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Losses:
+        return self.model.losses(input_ids, targets, self.config.z_loss)
 
 
 def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elements: int) -> dict[str, Any]:

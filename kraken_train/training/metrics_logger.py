@@ -104,6 +104,7 @@ def describe(record: Record) -> str:
     """One line: step, loss, and what else there is."""
     parts = [f"step {record['step']}", f"loss {record['loss']:.4f}"]
     formats = {
+        "z_loss": "z-loss {:.2e}",
         "validation_loss": "validation loss {:.4f}",
         "validation_perplexity": "validation perplexity {:.2f}",
         "lr": "lr {:.2e}",

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from checkpoints.training.manifest import has_checkpoints
+from checkpoints.training.manifest import find_complete_checkpoint, has_checkpoints
 from checkpoints.training.store import find_good_checkpoint
 from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from kraken_train.common.errors import CheckpointError
@@ -22,7 +22,7 @@ from kraken_train.model.config import ModelConfig
 from kraken_train.run.exports import is_export
 from kraken_train.run.folder import SUBMISSIONS, RunFolder, locked, read_identity, system_errors
 from kraken_train.run.layout import CONFIG_FILE, EVENTS_FILE, IDENTITY_FILE, start_folders
-from kraken_train.run.recorded_settings import recorded_model
+from kraken_train.run.recorded_settings import recorded_model, recorded_settings
 
 
 def open_run_folder(
@@ -80,6 +80,7 @@ def check_run_folder(
                 "resume=auto to continue it"
             )
         require_same_run(path, existing, identity)
+        require_same_optimizer(config, checkpoints)
     return identity, existing
 
 
@@ -146,6 +147,19 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
         raise CheckpointError(
             f"run_dir={path} holds a run with seed={existing['seed']}, not {identity['seed']}; use the same seed, or "
             "another run_dir"
+        )
+
+
+def require_same_optimizer(config: TrainConfig, checkpoints: Path) -> None:
+    """An optimizer cannot continue with the state of another one. Raises CheckpointError."""
+    checkpoint, _ = find_complete_checkpoint(checkpoints)
+    if checkpoint is None:
+        return
+    there, here = recorded_settings(checkpoint.metadata["config"])["optim"]["name"], config.optim.name
+    if there != here:
+        raise CheckpointError(
+            f"{checkpoint.path} holds the state of optim={there}, with which optim={here} cannot continue; use "
+            f"optim={there}, or export the run and start in another run_dir with init_from=EXPORT"
         )
 
 

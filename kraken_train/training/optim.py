@@ -1,41 +1,73 @@
-"""Parameter groups by role, the size of gradient buckets, and jumps of the learning rate."""
+"""Parameter groups by role, the optimizer, the size of gradient buckets, and jumps of the learning rate."""
 
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
+from kraken_train.parallel.matrices import lay_out, matrix_parts
+from kraken_train.parallel.matrix_exchange import MatrixExchange
+from kraken_train.parallel.mesh import Place
 from kraken_train.parallel.sharding import sharded_dims
 from kraken_train.parallel.weight_role import WeightRole, weight_role
 from kraken_train.recipe.batch_ramp import Position
+from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
 from kraken_train.recipe.step_plan import recorded_plan
+from kraken_train.training.muon import MATRICES, Muon
 
 SMALLEST_JUMP = 0.01  # of a learning rate, relative
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups by role: matrices and embeddings decay, norms do not; and by whether the ranks of a model copy
-    share the parameter ("shared") or each hold a part. Empty ones are left out.
+def parameter_groups(model: nn.Module, weight_decay: float, matrices_apart: bool = False) -> list[dict[str, Any]]:
+    """Optimizer groups by role: matrices and embeddings decay, norms do not; by whether the ranks of a model copy share
+    the parameter ("shared") or each hold a part; and, if they are to be apart, by whether it consists of matrices.
+    Groups of such parameters then have their MatrixParts ("matrices"). Empty groups are left out.
 
     The role comes from the module that owns the weight, since a stacked norm has two axes like a matrix. Raises
     TypeError for a module with parameters that has no role.
     """
     cuts = sharded_dims(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[tuple[nn.Parameter, nn.Module]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             role = weight_role(module)
             if role is None:
                 raise TypeError(f"{prefix} ({type(module).__name__}) has parameters but no role in weight decay")
             decay = 0.0 if role is WeightRole.NORM else weight_decay
-            groups.setdefault((decay, cuts[name] is None), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": decay, "shared": shared}
-        for (decay, shared), parameters in groups.items()
-    ]
+            apart = matrices_apart and role.is_matrix
+            groups.setdefault((decay, cuts[name] is None, apart), []).append((parameter, module))
+    found = []
+    for (decay, shared, apart), members in groups.items():
+        group: dict[str, Any] = {"params": [parameter for parameter, _ in members], "weight_decay": decay}
+        group["shared"] = shared
+        if apart:
+            group[MATRICES] = lay_out([(parameter.numel(), matrix_parts(module)) for parameter, module in members])
+        found.append(group)
+    return found
+
+
+def make_optimizer(
+    config: AnyOptimizer, groups: list[dict[str, Any]], place: Place, world: dist.ProcessGroup | None
+) -> torch.optim.Optimizer:
+    """For the groups of `parameter_groups`, on the rank at `place`; `world` has all ranks."""
+    adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    if isinstance(config, AdamWConfig):
+        return torch.optim.AdamW(groups, **adamw)
+    for group in groups:
+        if MATRICES in group:
+            group[MATRICES] = cache(partial(MatrixExchange, group[MATRICES], place=place, group=world))
+    return Muon(groups, config.momentum, config.ns_steps, **adamw)
+
+
+def state_names(group: dict[str, Any]) -> tuple[str, ...]:
+    """The tensors that an optimizer keeps for each parameter of a group."""
+    return ("momentum_buffer",) if MATRICES in group else ("exp_avg", "exp_avg_sq")
 
 
 def reduce_bucket_elements(model: nn.Module) -> int:

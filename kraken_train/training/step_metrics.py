@@ -24,6 +24,7 @@ class StepMetrics:
     def __init__(self, config: TrainConfig, model_config: ModelConfig, runtime: Runtime) -> None:
         self.tokens_per_sample = model_config.context_length
         self.has_ramp = len(config.batch_sizes) > 1
+        self.z_weight = config.loss.z_loss
         self.flops_per_token = training_flops_per_token(model_config)
         device_peak = config.peak_tflops * 1e12 if config.peak_tflops else None
         if device_peak is None:
@@ -68,6 +69,8 @@ class StepMetrics:
             }
             if self.has_ramp:
                 record["global_batch_size"] = step.samples
+            if self.z_weight:
+                record["z_loss"] = result.z_loss
             if self.peak_flops:
                 record["mfu"] = self.flops_per_token * tokens_per_second / self.peak_flops
             records.append(record)

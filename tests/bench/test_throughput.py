@@ -173,6 +173,7 @@ def test_derived_models(num_sub_layers: int) -> None:
         ("models=[gpt-tiny] rounds=0", "rounds=0 must be greater than 0"),
         ("models=[gpt-tiny] steps=-1", "steps=-1 must be greater than 0"),
         ("models=[gpt-tiny] engines=[megatron]", "engines=megatron is not known; use deepspeed or torch"),
+        ("models=[gpt-tiny] engines=[torch] optim=muon", "torch trains with optim=adamw only, not optim=muon"),
         ("models=[gpt-tiny] reference=gpt-10m", "reference=gpt-10m is not known; use gpt-tiny"),
         ("models=[gpt-tiny] parallel.sub_layer_parallel_size=3", "gpt-tiny: .*does not divide model.num_heads=4"),
         ("models=[gpt-tiny] parallel.sub_layer_parallel_size=2", "does not divide the 1 rank of this run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -54,6 +55,21 @@ def test_metrics(reference: Path) -> None:
     assert found[-1]["tokens"] == STEPS * 4 * 32
     assert [record["step"] for record in found if "validation_loss" in record] == [6, 12]
     assert found[-1]["loss"] < found[0]["loss"] - 0.1
+
+
+def test_z_loss_is_logged_apart(data: Path, reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train(data, run, "loss.z_loss=0.01", "max_steps=2")
+    assert result.returncode == 0, result.stderr
+    first, of_reference = records(run)[0], records(reference)[0]
+    assert first["loss"] == of_reference["loss"]  # the initial weights are the same
+    assert first["grad_norm"] != of_reference["grad_norm"]
+    assert "z_loss" not in of_reference
+    vocab_size = read_weights(run).model_config.vocab_size
+    assert first["z_loss"] == pytest.approx(0.01 * math.log(vocab_size) ** 2, rel=0.01)  # small initial logits
+    assert "z-loss" in result.stdout
+    continued = train(data, run, "max_steps=3")
+    assert "changed since the checkpoint: loss.z_loss: 0.01 -> 0" in continued.stdout
 
 
 def test_nothing_is_written_to_the_data(data: Path, data_before: list[tuple[str, int, int]], reference: Path) -> None:

@@ -39,36 +39,53 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
 
+def plain_z_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum over the targets that count, unweighted."""
+    return F.linear(hidden, weight)[targets != IGNORED].exp().sum(1).log().square().sum()
+
+
 def gradients(loss: Tensor, *of: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss / 46, of))  # as many targets count
 
 
+@pytest.mark.parametrize("z_weight", [0.0, 1e-4, 0.3])
 @pytest.mark.parametrize("tokens", [1, 7, TOKENS, 1000])
-def test_exact(tokens: int) -> None:
+def test_exact(tokens: int, z_weight: float) -> None:
     hidden, weight, targets = inputs(torch.float64)
     entropy, expected = chunked(tokens), plain(hidden, weight, targets)
     torch.testing.assert_close(entropy.by_token(hidden, weight, targets), expected, rtol=0, atol=1e-13)
-    total = entropy.total(hidden, weight, targets)
-    torch.testing.assert_close(total, expected.sum(), rtol=1e-13, atol=0)
-    found = gradients(total, hidden, weight)
-    for gradient, of_plain in zip(found, gradients(expected.sum(), hidden, weight), strict=True):
-        torch.testing.assert_close(gradient, of_plain, rtol=0, atol=1e-14)
+    expected_z = z_weight * plain_z_loss(hidden, weight, targets)
+    total = entropy.total(hidden, weight, targets, z_weight)
+    with torch.no_grad():
+        without_gradient = entropy.total(hidden, weight, targets, z_weight)
+    for losses in (total, without_gradient):
+        torch.testing.assert_close(losses.cross_entropy, expected.sum(), rtol=1e-13, atol=0)
+        torch.testing.assert_close(losses.z_loss, expected_z, rtol=1e-13, atol=0)
+        torch.testing.assert_close(losses.objective, losses.cross_entropy + losses.z_loss, rtol=0, atol=0)
+    assert [part.requires_grad for part in total] == [True, False, False]
+    found = gradients(total.objective, hidden, weight)
+    for gradient, of_plain in zip(found, gradients(expected.sum() + expected_z, hidden, weight), strict=True):
+        torch.testing.assert_close(gradient, of_plain, rtol=1e-13, atol=1e-14)
 
 
 # Compiling takes 10 s; so do the compiled trajectories of tests/parity.
+@pytest.mark.parametrize("z_weight", [0.0, 0.3])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_bf16_is_as_exact_as_without_chunks(compiled: bool) -> None:
+def test_bf16_is_as_exact_as_without_chunks(compiled: bool, z_weight: float) -> None:
+    def objective(hidden: Tensor, weight: Tensor) -> Tensor:
+        return plain(hidden, weight, targets).sum() + z_weight * plain_z_loss(hidden, weight, targets)
+
     hidden, weight, targets = inputs(torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    truth = gradients(plain(*exact, targets).sum(), *exact)
-    without = gradients(plain(hidden, weight, targets).sum(), hidden, weight)
+    truth = gradients(objective(*exact), *exact)
+    without = gradients(objective(hidden, weight), hidden, weight)
     entropy = chunked(9)
     if compiled:
         entropy.compile()
-    total = entropy.total(hidden, weight, targets)
-    assert total.dtype == torch.float32
-    torch.testing.assert_close(total, plain(hidden, weight, targets).sum())
-    for found, of_plain, true in zip(gradients(total, hidden, weight), without, truth, strict=True):
+    total = entropy.total(hidden, weight, targets, z_weight)
+    assert {part.dtype for part in total} == {torch.float32}
+    torch.testing.assert_close(total.cross_entropy, plain(hidden, weight, targets).sum())
+    for found, of_plain, true in zip(gradients(total.objective, hidden, weight), without, truth, strict=True):
         assert found.dtype == torch.bfloat16
         assert (found - true).norm() < 1.2 * (of_plain - true).norm()
 
@@ -80,7 +97,7 @@ def test_sure_and_hopeless_predictions() -> None:
     hidden[:, 3] = 300.0
     targets = torch.tensor([3, 5])
     hidden.requires_grad_()
-    total = chunked(1).total(hidden, weight, targets)
+    total = chunked(1).total(hidden, weight, targets).objective
     assert total.item() == pytest.approx(300.0)
     for gradient, of_plain in zip(
         gradients(total, hidden, weight), gradients(plain(hidden, weight, targets).sum(), hidden, weight), strict=True

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ffn_first import NAME, FFNFirstConfig, transformers_layer
 from forked import REPOSITORY
-from helpers import random_ids, rough_model, write_small_export
-from torch import Tensor
+from helpers import MODERN, random_ids, rough_model, write_small_export
+from thread_ranks import compare_two_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,12 +31,10 @@ from kraken_train.inference.loading import load_part, share_model
 from kraken_train.model.config import parse_model
 from kraken_train.model.flops import attention_flops_per_token, matrix_flops_per_token
 from kraken_train.model.head_dims import head_size_note
-from kraken_train.model.registry import ARCHITECTURES, build_model, even_share
+from kraken_train.model.registry import ARCHITECTURES, build_model
 from kraken_train.parallel.communicator import LocalCommunicator
-from kraken_train.parallel.distributed import DistributedCommunicator
-from kraken_train.parallel.sharding import ModelRank, sharded_dims
+from kraken_train.parallel.sharding import sharded_dims
 from kraken_train.plan import PlanConfig
-from kraken_train.planning.fake_trace import FakeGroup
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.prediction import predict
 from kraken_train.planning.search import search
@@ -51,6 +46,7 @@ from kraken_train.training.optim import parameter_groups
 
 CONFIG = FFNFirstConfig(num_layers=3, hidden_size=32, query_heads=4, vocab_size=96, context_length=24)
 GROUPED = dataclasses.replace(CONFIG, shared_heads=2)
+MODERN_CONFIG = dataclasses.replace(GROUPED, head_dim=6, **MODERN)
 REDUCED = "FFN and attention, and their gradients"
 
 
@@ -75,7 +71,7 @@ def test_settings() -> None:
     )
 
 
-@pytest.mark.parametrize("config", [CONFIG, GROUPED])
+@pytest.mark.parametrize("config", [CONFIG, GROUPED, MODERN_CONFIG])
 def test_sizes(config: FFNFirstConfig) -> None:
     model = build_model(config)
     assert config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -87,69 +83,15 @@ def test_sizes(config: FFNFirstConfig) -> None:
     assert counter.get_total_flops() == per_token * ids.numel()
 
 
-class ThreadSum:
-    """An all-reduce among two threads, in place of `torch.distributed.all_reduce`."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=60)
-        self.parts: list[Tensor | None] = [None, None]
-        self.calls: Counter[int] = Counter()
-
-    def of_rank(self, rank: int) -> Callable[..., Any]:
-        def all_reduce(buffer: Tensor, op: Any = dist.ReduceOp.SUM, **_: Any) -> ThreadSum:
-            self.calls[rank] += 1
-            self.parts[rank] = buffer.clone()
-            self.barrier.wait()
-            first, second = self.parts
-            assert first is not None
-            assert second is not None
-            assert op == dist.ReduceOp.SUM
-            buffer.copy_(first + second)
-            self.barrier.wait()
-            return self
-
-        return all_reduce
-
-    def wait(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("config", [CONFIG, GROUPED])
+@pytest.mark.parametrize("config", [CONFIG, GROUPED, MODERN_CONFIG])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_two_ranks_are_the_whole_model(config: FFNFirstConfig, recompute: bool) -> None:
-    whole, ids = build_model(config, seed=3).double(), random_ids(config, 2, 20)
-    whole_loss = whole.loss(ids[:, :-1], ids[:, 1:])
-    whole_loss.backward()
-    total, errors, failures = ThreadSum(), [], []
-
-    def run(rank: int) -> None:
-        try:
-            place = ModelRank(rank, 2)
-            units, _ = even_share(config, place)
-            communicator = DistributedCommunicator(FakeGroup(place), collective=total.of_rank(rank))  # type: ignore[arg-type]
-            model = build_model(config, 3, units, communicator).double()
-            model.recompute = recompute
-            loss = model.loss(ids[:, :-1], ids[:, 1:])
-            loss.backward()
-            errors.append(abs((loss - whole_loss).item()))
-            for name, dim in sharded_dims(model).items():
-                expected = whole.get_parameter(name).grad
-                expected = expected if dim is None else dim.take(expected)
-                errors.append(((model.get_parameter(name).grad - expected).norm() / expected.norm()).item())
-        except BaseException as error:
-            total.barrier.abort()
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert max(errors) < 1e-12
+    error, calls = compare_two_ranks(config, recompute)
+    assert error < 1e-12
     declared = sum(all_reduces.count for all_reduces in config.all_reduces)
     # As the model has two parts a layer, forward and backward; recomputation adds none.
-    assert total.calls[0] == total.calls[1] == declared == 4 * config.num_layers
+    assert declared == 4 * config.num_layers
+    assert calls == declared + (1 if config.qk_norm else 0)
 
 
 def test_plan() -> None:
@@ -269,7 +211,9 @@ def test_an_unknown_architecture_is_refused() -> None:
 CLASSES = {"KrakenConfig", "GPTConfig", "KrakenModel", "GPTModel"}
 # Files of the library that name architectures, beside model/ and the file for transformers, and why.
 ALLOWED = {
+    "checkpoints/export.py": ({"kraken"}, "a format of exports"),
     "checkpoints/exports/folder.py": ({"kraken"}, "the model_type of all exports"),
+    "checkpoints/exports/native.py": ({"GPTConfig", "standard"}, "Llama and Qwen3 are standard Transformers"),
     "checkpoints/import_reference.py": ({"KrakenConfig"}, "the authors' weights are a Kraken's"),
     "kraken_train/bench/grid.py": ({"standard"}, "what the benchmarks compare with"),
     "kraken_train/derive.py": ({"KrakenConfig"}, "the command makes a Kraken for a baseline"),

@@ -10,18 +10,23 @@ from kraken_train.parallel.ranks import Runtime
 from parity.common import MODELS, Steps, make_engine, run_steps
 
 SAVED_AT, MORE_STEPS = 3, 10
-MODES = (("fp32", 2), ("bf16", 1))
-MORE_MODES = (("fp32", 1), ("bf16", 2))  # in the slow tests
+Mode = tuple[str, int, str]  # precision, ZeRO stage, optimizer
+MODES: tuple[Mode, ...] = (("fp32", 2, "adamw"), ("bf16", 1, "adamw"), ("fp32", 1, "muon"), ("bf16", 2, "muon"))
+MORE_MODES: tuple[Mode, ...] = (  # in the slow tests
+    ("fp32", 1, "adamw"), ("bf16", 2, "adamw"), ("fp32", 2, "muon"), ("bf16", 1, "muon"),
+)  # fmt: skip
 CONFIG = MODELS["kraken-4"]
 
 
-def save(runtime: Runtime, sizes: list[int], folder: Path, modes: tuple[tuple[str, int], ...]) -> dict[str, Steps]:
+def save(runtime: Runtime, sizes: list[int], folder: Path, modes: tuple[Mode, ...]) -> dict[str, Steps]:
     """Train, save, and go on: the uninterrupted runs."""
     report = {}
     for size in sizes:
-        for precision, zero_stage in modes:
-            name = f"{size}x{runtime.world_size // size}-{precision}-zero{zero_stage}"
-            engine = make_engine(CONFIG, runtime, size, precision=precision, zero_stage=zero_stage)
+        for precision, zero_stage, optimizer in modes:
+            name = f"{size}x{runtime.world_size // size}-{precision}-zero{zero_stage}-{optimizer}"
+            engine = make_engine(
+                CONFIG, runtime, size, precision=precision, zero_stage=zero_stage, muon=optimizer == "muon"
+            )
             run_steps(engine, CONFIG, range(SAVED_AT))
             save_checkpoint(folder / name, SAVED_AT, engine.state(), {}, 1, runtime)
             report[name] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))
@@ -32,12 +37,12 @@ def resume(runtime: Runtime, sizes: list[int], folder: Path) -> dict[str, Steps]
     """Go on from each checkpoint in `folder`, at each degree; the ZeRO stage is the other one where ranks differ."""
     report = {}
     for saved in sorted(path for path in folder.iterdir() if path.is_dir()):
-        grid, precision, zero = saved.name.split("-")
+        grid, precision, zero, optimizer = saved.name.split("-")
         checkpoint, _ = find_good_checkpoint(saved, runtime)
         for size in sizes:
             here = f"{size}x{runtime.world_size // size}"
             stage = int(zero[-1]) if here == grid else 3 - int(zero[-1])
-            engine = make_engine(CONFIG, runtime, size, precision=precision, zero_stage=stage)
+            engine = make_engine(CONFIG, runtime, size, precision=precision, zero_stage=stage, muon=optimizer == "muon")
             engine.load_state(lambda tensors, checkpoint=checkpoint: fill_tensors(checkpoint, tensors), SAVED_AT)
             engine.verify_replicas()
             report[f"{saved.name} {here}"] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))

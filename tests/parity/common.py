@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import shareable_configs
+from plain_muon import PlainMuon
 
 from kraken_train.config import (
     CheckpointConfig,
     EngineConfig,
     HealthConfig,
+    LossConfig,
     ParallelConfig,
     TrackingConfig,
     TrainConfig,
@@ -25,7 +27,7 @@ from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import DistributedCommunicator, make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
-from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.schedules import ConstantSchedule
 from kraken_train.training.engine import Engine
 from kraken_train.training.optim import parameter_groups
@@ -36,6 +38,7 @@ GLOBAL_BATCH = 24
 ACCUMULATION_STEPS = 2  # whatever the grid
 MAX_GRAD_NORM = 0.5
 RATE = 2e-3
+Z_LOSS = 0.03  # far above what one would use, so that it changes the training
 
 Steps = list[list[float | bool]]  # [loss, gradient norm, applied] per step
 
@@ -57,7 +60,12 @@ def settings(
     reduce_dtype: str | None = None,
     activation_checkpointing: bool = False,
     compile_parts: bool = False,
+    z_loss: float = 0.0,
+    muon: bool = False,
 ) -> TrainConfig:
+    optim: dict[str, Any] = {
+        "lr": RATE, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": MAX_GRAD_NORM,
+    }  # fmt: skip
     return TrainConfig(
         model={},
         data_dir="",
@@ -74,10 +82,11 @@ def settings(
         peak_tflops=None,
         rendezvous_seconds=600,
         watchdog_seconds=0,
-        optim=AdamWConfig(lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=MAX_GRAD_NORM),
+        optim=MuonConfig(**optim, momentum=0.95, ns_steps=5) if muon else AdamWConfig(**optim),
         schedule=ConstantSchedule(warmup_steps=0),
         parallel=ParallelConfig(sub_layer_parallel_size, vocab_parallel, reduce_dtype, verify_every=0),
         engine=EngineConfig(zero_stage, activation_checkpointing, compile_parts),
+        loss=LossConfig(z_loss),
         checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),
         validation=ValidationConfig(every=0, samples=1),
         tracking=TrackingConfig("wandb", "off", "", None, None, None, tags=(), notes=None, finish_seconds=0),
@@ -147,15 +156,21 @@ def share_of_rank(engine: Engine, config: ModelConfig, step: int) -> list[torch.
     return list(shares[engine.mesh.data_rank :: copies])
 
 
-def plain_training(config: ModelConfig, steps: range) -> list[tuple[float, float]]:
+def plain_training(
+    config: ModelConfig, steps: range, z_loss: float = 0.0, muon: bool = False
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) per step of the same training in plain PyTorch: one process, the global batch at once."""
     model = build_model(config)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    optimizer: PlainMuon | torch.optim.Optimizer
+    if muon:
+        optimizer = PlainMuon(model, config, RATE)
+    else:
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
     results = []
     for step in steps:
         samples = batch(config, step)
         loss = model.loss(samples[:, :-1], samples[:, 1:])
-        loss.backward()
+        (loss + z_loss * model(samples[:, :-1]).logsumexp(-1).square().mean()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -173,11 +188,12 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     dist.all_gather_object(shares, local)
     whole = {}
     for name, _ in engine.model.named_parameters():
-        for key in (f"model.{name}", f"optimizer.exp_avg.{name}", f"optimizer.exp_avg_sq.{name}"):
+        for key in (f"model.{name}", *(f"optimizer.{kept}.{name}" for kept in engine.states[name])):
             parts = [share[key] for share in shares if key in share]
             assert len(parts) == (engine.mesh.model_rank.size if name in cuts else 1), key
             whole[key] = torch.cat(parts, dim=cuts[name]) if name in cuts else parts[0]
-    assert len(whole) == sum(len(share) for share in shares) - sum(3 * (engine.mesh.model_rank.size - 1) for _ in cuts)
+    more_than_one = sum((1 + len(engine.states[name])) * (engine.mesh.model_rank.size - 1) for name in cuts)
+    assert len(whole) == sum(len(share) for share in shares) - more_than_one
     return whole
 
 

@@ -86,8 +86,11 @@ def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool) 
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[0, 3:7] = -100
     losses, expected_losses = model.token_losses(inputs, targets).detach(), whole.token_losses(inputs, targets).detach()
-    model.loss(inputs, targets).backward()
-    whole.loss(inputs, targets).backward()
+    found = model.losses(inputs, targets, z_weight=0.3)
+    found.objective.backward()
+    logits = whole(inputs)
+    z_loss = 0.3 * logits.logsumexp(-1)[targets != -100].square().mean()
+    (whole.loss(inputs, targets) + z_loss).backward()
     gradient_errors = []
     for parameter_name, parameter in model.named_parameters():
         cut, expected = cuts[parameter_name], whole.get_parameter(parameter_name).grad
@@ -96,6 +99,7 @@ def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool) 
     errors = {
         "logits": float((model(inputs) - whole(inputs)).detach().abs().max()),
         "losses": float((losses - expected_losses).abs().max()),
+        "z_loss": abs(float(found.z_loss) - float(z_loss)),
         "gradients": max(gradient_errors),
     }
     return {key: max(rank[key] for rank in runtime.gather(errors)) for key in errors}

@@ -15,11 +15,12 @@ Report = dict[str, Any]
 
 SLOW_RANKS = 6  # more than the cores of a small machine
 GRIDS = {  # checks by number of ranks; a number of a check is the ranks per model copy
-    1: ["modes:1", "trajectories:kraken-4/1/plain", "save:1"],
+    1: ["modes:1", "trajectories:kraken-4/1/plain,kraken-4/1/muon,parallel/1/muon-bf16-zero2", "save:1"],
     2: [
         "modes:1,2",
         "trajectories:kraken-4/2/plain,kraken-6/2/plain,kraken-4/2/compile,kraken-4/2/compile-recompute-bf16,"
-        "standard/2/compile,parallel/2/zero2-recompute-vocab",
+        "kraken-4/2/z-loss-vocab,"
+        "standard/2/compile,parallel/2/zero2-recompute-vocab,kraken-6/2/muon-bf16,standard/1/muon-zero2-recompute-vocab",
         "exchange:2",
         "overlap:2",
         "resume:1,2",
@@ -28,13 +29,18 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
     4: [
         "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
         "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
-        "standard/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab",
+        "standard/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab,"
+        "kraken-4/1/muon,kraken-4/2/muon-zero2-recompute-vocab,kraken-4/4/muon-bf16-zero2,"
+        "standard-modern/2/muon,standard/4/muon-bf16,parallel/2/muon-bf16-zero2,parallel/4/muon",
         "exchange:2,4",
         "save:2,4",
         "resume:2",
         "memory",
     ],
-    SLOW_RANKS: ["trajectories:kraken-6/2/plain,kraken-6/3/plain,kraken-6/6/plain,kraken-6/3/zero2-recompute-vocab"],
+    SLOW_RANKS: [
+        "trajectories:kraken-6/2/plain,kraken-6/3/plain,kraken-6/6/plain,kraken-6/3/zero2-recompute-vocab,"
+        "kraken-6/3/muon"
+    ],
 }
 SLOW = {  # the other half of the checkpoint matrix; and an attention that computes
     "slow 1": (1, ["save-more:1"]),

@@ -16,22 +16,27 @@ from kraken_train.parallel.ranks import Runtime
 from kraken_train.training.engine import Engine
 from parity.common import MODELS, RATE, make_engine, run_steps, same, share_of_rank, whole_state
 
-MODES_AT = {1: [("fp32", 1), ("bf16", 2)], 2: [("fp32", 2), ("bf16", 1)]}  # by number of ranks; each takes seconds
+# (precision, ZeRO stage, optimizer) by number of ranks; each takes seconds
+MODES_AT = {
+    1: [("fp32", 1, "adamw"), ("bf16", 2, "adamw"), ("bf16", 1, "muon")],
+    2: [("fp32", 2, "adamw"), ("bf16", 1, "adamw"), ("fp32", 2, "muon"), ("bf16", 1, "muon")],
+}
 STEPS = 6
 CONFIG = MODELS["kraken-4"]
 
 
 def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
     return {
-        f"{size} {precision} {zero_stage}": run_mode(runtime, size, precision, zero_stage)
+        f"{size} {precision} {zero_stage} {optimizer}": run_mode(runtime, size, precision, zero_stage, optimizer)
         for size in sizes
-        for precision, zero_stage in MODES_AT[runtime.world_size]
+        for precision, zero_stage, optimizer in MODES_AT[runtime.world_size]
     }
 
 
-def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int) -> dict[str, Any]:
+def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int, optimizer: str) -> dict[str, Any]:
     def engine() -> Engine:
-        return make_engine(CONFIG, runtime, size, precision=precision, zero_stage=zero_stage)
+        muon = optimizer == "muon"
+        return make_engine(CONFIG, runtime, size, precision=precision, zero_stage=zero_stage, muon=muon)
 
     whole = engine()
     untouched = whole_state(whole)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +30,10 @@ KRAKEN = KrakenConfig(num_sub_layers=4, hidden_size=128, heads_per_sub_layer=2, 
 STANDARD = GPTConfig(hidden_size=256, num_heads=4, **COMMON)
 PARALLEL = replace(STANDARD, architecture="parallel")
 SHORT = replace(KRAKEN, context_length=16)  # so that activations are next to nothing
-KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "broadcast_": "broadcast"}  # PyTorch's names
+KINDS = {  # PyTorch's names
+    "allreduce_": "all-reduce", "_allgather_base_": "all-gather", "broadcast_": "broadcast",
+    "alltoall_base_": "all-to-all",
+}  # fmt: skip
 LEAST_BYTES = 2048  # of the collectives that are counted
 
 
@@ -44,13 +48,14 @@ class Case:
     vocab_parallel: bool = False
     micro_batch_size: int = 4
     accumulation_steps: int = 2
+    optim: str = "adamw"
 
     @property
     def layout(self) -> TrainingLayout:
         return TrainingLayout(
             self.sub_layer_parallel_size, self.ranks // self.sub_layer_parallel_size, self.micro_batch_size,
             self.accumulation_steps, self.zero_stage, self.activation_checkpointing, self.vocab_parallel,
-            self.precision,
+            self.precision, self.optim,
         )  # fmt: skip
 
 
@@ -81,8 +86,22 @@ CASES = {
     "kraken-4-of-2-fp32-recompute": Case(KRAKEN, 4, 2, precision="fp32", activation_checkpointing=True),
     "standard-4-of-2-recompute": Case(STANDARD, 4, 2, activation_checkpointing=True),
     "parallel-4": Case(PARALLEL, 4, 4),
+    "muon": Case(ranks=1, optim="muon", **SHORT_CASE),
+    "muon-fp32": Case(ranks=1, optim="muon", precision="fp32", **SHORT_CASE),
+    "muon-2-copies-zero2": Case(ranks=2, optim="muon", zero_stage=2, **SHORT_CASE),
+    "muon-2-copies-zero2-fp32": Case(ranks=2, optim="muon", zero_stage=2, precision="fp32", **SHORT_CASE),
+    "muon-2-copies-once": Case(ranks=2, optim="muon", accumulation_steps=1, **SHORT_CASE),
+    "muon-2-copies-fp32-once": Case(ranks=2, optim="muon", accumulation_steps=1, precision="fp32", **SHORT_CASE),
+    "muon-standard-2": Case(replace(STANDARD, context_length=16), 2, 2, optim="muon", micro_batch_size=1),
+    "muon-parallel-4-of-2": Case(replace(PARALLEL, context_length=16), 4, 2, optim="muon", micro_batch_size=1),
 }
-QUICK = ("kraken-2-copies-zero2", "standard-2-recompute", "kraken-4-of-2-zero2")
+QUICK = (
+    "kraken-2-copies-zero2",
+    "standard-2-recompute",
+    "kraken-4-of-2-zero2",
+    "muon-2-copies-zero2",
+    "muon-parallel-4-of-2",
+)
 
 
 def run(runtime: Runtime, quick: bool) -> dict[str, Any]:
@@ -94,7 +113,7 @@ def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
     layout = case.layout
     plain = settings(
         case.precision, case.zero_stage, case.sub_layer_parallel_size, layout.data_parallel_size, case.vocab_parallel,
-        activation_checkpointing=case.activation_checkpointing,
+        activation_checkpointing=case.activation_checkpointing, muon=layout.with_muon,
     )  # fmt: skip
     train = replace(plain, micro_batch_size=case.micro_batch_size, global_batch_size=layout.global_batch_size)
     gc.collect()
@@ -124,7 +143,9 @@ def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts collectives by kind and bytes: of the result, which of an all-gather is the whole."""
+    """Counts collectives by kind and bytes: of the result, which of an all-gather is the whole; of an all-to-all, what
+    comes from other ranks.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,6 +157,8 @@ class CollectiveCounter(TorchDispatchMode):
             kind = KINDS.get(name.removeprefix("c10d::"), name)
             first = args[0]
             size = sum(tensor.nbytes for tensor in (first if isinstance(first, list | tuple) else [first]))
+            if kind == "all-to-all":
+                size -= args[3][dist.get_rank()] * first.itemsize
             if size >= LEAST_BYTES:
                 self.count[kind, size] += 1
         return func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ RESUMED_SLOWLY = [*RESUMED, ("resume at 1", "1x1"), (4, "4x1")]
 Launched = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), MODES)
+@pytest.mark.parametrize(("precision", "zero_stage", "optimizer"), MODES)
 @pytest.mark.parametrize(("resume_launch", "resumed"), RESUMED, ids=str)
 @pytest.mark.parametrize(("save_launch", "saved"), SAVED, ids=str)
 def test_resumed(
@@ -26,30 +26,40 @@ def test_resumed(
     resumed: str,
     precision: str,
     zero_stage: int,
+    optimizer: str,
 ) -> None:
-    name = f"{saved}-{precision}-zero{zero_stage}"
+    name = f"{saved}-{precision}-zero{zero_stage}-{optimizer}"
     uninterrupted = launched(save_launch)["save"][name]
-    compare(launched(resume_launch)["resume"][f"{name} {resumed}"], uninterrupted, precision, exact=saved == resumed)
+    compare(
+        launched(resume_launch)["resume"][f"{name} {resumed}"],
+        uninterrupted,
+        precision,
+        optimizer,
+        exact=saved == resumed,
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "zero_stage"), MORE_MODES)
-def test_resumed_in_other_modes(launched: Launched, precision: str, zero_stage: int) -> None:
+@pytest.mark.parametrize(("precision", "zero_stage", "optimizer"), MORE_MODES)
+def test_resumed_in_other_modes(launched: Launched, precision: str, zero_stage: int, optimizer: str) -> None:
     for save_launch, saved in SAVED:
-        name = f"{saved}-{precision}-zero{zero_stage}"
+        name = f"{saved}-{precision}-zero{zero_stage}-{optimizer}"
         uninterrupted = launched(f"slow {save_launch}")["save-more"][name]
         for resume_launch, resumed in RESUMED_SLOWLY:
             continued = launched(f"slow {resume_launch}")["resume"][f"{name} {resumed}"]
-            compare(continued, uninterrupted, precision, exact=saved == resumed)
+            compare(continued, uninterrupted, precision, optimizer, exact=saved == resumed)
 
 
-def compare(continued: list, uninterrupted: list, precision: str, exact: bool) -> None:
+def compare(continued: list, uninterrupted: list, precision: str, optimizer: str, exact: bool) -> None:
     assert len(continued) == MORE_STEPS
     if exact:
         assert continued == uninterrupted
         return
-    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    # Muon computes in bf16 in any case, which makes more of differences.
+    tolerance, of_norms = {"fp32 adamw": (1e-5, 1e-5), "fp32 muon": (1e-4, 1e-3)}.get(
+        f"{precision} {optimizer}", (5e-3, 2e-2)
+    )
     for (loss, norm, applied), (expected_loss, expected_norm, _) in zip(continued, uninterrupted, strict=True):
         assert applied
         assert loss == pytest.approx(expected_loss, rel=tolerance)
-        assert norm == pytest.approx(expected_norm, rel=tolerance if precision == "fp32" else 4 * tolerance)
+        assert norm == pytest.approx(expected_norm, rel=of_norms)

@@ -10,29 +10,31 @@ import pytest
 from parity import engine_modes
 from parity.common import plain_training
 
-RELATIVE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+RELATIVE_TOLERANCE = {("fp32", "adamw"): 1e-5, ("bf16", "adamw"): 5e-3, ("fp32", "muon"): 1e-4, ("bf16", "muon"): 5e-3}
 
 
 @pytest.fixture(scope="module")
-def twin() -> list[tuple[float, float]]:
-    return plain_training(engine_modes.CONFIG, range(engine_modes.STEPS))
+def twins() -> dict[str, list[tuple[float, float]]]:
+    steps = range(engine_modes.STEPS)
+    return {name: plain_training(engine_modes.CONFIG, steps, muon=name == "muon") for name in ("adamw", "muon")}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "size", "precision", "zero_stage"),
+    ("ranks", "size", "precision", "zero_stage", "optimizer"),
     [(1, 1, *mode) for mode in engine_modes.MODES_AT[1]]
     + [(2, size, *mode) for size in (1, 2) for mode in engine_modes.MODES_AT[2]],
 )
 def test_mode(
     launched: Callable[..., dict[str, Any]],
-    twin: list[tuple[float, float]],
+    twins: dict[str, list[tuple[float, float]]],
     ranks: int,
     size: int,
     precision: str,
     zero_stage: int,
+    optimizer: str,
 ) -> None:
-    mode = launched(ranks)["modes"][f"{size} {precision} {zero_stage}"]
-    tolerance = RELATIVE_TOLERANCE[precision]
+    mode = launched(ranks)["modes"][f"{size} {precision} {zero_stage} {optimizer}"]
+    tolerance, twin = RELATIVE_TOLERANCE[precision, optimizer], twins[optimizer]
     for (loss, norm, applied), (expected_loss, expected_norm) in zip(mode["steps"], twin, strict=True):
         assert applied
         assert loss == pytest.approx(expected_loss, rel=tolerance)

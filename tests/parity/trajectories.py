@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kraken_train.parallel.ranks import Runtime
-from parity.common import MODELS, Steps, make_engine, run_steps
+from parity.common import MODELS, Z_LOSS, Steps, make_engine, run_steps
 
 STEPS = 20
 SHORT = 6
@@ -18,6 +18,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16-zero2-recompute-fp32sums": {
         "precision": "bf16", "zero_stage": 2, "activation_checkpointing": True, "reduce_dtype": "fp32",
     },
+    "z-loss-vocab": {"z_loss": Z_LOSS, "vocab_parallel": True},
+    "muon": {"muon": True},
+    "muon-zero2-recompute-vocab": {
+        "muon": True, "zero_stage": 2, "activation_checkpointing": True, "vocab_parallel": True,
+    },
+    "muon-bf16": {"muon": True, "precision": "bf16"},
+    "muon-bf16-zero2": {"muon": True, "precision": "bf16", "zero_stage": 2},
     "compile": {"compile_parts": True},
     "compile-recompute-bf16": {"compile_parts": True, "activation_checkpointing": True, "precision": "bf16"},
 }  # fmt: skip

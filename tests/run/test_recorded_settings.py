@@ -35,10 +35,12 @@ def without(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return settings
 
 
-@pytest.mark.parametrize("choices", [(), ("schedule=wsd", "tracking=tensorboard"), ("schedule=constant",)], ids=str)
+@pytest.mark.parametrize(
+    "choices", [(), ("schedule=wsd", "tracking=tensorboard"), ("schedule=constant",), ("optim=muon",)], ids=str
+)
 def test_a_setting_that_is_not_recorded_has_its_default(choices: tuple[str, ...]) -> None:
     now = settings_of(*choices)
-    of_choices = ("schedule", "schedule.name", "tracking", "tracking.kind")
+    of_choices = ("optim", "optim.name", "schedule", "schedule.name", "tracking", "tracking.kind")
     for name in SETTINGS:
         group, _, setting = name.partition(".")
         if setting and setting not in now[group]:

@@ -30,7 +30,7 @@ def test_decay_goes_by_role_and_covers_each_parameter_once(architecture: str) ->
         assert any(p.dim() == 2 for p in undecayed)  # a stacked norm looks like a matrix
     shared = {names[id(p)] for group in groups if group["shared"] for p in group["params"]}
     assert shared == {name for name, cut in sharded_dims(model).items() if cut is None}
-    assert {"token_embedding.weight", "position_embedding.weight", "final_norm.weight"} <= shared
+    assert {"token_embedding.weight", "final_norm.weight"} <= shared
 
 
 def test_an_unknown_module_is_refused() -> None:
