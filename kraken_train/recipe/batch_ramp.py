@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
@@ -19,8 +19,19 @@ AS_IN = "'global_batch_size={0: 128, 1B: 256}'"
 def parse_batch_size(value: Any) -> int | dict[int, int]:
     """A number of samples, or `{tokens: samples}`, whose tokens may have units. Raises ValueError."""
     if isinstance(value, Mapping):
-        return {parse_tokens(tokens): parse_samples(samples) for tokens, samples in value.items()}
+        ramp = {part(parse_tokens, tokens): part(parse_samples, samples) for tokens, samples in value.items()}
+        if len(ramp) < len(value):
+            raise ValueError("the same number of tokens twice; give one size for each")
+        return ramp
     return parse_samples(value)
+
+
+def part(parse: Callable[[Any], int], value: Any) -> int:
+    """`parse(value)`, with an error that says which part of a ramp it is about."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{value} is {error}") from None
 
 
 def parse_samples(value: Any) -> int:
@@ -30,7 +41,7 @@ def parse_samples(value: Any) -> int:
                 return int(value)
         except (ValueError, OverflowError):
             pass
-    raise ValueError(f"{value} is no whole number of samples; give one such as 128, or a ramp as in {AS_IN}")
+    raise ValueError(f"no whole number of samples; give one such as 128, or a ramp as in {AS_IN}")
 
 
 BatchSize = Annotated[int | dict[int, int], BeforeValidator(parse_batch_size)]  # the type of a setting
