@@ -222,6 +222,8 @@ class TrainConfig:
     # natively (CUDA from compute capability 8.0, CPUs with AMX-BF16 or AVX512-BF16), else fp32; a continued run keeps
     # its precision
     precision: str
+    # a token sees no other document of its sample, and positions begin anew in each document
+    attention_within_documents: bool
     resume: str  # auto: continue if the run folder has a checkpoint | never | must
     # a step whose loss or gradient is not finite is skipped; after so many in a row health.nonfinite applies
     max_nonfinite_steps: int

@@ -44,6 +44,8 @@ def train(config: TrainConfig) -> None:
     """
     runtime = read_runtime()
     data = TrainingData(config.data_shares)
+    if config.attention_within_documents:
+        data.require_ends_of_documents()
     model_config = parse_model(config.model, data.vocab_size)
     config.parallel.require_fits(model_config)
     config.step_plan(model_config.context_length)

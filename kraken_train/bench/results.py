@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from kraken_train.bench.grid import REFERENCE
 from kraken_train.bench.timing import Figures, Rounds
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT
 from kraken_train.model.architecture import ModelConfig
+from kraken_train.model.layer_settings import LayerSettings
 
 MEASURED, SIMULATED = "measured", "simulated"
 SCALED, NOT_INTERLEAVED = "*", "†"  # marks, which the footnote explains
@@ -89,6 +91,7 @@ class Result:
             "num_layers": self.model.num_layers,
             "hidden_size": self.model.hidden_size,
             "head_dim": self.model.head_size,
+            "layers": {field.name: getattr(self.model, field.name) for field in dataclasses.fields(LayerSettings)},
             "parameters": self.model.num_parameters,
             "scaled_from_layers": self.scaled_from,
             "interleaved": self.interleaved,

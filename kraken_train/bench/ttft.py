@@ -31,7 +31,7 @@ from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_tab
 from kraken_train.bench.simulated_communicator import SimulatedCommunicator, make_link
 from kraken_train.bench.timing import Conditions, compare, extrapolate
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedCommunicator, WithoutOverlap
-from kraken_train.common.cli import run_entry
+from kraken_train.common.cli import compose_choice, run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import replace_synced
 from kraken_train.common.free_text import FilePath
@@ -48,6 +48,7 @@ from kraken_train.planning.interconnect import Interconnect
 from kraken_train.training.precision import DTYPES, has_native_bf16
 
 DEFAULT_DEGREES = (4, 8)
+LAYERS = PAPER, MODERN = ("paper", "modern")
 FREE = Interconnect("free", latency_us=0.0, bus_bandwidth=None, source="")
 JSON_FILE, SPEED_UP_FILE, BREAKDOWN_FILE = "ttft.json", "speed_up.png", "breakdown.png"
 
@@ -61,6 +62,7 @@ class TTFTConfig:
     contexts: tuple[int, ...]  # tokens of the prompt
     # devices, and sub-layers of the Kraken; null: 4 and 8, or the number of ranks if there are several
     degrees: tuple[int, ...] | None
+    layers: str  # paper: those of GPT-2 | modern: those of conf/model/base/modern.yaml, in all architectures
     batch_size: int  # prompts at once
     output_tokens: int  # tokens decoded after the prompt, for the time per output token
     vocab_size: int  # rows of the embedding
@@ -84,6 +86,7 @@ class TTFTConfig:
             require_choice("sizes", size, tuple(SIZES))
         for context in self.contexts:
             require_positive("contexts", context)
+        require_choice("layers", self.layers, LAYERS)
         for degree in self.degrees or ():
             require_at_least("degrees", degree, 2)
         for name in ("batch_size", "output_tokens", "vocab_size", "repeats", "simulated_blocks"):
@@ -140,11 +143,11 @@ class Comparison:
 
 def comparisons(config: TTFTConfig, device: torch.device, world_size: int) -> list[Comparison]:
     """In the order of sizes, contexts, degrees. Raises ConfigError."""
-    found = []
+    found, layers = [], {} if config.layers == PAPER else compose_choice("model/base", config.layers)
     for size, context, degree in itertools.product(config.sizes, config.contexts, config.degrees_for(world_size)):
         conditions = config.conditions(device, context)
         models = {
-            name: model_config(name, SIZES[size], degree, config.vocab_size, conditions.capacity)
+            name: model_config(name, SIZES[size], degree, config.vocab_size, conditions.capacity).replace(**layers)
             for name in config.architectures
         }
         found.append(Comparison(Case(size, context, degree), models, conditions))

@@ -107,7 +107,9 @@ def compose_command(
 def compose_choice(group: str, name: str) -> dict[str, Any]:
     """The settings of conf/<group>/<name>.yaml, those of its defaults included."""
     with initialized_hydra():
-        settings: dict[str, Any] = to_plain(hydra.compose(f"{group}/{name}"))[group]
+        settings = to_plain(hydra.compose(f"{group}/{name}"))
+    for part in group.split("/"):
+        settings = settings[part]
     return settings
 
 

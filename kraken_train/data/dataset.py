@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.indexed import bin_path
+from data_prep.indexed import Shard, bin_path
 from data_prep.manifest import TOKENIZER_FOLDER, Manifest, TokenizerEntry, verify_quick
 from kraken_train.common.errors import DataError
 from kraken_train.data.blend import Blend
 from kraken_train.data.open_files import allow_open_files
 from kraken_train.data.shuffle import ShuffledOrder
 
+LOOKED_AT = 1000  # documents, to see whether they end with the end-of-document token
 BLOCK = 4096  # samples whose places are computed together, which costs hardly more than one alone
 
 
@@ -48,6 +49,10 @@ class TrainingData:
     @property
     def vocab_size(self) -> int:
         return self.manifests[self.folder].vocab_size
+
+    @property
+    def end_of_document(self) -> int:
+        return self._tokenizer(self.folder).end_of_document
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -87,6 +92,18 @@ class TrainingData:
                 range(0, count, batch_size), sequential(stream, context_length, batch_size), strict=False
             ):
                 yield windows[: count - first]
+
+    def require_ends_of_documents(self) -> None:
+        """Raises DataError if documents of one folder do not end with the end-of-document token, by the first ones."""
+        for folder, manifest in self.manifests.items():
+            shard = Shard(folder / manifest.splits["train"].shards[0].name)
+            ends = np.cumsum(shard.document_lengths()[:LOOKED_AT])
+            if not (shard.tokens[ends[ends > 0] - 1] == self.end_of_document).any():
+                raise DataError(
+                    f"data_dir={folder} has no end-of-document token ({self.end_of_document}) at the end of its "
+                    "documents, by which attention_within_documents=true tells them apart; prepare the data with "
+                    "append_end_of_document=true, or use attention_within_documents=false"
+                )
 
     def repetitions(self) -> list[str]:
         """A note for each folder whose training split is that of an earlier one, as a link or a copy is."""

@@ -39,12 +39,12 @@ FP32_PEAK_TFLOPS = {
 }
 
 
-def training_flops_per_token(model: ModelConfig) -> float:
+def training_flops_per_token(model: ModelConfig, attended: float | None = None) -> float:
     """Floating-point operations to train on one token: forward and backward, matrices and causal attention.
 
-    Recomputation by activation checkpointing is not counted.
+    `attended` as in `attention_flops_per_token`. Recomputation by activation checkpointing is not counted.
     """
-    return matrix_flops_per_token(model) + attention_flops_per_token(model)
+    return matrix_flops_per_token(model) + attention_flops_per_token(model, attended)
 
 
 def matrix_flops_per_token(model: ModelConfig) -> float:
@@ -52,13 +52,15 @@ def matrix_flops_per_token(model: ModelConfig) -> float:
     return 6.0 * model.matrix_parameters
 
 
-def attention_flops_per_token(model: ModelConfig) -> float:
+def attention_flops_per_token(model: ModelConfig, attended: float | None = None) -> float:
     """6 T w per layer for the scores and their weighted sum, w being the width of all heads.
 
-    12 T w without a mask (PaLM, appendix B), of which the causal mask leaves half. Kraken's heads together are wider
+    12 T w without a mask (PaLM, appendix B), of which the causal mask leaves half: a token attends to T / 2 others in
+    the mean, or to `attended`, where documents are apart. Kraken's heads together are wider
     than those of the standard Transformer that it matches, so comparisons list this separately.
     """
-    return 6.0 * model.num_layers * model.context_length * model.attention_width
+    others = model.context_length / 2 if attended is None else attended
+    return 12.0 * model.num_layers * others * model.attention_width
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import IGNORED, Losses
+from kraken_train.model.documents import Documents
 from kraken_train.model.embedding import Vocabulary
 from kraken_train.model.layers import KeyValueStore, Layer, Norm
 from kraken_train.model.rotary import Rotary, rotary_angles
@@ -36,6 +37,8 @@ class LanguageModel(nn.Module):
         self.token_embedding = Vocabulary(rows, width, communicator)
         self.position_embedding = nn.Embedding(config.context_length, width) if config.positions == "learned" else None
         self.final_norm = Norm(config)
+        # If set, a token sees its own document only, but for tokens that continue those of caches; see `Documents`.
+        self.end_of_document: int | None = None
         self.lm_head = None if config.tie_embeddings else Vocabulary(rows, width, communicator)
 
     @property
@@ -80,18 +83,25 @@ class LanguageModel(nn.Module):
         self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Token ids (B, T) -> what the head sees, (B, T, D)."""
+        documents = None
+        if self.end_of_document is not None and caches is None:
+            documents = Documents.of(input_ids, self.end_of_document)
         if positions is None:
             tokens = input_ids.shape[1]
             if tokens > self.context_length:
                 raise ValueError(f"{tokens} tokens are more than context_length={self.context_length}")
-            positions = torch.arange(tokens, device=input_ids.device)
+            positions = torch.arange(tokens, device=input_ids.device) if documents is None else documents.positions
         embedding: Tensor = self.token_embedding(input_ids)
         rotary = None
         if self.position_embedding is not None:
             embedding = embedding + self.position_embedding(positions)
         else:
             rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta, embedding.dtype)
-        hidden = self.hidden(embedding, rotary, caches if caches is not None else [None] * self.num_layers)
+        stores: Sequence[KeyValueStore | None] = caches or [None] * self.num_layers
+        if documents is not None:
+            rows_per_sequence, _, head_size = self.cache_shape
+            stores = [documents.attention(rows_per_sequence, head_size, embedding.dtype)] * self.num_layers
+        hidden = self.hidden(embedding, rotary, stores)
         normed: Tensor = self.final_norm(hidden)
         return normed
 

@@ -24,10 +24,14 @@ NORMALIZE: dict[str, Callable[..., Tensor]] = {"layernorm": F.layer_norm, "rmsno
 
 
 class KeyValueStore(Protocol):
-    """One layer's cache of keys and values during generation."""
+    """What the queries of a layer attend to, where that is not simply what comes before them.
+
+    During generation it is the layer's cache of keys and values; with documents apart, see `model.documents`, it is
+    each token's own document.
+    """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Adds the keys and values of T new tokens, (rows, G, T, K) each, and attends to all tokens so far.
+        """A cache adds the keys and values of T new tokens, (rows, G, T, K) each, and attends to all tokens so far.
 
         The queries (rows, H, T, K) are those of the new tokens, each of which sees itself and what came before it;
         the result is (rows, H, T, K).
@@ -173,11 +177,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, cache: KeyValueS
     return mixed.transpose(1, 2).flatten(2)
 
 
-def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries (rows, H, T, K), keys and values (rows, G, T, K) of the same tokens -> (rows, H, T, K)."""
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Queries (rows, H, T, K), keys and values (rows, G, T, K) of the same tokens -> (rows, H, T, K).
+
+    A `bias` (rows, 1, T, T), which is added to the scores, takes the place of the causal mask.
+    """
     heads_per_group = query.shape[1] // key.shape[1]
     if heads_per_group > 1 and query.dtype not in (torch.bfloat16, torch.float16):
         # Fused kernels share key-value heads in 16 bits only; without one, all scores would be held at once.
         key, value = (shared.repeat_interleave(heads_per_group, dim=1) for shared in (key, value))
         heads_per_group = 1
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads_per_group > 1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=bias is None, enable_gqa=heads_per_group > 1
+    )

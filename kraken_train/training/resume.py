@@ -17,7 +17,16 @@ from kraken_train.run.folder import RunFolder
 from kraken_train.run.recorded_settings import recorded_settings
 from kraken_train.training.optim import describe_jump
 
-LEARNING_SETTINGS = ("optim", "schedule", "max_steps", "max_tokens", "global_batch_size", "precision", "loss")
+LEARNING_SETTINGS = (
+    "optim",
+    "schedule",
+    "max_steps",
+    "max_tokens",
+    "global_batch_size",
+    "precision",
+    "loss",
+    "attention_within_documents",
+)
 LENGTHS = ("max_steps", "max_tokens")  # of these, those that may change where no step is left to do
 
 

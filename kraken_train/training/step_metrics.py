@@ -6,8 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
+from kraken_train.model.documents import Documents
 from kraken_train.model.flops import device_peak_flops, training_flops_per_token
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.recipe.batch_ramp import Step
@@ -21,11 +25,14 @@ class StepMetrics:
     Throughput, utilization and data wait are means over the steps whose results are read together.
     """
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, runtime: Runtime, end_of_document: int | None
+    ) -> None:
+        self.model_config = model_config
+        self.end_of_document = end_of_document  # None: tokens attend to all before them
         self.tokens_per_sample = model_config.context_length
         self.has_ramp = len(config.batch_sizes) > 1
         self.z_weight = config.loss.z_loss
-        self.flops_per_token = training_flops_per_token(model_config)
         device_peak = config.peak_tflops * 1e12 if config.peak_tflops else None
         if device_peak is None:
             device_peak = device_peak_flops(runtime.device, config.precision)
@@ -34,6 +41,7 @@ class StepMetrics:
         self.learning_rates: list[float] = []
         self.started = 0.0  # when the first of them began, by time.perf_counter
         self.data_seconds = 0.0  # waiting for batches
+        self.attended: list[Tensor] = []  # by micro-batch here, where documents are apart
 
     def begin_step(self, lr: float) -> None:
         if not self.learning_rates:
@@ -47,6 +55,11 @@ class StepMetrics:
         yield
         self.data_seconds += time.perf_counter() - started
 
+    def count_attention(self, input_ids: Tensor) -> None:
+        """Of a micro-batch (B, T), without waiting for the device."""
+        if self.end_of_document is not None:
+            self.attended.append(Documents.of(input_ids, self.end_of_document).attended)
+
     def take(self, steps: Sequence[Step], results: Sequence[StepResult], samples: int) -> list[Record]:
         """One record for each of the `steps` and its result, which are all since the last call.
 
@@ -55,6 +68,8 @@ class StepMetrics:
         learning_rates, self.learning_rates = self.learning_rates, []
         seconds = time.perf_counter() - self.started
         tokens_per_second = sum(step.samples for step in steps) * self.tokens_per_sample / seconds
+        attended, self.attended = float(torch.stack(self.attended).mean()) if self.attended else None, []
+        flops_per_token = training_flops_per_token(self.model_config, attended)
         records = []
         for step, lr, result in zip(steps, learning_rates, results, strict=True):
             samples += step.samples
@@ -72,6 +87,6 @@ class StepMetrics:
             if self.z_weight:
                 record["z_loss"] = result.z_loss
             if self.peak_flops:
-                record["mfu"] = self.flops_per_token * tokens_per_second / self.peak_flops
+                record["mfu"] = flops_per_token * tokens_per_second / self.peak_flops
             records.append(record)
         return records

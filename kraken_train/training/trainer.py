@@ -70,6 +70,7 @@ class Trainer:
         communicator = make_communicator(self.mesh, reduce_dtype(config.parallel), self.timer)
         units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
         model = build_model(model_config, config.seed, units, communicator, vocabulary)
+        model.end_of_document = data.end_of_document if config.attention_within_documents else None
         self.engine = Engine(model, config, self.mesh, runtime, self.timer)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
@@ -124,7 +125,9 @@ class Trainer:
                 self.config, self.model_config, self.data, self.mesh, self.runtime, self.position
             ):
                 self.print_rank0(line)
-            self.step_metrics = StepMetrics(self.config, self.model_config, self.runtime)
+            self.step_metrics = StepMetrics(
+                self.config, self.model_config, self.runtime, self.engine.model.end_of_document
+            )
             with self.checkpoints, self.open_batches() as self.batches:
                 while self.step < self.last_step:
                     self.train_step()
@@ -147,6 +150,7 @@ class Trainer:
         for _ in range(self.engine.accumulation_steps):
             with self.step_metrics.wait_for_data(), self.timer.phase(DATA):
                 input_ids, targets = next(self.batches)
+            self.step_metrics.count_attention(input_ids)
             self.engine.accumulate(input_ids, targets)
         # A failed background save stops all ranks as well: the save that then follows raises its error on all of them.
         self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)

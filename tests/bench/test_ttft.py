@@ -57,7 +57,8 @@ def seconds(result: dict[str, Any], name: str, kind: str) -> float:
     return figure["seconds"]
 
 
-def test_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers", ["paper", "modern"])
+def test_simulated(layers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock on which attention takes 10 ms, a collective 25 ms and nothing else any time."""
     clock, attend = pretend(monkeypatch), F.scaled_dot_product_attention
 
@@ -66,7 +67,7 @@ def test_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return attend(*arguments, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend_for_a_while)
-    slow = {"interconnect": "pcie4", "interconnect.latency_us": "25000"}
+    slow = {"interconnect": "pcie4", "interconnect.latency_us": "25000", "layers": layers}
     ran = run_here("kraken_train.bench.ttft", *arguments(tmp_path, **slow))
     assert ran.returncode == 0, ran.stderr
     record = load(tmp_path)
@@ -105,6 +106,8 @@ def test_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert parts["exposed_all_reduce"] > 0.025 * collectives[name] - hidden
         assert result["scaled_from_layers"] is None
         assert result["interleaved"]
+        assert result["layers"]["norm"] == {"paper": "layernorm", "modern": "rmsnorm"}[layers]
+        assert result["layers"]["qk_norm"] == (layers == "modern")
     faster = record["summary"]["kraken"]["speed_up_over_standard"]["value"]
     assert faster == pytest.approx(0.145 / 0.085 - 1, rel=0.01)
     for text in ("simulated", "pcie4 (changed)", "standard", f"{faster:+.1%} over the standard"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,3 +137,11 @@ def test_a_set_that_is_too_short_is_named(web: Path, tmp_path: Path) -> None:
     small = write_set(tmp_path / "small", {"train": 5})
     with pytest.raises(DataError, match=rf"the data in {small} have 5 tokens, but one sample takes 9"):
         TrainingData({web: 1, small: 1}).samples(8, seed=0)
+
+
+def test_documents_without_an_end(web: Path, tmp_path: Path) -> None:
+    ending = write_set(tmp_path / "ending", {"train": 202})  # the last token is 1
+    TrainingData({ending: 1}).require_ends_of_documents()
+    message = f"data_dir={web} has no end-of-document token (1) at the end of its documents"
+    with pytest.raises(DataError, match=re.escape(message)):
+        TrainingData({ending: 1, web: 1}).require_ends_of_documents()

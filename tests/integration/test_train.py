@@ -13,11 +13,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from helpers import launch_ranks, run_here, run_module, user_error, wait_for_stop
+from torch.nn.functional import cross_entropy
 
 from checkpoints.training.manifest import content_sha256
 from checkpoints.training.store import find_good_checkpoint, read_weights
 from integration.training import STEPS, learned, overrides, records, start_stopping
+from kraken_train.data.dataset import TrainingData
+from kraken_train.model.registry import build_model
 
 
 def bf16(data: Path, run: Path, *more: str) -> list[str]:
@@ -70,6 +74,33 @@ def test_z_loss_is_logged_apart(data: Path, reference: Path, tmp_path: Path) -> 
     assert "z-loss" in result.stdout
     continued = train(data, run, "max_steps=3")
     assert "changed since the checkpoint: loss.z_loss: 0.01 -> 0" in continued.stdout
+
+
+def test_attention_within_documents(data: Path, tmp_path: Path) -> None:
+    """Resumed to the bit, and validated as documents one by one."""
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    settings = ("attention_within_documents=true", "precision=fp32", "max_steps=6", "checkpoint.every=3")
+    result = train(data, run, *settings)
+    assert result.returncode == 0, result.stderr
+    shutil.copytree(run, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    result = train(data, resumed, *settings)
+    assert "resumed from" in result.stdout
+    assert learned(resumed) == learned(run)
+
+    trained, end = read_weights(run), TrainingData({data: 1}).end_of_document
+    model = build_model(trained.model_config)
+    model.load_state_dict(trained.weights)
+    nats = apart = 0.0
+    for window in TrainingData({data: 1}).validation_windows(32, 1, 5):
+        tokens = torch.from_numpy(window)[0]
+        nats += float(model.token_losses(tokens[None, :-1], tokens[None, 1:]).sum())
+        starts = sorted({0, *(tokens[:-1] == end).nonzero().flatten().tolist()})
+        for first, last in zip(starts, [*starts[1:], 32], strict=True):
+            logits = model(tokens[None, first:last])[0]
+            apart += cross_entropy(logits, tokens[first + 1 : last + 1], reduction="sum").item()
+    assert records(run)[-1]["validation_loss"] == pytest.approx(apart / (5 * 32), rel=1e-6)
+    assert abs(nats - apart) > 1e-4 * nats
 
 
 def test_nothing_is_written_to_the_data(data: Path, data_before: list[tuple[str, int, int]], reference: Path) -> None:

@@ -38,6 +38,7 @@ GLOBAL_BATCH = 24
 ACCUMULATION_STEPS = 2  # whatever the grid
 MAX_GRAD_NORM = 0.5
 RATE = 2e-3
+END_OF_DOCUMENT = 66  # in some samples of a batch, at any place
 Z_LOSS = 0.03  # far above what one would use, so that it changes the training
 
 Steps = list[list[float | bool]]  # [loss, gradient norm, applied] per step
@@ -62,6 +63,7 @@ def settings(
     compile_parts: bool = False,
     z_loss: float = 0.0,
     muon: bool = False,
+    attention_within_documents: bool = False,
 ) -> TrainConfig:
     optim: dict[str, Any] = {
         "lr": RATE, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": MAX_GRAD_NORM,
@@ -76,6 +78,7 @@ def settings(
         micro_batch_size=GLOBAL_BATCH // (ACCUMULATION_STEPS * data_parallel_size),
         seed=0,
         precision=precision,
+        attention_within_documents=attention_within_documents,
         resume="auto",
         max_nonfinite_steps=3,
         log_every=1,
@@ -124,6 +127,7 @@ def make_engine(config: ModelConfig, runtime: Runtime, size: int, **layout: Any)
     communicator = make_communicator(mesh, reduce_dtype(train.parallel))
     units, vocabulary = even_share(config, mesh.model_rank, train.parallel.vocab_parallel)
     model = build_model(config, 0, units, communicator, vocabulary)
+    model.end_of_document = END_OF_DOCUMENT if train.attention_within_documents else None
     engine = Engine(model, train, mesh, runtime)
     assert engine.accumulation_steps == ACCUMULATION_STEPS
     assert model.recompute == train.engine.activation_checkpointing
@@ -169,10 +173,16 @@ def share_of_rank(engine: Engine, config: ModelConfig, step: int) -> list[torch.
 
 
 def plain_training(
-    config: ModelConfig, steps: range, z_loss: float = 0.0, muon: bool = False, sizes: Sequence[int] = ()
+    config: ModelConfig,
+    steps: range,
+    z_loss: float = 0.0,
+    muon: bool = False,
+    end_of_document: int | None = None,
+    sizes: Sequence[int] = (),
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) per step of the same training in plain PyTorch: one process, the global batch at once."""
     model = build_model(config)
+    model.end_of_document = end_of_document
     optimizer: PlainMuon | torch.optim.Optimizer
     if muon:
         optimizer = PlainMuon(model, config, RATE)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from kraken_train.common.errors import TrainingError
 from kraken_train.model.config import KrakenConfig
+from kraken_train.model.cross_entropy import IGNORED
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.parallel.sharding import sharded_dims
 from parity.common import MODELS, make_engine, make_mesh, make_model, run_steps
 
 OVERLAP_LAYERS = 40
+END = 3  # a token that ends a document
 DELAY = 0.010  # seconds that every all-reduce takes longer
 
 
@@ -27,13 +29,18 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
         str(size): {
             "golden": golden(runtime, size),
             "architectures": {
-                f"{name} {'cut' if vocab_parallel else 'whole'} vocabulary": against_whole(
-                    runtime, name, size, vocab_parallel
+                f"{name}, vocab_parallel={vocab_parallel}, apart={apart}": against_whole(
+                    runtime, name, size, vocab_parallel, apart
                 )
                 for name in shared_by(size)
-                for vocab_parallel in (False, True)
+                for vocab_parallel, apart in ((False, False), (True, False), (True, True))
             },
-            "events": {f"recompute={r}": events(runtime, size, r) for r in (False, True)},
+            "leaks": {name: leak(runtime, name, size) for name in shared_by(size)},
+            "events": {
+                f"recompute={recompute}, apart={apart}": events(runtime, size, recompute, apart)
+                for recompute in (False, True)
+                for apart in (False, True)
+            },
             "collectives": collectives(runtime, size),
             "replicas": replicas(runtime, size),
             "dtypes": reduction_dtypes(runtime, size),
@@ -76,8 +83,11 @@ def golden(runtime: Runtime, size: int) -> dict[str, float]:
     return {name: max(rank[name] for rank in runtime.gather(errors)) for name in errors}
 
 
-def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool) -> dict[str, float]:
-    """Largest relative errors against the same model in one process, in float64, ignored targets included."""
+def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool, apart: bool) -> dict[str, float]:
+    """Largest relative errors against the same model in one process, in float64, ignored targets included.
+
+    `apart`: with attention within documents.
+    """
     config = MODELS[name]
     mesh = make_mesh(runtime, size)
     whole, model = build_model(config).double(), make_model(config, mesh, vocab_parallel).double()
@@ -85,6 +95,9 @@ def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool) 
     ids = torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(5))
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[0, 3:7] = -100
+    if apart:
+        inputs[0, 6] = inputs[1, 1] = inputs[1, 12] = END
+        model.end_of_document = whole.end_of_document = END
     losses, expected_losses = model.token_losses(inputs, targets).detach(), whole.token_losses(inputs, targets).detach()
     found = model.losses(inputs, targets, z_weight=0.3)
     found.objective.backward()
@@ -105,6 +118,30 @@ def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool) 
     return {key: max(rank[key] for rank in runtime.gather(errors)) for key in errors}
 
 
+def leak(runtime: Runtime, name: str, size: int) -> dict[str, bool]:
+    """Whether other tokens of a document change a bit of what the next one gives: logits, loss and all gradients."""
+    model = make_model(MODELS[name], make_mesh(runtime, size), vocab_parallel=True)
+
+    def of_second(ids: Tensor) -> list[Tensor]:
+        targets = ids.roll(-1, dims=1).index_fill(1, torch.arange(7), IGNORED)
+        targets[:, -1] = END
+        model.zero_grad()
+        loss = model.loss(ids, targets)
+        loss.backward()
+        return [model(ids)[:, 7:].detach(), loss.detach(), *(parameter.grad for parameter in model.parameters())]  # type: ignore[list-item]
+
+    ids = torch.randint(END + 1, 132, (2, 16), generator=torch.Generator().manual_seed(6))
+    ids[:, 7] = END
+    changed = ids.clone()
+    changed[:, :7] = ids[:, :7].flip(1)
+    found = {}
+    for apart in (False, True):
+        model.end_of_document = END if apart else None
+        pairs = zip(of_second(ids), of_second(changed), strict=True)
+        found[f"apart={apart}"] = not all(torch.equal(one, other) for one, other in pairs)
+    return {key: any(rank[key] for rank in runtime.gather(found)) for key in found}
+
+
 class RecordedWork:
     def __init__(self, work: Any, events: list[str]) -> None:
         self.work, self.events = work, events
@@ -114,7 +151,7 @@ class RecordedWork:
         self.work.wait()
 
 
-def events(runtime: Runtime, size: int, recompute: bool) -> list[str]:
+def events(runtime: Runtime, size: int, recompute: bool, apart: bool = False) -> list[str]:
     """What happens in one forward and backward pass, as rank 0 sees it."""
     log: list[str] = []
 
@@ -133,6 +170,7 @@ def events(runtime: Runtime, size: int, recompute: bool) -> list[str]:
         layer.ffn.register_forward_pre_hook(lambda *_: log.append("ffn"))
         layer.ffn.register_full_backward_pre_hook(lambda *_: log.append("ffn backward"))
     ids = torch.zeros(1, 8, dtype=torch.long, device=runtime.device)
+    model.end_of_document = 0 if apart else None
     loss = model.loss(ids, ids)
     log.append("loss")
     loss.backward()

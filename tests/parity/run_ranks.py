@@ -30,7 +30,7 @@ def main() -> None:
             "trajectories": lambda values=values: trajectories.run(runtime, values),
             "exchange": lambda sizes=sizes: communicator_checks.run(runtime, sizes),
             "events": lambda sizes=sizes: {
-                str(size): communicator_checks.events(runtime, size, False) for size in sizes
+                str(size): communicator_checks.events(runtime, size, False, False) for size in sizes
             },
             "overlap": lambda sizes=sizes: communicator_checks.run_overlap(runtime, sizes[0], busy=False),
             "busy-overlap": lambda sizes=sizes: communicator_checks.run_overlap(runtime, sizes[0], busy=True),

@@ -26,17 +26,24 @@ def test_golden_file_over_ranks(launched: Launched, ranks: int, size: int) -> No
 @pytest.mark.parametrize(("ranks", "size"), PLACES)
 def test_equal_to_the_whole_model(launched: Launched, ranks: int, size: int) -> None:
     found = launched(ranks)["exchange"][str(size)]["architectures"]
-    assert len(found) >= 2 * 3  # models, with a whole and a sharded vocabulary
+    assert len(found) >= 3 * 3  # models, with a whole and a sharded vocabulary, and with documents apart
     for case, errors in found.items():
         assert max(errors["logits"], errors["losses"], errors["z_loss"]) < 1e-13, case
         assert errors["gradients"] < 1e-12, case
 
 
 @pytest.mark.parametrize(("ranks", "size"), PLACES)
-def test_order_of_events(launched: Launched, ranks: int, size: int) -> None:
+def test_documents_do_not_leak(launched: Launched, ranks: int, size: int) -> None:
+    found = launched(ranks)["exchange"][str(size)]["leaks"]
+    assert all(leaks == {"apart=False": True, "apart=True": False} for leaks in found.values()), found
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("ranks", "size"), PLACES)
+def test_order_of_events(launched: Launched, ranks: int, size: int, apart: bool) -> None:
     events = launched(ranks)["exchange"][str(size)]["events"]
     later, later_backward = LAYERS - 1, LAYERS - 1
-    assert events["recompute=False"] == [
+    assert events[f"recompute=False, apart={apart}"] == [
         "attention", "ffn",
         *["start", "attention", "wait", "ffn"] * later,
         "start", "wait",  # the conjunction
@@ -47,7 +54,7 @@ def test_order_of_events(launched: Launched, ranks: int, size: int) -> None:
     ]  # fmt: skip
     # With recomputation the parts run once more, and nothing else changes.
     again = ["attention backward", "attention", "attention done"]
-    assert events["recompute=True"] == [
+    assert events[f"recompute=True, apart={apart}"] == [
         "attention", "ffn",
         *["start", "attention", "wait", "ffn"] * later,
         "start", "wait",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parity.common import MODELS, Z_LOSS, plain_training
+from parity.common import END_OF_DOCUMENT, MODELS, Z_LOSS, plain_training
 from parity.conftest import GRIDS, SLOW_RANKS
 from parity.trajectories import SHORT, STEPS
 
@@ -30,14 +30,20 @@ def twins() -> Twins:
     """By model and kind of training."""
     plain = {(name, "plain"): plain_training(config, range(STEPS)) for name, config in MODELS.items()}
     muon = {(name, "muon"): plain_training(config, range(SHORT), muon=True) for name, config in MODELS.items()}
-    return {**plain, **muon, ("kraken-4", "z-loss"): plain_training(MODELS["kraken-4"], range(SHORT), Z_LOSS)}
+    kraken = MODELS["kraken-4"]
+    return {
+        **plain,
+        **muon,
+        ("kraken-4", "z-loss"): plain_training(kraken, range(SHORT), Z_LOSS),
+        ("kraken-4", "apart"): plain_training(kraken, range(SHORT), end_of_document=END_OF_DOCUMENT),
+    }
 
 
 @pytest.mark.parametrize(("ranks", "case"), CASES)
 def test_same_losses_and_norms(launched: Callable[..., dict[str, Any]], twins: Twins, ranks: int, case: str) -> None:
     model, _, variant = case.split("/")
     steps = launched(ranks)["trajectories"][case]
-    kind = next((kind for kind in ("muon", "z-loss") if kind in variant), "plain")
+    kind = next((kind for kind in ("muon", "z-loss", "apart") if kind in variant), "plain")
     loss_tolerance, norm_tolerance = TOLERANCES["bf16" if "bf16" in variant else "muon" if kind == "muon" else "fp32"]
     assert len(steps) == (STEPS if variant == "plain" else SHORT)
     for (loss, norm, applied), (expected_loss, expected_norm) in zip(steps, twins[model, kind], strict=False):
@@ -51,7 +57,8 @@ def test_the_twins_learn(twins: Twins) -> None:
         assert twin[-1][0] < twin[0][0] - (0.3 if kind == "plain" else 0.05)
 
 
-def test_the_z_loss_changes_the_training(twins: Twins) -> None:
+@pytest.mark.parametrize("kind", ["z-loss", "apart"])
+def test_it_changes_the_training(twins: Twins, kind: str) -> None:
     """By more than the tolerance above."""
-    last, last_with = twins["kraken-4", "plain"][SHORT - 1], twins["kraken-4", "z-loss"][-1]
+    last, last_with = twins["kraken-4", "plain"][SHORT - 1], twins["kraken-4", kind][-1]
     assert all(abs(found - without) > 1e-4 * without for found, without in zip(last_with, last, strict=True)), last_with

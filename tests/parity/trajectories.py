@@ -26,6 +26,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "muon-bf16": {"muon": True, "precision": "bf16"},
     "muon-bf16-zero2": {"muon": True, "precision": "bf16", "zero_stage": 2},
     "compile": {"compile_parts": True},
+    "apart": {"attention_within_documents": True},
+    "compile-recompute-apart": {
+        "compile_parts": True, "activation_checkpointing": True, "attention_within_documents": True,
+    },
     "compile-recompute-bf16": {"compile_parts": True, "activation_checkpointing": True, "precision": "bf16"},
 }  # fmt: skip
 
