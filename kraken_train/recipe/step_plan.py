@@ -65,10 +65,10 @@ class StepPlan:
         return self.ramp.after_steps(self.length.steps, position)
 
     def is_beyond(self, position: Position) -> bool:
-        """Whether a run at `position` has done a step more than the length asks for."""
+        """Whether a run at `position` has surely done a step more than the length asks for."""
         if self.length.tokens is None:
             return position.step > self.length.steps
-        return position.tokens >= self.length.tokens + self.step_at(Position(0, self.length.tokens - 1)).tokens
+        return position.tokens >= self.length.tokens + max(self.ramp.sizes.values()) * self.ramp.context_length
 
     def learning_rate(self, peak: float, position: Position) -> float:
         """Of the step that begins at `position`."""

@@ -131,6 +131,13 @@ def test_the_end_of_a_run_that_had_another_batch_size() -> None:
     assert plan.is_beyond(Position(17, 1088))
 
 
+def test_no_run_ends_beyond_its_end() -> None:
+    """Also where the last step begins before a border, after which steps are smaller."""
+    for tokens in range(1, 2000):
+        plan = make_plan(ConstantSchedule(warmup_steps=0), {0: 8, 910: 4}, max_tokens=tokens)
+        assert not plan.is_beyond(plan.end(Position()))
+
+
 def test_intervals_in_tokens() -> None:
     """Those steps that reach a multiple, once each."""
     every = Length("checkpoint.every", 1, "checkpoint.every_tokens", 200)
