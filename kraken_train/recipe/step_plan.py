@@ -59,7 +59,7 @@ class StepPlan:
         return self.ramp.step_at(position)
 
     def end(self, position: Position) -> Position:
-        """Where a run that is at `position` will end; `position` itself, or before it, where it has done all."""
+        """Where a run that is at `position` will end: there, where it has done all."""
         if self.length.tokens is not None:
             return self.ramp.reaching(self.length.tokens, position)
         return self.ramp.after_steps(self.length.steps, position)
