@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """Train to `config.max_steps`, from the run folder's newest good checkpoint if it has one.
+    """Train to the end that `config` sets, from the run folder's newest good checkpoint if it has one.
 
     Exits with INTERRUPTED_EXIT_CODE, after saving, if a signal or the end of its launcher asked it to stop before.
     """
@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> None:
         data.require_ends_of_documents()
     model_config = parse_model(config.model, data.vocab_size)
     config.parallel.require_fits(model_config)
+    config.step_plan(model_config.context_length)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
 

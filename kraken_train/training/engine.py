@@ -113,7 +113,7 @@ class Engine:
         self.model = model
         self.mesh = mesh
         self.runtime = runtime
-        self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
+        self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)  # of the next step
         self.sharded_dims = sharded_dims(model)
         self.assigned = self.assign_parameters()
         model.recompute = config.engine.activation_checkpointing
@@ -147,6 +147,14 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.runtime.device
+
+    def set_batch_size(self, samples: int) -> None:
+        """Set the size of the next step: samples over all ranks, one of those that the settings have.
+
+        DeepSpeed divides the losses by the number of micro-batches; it has no other use of that number here.
+        """
+        self.deepspeed.set_train_batch_size(samples)
+        self.accumulation_steps = self.deepspeed.gradient_accumulation_steps()
 
     def accumulate(self, input_ids: Tensor, targets: Tensor) -> None:
         """Forward and backward of one micro-batch, (micro_batch_size, context_length) each.
@@ -370,7 +378,7 @@ def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elem
     bf16, stage = DTYPES[config.precision] == torch.bfloat16, config.engine.zero_stage
     accumulation_steps = config.gradient_accumulation_steps(data_parallel_size)
     return {
-        "train_batch_size": config.global_batch_size,
+        "train_batch_size": max(config.batch_sizes),
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         # `Engine.update` computes the norm, clips, and skips non-finite steps.

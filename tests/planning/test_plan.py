@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,12 +132,15 @@ def test_refusals() -> None:
 def test_command(tmp_path: Path) -> None:
     done = run_here(
         "kraken_train.plan", "model=kraken-tiny-4way", "vocab_size=300", "cluster=l40s_pcie", "nodes=2",
-        "global_batch_size=32", f"output={tmp_path}/plan.json", f"output_dir={tmp_path}",
+        "global_batch_size=32", "max_tokens=1M", f"output={tmp_path}/plan.json", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "to train so: parallel.sub_layer_parallel_size=" in done.stdout
     record = json.loads((tmp_path / "plan.json").read_text())
     best = record["ranked"][0]
+    run = re.search(r"1M tokens are 245 steps of 4,096 tokens, which take (\d+) s, without", done.stdout)  # 244.1 steps
+    assert run is not None
+    assert int(run[1]) == int(245 * best["seconds"]["total"])
     assert (
         sum(best["memory"][part] for part in ("weights", "optimizer", "gradients", "activations", "working"))
         == (best["memory"]["total"])
@@ -153,6 +157,7 @@ def test_command(tmp_path: Path) -> None:
         (["cluster=dgx"], "cluster=dgx is not known; use one of dgx_a100"),
         (["nodes=0"], "nodes=0 must be greater than 0"),
         (["cluster.matrix_fraction=2"], "cluster.matrix_fraction=2.0 must be greater than 0 and at most 1"),
+        (["max_tokens=1Q"], "max_tokens=1Q: no whole number of tokens"),
         (["micro_batch=3"], "micro_batch is not a setting (did you mean micro_batch_size?)"),
     ],
 )
