@@ -20,6 +20,7 @@ from kraken_train.model.config import ModelConfig, ModelSettings
 from kraken_train.recipe.batch_ramp import BatchRamp, BatchSize, describe_batch_size, validate_batch_size
 from kraken_train.recipe.lengths import Length
 from kraken_train.recipe.optimizers import AnyOptimizer
+from kraken_train.recipe.parametrization import parametrization_of
 from kraken_train.recipe.schedules import AnySchedule
 from kraken_train.recipe.step_plan import StepPlan
 
@@ -290,6 +291,12 @@ class TrainConfig:
         plan = StepPlan(self.length, self.schedule, BatchRamp(self.global_batch_size, context_length))
         plan.require_fits()
         return plan
+
+    def require_fits(self, model: ModelConfig) -> None:
+        """Raises ConfigError unless the model can be trained so: its ranks, lengths in tokens and parametrization."""
+        self.parallel.require_fits(model)
+        self.step_plan(model.context_length)
+        parametrization_of(self.optim, model)
 
     @property
     def data_shares(self) -> dict[Path, int]:

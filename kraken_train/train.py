@@ -47,8 +47,7 @@ def train(config: TrainConfig) -> None:
     if config.attention_within_documents:
         data.require_ends_of_documents()
     model_config = parse_model(config.model, data.vocab_size)
-    config.parallel.require_fits(model_config)
-    config.step_plan(model_config.context_length)
+    config.require_fits(model_config)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
 

@@ -31,13 +31,11 @@ def check_training(config: TrainConfig, ranks: int, future_data: Collection[Path
     if any(folder.resolve() in future for folder in config.data_shares):
         has_vocab_size = config.model.get("vocab_size") is not None
         model = parse_model(config.model, None if has_vocab_size else PLACEHOLDER_VOCAB_SIZE)
-        config.parallel.require_fits(model)
-        config.step_plan(model.context_length)
+        config.require_fits(model)
         return model
     data = TrainingData(config.data_shares)
     model = parse_model(config.model, data.vocab_size)
-    config.parallel.require_fits(model)
-    config.step_plan(model.context_length)
+    config.require_fits(model)
     check_run_folder(config, model, data.fingerprint)
     if config.init_from is not None:
         open_initial_export(Path(config.init_from), model, data.tokenizer_files)

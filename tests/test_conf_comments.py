@@ -19,6 +19,7 @@ from data_prep.tokenizer_settings import TokenizerSettings
 from kraken_train.bench.documents import DocumentsConfig
 from kraken_train.bench.kv_memory import KVMemoryConfig
 from kraken_train.bench.throughput_config import ThroughputConfig
+from kraken_train.bench.transfer import TransferConfig
 from kraken_train.bench.ttft import TTFTConfig
 from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.setting_docs import describe, with_comments
@@ -48,6 +49,7 @@ COMMANDS = {
     "submit": SubmitConfig,
     "throughput": ThroughputConfig,
     "train": TrainConfig,
+    "transfer": TransferConfig,
     "ttft": TTFTConfig,
 }
 GROUPS = {

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.sharding import ShardedDim
 from kraken_train.parallel.weight_role import WeightRole, weight_role
 
@@ -37,6 +39,27 @@ def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
             fill(cast(Tensor, module.weight), role, getattr(module, "sharded_dim", None), std, f"{seed}/{name}.weight")
         elif any(True for _ in module.parameters(recurse=False)):
             raise TypeError(f"{name} ({type(module).__name__}) has parameters but no rule for their initial values")
+
+
+@torch.no_grad()
+def scale_initial_weights(model: nn.Module, factor: Callable[[WeightKind], float]) -> None:
+    """Multiply all parameters in place with the factor of their kind."""
+    for name, module in model.named_modules():
+        if (kind := weight_kind(name, module)) is not None:
+            cast(Tensor, module.weight).mul_(factor(kind))
+
+
+def weight_kind(name: str, module: nn.Module) -> WeightKind | None:
+    """None for a module without a weight of its own. A matrix that says nothing is between hidden activations."""
+    declared: WeightKind | None = getattr(module, "weight_kind", None)
+    role = weight_role(module)
+    if declared is not None or role is None:
+        return declared
+    if role is WeightRole.NORM:
+        return WeightKind.NORM
+    if role is WeightRole.EMBEDDING:
+        return WeightKind.EMBEDDING
+    return WeightKind.RESIDUAL if name.endswith(RESIDUAL_PROJECTIONS) else WeightKind.HIDDEN
 
 
 def fill(weight: Tensor, role: WeightRole, sharded_dim: ShardedDim | None, std: float, identity: str) -> None:

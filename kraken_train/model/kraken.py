@@ -23,6 +23,7 @@ from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.layers import KeyValueStore, Layer, StackedAttention, StackedFFN, StackedLinear
 from kraken_train.model.rotary import Rotary
+from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 
@@ -47,7 +48,7 @@ class KrakenModel(LanguageModel):
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             KrakenLayer(config, self.units, self.communicator) for _ in range(config.num_layers)
         )
-        self.conjunction = StackedLinear(self.units, config.hidden_size, config.hidden_size)
+        self.conjunction = Conjunction(self.units, config.hidden_size, config.hidden_size)
         initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers)
 
     @property
@@ -63,6 +64,12 @@ class KrakenModel(LanguageModel):
         for layer, cache in zip(self.layers, caches, strict=True):
             streams, total = layer(streams, total, rotary, cache), None
         return self.communicator.all_reduce(self.conjunction(streams).sum(dim=0))
+
+
+class Conjunction(StackedLinear):
+    """W_i of all sub-layers here, whose outputs are summed."""
+
+    weight_kind = WeightKind.CONJUNCTION
 
 
 class KrakenLayer(Layer):

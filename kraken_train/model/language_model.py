@@ -14,7 +14,7 @@ from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import IGNORED, Losses
 from kraken_train.model.documents import Documents
 from kraken_train.model.embedding import Vocabulary
-from kraken_train.model.layers import KeyValueStore, Layer, Norm
+from kraken_train.model.layers import FinalNorm, KeyValueStore, Layer
 from kraken_train.model.rotary import Rotary, rotary_angles
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange, all_units
@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
         rows, width = vocabulary or all_units(config.vocab_size), config.hidden_size
         self.token_embedding = Vocabulary(rows, width, communicator)
         self.position_embedding = nn.Embedding(config.context_length, width) if config.positions == "learned" else None
-        self.final_norm = Norm(config)
+        self.final_norm = FinalNorm(config)
         # If set, a token sees its own document only, but for tokens that continue those of caches; see `Documents`.
         self.end_of_document: int | None = None
         self.lm_head = None if config.tie_embeddings else Vocabulary(rows, width, communicator)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.rotary import Rotary, rotate
+from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
 from kraken_train.parallel.weight_role import WeightRole
 
@@ -67,6 +68,12 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.weight.shape, self.weight, eps=self.epsilon)
+
+
+class FinalNorm(Norm):
+    """The norm before the head."""
+
+    weight_kind = WeightKind.FINAL_NORM
 
 
 class StackedLinear(nn.Module):

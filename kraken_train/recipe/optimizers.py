@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.common.validation import require_at_least, require_positive
+from kraken_train.common.validation import require_at_least, require_choice, require_positive
+
+PARAMETRIZATIONS = ("standard", "mup")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,19 @@ class AdamWConfig(Optimizer):
     """AdamW with decoupled weight decay (arXiv 1711.05101)."""
 
     name: Literal["adamw"] = "adamw"  # class of the optimizer
+    # standard | mup: one lr is the best for models of all sizes, since initial values, learning rates and weight decay
+    # of each kind of weight follow from how many times larger a model is than a base
+    parametrization: str = "standard"
+    base_hidden_size: int | None = None  # of the base, whose initial values are the standard ones; mup needs it
+    base_num_layers: int | None = None  # of the base; mup needs it
+    base_num_sub_layers: int | None = None  # of the base; mup needs it for a Kraken
+
+    def validate(self) -> None:
+        super().validate()
+        require_choice("optim.parametrization", self.parametrization, PARAMETRIZATIONS)
+        for name in ("base_hidden_size", "base_num_layers", "base_num_sub_layers"):
+            if getattr(self, name) is not None:
+                require_positive(f"optim.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from kraken_train.parallel.replica_check import require_equal_replicas
 from kraken_train.parallel.sharding import ShardedDim, sharded_dims
 from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
 from kraken_train.recipe.optimizers import MuonConfig
+from kraken_train.recipe.parametrization import STANDARD, Parametrization
 from kraken_train.training.muon import Muon
 from kraken_train.training.optim import make_optimizer, parameter_groups, reduce_bucket_elements, state_names
 from kraken_train.training.precision import DTYPES
@@ -109,6 +110,7 @@ class Engine:
         mesh: ParallelMesh,
         runtime: Runtime,
         timer: StepTimer | None = None,
+        parametrization: Parametrization = STANDARD,
     ) -> None:
         self.model = model
         self.mesh = mesh
@@ -119,7 +121,8 @@ class Engine:
         model.recompute = config.engine.activation_checkpointing
         if config.engine.compile:
             model.compile_parts()
-        groups = parameter_groups(model, config.optim.weight_decay, isinstance(config.optim, MuonConfig))
+        with_muon = isinstance(config.optim, MuonConfig)
+        groups = parameter_groups(model, config.optim.weight_decay, with_muon, parametrization)
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.states = {names[parameter]: state_names(group) for group in groups for parameter in group["params"]}
@@ -209,7 +212,7 @@ class Engine:
         if self.max_grad_norm > 0:
             optimizer.grad_scale = ((squares.sqrt() + 1e-6) / self.max_grad_norm).clamp(min=1.0).float()
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiplier"]
         self.deepspeed.step()
 
     def average_gradients(self) -> None:

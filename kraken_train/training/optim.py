@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kraken_train.model.initialization import weight_kind
 from kraken_train.parallel.matrices import lay_out, matrix_parts
 from kraken_train.parallel.matrix_exchange import MatrixExchange
 from kraken_train.parallel.mesh import Place
@@ -17,6 +18,7 @@ from kraken_train.parallel.sharding import sharded_dims
 from kraken_train.parallel.weight_role import WeightRole, weight_role
 from kraken_train.recipe.batch_ramp import Position
 from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
+from kraken_train.recipe.parametrization import STANDARD, Parametrization
 from kraken_train.recipe.step_plan import recorded_plan
 from kraken_train.training.muon import MATRICES, Muon
 
@@ -24,28 +26,34 @@ SMALLEST_JUMP = 0.01  # of a learning rate, relative
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, matrices_apart: bool = False) -> list[dict[str, Any]]:
-    """Optimizer groups by role: matrices and embeddings decay, norms do not; by whether the ranks of a model copy share
-    the parameter ("shared") or each hold a part; and, if they are to be apart, by whether it consists of matrices.
-    Groups of such parameters then have their MatrixParts ("matrices"). Empty groups are left out.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, matrices_apart: bool = False, parametrization: Parametrization = STANDARD
+) -> list[dict[str, Any]]:
+    """Optimizer groups by role: matrices and embeddings decay, norms do not; by the multipliers of their kind; by
+    whether the ranks of a model copy share the parameter ("shared") or each hold a part; and, if they are to be apart,
+    by whether it consists of matrices. Groups of such parameters then have their MatrixParts ("matrices"). Empty groups
+    are left out.
 
-    The role comes from the module that owns the weight, since a stacked norm has two axes like a matrix. Raises
-    TypeError for a module with parameters that has no role.
+    "lr_multiplier" and "eps_multiplier" are relative to the settings. The role comes from the module that owns the
+    weight, since a stacked norm has two axes like a matrix. Raises TypeError for a module with parameters that has no
+    role.
     """
     cuts = sharded_dims(model)
-    groups: dict[tuple[float, bool, bool], list[tuple[nn.Parameter, nn.Module]]] = {}
+    groups: dict[tuple[float, bool, bool, float, float], list[tuple[nn.Parameter, nn.Module]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            role = weight_role(module)
-            if role is None:
+            role, kind = weight_role(module), weight_kind(prefix, module)
+            if role is None or kind is None:
                 raise TypeError(f"{prefix} ({type(module).__name__}) has parameters but no role in weight decay")
-            decay = 0.0 if role is WeightRole.NORM else weight_decay
+            by = parametrization.multipliers(kind)
+            decay = 0.0 if role is WeightRole.NORM else weight_decay * by.weight_decay
             apart = matrices_apart and role.is_matrix
-            groups.setdefault((decay, cuts[name] is None, apart), []).append((parameter, module))
+            key = (decay, cuts[name] is None, apart, by.learning_rate, by.epsilon)
+            groups.setdefault(key, []).append((parameter, module))
     found = []
-    for (decay, shared, apart), members in groups.items():
+    for (decay, shared, apart, lr_multiplier, eps_multiplier), members in groups.items():
         group: dict[str, Any] = {"params": [parameter for parameter, _ in members], "weight_decay": decay}
-        group["shared"] = shared
+        group |= {"shared": shared, "lr_multiplier": lr_multiplier, "eps_multiplier": eps_multiplier}
         if apart:
             group[MATRICES] = lay_out([(parameter.numel(), matrix_parts(module)) for parameter, module in members])
         found.append(group)
@@ -56,7 +64,9 @@ def make_optimizer(
     config: AnyOptimizer, groups: list[dict[str, Any]], place: Place, world: dist.ProcessGroup | None
 ) -> torch.optim.Optimizer:
     """For the groups of `parameter_groups`, on the rank at `place`; `world` has all ranks."""
-    adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    for group in groups:
+        group["eps"] = config.eps * group["eps_multiplier"]
+    adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "fused": True}
     if isinstance(config, AdamWConfig):
         return torch.optim.AdamW(groups, **adamw)
     for group in groups:

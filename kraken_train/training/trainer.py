@@ -25,12 +25,14 @@ from kraken_train.health.shutdown import Interrupted, StopRequest
 from kraken_train.health.stragglers import Stragglers, describe_change, describe_ranks
 from kraken_train.health.watchdog import Watchdog
 from kraken_train.model.config import ModelConfig
+from kraken_train.model.initialization import scale_initial_weights
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime, slurm_job
 from kraken_train.parallel.step_timer import DATA, FORWARD, StepTimer
 from kraken_train.recipe.batch_ramp import START, Step
+from kraken_train.recipe.parametrization import parametrization_of
 from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
@@ -71,7 +73,9 @@ class Trainer:
         units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
         model = build_model(model_config, config.seed, units, communicator, vocabulary)
         model.end_of_document = data.end_of_document if config.attention_within_documents else None
-        self.engine = Engine(model, config, self.mesh, runtime, self.timer)
+        parametrization = parametrization_of(config.optim, model_config)
+        scale_initial_weights(model, lambda kind: parametrization.multipliers(kind).initial)
+        self.engine = Engine(model, config, self.mesh, runtime, self.timer, parametrization)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
             config.checkpoint.keep,

@@ -218,6 +218,7 @@ ALLOWED = {
     "kraken_train/bench/grid.py": ({"standard"}, "what the benchmarks compare with"),
     "kraken_train/derive.py": ({"KrakenConfig"}, "the command makes a Kraken for a baseline"),
     "kraken_train/parallel/mesh.py": ({"kraken"}, "the name of a dimension of the mesh"),
+    "kraken_train/recipe/optimizers.py": ({"standard"}, "the name of a parametrization"),
     "kraken_train/reporting/model_card.py": ({"kraken"}, "the tag of this program's models on the Hub"),
 }
 
