@@ -22,15 +22,16 @@ from kraken_train.config import (
     ValidationConfig,
 )
 from kraken_train.model.config import ModelConfig
+from kraken_train.model.initialization import scale_initial_weights, weight_kind
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import DistributedCommunicator, make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
+from kraken_train.recipe.parametrization import STANDARD, Parametrization, parametrization_of
 from kraken_train.recipe.schedules import ConstantSchedule
 from kraken_train.training.engine import Engine
-from kraken_train.training.optim import parameter_groups
 from kraken_train.training.precision import reduce_dtype
 
 MODELS = shareable_configs()
@@ -39,6 +40,7 @@ ACCUMULATION_STEPS = 2  # whatever the grid
 MAX_GRAD_NORM = 0.5
 RATE = 2e-3
 END_OF_DOCUMENT = 66  # in some samples of a batch, at any place
+MUP = {"parametrization": "mup", "base_hidden_size": 24, "base_num_layers": 1, "base_num_sub_layers": 2}  # of a Kraken
 Z_LOSS = 0.03  # far above what one would use, so that it changes the training
 
 Steps = list[list[float | bool]]  # [loss, gradient norm, applied] per step
@@ -64,6 +66,7 @@ def settings(
     z_loss: float = 0.0,
     muon: bool = False,
     attention_within_documents: bool = False,
+    mup: bool = False,
 ) -> TrainConfig:
     optim: dict[str, Any] = {
         "lr": RATE, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": MAX_GRAD_NORM,
@@ -85,7 +88,7 @@ def settings(
         peak_tflops=None,
         rendezvous_seconds=600,
         watchdog_seconds=0,
-        optim=MuonConfig(**optim, momentum=0.95, ns_steps=5) if muon else AdamWConfig(**optim),
+        optim=MuonConfig(**optim, momentum=0.95, ns_steps=5) if muon else AdamWConfig(**optim, **(MUP if mup else {})),
         schedule=ConstantSchedule(warmup_steps=0),
         parallel=ParallelConfig(sub_layer_parallel_size, vocab_parallel, reduce_dtype, verify_every=0),
         engine=EngineConfig(zero_stage, activation_checkpointing, compile_parts),
@@ -128,7 +131,9 @@ def make_engine(config: ModelConfig, runtime: Runtime, size: int, **layout: Any)
     units, vocabulary = even_share(config, mesh.model_rank, train.parallel.vocab_parallel)
     model = build_model(config, 0, units, communicator, vocabulary)
     model.end_of_document = END_OF_DOCUMENT if train.attention_within_documents else None
-    engine = Engine(model, train, mesh, runtime)
+    parametrization = parametrization_of(train.optim, config)
+    scale_initial_weights(model, lambda kind: parametrization.multipliers(kind).initial)
+    engine = Engine(model, train, mesh, runtime, parametrization=parametrization)
     assert engine.accumulation_steps == ACCUMULATION_STEPS
     assert model.recompute == train.engine.activation_checkpointing
     assert is_compiled(model) == train.engine.compile
@@ -179,15 +184,25 @@ def plain_training(
     muon: bool = False,
     end_of_document: int | None = None,
     sizes: Sequence[int] = (),
+    parametrization: Parametrization = STANDARD,
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) per step of the same training in plain PyTorch: one process, the global batch at once."""
     model = build_model(config)
     model.end_of_document = end_of_document
+    scale_initial_weights(model, lambda kind: parametrization.multipliers(kind).initial)
     optimizer: PlainMuon | torch.optim.Optimizer
     if muon:
         optimizer = PlainMuon(model, config, RATE)
     else:
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+        groups = []  # one for each parameter
+        for name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                kind = weight_kind(name, module)
+                assert kind is not None
+                by, decay = parametrization.multipliers(kind), 0.1 * ("norm" not in name)
+                groups.append({"params": [parameter], "lr": RATE * by.learning_rate, "eps": 1e-8 * by.epsilon,
+                               "weight_decay": decay / by.learning_rate})  # fmt: skip
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     results = []
     for step in steps:
         samples = batch(config, step, sizes[step] if sizes else GLOBAL_BATCH)

@@ -15,11 +15,11 @@ Report = dict[str, Any]
 
 SLOW_RANKS = 6  # more than the cores of a small machine
 GRIDS = {  # checks by number of ranks; a number of a check is the ranks per model copy
-    1: ["modes:1", "trajectories:kraken-4/1/plain,kraken-4/1/muon,parallel/1/muon-bf16-zero2", "save:1"],
+    1: ["modes:1", "trajectories:kraken-4/1/plain,kraken-4/1/muon,kraken-4/1/mup,parallel/1/muon-bf16-zero2", "save:1"],
     2: [
         "modes:1,2",
         "trajectories:kraken-4/2/plain,kraken-6/2/plain,kraken-4/2/compile,kraken-4/2/compile-recompute-bf16,"
-        "kraken-4/2/z-loss-vocab,kraken-4/2/compile-recompute-apart,"
+        "kraken-4/2/z-loss-vocab,kraken-4/2/mup,kraken-4/1/mup-bf16-zero2-vocab,kraken-4/2/compile-recompute-apart,"
         "standard/2/compile,parallel/2/zero2-recompute-vocab,kraken-6/2/muon-bf16,standard/1/muon-zero2-recompute-vocab",
         "exchange:2",
         "overlap:2",

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from parity.common import END_OF_DOCUMENT, MODELS, Z_LOSS, plain_training
+from kraken_train.recipe.parametrization import parametrization_of
+from parity.common import END_OF_DOCUMENT, MODELS, Z_LOSS, plain_training, settings
 from parity.conftest import GRIDS, SLOW_RANKS
 from parity.trajectories import SHORT, STEPS
 
@@ -35,6 +36,9 @@ def twins() -> Twins:
         **plain,
         **muon,
         ("kraken-4", "z-loss"): plain_training(kraken, range(SHORT), Z_LOSS),
+        ("kraken-4", "mup"): plain_training(
+            kraken, range(SHORT), parametrization=parametrization_of(settings(mup=True).optim, kraken)
+        ),
         ("kraken-4", "apart"): plain_training(kraken, range(SHORT), end_of_document=END_OF_DOCUMENT),
     }
 
@@ -43,7 +47,7 @@ def twins() -> Twins:
 def test_same_losses_and_norms(launched: Callable[..., dict[str, Any]], twins: Twins, ranks: int, case: str) -> None:
     model, _, variant = case.split("/")
     steps = launched(ranks)["trajectories"][case]
-    kind = next((kind for kind in ("muon", "z-loss", "apart") if kind in variant), "plain")
+    kind = next((kind for kind in ("muon", "mup", "z-loss", "apart") if kind in variant), "plain")
     loss_tolerance, norm_tolerance = TOLERANCES["bf16" if "bf16" in variant else "muon" if kind == "muon" else "fp32"]
     assert len(steps) == (STEPS if variant == "plain" else SHORT)
     for (loss, norm, applied), (expected_loss, expected_norm) in zip(steps, twins[model, kind], strict=False):
@@ -57,7 +61,7 @@ def test_the_twins_learn(twins: Twins) -> None:
         assert twin[-1][0] < twin[0][0] - (0.3 if kind == "plain" else 0.05)
 
 
-@pytest.mark.parametrize("kind", ["z-loss", "apart"])
+@pytest.mark.parametrize("kind", ["z-loss", "apart", "mup"])
 def test_it_changes_the_training(twins: Twins, kind: str) -> None:
     """By more than the tolerance above."""
     last, last_with = twins["kraken-4", "plain"][SHORT - 1], twins["kraken-4", kind][-1]

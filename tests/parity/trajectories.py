@@ -19,6 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "precision": "bf16", "zero_stage": 2, "activation_checkpointing": True, "reduce_dtype": "fp32",
     },
     "z-loss-vocab": {"z_loss": Z_LOSS, "vocab_parallel": True},
+    "mup": {"mup": True},
+    "mup-bf16-zero2-vocab": {"mup": True, "precision": "bf16", "zero_stage": 2, "vocab_parallel": True},
     "muon": {"muon": True},
     "muon-zero2-recompute-vocab": {
         "muon": True, "zero_stage": 2, "activation_checkpointing": True, "vocab_parallel": True,
