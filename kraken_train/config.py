@@ -14,11 +14,15 @@ from typing import Any
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath, Name
+from kraken_train.common.token_counts import Tokens
 from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
 from kraken_train.model.config import ModelConfig, ModelSettings
+from kraken_train.recipe.batch_ramp import BatchRamp, BatchSize, describe_batch_size, validate_batch_size
+from kraken_train.recipe.lengths import Length
 from kraken_train.recipe.optimizers import AnyOptimizer
 from kraken_train.recipe.parametrization import parametrization_of
 from kraken_train.recipe.schedules import AnySchedule
+from kraken_train.recipe.step_plan import StepPlan
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
@@ -110,9 +114,17 @@ class CheckpointConfig:
     every: int  # optimizer steps; the last step is saved as well
     keep: int  # checkpoints that stay on disk, the newest ones
     asynchronous: bool  # write in the background while training continues
+    # tokens, as in 100M, in place of every: the step that reaches a multiple is saved; null: every counts
+    every_tokens: Tokens | None = None
+
+    @property
+    def interval(self) -> Length:
+        return Length("checkpoint.every", self.every, "checkpoint.every_tokens", self.every_tokens)
 
     def validate(self) -> None:
         require_positive("checkpoint.every", self.every)
+        if self.every_tokens is not None:
+            require_positive("checkpoint.every_tokens", self.every_tokens)
         require_positive("checkpoint.keep", self.keep)
 
 
@@ -120,9 +132,19 @@ class CheckpointConfig:
 class ValidationConfig:
     every: int  # optimizer steps; the last step is validated as well; 0: never
     samples: int  # samples, from the start of the validation split
+    # tokens, as in 100M, in place of every: the step that reaches a multiple is validated; 0: never; null: every counts
+    every_tokens: Tokens | None = None
+
+    @property
+    def interval(self) -> Length:
+        return Length("validation.every", self.every, "validation.every_tokens", self.every_tokens)
+
+    @property
+    def enabled(self) -> bool:
+        return (self.every if self.every_tokens is None else self.every_tokens) > 0
 
     def validate(self) -> None:
-        require_at_least("validation.every", self.every, 0)
+        self.interval.validate(minimum=0)
         require_positive("validation.samples", self.samples)
 
 
@@ -192,7 +214,9 @@ class TrainConfig:
     # export of the same model, whose weights a new run starts with; null: initial weights are drawn from the seed
     init_from: FilePath | None
     max_steps: int  # optimizer steps
-    global_batch_size: int  # samples of context_length tokens per optimizer step, over all ranks
+    # samples of context_length tokens per optimizer step, over all ranks; a ramp, as in {0: 128, 1B: 256}: 128 in the
+    # steps that begin before 1B tokens, then 256
+    global_batch_size: BatchSize
     micro_batch_size: int  # samples per rank and forward pass; gradients are accumulated up to global_batch_size
     seed: int  # of the initial weights and of the order of samples
     # bf16 (with fp32 master weights and accumulation) | fp32 | auto: bf16 where every rank's device computes it
@@ -218,11 +242,16 @@ class TrainConfig:
     validation: ValidationConfig
     tracking: TrackingConfig
     health: HealthConfig
+    # tokens to train on, as in 2B, in place of max_steps: the step that reaches them is the last; null: max_steps count
+    max_tokens: Tokens | None = None
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "max_nonfinite_steps", "log_every"):
+        for name in ("max_steps", "micro_batch_size", "max_nonfinite_steps", "log_every"):
             require_positive(name, getattr(self, name))
+        if self.max_tokens is not None:
+            require_positive("max_tokens", self.max_tokens)
+        validate_batch_size(self.global_batch_size)
         for name in ("data_dir", "run_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
@@ -242,11 +271,31 @@ class TrainConfig:
             raise ConfigError(
                 "parallel.reduce_dtype=bf16 would round what precision=fp32 computes; use fp32 or null for it"
             )
-        self.schedule.require_fits(self.max_steps)
+        context_length = self.model.get("context_length")
+        if isinstance(context_length, int):
+            self.step_plan(context_length)
+
+    @property
+    def length(self) -> Length:
+        """Of the run."""
+        return Length("max_steps", self.max_steps, "max_tokens", self.max_tokens)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The samples of a step: one number, or those of the ramp in their order."""
+        size = self.global_batch_size
+        return (size,) if isinstance(size, int) else tuple(size.values())
+
+    def step_plan(self, context_length: int) -> StepPlan:
+        """Raises ConfigError where the run is too short for its schedule."""
+        plan = StepPlan(self.length, self.schedule, BatchRamp(self.global_batch_size, context_length))
+        plan.require_fits()
+        return plan
 
     def require_fits(self, model: ModelConfig) -> None:
-        """Raises ConfigError unless the ranks of a copy can share the model, and its parametrization has a base."""
+        """Raises ConfigError unless the model can be trained so: its ranks, lengths in tokens and parametrization."""
         self.parallel.require_fits(model)
+        self.step_plan(model.context_length)
         parametrization_of(self.optim, model)
 
     @property
@@ -256,17 +305,20 @@ class TrainConfig:
         return whole_shares(weights)
 
     def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
-        """Micro-batches per rank and optimizer step. Raises ConfigError where the batch does not divide."""
+        """Micro-batches per rank and optimizer step, at most. Raises ConfigError where a batch does not divide."""
         samples = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % samples:
-            below = self.global_batch_size // samples * samples
-            would = f"{below} or {below + samples}" if below else str(samples)
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
-                f"{self.micro_batch_size} times {data_parallel_size} data-parallel ranks; "
-                f"use global_batch_size={would}, or another micro_batch_size"
-            )
-        return self.global_batch_size // samples
+        for size in self.batch_sizes:
+            if size % samples:
+                below = size // samples * samples
+                would = f"{below} or {below + samples}" if below else str(samples)
+                alone = isinstance(self.global_batch_size, int)
+                raise ConfigError(
+                    f"global_batch_size={describe_batch_size(self.global_batch_size)}"
+                    f"{'' if alone else f': {size}'} is not a multiple of micro_batch_size="
+                    f"{self.micro_batch_size} times {data_parallel_size} data-parallel ranks; "
+                    f"use {'global_batch_size=' if alone else ''}{would}, or another micro_batch_size"
+                )
+        return max(self.batch_sizes) // samples
 
 
 def whole_shares(weights: dict[str, Any]) -> dict[Path, int]:

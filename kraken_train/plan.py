@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kraken_train.common.cli import run_entry
+from kraken_train.common.durations import duration
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
 from kraken_train.common.settings import choices_of, to_dict
+from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.config import AUTO, PRECISIONS, EngineConfig
 from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
@@ -33,6 +35,8 @@ class PlanConfig:
     cluster: Cluster
     nodes: int  # machines
     global_batch_size: int  # samples per optimizer step, over all devices
+    # tokens of the run, as in 2B, to tell how many steps and how much time it takes; null: of a step alone
+    max_tokens: Tokens | None
     vocab_size: int | None  # vocabulary of the tokenizer, for models that take it from the data (model.vocab_size=null)
     sub_layer_parallel_size: int | None  # as in conf/train.yaml; null: the best is searched
     micro_batch_size: int | None  # as in conf/train.yaml; null: the best is searched
@@ -53,6 +57,7 @@ class PlanConfig:
             "nodes",
             "global_batch_size",
             "shown",
+            "max_tokens",
             "vocab_size",
             "sub_layer_parallel_size",
             "micro_batch_size",
@@ -128,6 +133,15 @@ def traffic_table(traffic: tuple[Collective, ...]) -> Table:
     return table
 
 
+def describe_run(tokens: int, best: Prediction) -> str:
+    """Steps and time of a run over so many tokens."""
+    steps = -(-tokens // best.tokens)
+    return (
+        f"{format_tokens(tokens)} tokens are {steps:,} steps of {best.tokens:,} tokens, which take "
+        f"{duration(steps * best.time.total)}, without validation and checkpoints"
+    )
+
+
 def print_plan(config: PlanConfig) -> None:
     if config.output_dir is not None:
         open_output(Path(config.output_dir))
@@ -147,6 +161,8 @@ def print_plan(config: PlanConfig) -> None:
     why = reasons(plan, cluster, model)
     for line in (*why, *plan.refused):
         print(f"- {line}")
+    if config.max_tokens is not None:
+        print(describe_run(config.max_tokens, plan.best))
     print(f"to train so: {plan.best.layout.overrides} engine.compile=true")
     if config.output is not None:
         record = {

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kraken_train.common.cli import user_errors
+from kraken_train.common.durations import duration
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.help import make_parser
 from kraken_train.run.logs import follow, logs_of, merged
@@ -168,15 +169,6 @@ def print_table(states: list[RunState]) -> None:
             str(len(state.starts)),
         )
     Console(highlight=False, width=TABLE_WIDTH).print(table)
-
-
-def duration(seconds: float) -> str:
-    """`3 d 4 h`, `5 h 12 min`, `8 min` or `30 s`."""
-    seconds = max(0, int(seconds))
-    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
-        if seconds >= size:
-            return f"{seconds // size} {unit} {seconds % size // part} {smaller}"
-    return f"{seconds // 60} min" if seconds >= 60 else f"{seconds} s"
 
 
 if __name__ == "__main__":

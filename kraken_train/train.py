@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """Train to `config.max_steps`, from the run folder's newest good checkpoint if it has one.
+    """Train to the end that `config` sets, from the run folder's newest good checkpoint if it has one.
 
     Exits with INTERRUPTED_EXIT_CODE, after saving, if a signal or the end of its launcher asked it to stop before.
     """

@@ -20,7 +20,7 @@ def network_warning(config: TrainConfig, model: ModelConfig, ranks_per_node: int
     all_reduces = sum(one.count for one in model.all_reduces)  # per micro-batch, forward and backward
     bytes_per_number = 4 if config.precision == "fp32" else 2  # precision=auto is a 16-bit format on GPUs
     message_bytes = config.micro_batch_size * model.context_length * model.hidden_size * bytes_per_number
-    micro_batches = config.global_batch_size // config.micro_batch_size
+    micro_batches = max(config.batch_sizes) // config.micro_batch_size
     within, between = (
         all_reduces * read_interconnect(name).all_reduce_seconds(message_bytes, size)
         for name in (WITHIN_NODE, BETWEEN_NODES)

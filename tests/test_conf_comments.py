@@ -16,6 +16,7 @@ from checkpoints.push import PushConfig
 from data_prep.foreign import ForeignConfig
 from data_prep.prepare import PrepareConfig
 from data_prep.tokenizer_settings import TokenizerSettings
+from kraken_train.bench.documents import DocumentsConfig
 from kraken_train.bench.kv_memory import KVMemoryConfig
 from kraken_train.bench.throughput_config import ThroughputConfig
 from kraken_train.bench.transfer import TransferConfig
@@ -34,6 +35,7 @@ from launch.slurm.config import SubmitConfig
 
 COMMANDS = {
     "derive": DeriveConfig,
+    "documents": DocumentsConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "foreign": ForeignConfig,

@@ -47,9 +47,8 @@ class TransferConfig:
     positions: str  # learned | rope, of all models
     context_length: int  # bytes of a sample
     dimensions: tuple[str, ...]  # width, depth, sub-layers: in which of these models grow
-    factors: tuple[
-        int, ...
-    ]  # how many times larger than the small one the models of the coordinate checks are; []: none
+    # how many times larger than the small one the models of the coordinate checks are; []: none
+    factors: tuple[int, ...]
     check_lr: float  # learning rate of the coordinate checks
     check_steps: int  # updates of the coordinate checks
     check_seeds: int  # of the coordinate checks, whose mean counts

@@ -121,7 +121,8 @@ def describe_validation_error(error: ValidationError, dot: str) -> str:
     if first["type"] == "dataclass_type":
         return f"{name} is a group of settings; set them one by one, as in {name}.KEY=VALUE"
     given = "null" if first["input"] is None else first["input"]
-    return f"{name}={given}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    message = first["msg"].removeprefix("Value error, ")  # of the type's own validator
+    return f"{name}={given}: {message[:1].lower()}{message[1:]}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -82,12 +82,12 @@ class FlexAttention:
 
     def __init__(self, begins: Tensor, rows_per_sequence: int, dtype: torch.dtype) -> None:
         self.block_mask = block_mask(begins.repeat(rows_per_sequence, 1))
+        self.kernel = flex_attention(compiled=begins.is_cuda)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries (R, H, T, K), keys and values (R, G, T, K) -> (R, H, T, K)."""
         grouped = query.shape[1] > key.shape[1]
-        attend = flex_attention(compiled=query.is_cuda)
-        mixed: Tensor = attend(query, key, value, block_mask=self.block_mask, enable_gqa=grouped)
+        mixed: Tensor = self.kernel(query, key, value, block_mask=self.block_mask, enable_gqa=grouped)
         return mixed
 
 

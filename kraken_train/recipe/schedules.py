@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.common.validation import require_at_least
+from kraken_train.common.token_counts import Tokens
+from kraken_train.recipe.lengths import Length
+
+
+@dataclass(frozen=True)
+class ScheduleLengths:
+    """The lengths of a schedule in steps, or in any unit in which the current step has the length 1."""
+
+    warmup: float
+    decay: float  # of the end, where a schedule decays there alone
+    total: float
 
 
 @dataclass(frozen=True)
@@ -15,21 +25,34 @@ class Schedule:
     """What all schedules share."""
 
     warmup_steps: int  # optimizer steps of the linear warm-up to the peak learning rate
+    # tokens of the warm-up, as in 300M, in place of warmup_steps; null: warmup_steps count
+    warmup_tokens: Tokens | None = field(default=None, kw_only=True)
+
+    @property
+    def warmup(self) -> Length:
+        return Length("schedule.warmup_steps", self.warmup_steps, "schedule.warmup_tokens", self.warmup_tokens)
+
+    @property
+    def decay(self) -> Length | None:
+        """Of the end, where it has a length of its own."""
+        return None
 
     def validate(self) -> None:
         """Raises ConfigError."""
-        require_at_least("schedule.warmup_steps", self.warmup_steps, 0)
-
-    def require_fits(self, max_steps: int) -> None:
-        """Raises ConfigError if a run of `max_steps` is too short for the schedule."""
+        self.warmup.validate(minimum=0)
 
     def learning_rate(self, peak: float, step: int, max_steps: int) -> float:
-        """The rate of optimizer step `step` (the first is 0) in a run of `max_steps`."""
-        if step < self.warmup_steps:
-            return peak * (step + 1) / self.warmup_steps
-        return self.after_warmup(peak, step, max_steps)
+        """The rate of optimizer step `step` (the first is 0) in a run of `max_steps`, with lengths in steps."""
+        decay = 0 if self.decay is None else self.decay.steps
+        return self.rate(peak, step, ScheduleLengths(self.warmup_steps, decay, max_steps))
 
-    def after_warmup(self, peak: float, step: int, max_steps: int) -> float:
+    def rate(self, peak: float, begin: float, lengths: ScheduleLengths) -> float:
+        """The rate of the step from `begin` to `begin + 1`."""
+        if begin + 1 <= lengths.warmup:
+            return peak * (begin + 1) / lengths.warmup
+        return self.after_warmup(peak, begin, lengths)
+
+    def after_warmup(self, peak: float, begin: float, lengths: ScheduleLengths) -> float:
         raise TypeError(f"{type(self).__name__} does not define after_warmup()")
 
 
@@ -45,38 +68,38 @@ class DecayingSchedule(Schedule):
 
 @dataclass(frozen=True)
 class CosineSchedule(DecayingSchedule):
-    """Half a cosine from the peak down to `min_ratio` of it at the last step."""
+    """Half a cosine from the peak down to `min_ratio` of it at the end of the run."""
 
     name: Literal["cosine"] = "cosine"  # shape after the warm-up
 
-    def after_warmup(self, peak: float, step: int, max_steps: int) -> float:
+    def after_warmup(self, peak: float, begin: float, lengths: ScheduleLengths) -> float:
         floor = self.min_ratio * peak
-        progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        done = max(0, begin - lengths.warmup)  # a step may begin within the warm-up and end after it
+        progress = done / max(1, lengths.total - lengths.warmup)
         return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True)
 class WSDSchedule(DecayingSchedule):
-    """Warm-up, stable, decay: the peak, then linear down to `min_ratio` of it over the last `decay_steps`."""
+    """Warm-up, stable, decay: the peak, then linear down to `min_ratio` of it at the end of the run."""
 
     decay_steps: int  # optimizer steps of the final linear decay
+    # tokens of the final linear decay, as in 300M, in place of decay_steps; null: decay_steps count
+    decay_tokens: Tokens | None = field(default=None, kw_only=True)
     name: Literal["wsd"] = "wsd"  # shape after the warm-up
+
+    @property
+    def decay(self) -> Length:
+        return Length("schedule.decay_steps", self.decay_steps, "schedule.decay_tokens", self.decay_tokens)
 
     def validate(self) -> None:
         super().validate()
-        require_at_least("schedule.decay_steps", self.decay_steps, 1)
+        self.decay.validate(minimum=1)
 
-    def require_fits(self, max_steps: int) -> None:
-        if self.warmup_steps + self.decay_steps > max_steps:
-            raise ConfigError(
-                f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps={self.decay_steps} together are "
-                f"more than max_steps={max_steps}; lower them"
-            )
-
-    def after_warmup(self, peak: float, step: int, max_steps: int) -> float:
+    def after_warmup(self, peak: float, begin: float, lengths: ScheduleLengths) -> float:
         floor = self.min_ratio * peak
-        remaining = max(0, max_steps - step)
-        return floor + (peak - floor) * min(1.0, remaining / self.decay_steps)
+        remaining = max(0, lengths.total - begin)
+        return floor + (peak - floor) * min(1.0, remaining / lengths.decay)
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,7 @@ class ConstantSchedule(Schedule):
 
     name: Literal["constant"] = "constant"  # shape after the warm-up
 
-    def after_warmup(self, peak: float, step: int, max_steps: int) -> float:
+    def after_warmup(self, peak: float, begin: float, lengths: ScheduleLengths) -> float:
         return peak
 
 

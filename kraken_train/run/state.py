@@ -67,7 +67,7 @@ class RunState:
     state: str  # running, waiting, finished, interrupted, failed, died, not started or not known
     reason: str | None
     step: int
-    max_steps: int | None
+    max_steps: int | None  # with which it ends
     precision: str | None  # of the newest start
     loss: float | None
     validation_loss: float | None
@@ -119,8 +119,7 @@ def read_state(path: Path) -> RunState:
     speed, trend = speed_of(records)
     checkpoint, damaged = find_complete_checkpoint(path / "checkpoints")
     environment = read_mapping(newest / ENVIRONMENT_FILE)
-    max_steps = config.get("max_steps")
-    running = state == RUNNING and max_steps is not None
+    max_steps, last_tokens = end_of(config, events)
     folder = environment.get("folder")
     exports, export_problems = find_exports(path)
     return RunState(
@@ -134,7 +133,7 @@ def read_state(path: Path) -> RunState:
         validation_loss=next((r["validation_loss"] for r in reversed(records) if "validation_loss" in r), None),
         tokens_per_second=speed,
         trend=trend,
-        seconds_left=seconds_left(records, max_steps, speed) if running and max_steps is not None else None,
+        seconds_left=seconds_left(records, max_steps, last_tokens, speed) if state == RUNNING else None,
         checkpoint_step=None if checkpoint is None else checkpoint.step,
         checkpoint_age=None if checkpoint is None else age_of(checkpoint.path / MANIFEST),
         checkpoint_files=0 if checkpoint is None else len(checkpoint.files),
@@ -238,10 +237,27 @@ def speed_of(records: list[dict[str, Any]]) -> tuple[float | None, float | None]
     return now, now / statistics.median(before) - 1 if before else None
 
 
-def seconds_left(records: list[dict[str, Any]], max_steps: int, speed: float | None) -> float | None:
+def end_of(config: dict[str, Any], events: list[Event]) -> tuple[int | None, int | None]:
+    """The step and the tokens with which the run ends; each None where it is not known.
+
+    The newest start has written both. Older programs have not, and all their steps were in the settings.
+    """
+    for event in reversed(events):
+        if event["event"] == "started":
+            if "last_step" in event and config.get("max_tokens") is not None:
+                return event["last_step"], event.get("last_tokens")
+            return config.get("max_steps"), event.get("last_tokens")
+    return None if config.get("max_tokens") is not None else config.get("max_steps"), None
+
+
+def seconds_left(
+    records: list[dict[str, Any]], max_steps: int | None, last_tokens: int | None, speed: float | None
+) -> float | None:
     last = records[-1] if records else {}
-    if not speed or not last.get("tokens") or not last["step"]:
+    if max_steps is None or not speed or not last.get("tokens") or not last["step"]:
         return None
+    if last_tokens is not None and "global_batch_size" in last:  # steps differ in size
+        return float(max(0, last_tokens - last["tokens"]) / speed)
     return float(max(0, max_steps - last["step"]) * last["tokens"] / last["step"] / speed)
 
 

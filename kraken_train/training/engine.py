@@ -23,7 +23,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +39,9 @@ from kraken_train.parallel.sharding import ShardedDim, sharded_dims
 from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
 from kraken_train.recipe.optimizers import MuonConfig
 from kraken_train.recipe.parametrization import STANDARD, Parametrization
+from kraken_train.training.deepspeed_settings import deepspeed_settings
 from kraken_train.training.muon import Muon
 from kraken_train.training.optim import make_optimizer, parameter_groups, reduce_bucket_elements, state_names
-from kraken_train.training.precision import DTYPES
 
 # DeepSpeed looks for its accelerator, and logs, while it is imported.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -115,7 +114,7 @@ class Engine:
         self.model = model
         self.mesh = mesh
         self.runtime = runtime
-        self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
+        self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)  # of the next step
         self.sharded_dims = sharded_dims(model)
         self.assigned = self.assign_parameters()
         model.recompute = config.engine.activation_checkpointing
@@ -150,6 +149,14 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.runtime.device
+
+    def set_batch_size(self, samples: int) -> None:
+        """Set the size of the next step: samples over all ranks, one of those that the settings have.
+
+        DeepSpeed divides the losses by the number of micro-batches; it has no other use of that number here.
+        """
+        self.deepspeed.set_train_batch_size(samples)
+        self.accumulation_steps = self.deepspeed.gradient_accumulation_steps()
 
     def accumulate(self, input_ids: Tensor, targets: Tensor) -> None:
         """Forward and backward of one micro-batch, (micro_batch_size, context_length) each.
@@ -367,28 +374,3 @@ class LossModule(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Losses:
         return self.model.losses(input_ids, targets, self.config.z_loss)
-
-
-def deepspeed_settings(config: TrainConfig, data_parallel_size: int, bucket_elements: int) -> dict[str, Any]:
-    bf16, stage = DTYPES[config.precision] == torch.bfloat16, config.engine.zero_stage
-    accumulation_steps = config.gradient_accumulation_steps(data_parallel_size)
-    return {
-        "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-        # `Engine.update` computes the norm, clips, and skips non-finite steps.
-        "gradient_clipping": 0.0,
-        # Where micro-batches accumulate, gradients go to their fp32 sums as they come; bf16 ones would else be kept,
-        # cleared and added to as well.
-        "bf16": {"enabled": bf16, "check_grad_overflow": False, "immediate_grad_update": accumulation_steps > 1},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",  # by default bf16 gradients are summed over the ranks in bf16
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": bucket_elements,
-            "compute_grad_norm": bf16 and stage == 1,  # where it cannot be switched off; see `apply_gradients`
-        },
-        "timers": {"throughput": {"enabled": False}},  # by default it waits for the device twice per micro-batch
-        "steps_per_print": None,
-    }

@@ -32,9 +32,9 @@ class PipeSafeConsole(Console):
 
 
 class MetricsLogger:
-    """A context for the reports of one start of a run; `step` is the number of optimizer steps it continues after."""
+    """A context for the reports of one start of a run, which continues after `step` and ends with `last_step`."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, step: int) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder, step: int, last_step: int) -> None:
         self.run = run
         self.console = PipeSafeConsole(highlight=False)
         with system_errors(f"{run.path} cannot be written"):
@@ -51,7 +51,7 @@ class MetricsLogger:
                 console=self.console,
             )
             self.progress.start()
-            self.task = self.progress.add_task("training", total=config.max_steps, completed=step)
+            self.task = self.progress.add_task("training", total=last_step, completed=step)
 
     def rewind(self, step: int) -> None:
         """Continue after `step`: later records are dropped, as they will be written again. Raises CheckpointError."""

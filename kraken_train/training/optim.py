@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kraken_train.common.settings import from_dict
 from kraken_train.model.initialization import weight_kind
 from kraken_train.parallel.matrices import lay_out, matrix_parts
 from kraken_train.parallel.matrix_exchange import MatrixExchange
 from kraken_train.parallel.mesh import Place
 from kraken_train.parallel.sharding import sharded_dims
 from kraken_train.parallel.weight_role import WeightRole, weight_role
+from kraken_train.recipe.batch_ramp import Position
 from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
 from kraken_train.recipe.parametrization import STANDARD, Parametrization
-from kraken_train.recipe.schedules import AnySchedule
+from kraken_train.recipe.step_plan import recorded_plan
 from kraken_train.training.muon import MATRICES, Muon
 
 SMALLEST_JUMP = 0.01  # of a learning rate, relative
@@ -88,15 +88,16 @@ def reduce_bucket_elements(model: nn.Module) -> int:
     return min(LARGEST_BUCKET, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def describe_jump(before: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
-    """The jump of the learning rate at a resumption after `step` steps, by two TrainConfigs; None: no jump."""
+def describe_jump(before: dict[str, Any], now: dict[str, Any], position: Position, context_length: int) -> str | None:
+    """The jump of the learning rate at a resumption at `position`, by two TrainConfigs; None: no jump."""
     rates: list[float] = [
-        from_dict(settings["schedule"], AnySchedule, "schedule").learning_rate(  # type: ignore[arg-type]
-            settings["optim"]["lr"], step, settings["max_steps"]
-        )
+        recorded_plan(settings, context_length).learning_rate(settings["optim"]["lr"], position)
         for settings in (before, now)
     ]
     if math.isclose(*rates, rel_tol=SMALLEST_JUMP):
         return None
     old, new = (f"{rate:.3g}" for rate in rates)
-    return f"the learning rate jumps at step {step + 1}: {old} by the settings of the checkpoint, {new} by those of now"
+    return (
+        f"the learning rate jumps at step {position.step + 1}: {old} by the settings of the checkpoint, {new} by those "
+        "of now"
+    )

@@ -12,6 +12,7 @@ from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.recipe.batch_ramp import Position, describe_batch_size
 from kraken_train.run.folder import RunFolder
 from kraken_train.run.recorded_settings import recorded_settings
 from kraken_train.training.optim import describe_jump
@@ -20,11 +21,13 @@ LEARNING_SETTINGS = (
     "optim",
     "schedule",
     "max_steps",
+    "max_tokens",
     "global_batch_size",
     "precision",
     "loss",
     "attention_within_documents",
 )
+LENGTHS = ("max_steps", "max_tokens")  # of these, those that may change where no step is left to do
 
 
 def find_checkpoint_to_resume(
@@ -39,7 +42,7 @@ def find_checkpoint_to_resume(
 
     `print_line` gets what deserves a line on the console: damaged checkpoints and changed settings. Raises
     CheckpointError where there is no good checkpoint, where it belongs to another run, model or data, or where
-    `max_steps` leaves no step to do.
+    `max_steps` or `max_tokens` leaves no step to do.
     """
     checkpoint, problems = find_good_checkpoint(run.checkpoints, runtime)
     for problem in problems:
@@ -53,26 +56,36 @@ def find_checkpoint_to_resume(
         if differs:
             raise CheckpointError(f"{checkpoint.path} is the checkpoint of {what}; move it out of this run's folder")
     runtime.on_first(lambda: mark_newer_as_damaged(checkpoint))
-    check_settings(checkpoint, config, print_line)
+    check_settings(checkpoint, config, model_config.context_length, print_line)
     return checkpoint
 
 
-def check_settings(checkpoint: Checkpoint, config: TrainConfig, print_line: Callable[[str], None]) -> None:
+def check_settings(
+    checkpoint: Checkpoint, config: TrainConfig, context_length: int, print_line: Callable[[str], None]
+) -> None:
     """Print which settings differ from the checkpoint's. Raises CheckpointError where no step is left to do."""
     before, now = recorded_settings(checkpoint.metadata["config"]), to_dict(config)
     changes = changed_settings(before, now)
     for change in changes:
         print_line(f"changed since the checkpoint: {change}")
-    others = "; ".join(change for change in changes if not change.startswith("max_steps"))
-    if checkpoint.step > config.max_steps or (checkpoint.step == config.max_steps and others):
+    others = "; ".join(change for change in changes if not change.startswith(LENGTHS))
+    position, plan = position_of(checkpoint), config.step_plan(context_length)
+    if plan.end(position).step > position.step:
+        if (jump := describe_jump(before, now, position, context_length)) is not None:
+            print_line(f"note: {jump}")
+    elif others or plan.is_beyond(position):
+        done = f"{position.step} steps" if config.max_tokens is None else f"{position.tokens:,} tokens"
         raise CheckpointError(
-            f"run_dir={config.run_dir} holds a run that has done {checkpoint.step} steps"
-            f"{f' with other settings ({others})' if others else ''}, and max_steps={config.max_steps}; "
-            "raise max_steps, or use another run_dir"
+            f"run_dir={config.run_dir} holds a run that has done {done}"
+            f"{f' with other settings ({others})' if others else ''}, and {config.length}; "
+            f"raise {config.length.setting}, or use another run_dir"
         )
-    jump = describe_jump(before, now, checkpoint.step)
-    if jump is not None and checkpoint.step < config.max_steps:
-        print_line(f"note: {jump}")
+
+
+def position_of(checkpoint: Checkpoint) -> Position:
+    """Older programs have not kept the tokens of the steps, only all that were consumed."""
+    metadata = checkpoint.metadata
+    return Position(checkpoint.step, metadata.get("trained_tokens", metadata["tokens"]))
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -80,6 +93,8 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for group in LEARNING_SETTINGS:
         old, new = before[group], now[group]
+        if group == "global_batch_size":
+            old, new = describe_batch_size(old), describe_batch_size(new)
         pairs = {f"{group}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {group: (old, new)}
         found += [f"{name}: {then} -> {today}" for name, (then, today) in pairs.items() if then != today]
     return found

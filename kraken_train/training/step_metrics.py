@@ -14,6 +14,7 @@ from kraken_train.model.config import ModelConfig
 from kraken_train.model.documents import Documents
 from kraken_train.model.flops import device_peak_flops, training_flops_per_token
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.recipe.batch_ramp import Step
 from kraken_train.training.engine import StepResult
 from kraken_train.training.metrics_logger import Record
 
@@ -29,8 +30,8 @@ class StepMetrics:
     ) -> None:
         self.model_config = model_config
         self.end_of_document = end_of_document  # None: tokens attend to all before them
-        self.samples_per_step = config.global_batch_size
         self.tokens_per_sample = model_config.context_length
+        self.has_ramp = len(config.batch_sizes) > 1
         self.z_weight = config.loss.z_loss
         device_peak = config.peak_tflops * 1e12 if config.peak_tflops else None
         if device_peak is None:
@@ -59,27 +60,30 @@ class StepMetrics:
         if self.end_of_document is not None:
             self.attended.append(Documents.of(input_ids, self.end_of_document).attended)
 
-    def take(self, results: Sequence[StepResult], last_step: int, samples: int) -> list[Record]:
-        """One record for each of the `results`, which are those of all steps since the last call.
+    def take(self, steps: Sequence[Step], results: Sequence[StepResult], samples: int) -> list[Record]:
+        """One record for each of the `steps` and its result, which are all since the last call.
 
-        `last_step` is the number of the last of them; `samples` were consumed before the first.
+        `samples` were consumed before the first.
         """
         learning_rates, self.learning_rates = self.learning_rates, []
         seconds = time.perf_counter() - self.started
-        tokens_per_second = len(results) * self.samples_per_step * self.tokens_per_sample / seconds
+        tokens_per_second = sum(step.samples for step in steps) * self.tokens_per_sample / seconds
         attended, self.attended = float(torch.stack(self.attended).mean()) if self.attended else None, []
         flops_per_token = training_flops_per_token(self.model_config, attended)
         records = []
-        for index, (lr, result) in enumerate(zip(learning_rates, results, strict=True), start=1):
+        for step, lr, result in zip(steps, learning_rates, results, strict=True):
+            samples += step.samples
             record: Record = {
-                "step": last_step - len(results) + index,
+                "step": step.number,
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "lr": lr,
-                "tokens": (samples + index * self.samples_per_step) * self.tokens_per_sample,
+                "tokens": samples * self.tokens_per_sample,
                 "tokens_per_second": tokens_per_second,
                 "data_wait": self.data_seconds / seconds,
             }
+            if self.has_ramp:
+                record["global_batch_size"] = step.samples
             if self.z_weight:
                 record["z_loss"] = result.z_loss
             if self.peak_flops:

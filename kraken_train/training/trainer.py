@@ -31,12 +31,13 @@ from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime, slurm_job
 from kraken_train.parallel.step_timer import DATA, FORWARD, StepTimer
+from kraken_train.recipe.batch_ramp import START, Step
 from kraken_train.recipe.parametrization import parametrization_of
 from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
 from kraken_train.training.precision import reduce_dtype
-from kraken_train.training.resume import find_checkpoint_to_resume
+from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.step_metrics import StepMetrics
 from kraken_train.training.summary import summary_lines
@@ -85,11 +86,14 @@ class Trainer:
         self.loss_monitor = LossMonitor(config.health, config.max_nonfinite_steps)
         self.stragglers = Stragglers(config.health.straggler_factor)
 
+        self.plan = config.step_plan(model_config.context_length)
+
         # The state that checkpoints keep, beside the engine's.
-        self.step = 0  # optimizer steps done, skipped ones included
+        self.position = START  # optimizer steps done and their tokens, skipped ones included
         self.updates = 0  # of these, those that changed the weights
         self.consumed_samples = 0  # the position in the data; not counted are steps whose results were not read yet
 
+        self.unread: list[Step] = []  # steps done whose results were not read yet
         self.save_due = False  # save as soon as the loss gives no reason to doubt the weights
 
         # Set when training begins.
@@ -98,12 +102,22 @@ class Trainer:
         self.step_metrics: StepMetrics
         self.batches: Iterator[tuple[Tensor, Tensor]]
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.position.step
+
+    @property
+    def last_step(self) -> int:
+        """The number of the step with which the run ends."""
+        return self.plan.end(self.position).step
+
     # ----------------------------------------------------------------------------------------------------------
     # The loop
     # ----------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train to `max_steps`.
+        """Train to `max_steps`, or to `max_tokens`.
 
         Raises TrainingError for losses with which training cannot continue, and Interrupted after a request to stop.
         """
@@ -111,13 +125,15 @@ class Trainer:
         self.hosts = self.runtime.gather(socket.gethostname())
         self.runtime.on_first(self.open_metrics)
         with self.metrics or nullcontext():
-            for line in summary_lines(self.config, self.model_config, self.data, self.mesh, self.runtime, self.step):
+            for line in summary_lines(
+                self.config, self.model_config, self.data, self.mesh, self.runtime, self.position
+            ):
                 self.print_rank0(line)
             self.step_metrics = StepMetrics(
                 self.config, self.model_config, self.runtime, self.engine.model.end_of_document
             )
             with self.checkpoints, self.open_batches() as self.batches:
-                while self.step < self.config.max_steps:
+                while self.step < self.last_step:
                     self.train_step()
 
     def train_step(self) -> None:
@@ -128,11 +144,13 @@ class Trainer:
         config = self.config
         if config.parallel.verify_every and self.step % config.parallel.verify_every == 0:
             self.engine.verify_replicas()
-        self.timer.active = self.is_logged(self.step + 1)
+        step = self.plan.step_at(self.position)
+        self.timer.active = self.is_logged(step)
 
         # Gradients of the micro-batches, then the update.
-        lr = config.schedule.learning_rate(config.optim.lr, self.step, config.max_steps)
+        lr = self.plan.learning_rate(config.optim.lr, self.position)
         self.step_metrics.begin_step(lr)
+        self.engine.set_batch_size(step.samples)
         for _ in range(self.engine.accumulation_steps):
             with self.step_metrics.wait_for_data(), self.timer.phase(DATA):
                 input_ids, targets = next(self.batches)
@@ -141,9 +159,10 @@ class Trainer:
         # A failed background save stops all ranks as well: the save that then follows raises its error on all of them.
         self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
         self.timer.active = False
-        self.step += 1
+        self.position = step.after
+        self.unread.append(step)
         self.watchdog.step = self.step
-        if not (self.is_logged(self.step) or self.is_validated(self.step) or self.is_saved(self.step)):
+        if not (self.is_logged(step) or self.is_validated(step) or self.is_saved(step)):
             return
 
         # Log, validate, and roll back if a loss is not what it should be.
@@ -153,15 +172,15 @@ class Trainer:
                 record.update(self.compare_ranks())
             if self.is_validated(step):
                 record.update(self.validate())
-            self.log_step(record, result)
-            trouble = self.loss_monitor.observe(step, result.loss, result.applied, last=step == config.max_steps)
+            self.log_step(step, record, result)
+            trouble = self.loss_monitor.observe(step.number, result.loss, result.applied, last=self.is_last(step))
             if trouble is not None:
                 self.roll_back(trouble)
                 return
 
         # Save and stop, unless the last losses give a reason to doubt the weights: no checkpoint keeps such weights.
-        last, stop = self.step == config.max_steps, any(result.stop for result in results)
-        self.save_due |= last or stop or self.is_saved(self.step)
+        last, stop = self.is_last(step), any(result.stop for result in results)
+        self.save_due |= last or stop or self.is_saved(step)
         if not self.loss_monitor.calm:
             return
         if self.save_due:
@@ -169,15 +188,20 @@ class Trainer:
         if stop and not last:
             self.stop_early()
 
-    def is_logged(self, step: int) -> bool:
-        return step == self.config.max_steps or step % self.config.log_every == 0
+    def is_last(self, step: Step) -> bool:
+        return step.number == self.last_step
 
-    def is_validated(self, step: int) -> bool:
-        every = self.config.validation.every
-        return self.data.has_validation and every > 0 and (step == self.config.max_steps or step % every == 0)
+    def is_logged(self, step: Step) -> bool:
+        return self.is_last(step) or step.number % self.config.log_every == 0
 
-    def is_saved(self, step: int) -> bool:
-        return step % self.config.checkpoint.every == 0
+    def is_validated(self, step: Step) -> bool:
+        validation = self.config.validation
+        if not (self.data.has_validation and validation.enabled):
+            return False
+        return self.is_last(step) or validation.interval.is_reached_by(step)
+
+    def is_saved(self, step: Step) -> bool:
+        return self.config.checkpoint.interval.is_reached_by(step)
 
     def open_batches(self) -> BatchLoader:
         """The micro-batches of this rank's model copy from here on, without an end, since a rollback takes more."""
@@ -185,12 +209,12 @@ class Trainer:
         ranges = ranges_of_rank(self.consumed_samples, sys.maxsize, size, mesh.data_rank, mesh.data_size)
         return BatchLoader(self.samples, ranges, self.runtime.device)
 
-    def count_steps(self, results: list[StepResult]) -> list[tuple[int, StepResult, Record]]:
+    def count_steps(self, results: list[StepResult]) -> list[tuple[Step, StepResult, Record]]:
         """Count the steps of these results as done -> (step, result, metrics) of each."""
-        records = self.step_metrics.take(results, self.step, self.consumed_samples)
-        self.consumed_samples += len(results) * self.config.global_batch_size
+        steps, self.unread = self.unread, []
+        records = self.step_metrics.take(steps, results, self.consumed_samples)
+        self.consumed_samples += sum(step.samples for step in steps)
         self.updates += sum(result.applied for result in results)
-        steps = range(self.step - len(results) + 1, self.step + 1)
         return list(zip(steps, results, records, strict=True))
 
     def validate(self) -> Record:
@@ -236,7 +260,8 @@ class Trainer:
         """Load the state that `save` has written. Raises CheckpointError."""
         metadata = checkpoint.metadata
         self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
-        self.step, self.updates = checkpoint.step, metadata["updates"]
+        self.position = position_of(checkpoint)
+        self.updates = metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
         self.loss_monitor.continue_from(metadata.get("recent_losses", ()))  # which older programs did not keep
         self.save_due = False
@@ -256,6 +281,7 @@ class Trainer:
             "updates": self.updates,
             "consumed_samples": self.consumed_samples,
             "tokens": self.consumed_samples * self.model_config.context_length,
+            "trained_tokens": self.position.tokens,
             "recent_losses": list(self.loss_monitor.recent),
             "world_size": self.runtime.world_size,
             "sub_layer_parallel_size": self.mesh.model_rank.size,
@@ -312,24 +338,26 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------
 
     def open_metrics(self) -> None:
+        consumed = self.consumed_samples * self.model_config.context_length
         self.log_event(
             "started",
             start=self.run.start_number,
             step=self.step,
             world_size=self.runtime.world_size,
             precision=self.config.precision,
+            last_step=self.last_step,
+            last_tokens=consumed + self.plan.end(self.position).tokens - self.position.tokens,
             **slurm_job(),
         )
-        self.metrics = MetricsLogger(self.config, self.run, self.step)
+        self.metrics = MetricsLogger(self.config, self.run, self.step, self.last_step)
 
-    def log_step(self, record: Record, result: StepResult) -> None:
+    def log_step(self, step: Step, record: Record, result: StepResult) -> None:
         """Report a step that is logged or validated, or that changed no weight."""
-        step = int(record["step"])
         if self.metrics is not None and (self.is_logged(step) or self.is_validated(step) or not result.applied):
             record["memory"] = self.runtime.take_peak_memory()
             self.metrics.record(record)
         if not result.applied:
-            self.log_event("skipped", step=step)
+            self.log_event("skipped", step=step.number)
 
     def log_event(self, event: str, **details: Any) -> None:
         """Append to events.jsonl, on rank 0."""

@@ -12,7 +12,9 @@ from kraken_train.bench.transfer import TransferConfig, measure_transfer
 from kraken_train.common.cli import compose_command
 from kraken_train.common.errors import ConfigError
 
-LEVEL = 0.2  # the largest exponent with which changes may grow or fall
+# The largest exponents with which changes may grow or fall. Those of a Kraken are means over its streams; a baseline
+# has one, so that its few updates leave more noise.
+LEVEL = {"kraken": 0.15, "standard": 0.4, "parallel": 0.4}
 
 
 def exponents(config: TransferConfig, dimension: str, parametrization: str) -> dict[str, float]:
@@ -34,7 +36,7 @@ def settings(*overrides: str) -> TransferConfig:
     ("architecture", "dimension", "grows_in_standard"),
     [
         ("kraken", "width", 0.6),
-        ("kraken", "depth", 0.6),
+        ("kraken", "depth", 0.4),
         ("kraken", "sub-layers", None),  # the norms behind both sums make up for their number
         ("standard", "width", 0.6),
         ("standard", "depth", 0.6),
@@ -44,10 +46,11 @@ def settings(*overrides: str) -> TransferConfig:
 def test_changes_of_activations_stay_the_same(
     architecture: str, dimension: str, grows_in_standard: float | None
 ) -> None:
-    config = settings(f"architecture={architecture}", "base_hidden_size=64", f"dimensions=[{dimension}]")
+    width = 32 if architecture == "kraken" else 64
+    config = settings(f"architecture={architecture}", f"hidden_size={width}", f"dimensions=[{dimension}]")
     found = exponents(config, dimension, "mup")
     assert {"logits", "residual stream", "attention, sum over layers", "FFN, sum over layers"} <= set(found)
-    assert all(abs(exponent) <= LEVEL for exponent in found.values()), found
+    assert all(abs(exponent) <= LEVEL[architecture] for exponent in found.values()), found
     if grows_in_standard is not None:
         assert exponents(config, dimension, "standard")["residual stream"] > grows_in_standard
 

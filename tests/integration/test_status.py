@@ -17,12 +17,12 @@ import pytest
 from helpers import REPOSITORY, run_here, user_error, wait_until
 
 from integration.training import overrides, records
+from kraken_train.common.durations import duration
 from kraken_train.run.exports import record_export
 from kraken_train.run.logs import follow, merged
 from kraken_train.run.next_step import next_step
 from kraken_train.run.rank_errors import RankError, record_error
 from kraken_train.run.state import RunState, read_state
-from kraken_train.status import duration
 
 ENOUGH_STEPS = 8  # the validation after step 6 included
 MANY_STEPS = 100_000_000  # which no machine does while it is looked at

@@ -13,8 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from kraken_train.inference.kv_cache import KeyValueCache
 from kraken_train.model import documents
+from kraken_train.model.config import KrakenConfig
 from kraken_train.model.cross_entropy import IGNORED
 from kraken_train.model.documents import BLOCK, KERNELS, Documents, block_mask
+from kraken_train.model.flops import attention_flops_per_token
 from kraken_train.model.language_model import LanguageModel
 
 CONFIGS = small_configs()
@@ -61,6 +63,16 @@ def test_positions() -> None:
     found = Documents.of(ids, END)
     assert found.begins.tolist() == [[0, 0, 2, 2, 4, 5, 5], [0] * 7]
     assert found.positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], list(range(7))]
+
+
+@pytest.mark.parametrize("name", ["kraken-gqa", "standard"])
+def test_flops(name: str) -> None:
+    """The documents of a sample take what samples of their lengths would take."""
+    config, tokens = CONFIGS[name], sum(LENGTHS[0])
+    attended = Documents.of(samples()[:1], END).attended.item()
+    alone = sum(length * attention_flops_per_token(config, length / 2) for length in LENGTHS[0])
+    assert tokens * attention_flops_per_token(config, attended) == pytest.approx(alone, rel=1e-12)
+    assert attention_flops_per_token(config, config.context_length / 2) == attention_flops_per_token(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -167,6 +179,7 @@ def plain_varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *_: 
     return torch.cat(parts)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kernel", ["flex", "varlen"])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_kernels_of_gpus(kernel: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +205,32 @@ def compare_kernel(kernel: str, groups: int, device: torch.device, dtype: torch.
     for found, expected in zip(results[kernel], results["mask"], strict=True):
         tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(found.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_flex_in_compiled_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compilation of the attention serves all layers and batches, with recomputation too."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    config = KrakenConfig(3, 3, hidden_size=32, heads_per_sub_layer=2, vocab_size=96, context_length=150)
+    model = rough_model(config, torch.float32)
+    model.end_of_document = END
+    batches = [random_ids(config, 2, 150, seed) for seed in range(3)]
+    expected = [model.loss(ids, ids).item() for ids in batches]
+    monkeypatch.setitem(KERNELS, "mask", documents.FlexAttention)
+    model.recompute = True
+    torch._dynamo.reset()
+    compiled: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    for layer in model.layers:
+        layer.attention.compile(backend=count)  # type: ignore[operator, union-attr]
+    for ids, of_mask in zip(batches, expected, strict=True):
+        loss = model.loss(ids, ids)
+        loss.backward()
+        assert loss.item() == pytest.approx(of_mask, rel=1e-5)
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("name", ["kraken", "standard-gqa"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,11 @@ Z_LOSS = 0.03  # far above what one would use, so that it changes the training
 Steps = list[list[float | bool]]  # [loss, gradient norm, applied] per step
 
 
-def batch(config: ModelConfig, step: int) -> torch.Tensor:
-    """The samples of a step, (GLOBAL_BATCH, context + 1) token ids: counting from somewhere in steps of 1 to 3."""
+def batch(config: ModelConfig, step: int, samples: int = GLOBAL_BATCH) -> torch.Tensor:
+    """The samples of a step, (samples, context + 1) token ids: counting from somewhere in steps of 1 to 3."""
     generator = torch.Generator().manual_seed(step)
-    start = torch.randint(config.vocab_size, (GLOBAL_BATCH, 1), generator=generator)
-    stride = torch.randint(1, 4, (GLOBAL_BATCH, 1), generator=generator)
+    start = torch.randint(config.vocab_size, (samples, 1), generator=generator)
+    stride = torch.randint(1, 4, (samples, 1), generator=generator)
     return (start + stride * torch.arange(config.context_length + 1)) % config.vocab_size
 
 
@@ -144,9 +144,20 @@ def is_compiled(model: LanguageModel) -> bool:
     return all(part._compiled_call_impl is not None for layer in model.layers for part in layer.children())
 
 
-def run_steps(engine: Engine, config: ModelConfig, steps: range, poisoned: int | None = None) -> Steps:
-    """Train on the samples of `steps`. In step `poisoned` the last rank alone sees a NaN in a gradient."""
+def run_steps(
+    engine: Engine,
+    config: ModelConfig,
+    steps: range,
+    poisoned: int | None = None,
+    sizes: Sequence[int] = (),
+) -> Steps:
+    """Train on the samples of `steps`. In step `poisoned` the last rank alone sees a NaN in a gradient.
+
+    `sizes` are the samples of each step from 0 on, where they are not GLOBAL_BATCH.
+    """
     for step in steps:
+        if sizes:
+            engine.set_batch_size(sizes[step])
         for micro_step, mine in enumerate(share_of_rank(engine, config, step)):
             hook = None
             if step == poisoned and micro_step == 0 and engine.runtime.rank == engine.runtime.world_size - 1:
@@ -160,8 +171,9 @@ def run_steps(engine: Engine, config: ModelConfig, steps: range, poisoned: int |
 
 def share_of_rank(engine: Engine, config: ModelConfig, step: int) -> list[torch.Tensor]:
     """The samples of a step that this rank trains on, by micro-batch."""
-    copies = engine.mesh.data_size
-    shares = batch(config, step).to(engine.device).chunk(ACCUMULATION_STEPS * copies)
+    copies, micro_batches = engine.mesh.data_size, engine.accumulation_steps * engine.mesh.data_size
+    samples = GLOBAL_BATCH * engine.accumulation_steps // ACCUMULATION_STEPS
+    shares = batch(config, step, samples).to(engine.device).chunk(micro_batches)
     return list(shares[engine.mesh.data_rank :: copies])
 
 
@@ -171,6 +183,7 @@ def plain_training(
     z_loss: float = 0.0,
     muon: bool = False,
     end_of_document: int | None = None,
+    sizes: Sequence[int] = (),
     parametrization: Parametrization = STANDARD,
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) per step of the same training in plain PyTorch: one process, the global batch at once."""
@@ -192,7 +205,7 @@ def plain_training(
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     results = []
     for step in steps:
-        samples = batch(config, step)
+        samples = batch(config, step, sizes[step] if sizes else GLOBAL_BATCH)
         loss = model.loss(samples[:, :-1], samples[:, 1:])
         (loss + z_loss * model(samples[:, :-1]).logsumexp(-1).square().mean()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

@@ -22,6 +22,7 @@ MODES_AT = {
     2: [("fp32", 2, "adamw"), ("bf16", 1, "adamw"), ("fp32", 2, "muon"), ("bf16", 1, "muon")],
 }
 STEPS = 6
+SIZES = (24, 24, 36, 12, 36, 24)  # samples of each step: one, two or three micro-batches of each rank
 CONFIG = MODELS["kraken-4"]
 
 
@@ -43,10 +44,10 @@ def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int, optim
     initial = {f"model.{name}": weight.detach() for name, weight in build_model(CONFIG).named_parameters()}
     if precision == "bf16":  # DeepSpeed makes the masters from the bf16 weights
         initial = {name: weight.bfloat16().float() for name, weight in initial.items()}
-    uninterrupted = run_steps(whole, CONFIG, range(STEPS))
+    uninterrupted = run_steps(whole, CONFIG, range(STEPS), sizes=SIZES)
 
     first = engine()
-    run_steps(first, CONFIG, range(3))
+    run_steps(first, CONFIG, range(3), sizes=SIZES)
     saved = whole_state(first)
     resumed = engine()
 
@@ -59,12 +60,12 @@ def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int, optim
                 tensor.to_local().copy_(cut.take(saved[key]))  # type: ignore[attr-defined]
 
     resumed.load_state(fill, 3)
-    continued = run_steps(resumed, CONFIG, range(3, STEPS))
+    continued = run_steps(resumed, CONFIG, range(3, STEPS), sizes=SIZES)
 
     victim = engine()
-    before_and_nan = run_steps(victim, CONFIG, range(3), poisoned=2)
+    before_and_nan = run_steps(victim, CONFIG, range(3), poisoned=2, sizes=SIZES)
     first_two = engine()
-    run_steps(first_two, CONFIG, range(2))
+    run_steps(first_two, CONFIG, range(2), sizes=SIZES)
     whole.verify_replicas()
     return {
         "initial_weights_kept": same(initial, {name: untouched[name] for name in initial}),
@@ -73,7 +74,7 @@ def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int, optim
         "same_end": same(whole_state(whole), whole_state(resumed)),
         "poisoned": [[x if math.isfinite(x) else None for x in row] for row in before_and_nan],
         "unchanged_by_nan": same(whole_state(first_two), whole_state(victim)),
-        "recovers": run_steps(victim, CONFIG, range(3, 4))[0][2],
+        "recovers": run_steps(victim, CONFIG, range(3, 4), sizes=SIZES)[0][2],
         "host_reads": host_reads(victim),
     }
 

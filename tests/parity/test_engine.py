@@ -1,4 +1,4 @@
-"""DeepSpeed's modes against plain PyTorch in one process: losses, gradient norms, clipping, resume, NaN."""
+"""DeepSpeed's modes against plain PyTorch in one process: losses, norms, clipping, batch sizes, resume, NaN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ RELATIVE_TOLERANCE = {("fp32", "adamw"): 1e-5, ("bf16", "adamw"): 5e-3, ("fp32",
 @pytest.fixture(scope="module")
 def twins() -> dict[str, list[tuple[float, float]]]:
     steps = range(engine_modes.STEPS)
-    return {name: plain_training(engine_modes.CONFIG, steps, muon=name == "muon") for name in ("adamw", "muon")}
+    return {
+        name: plain_training(engine_modes.CONFIG, steps, muon=name == "muon", sizes=engine_modes.SIZES)
+        for name in ("adamw", "muon")
+    }
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from helpers import run_here, user_error
 
 from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.errors import ConfigError
-from kraken_train.model.config import GPTConfig, KrakenConfig
+from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.planning.cluster import load_cluster
 from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import Constraints, reasons, search
 
 H100 = load_cluster("dgx_h100")
 SMALL = KrakenConfig(4, num_layers=4, hidden_size=256, heads_per_sub_layer=2, vocab_size=4096, context_length=256)
+STANDARD = GPTConfig(num_layers=4, hidden_size=512, num_heads=8, vocab_size=4096, context_length=256)
 HUGE = GPTConfig(num_layers=10, hidden_size=16384, num_heads=64, vocab_size=50304, context_length=2048)
 PROFILES = sorted(path.stem for path in (CONF_DIR / "cluster").glob("*.yaml"))
 
@@ -71,6 +73,31 @@ def test_less_memory_changes_the_choice() -> None:
     assert tight.tokens_per_second <= roomy.tokens_per_second
 
 
+@pytest.mark.parametrize(("model", "size"), [(SMALL, 1), (SMALL, 4), (STANDARD, 2)])
+def test_muon(model: ModelConfig, size: int) -> None:
+    """Less state, more work; matrices travel where the devices of a copy hold parts of them, or across a border."""
+    constraints = Constraints(size, micro_batch_size=4, zero_stage=1, activation_checkpointing=False)
+    adamw, muon = (
+        search(model, H100, 1, 256, replace(constraints, vocab_parallel=False, optim=optim)).best
+        for optim in ("adamw", "muon")
+    )
+    assert muon.layout.overrides.endswith("optim=muon")
+    # Kept are 2 numbers instead of 3 for all but embeddings, norms and padding.
+    assert 2 / 3 < muon.memory.optimizer / adamw.memory.optimizer < 0.85
+    assert muon.time.update > adamw.time.update
+    assert muon.time.matrices == adamw.time.matrices
+    exchanged = [collective for collective in muon.traffic if collective.kind == "all-to-all"]
+    assert not any(collective.kind == "all-to-all" for collective in adamw.traffic)
+    if size == 2:  # a standard model: half of the elements come from the other device, for whole matrices, and return
+        of_matrices = model.num_parameters - (model.vocab_size + model.context_length) * model.hidden_size
+        expected = 2 * of_matrices / 2 / 4 / 2  # bytes; devices of a copy, copies, half
+        assert [collective.group for collective in exchanged] == ["model copy"] * 2
+        for collective in exchanged:
+            assert collective.size == pytest.approx(expected, rel=0.1)
+    else:
+        assert sum(collective.size for collective in exchanged) < 0.3 * 2 * model.num_parameters / muon.layout.devices
+
+
 def test_what_the_user_fixes_stays() -> None:
     constraints = Constraints(2, micro_batch_size=4, zero_stage=2, activation_checkpointing=True, vocab_parallel=True)
     (only,) = search(SMALL, H100, 1, 256, constraints).ranked
@@ -105,12 +132,15 @@ def test_refusals() -> None:
 def test_command(tmp_path: Path) -> None:
     done = run_here(
         "kraken_train.plan", "model=kraken-tiny-4way", "vocab_size=300", "cluster=l40s_pcie", "nodes=2",
-        "global_batch_size=32", f"output={tmp_path}/plan.json", f"output_dir={tmp_path}",
+        "global_batch_size=32", "max_tokens=1M", f"output={tmp_path}/plan.json", f"output_dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "to train so: parallel.sub_layer_parallel_size=" in done.stdout
     record = json.loads((tmp_path / "plan.json").read_text())
     best = record["ranked"][0]
+    run = re.search(r"1M tokens are 245 steps of 4,096 tokens, which take (\d+) s, without", done.stdout)  # 244.1 steps
+    assert run is not None
+    assert int(run[1]) == int(245 * best["seconds"]["total"])
     assert (
         sum(best["memory"][part] for part in ("weights", "optimizer", "gradients", "activations", "working"))
         == (best["memory"]["total"])
@@ -127,6 +157,7 @@ def test_command(tmp_path: Path) -> None:
         (["cluster=dgx"], "cluster=dgx is not known; use one of dgx_a100"),
         (["nodes=0"], "nodes=0 must be greater than 0"),
         (["cluster.matrix_fraction=2"], "cluster.matrix_fraction=2.0 must be greater than 0 and at most 1"),
+        (["max_tokens=1Q"], "max_tokens=1Q: no whole number of tokens"),
         (["micro_batch=3"], "micro_batch is not a setting (did you mean micro_batch_size?)"),
     ],
 )

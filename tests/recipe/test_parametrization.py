@@ -88,7 +88,7 @@ def test_what_is_missing_or_does_not_fit() -> None:
     assert parametrization_of(MUP, KRAKEN.replace(num_sub_layers=6)) == Parametrization(1, 1, 1.5)
     gpt = GPTConfig(6, 32, 4, vocab_size=128, context_length=16)
     assert parametrization_of(dataclasses.replace(MUP, base_num_sub_layers=None), gpt) == Parametrization(0.5, 3, 1)
-    with pytest.raises(ConfigError, match=r"mup needs optim.base_num_sub_layers, .*in this model it is 4"):
+    with pytest.raises(ConfigError, match=r"mup needs optim.base_num_sub_layers, .* .in this model it is 4"):
         parametrization_of(dataclasses.replace(MUP, base_num_sub_layers=None), KRAKEN)
     with pytest.raises(ConfigError, match=r"mup needs optim.base_hidden_size"):
         parametrization_of(dataclasses.replace(OPTIM, parametrization="mup"), KRAKEN)

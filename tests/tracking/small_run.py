@@ -33,7 +33,7 @@ def begin_start(path: Path, number: int, step: int, **tracking: Any) -> MetricsL
     run.start.mkdir(parents=True)
     (run.start / "environment.json").write_text(json.dumps({"commit": "c0ffee", "start": number}))
     run.events.write("started", start=number, step=step)
-    return MetricsLogger(config, run, step)
+    return MetricsLogger(config, run, step, config.max_steps)
 
 
 def record(step: int) -> dict[str, Any]:

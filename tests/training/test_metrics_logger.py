@@ -23,14 +23,14 @@ def steps(path: Path) -> list[int]:
 
 def test_one_record_per_step_across_restarts(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, "abc", resuming=False)
-    with MetricsLogger(settings(), run, 0) as first:
+    with MetricsLogger(settings(), run, 0, last_step=5) as first:
         for step in range(1, 6):
             first.record(record(step))
     with run.metrics.open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
     with run.metrics.open("ab") as damaged:
         damaged.write(b"\n\xff\xfe{\n")
-    with MetricsLogger(settings(), run, 3) as second:  # the newest checkpoint is of step 3
+    with MetricsLogger(settings(), run, 3, last_step=5) as second:  # the newest checkpoint is of step 3
         for step in range(4, 8):
             second.record(record(step))
     assert steps(run.metrics) == [1, 2, 3, 4, 5, 6, 7]
@@ -38,7 +38,7 @@ def test_one_record_per_step_across_restarts(tmp_path: Path) -> None:
 
 def test_steps_that_are_done_again(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, "abc", resuming=False)
-    with MetricsLogger(settings(), run, 0) as metrics:
+    with MetricsLogger(settings(), run, 0, last_step=5) as metrics:
         for step in (1, 2, 3):
             metrics.record(record(step))
         metrics.rewind(1)
@@ -55,7 +55,7 @@ def test_nothing_to_drop(tmp_path: Path) -> None:
 
 def test_file_is_json_even_for_nan(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, "abc", resuming=False)
-    with MetricsLogger(settings(), run, 0) as metrics:
+    with MetricsLogger(settings(), run, 0, last_step=5) as metrics:
         metrics.record(record(1) | {"loss": math.nan, "grad_norm": math.inf})
     line = run.metrics.read_text()
     assert "NaN" not in line

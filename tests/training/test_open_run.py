@@ -155,7 +155,7 @@ def begin(opened: Open, path: Path) -> None:
         run = opened(path, held)
         held.enter_context(recorded(run.start, ALONE))
         write_environment(run.start, ALONE)
-        with MetricsLogger(dataclasses.replace(settings(), run_dir=str(path)), run, 0):
+        with MetricsLogger(dataclasses.replace(settings(), run_dir=str(path)), run, 0, last_step=5):
             pass
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.sharding import sharded_dims
+from kraken_train.recipe.batch_ramp import Position
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
 from kraken_train.training.optim import describe_jump, parameter_groups
 
@@ -96,7 +97,7 @@ def settings_of(name: str = "cosine", lr: float = 1.0, max_steps: int = 100, **s
 def test_a_jump_at_a_resumption_is_told(
     before: dict[str, Any], now: dict[str, Any], step: int, rates: tuple[str, str] | None
 ) -> None:
-    told = describe_jump(before, now, step)
+    told = describe_jump(before, now, Position(step, 0), context_length=16)
     if rates is None:
         assert told is None
     else:
