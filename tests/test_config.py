@@ -138,7 +138,8 @@ def test_settings_of_another_optimizer() -> None:
         compose_command([*given, "optim.momentum=0.9"], TrainConfig, "train")
     assert str(refused.value) == (
         "optim.momentum is not a setting of the chosen optim; it belongs to optim=muon; optim=adamw has optim.lr, "
-        "optim.betas, optim.eps, optim.weight_decay, optim.max_grad_norm"
+        "optim.betas, optim.eps, optim.weight_decay, optim.max_grad_norm, optim.parametrization, "
+        "optim.base_hidden_size, optim.base_num_layers, optim.base_num_sub_layers"
     )
     for arguments, message in (
         (["optim.name=muon"], r"optim\.name=muon needs optim\.momentum; choose it with optim=muon"),

@@ -216,6 +216,7 @@ ALLOWED = {
     "checkpoints/exports/native.py": ({"GPTConfig", "standard"}, "Llama and Qwen3 are standard Transformers"),
     "checkpoints/import_reference.py": ({"KrakenConfig"}, "the authors' weights are a Kraken's"),
     "kraken_train/bench/grid.py": ({"standard"}, "what the benchmarks compare with"),
+    "kraken_train/bench/transfer_figure.py": ({"standard"}, "the standard parametrization"),
     "kraken_train/derive.py": ({"KrakenConfig"}, "the command makes a Kraken for a baseline"),
     "kraken_train/parallel/mesh.py": ({"kraken"}, "the name of a dimension of the mesh"),
     "kraken_train/recipe/optimizers.py": ({"standard"}, "the name of a parametrization"),
