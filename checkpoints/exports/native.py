@@ -7,6 +7,7 @@ there. Written and read here, for `checkpoints.export format=native` and `checkp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,15 @@ def is_native(description: Mapping[str, Any]) -> bool:
 
 def native_config(description: Mapping[str, Any], path: Path) -> GPTConfig:
     """The settings of the model that `path`, a config.json, describes. Raises CheckpointError."""
-    rope = description.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    scaling = description.get("rope_scaling")
+    rope, scaling = (description.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise CheckpointError(f"{path} does not describe a model: rope_parameters and rope_scaling must be mappings")
     for name, value, needed in (
         ("hidden_act", description.get("hidden_act", "silu"), "silu"),
         ("attention_bias", description.get("attention_bias", False), False),
         ("mlp_bias", description.get("mlp_bias", False), False),
         ("use_sliding_window", description.get("use_sliding_window", False), False),
-        ("rope_type", kind if not scaling else scaling.get("rope_type", scaling), "default"),
+        ("rope_type", scaling.get("rope_type", scaling) if scaling else rope.get("rope_type", "default"), "default"),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
     ):
         if value != needed:
@@ -150,7 +151,11 @@ def native_config(description: Mapping[str, Any], path: Path) -> GPTConfig:
 
 
 def from_native(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Their weights under our names. Raises CheckpointError where one is missing."""
+    """Their weights under our names. Raises CheckpointError where one is missing, unknown or of another shape."""
+    known = {*ONCE.values(), *IN_LAYERS.values(), *PROJECTIONS}
+    for name in weights:
+        if re.sub(r"^model\.layers\.\d+\.", "", name) not in known and not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(f"{folder} has the weight {name}, which models of this program do not have")
     try:
         renamed = {ours: weights[theirs] for ours, theirs in ONCE.items() if ours != "lm_head.weight"}
         if not config.tie_embeddings:
@@ -164,4 +169,9 @@ def from_native(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) 
             renamed[f"{mine}.{QKV}"] = torch.cat(parts, dim=1)
     except KeyError as error:
         raise CheckpointError(f"{folder} lacks the weight {error.args[0]}; save the model again") from error
+    except RuntimeError as error:  # of `unflatten` and `cat`
+        raise CheckpointError(
+            f"the weights in {folder} have other shapes than its config.json says ({str(error).splitlines()[0]}); save "
+            "the model again"
+        ) from error
     return renamed

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import MODERN, random_ids, rough_model, run_here, save_tokenizer, small_tokenizer, user_error
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
@@ -167,6 +168,10 @@ def test_others_are_refused(config: ModelConfig, message: str) -> None:
         ({"use_sliding_window": True}, "has use_sliding_window=True"),
         ({"num_hidden_layers": 4}, "lacks the weight model.layers.2."),
         ({"num_attention_heads": None}, "does not describe a model"),
+        ({"num_key_value_heads": 3}, "does not describe a model: model.num_kv_heads=3 does not divide"),
+        ({"head_dim": 7, "num_key_value_heads": 1}, "does not describe a model: model.head_dim=7 makes"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 90}, "other shapes"),
+        ({"rope_scaling": "yarn"}, "rope_parameters and rope_scaling must be mappings"),
     ],
 )
 def test_what_cannot_be_imported(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -178,3 +183,14 @@ def test_what_cannot_be_imported(changes: dict[str, Any], message: str, tmp_path
     result = run_here("checkpoints.import_transformers", f"model_dir={tmp_path / 'n'}", f"output_dir={tmp_path / 'e'}")
     assert message in user_error(result)
     assert not (tmp_path / "e").exists()
+
+
+def test_unknown_weights_are_refused(tmp_path: Path) -> None:
+    """As the biases of another model: without them it would compute something else."""
+    config = OURS["llama"]
+    weights = rough_model(config, torch.float32).state_dict()
+    write_export(tmp_path / "n", config, weights, tokenizer_dir=None, metadata={}, dtype=torch.float32, native=True)
+    path, name = tmp_path / "n" / "model.safetensors", "model.layers.0.self_attn.q_proj.bias"
+    save_file({**load_file(path), name: torch.zeros(32)}, path)
+    result = run_here("checkpoints.import_transformers", f"model_dir={tmp_path / 'n'}", f"output_dir={tmp_path / 'e'}")
+    assert f"has the weight {name}, which models of this program do not have" in user_error(result)
