@@ -126,7 +126,7 @@ class Trainer:
         self.runtime.on_first(self.open_metrics)
         with self.metrics or nullcontext():
             for line in summary_lines(
-                self.config, self.model_config, self.data, self.mesh, self.runtime, self.position
+                self.config, self.model_config, self.data, self.mesh, self.runtime, self.position, self.hosts
             ):
                 self.print_rank0(line)
             self.step_metrics = StepMetrics(
