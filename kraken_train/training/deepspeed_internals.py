@@ -149,7 +149,7 @@ def initialize(
             mpu=mesh,
             dist_init_required=False,
         )
-    require_tested_layout(engine.optimizer, mesh.data_size)
+    require_tested_layout(engine.optimizer, mesh.data_rank, mesh.data_size)
     return engine
 
 
@@ -172,8 +172,8 @@ def has_flat_gradients(zero: Any) -> bool:
     return isinstance(zero, private(BF16_OPTIMIZER))
 
 
-def require_tested_layout(zero: Any, copies: int) -> None:
-    """Raises ConfigError unless the gradients are kept as tested: by group, this rank's part a view of the whole."""
+def require_tested_layout(zero: Any, copy: int, copies: int) -> None:
+    """Raises ConfigError unless gradients are kept as tested: by group, the part of this copy a view of the whole."""
     kind, groups = type(zero).__name__, len(zero.optimizer.param_groups)
     if not has_flat_gradients(zero):
         if not isinstance(getattr(zero, "averaged_gradients", None), dict):
@@ -186,6 +186,7 @@ def require_tested_layout(zero: Any, copies: int) -> None:
         part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         and (part.dtype, weight.dtype) == (torch.float32, torch.float32)
         and part.numel() * copies == whole.numel()
+        and part.storage_offset() == whole.storage_offset() + copy * part.numel()
         and part.shape == weight.shape
         for whole, part, weight in zip(wholes, parts, weights, strict=True)
     )
@@ -193,9 +194,9 @@ def require_tested_layout(zero: Any, copies: int) -> None:
         raise untested(f"{kind}.fp32_groups_gradients_flat")
 
 
-def flat_gradients(zero: Any) -> list[Tensor]:
-    """Of a BF16_Optimizer, before reduction over the copies: the gradients of all parameters, by group."""
-    return cast(list[Tensor], zero.fp32_groups_gradients_flat)
+def flat_gradients(zero: Any) -> list[tuple[Tensor, Tensor]]:
+    """Of a BF16_Optimizer, by group: the gradients of all parameters, and of them the part that this copy updates."""
+    return list(zip(zero.fp32_groups_gradients_flat, zero.fp32_groups_gradient_flat_partition, strict=True))
 
 
 def reduced_gradients(zero: Any) -> list[list[Tensor]]:

@@ -192,7 +192,7 @@ class Engine:
         """Of flat gradients, over the copies. DeepSpeed's own copies to a buffer and back, even for one copy."""
         copies = self.mesh.data_size
         if copies > 1 and self.deepspeed.is_gradient_accumulation_boundary():
-            for gradients in deepspeed_internals.flat_gradients(self.deepspeed.optimizer):
+            for gradients, _ in deepspeed_internals.flat_gradients(self.deepspeed.optimizer):
                 dist.all_reduce(gradients.div_(copies), group=self.mesh.get_data_parallel_group())
 
     def gradient_squares(self) -> Tensor:

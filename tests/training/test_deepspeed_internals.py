@@ -61,6 +61,7 @@ def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch, change: s
         ({}, None),
         ({"fp32_groups_gradients_flat": []}, "fp32_groups_gradients_flat"),
         ({"fp32_groups_gradient_flat_partition": [torch.zeros(4)]}, "fp32_groups_gradients_flat"),  # not a view
+        ({"fp32_groups_gradients_flat": [torch.zeros(4)]}, "fp32_groups_gradients_flat"),  # of another size
         ({"fp32_groups_flat_partition": [torch.zeros(4, dtype=torch.bfloat16)]}, "fp32_groups_gradients_flat"),
     ],
 )
@@ -76,16 +77,18 @@ def test_buffers_that_are_not_as_tested(changes: dict[str, Any], what: str | Non
     }
     vars(zero).update(usual | changes)
     if what is None:
-        deepspeed_internals.require_tested_layout(zero, copies=2)
+        deepspeed_internals.require_tested_layout(zero, copy=1, copies=2)
+        with pytest.raises(ConfigError):  # it is the part of the other copy
+            deepspeed_internals.require_tested_layout(zero, copy=0, copies=2)
         return
     with pytest.raises(ConfigError, match=f"{what} is not that of DeepSpeed 0.19.8"):
-        deepspeed_internals.require_tested_layout(zero, copies=2)
+        deepspeed_internals.require_tested_layout(zero, copy=1, copies=2)
 
 
 def test_zero_2_without_its_gradients() -> None:
     zero = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{}]))
     with pytest.raises(ConfigError, match="averaged_gradients is not that of"):
-        deepspeed_internals.require_tested_layout(zero, copies=1)
+        deepspeed_internals.require_tested_layout(zero, copy=0, copies=1)
 
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(1, 3, 0), (4, 3, 3)])
