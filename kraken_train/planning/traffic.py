@@ -88,7 +88,7 @@ def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collect
 
 def loss_chunks(config: ModelConfig, layout: TrainingLayout) -> int:
     """Chunks in which the head computes logits, see `kraken_train.model.cross_entropy`."""
-    rows = -(-config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1))
+    rows = layout.vocabulary_rows(config.vocab_size)
     tokens = layout.micro_batch_size * config.context_length
     return -(-tokens // max(1, LOGITS_AT_ONCE // rows))
 

@@ -118,7 +118,7 @@ class Engine:
         self.sharded_dims = sharded_dims(model)
         self.assigned = self.assign_parameters()
         model.recompute = config.engine.activation_checkpointing
-        if config.engine.compile:
+        if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         with_muon = isinstance(config.optim, MuonConfig)
         groups = parameter_groups(model, config.optim.weight_decay, with_muon, parametrization)
@@ -278,11 +278,12 @@ class Engine:
         loads = {(copy, rank): 0 for copy in range(copies) for rank in range(size)}
         assigned = set()
         for name, parameter in self.model.named_parameters():
-            owners = [min(loads, key=lambda place: loads[place])]
-            if self.sharded_dims[name] is not None:
+            owners, load = [min(loads, key=lambda place: loads[place])], parameter.numel()
+            if (partition := self.sharded_dims[name]) is not None:
                 owners = [(owners[0][0], rank) for rank in range(size)]
+                load = partition.whole_shape(parameter.shape).numel() // size  # all ranks must count the same
             for owner in owners:
-                loads[owner] += parameter.numel()
+                loads[owner] += load
             if here in owners:
                 assigned.add(name)
         return assigned
