@@ -75,7 +75,8 @@ class ParallelConfig:
         if self.vocab_parallel and not self.can_share_vocabulary(model.vocab_size):
             raise ConfigError(
                 f"parallel.vocab_parallel=true would leave one of parallel.sub_layer_parallel_size={size} ranks "
-                f"without a row of model.vocab_size={model.vocab_size}; use parallel.vocab_parallel=false or fewer ranks"
+                f"without a row of model.vocab_size={model.vocab_size}; use parallel.vocab_parallel=false, or fewer "
+                "ranks"
             )
 
     def can_share_vocabulary(self, vocab_size: int) -> bool:

@@ -24,6 +24,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "exchange:2",
         "overlap:2",
         "resume:1,2",
+        "gradient-sums:1",
         "memory",
     ],
     4: [
@@ -36,6 +37,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "save:2,4",
         "resume:2",
         "uneven-vocabulary",
+        "gradient-sums:1,2",
         "memory",
     ],
     SLOW_RANKS: [

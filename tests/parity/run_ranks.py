@@ -16,6 +16,7 @@ from parity import (
     checkpoint_matrix,
     communicator_checks,
     engine_modes,
+    gradient_sums,
     memory_checks,
     trajectories,
     uneven_vocabulary,
@@ -47,6 +48,7 @@ def main() -> None:
             ),
             "resume": lambda sizes=sizes: checkpoint_matrix.resume(runtime, sizes, folder),
             "uneven-vocabulary": lambda: uneven_vocabulary.run(runtime, folder.with_name("uneven vocabulary")),
+            "gradient-sums": lambda sizes=sizes: gradient_sums.run(runtime, sizes),
             "memory": lambda: memory_checks.run(runtime, quick=True),
             "more-memory": lambda: memory_checks.run(runtime, quick=False),
         }[name]()
