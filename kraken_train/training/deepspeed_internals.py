@@ -48,8 +48,9 @@ from deepspeed.utils import (  # noqa: E402
 
 __all__ = ["get_master_weight", "get_optimizer_state", "set_master_weight", "set_optimizer_state"]
 
-# DeepSpeed calls it on every step; newer PyTorch has another name for it.
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+# DeepSpeed and `Engine` call them on every step; newer PyTorch has other names for them.
+for _name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+    warnings.filterwarnings("ignore", message=f".*{_name}.*", category=FutureWarning)
 
 TESTED_VERSION = "0.19.8"
 ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
@@ -64,6 +65,8 @@ FINGERPRINTS = {
     f"{ENGINE}._take_model_step": "c4c6e01aa1fc4e7d",
     # Replaced by `apply_gradients`, whose buffers `_setup_for_real_optimizer` makes.
     f"{BF16_OPTIMIZER}.step": "9b21d4a28f8714d9",
+    f"{BF16_OPTIMIZER}.zero_grad": "d071d3bc77f25419",
+    f"{BF16_OPTIMIZER}.clear_hp_grads": "82cb16a0c5b97d8e",
     f"{BF16_OPTIMIZER}.update_lp_params": "128911db918ae80c",
     f"{BF16_OPTIMIZER}._setup_for_real_optimizer": "d5c428fde5756bc4",
     f"{BF16_OPTIMIZER}._lazy_init_hp_params_optimizer_state": "756e7b78c340beef",

@@ -92,18 +92,20 @@ class Engine:
         self.sharded_dims = sharded_dims(model)
         self.assigned = self.assign_parameters()
         model.recompute = config.engine.activation_checkpointing
-        if config.engine.compile:
+        if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         with_muon = isinstance(config.optim, MuonConfig)
         groups = parameter_groups(model, config.optim.weight_decay, with_muon, parametrization)
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.states = {names[parameter]: state_names(group) for group in groups for parameter in group["params"]}
+        sizes = [parameter.numel() for parameter in names]
+        bucket_elements = reduce_bucket_elements(sizes, config.engine.zero_stage)
         optimizer = make_optimizer(config.optim, groups, mesh.place, runtime.group)
         self.deepspeed = deepspeed_internals.initialize(
             LossModule(model, config.loss),
             optimizer,
-            deepspeed_settings(config, mesh.data_size, reduce_bucket_elements(model)),
+            deepspeed_settings(config, mesh.data_size, bucket_elements),
             mesh,
             runtime.device,
         )
@@ -189,11 +191,16 @@ class Engine:
         self.deepspeed.step()
 
     def average_gradients(self) -> None:
-        """Of flat gradients, over the copies. DeepSpeed's own copies to a buffer and back, even for one copy."""
+        """Of flat gradients, over the copies: each gets the mean of the part that it updates.
+
+        What it keeps of the others' parts is not used, and cleared after the update. DeepSpeed's own sums all of it on
+        each copy, and copies it to a buffer and back, even for one copy.
+        """
         copies = self.mesh.data_size
         if copies > 1 and self.deepspeed.is_gradient_accumulation_boundary():
-            for gradients, _ in deepspeed_internals.flat_gradients(self.deepspeed.optimizer):
-                dist.all_reduce(gradients.div_(copies), group=self.mesh.get_data_parallel_group())
+            # The part is a view of this copy's share, which NCCL and gloo sum in place.
+            for gradients, part in deepspeed_internals.flat_gradients(self.deepspeed.optimizer):
+                dist.reduce_scatter_tensor(part, gradients.div_(copies), group=self.mesh.get_data_parallel_group())
 
     def gradient_squares(self) -> Tensor:
         """Their sum here, in float64; the sum over all ranks is that over the whole model. Not finite if any is not."""
@@ -244,11 +251,12 @@ class Engine:
         loads = {(copy, rank): 0 for copy in range(copies) for rank in range(size)}
         assigned = set()
         for name, parameter in self.model.named_parameters():
-            owners = [min(loads, key=lambda place: loads[place])]
-            if self.sharded_dims[name] is not None:
+            owners, load = [min(loads, key=lambda place: loads[place])], parameter.numel()
+            if (partition := self.sharded_dims[name]) is not None:
                 owners = [(owners[0][0], rank) for rank in range(size)]
+                load = partition.whole_shape(parameter.shape).numel() // size  # all ranks must count the same
             for owner in owners:
-                loads[owner] += parameter.numel()
+                loads[owner] += load
             if here in owners:
                 assigned.add(name)
         return assigned

@@ -47,7 +47,13 @@ def summary_lines(
     head_sizes = head_size_note(model)
     if head_sizes is not None and position.step == 0:
         yield f"note: {head_sizes}"
-    if spread := describe_spread(hosts, mesh.model_rank.size):
+    size = mesh.model_rank.size
+    if size > 1 and config.parallel.vocab_parallel is None and not config.parallel.shares_vocabulary(model.vocab_size):
+        yield (
+            f"note: the {model.vocab_size} rows of the vocabulary are too few for {size} ranks, so each holds all of "
+            "them (parallel.vocab_parallel)"
+        )
+    if spread := describe_spread(hosts, size):
         yield f"note: {spread}"
     if config.validation.enabled and not data.has_validation:
         yield "no validation: the data were prepared without a validation split"
