@@ -87,6 +87,8 @@ class EngineConfig:
     # recompute the activations of attention and FFN in the backward pass instead of keeping them
     activation_checkpointing: bool
     compile: bool  # torch.compile attention, FFN and the loss; the first step then takes a minute
+    # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
+    fused_kernels: bool | None = None
 
     def validate(self) -> None:
         if self.zero_stage not in (1, 2):

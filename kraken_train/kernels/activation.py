@@ -23,12 +23,12 @@ BLOCK = 2048  # values of a program
 
 
 @triton.jit
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def gelu_kernel(up_pointer, result_pointer, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def gelu_kernel(up_pointer, result_pointer, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     x = tl.load(up_pointer + place, mask, other=0.0).to(COMPUTE)
@@ -37,7 +37,7 @@ def gelu_kernel(up_pointer, result_pointer, size, COMPUTE: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def gelu_backward_kernel(  # type: ignore[no-untyped-def]
+def gelu_backward_kernel(
     gradient_pointer, up_pointer, up_gradient_pointer, result_pointer, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -51,9 +51,7 @@ def gelu_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def swiglu_kernel(  # type: ignore[no-untyped-def]
-    gate_pointer, up_pointer, result_pointer, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
-):
+def swiglu_kernel(gate_pointer, up_pointer, result_pointer, size, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     gate = tl.load(gate_pointer + place, mask, other=0.0).to(COMPUTE)
@@ -62,7 +60,7 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def swiglu_backward_kernel(  # type: ignore[no-untyped-def]
+def swiglu_backward_kernel(
     gradient_pointer, gate_pointer, up_pointer, gate_gradient_pointer, up_gradient_pointer, result_pointer, size,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

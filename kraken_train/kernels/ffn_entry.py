@@ -2,8 +2,8 @@
 
     r_i = x_i + a_i;  h_i = norm(a_i + s) w_i
 
-In one pass over memory; what the FFN makes of h is added to r by `layer_entry`. In the backward pass the gradients of a
-that come from the residual and from the norm are added in one kernel, which also sums that of s over the sub-layers here.
+In one pass over memory; `layer_entry` adds to r what the FFN makes of h. In the backward pass one kernel adds the
+gradients of a that come from the residual and from the norm, and sums that of s over the sub-layers here.
 
 Shapes: n sub-layers here, B batch, T tokens, D hidden size.
 """
@@ -20,7 +20,7 @@ from kraken_train.kernels.operators import compute_type, operator, programs_for,
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     x_pointer, attended_pointer, total_pointer, gain_pointer, residual_pointer, normed_pointer, mean_pointer,
     reciprocal_pointer, tokens, epsilon, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,7 +43,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_kernel(  # type: ignore[no-untyped-def]
+def backward_kernel(
     attended_pointer, total_pointer, gain_pointer, mean_pointer, reciprocal_pointer, residual_gradient_pointer,
     normed_gradient_pointer, attended_gradient_pointer, total_gradient_pointer, gain_gradient_pointer,
     tokens, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,

@@ -18,7 +18,7 @@ from kraken_train.kernels.operators import compute_type, operator, tile, wrap_tr
 
 
 @triton.jit
-def pack_kernel(  # type: ignore[no-untyped-def]
+def pack_kernel(
     query_pointer, key_pointer, value_pointer, cos_pointer, sin_pointer, packed_pointer,
     query_n, query_b, query_t, query_h, key_n, key_b, key_t, key_h, value_n, value_b, value_t, value_h,
     angle_b, angle_t, batch, tokens, SIGN: tl.constexpr,
@@ -58,7 +58,7 @@ def pack(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, si
     n, batch, tokens, heads, width = query.shape
     groups = key.shape[3]
     packed = query.new_empty((n, batch, tokens, heads + 2 * groups, width))
-    angle_strides = (0 if cos.dim() == 2 else cos.stride(0), cos.stride(-2))  # noqa: PLR2004 (T, K)
+    angle_strides = (0 if cos.dim() == 2 else cos.stride(0), cos.stride(-2))
     wrap_triton(pack_kernel)[(n * batch * tokens,)](
         query, key, value, cos, sin, packed, *query.stride()[:4], *key.stride()[:4], *value.stride()[:4],
         *angle_strides, batch, tokens, SIGN=sign, H=heads, G=groups, K=width, COMPUTE=compute_type(query.dtype),

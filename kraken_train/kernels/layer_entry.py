@@ -21,7 +21,7 @@ from kraken_train.kernels.operators import compute_type, operator, programs_for,
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     x_pointer, added_pointer, gain_pointer, y_pointer, sum_pointer, normed_pointer, mean_pointer, reciprocal_pointer,
     tokens, epsilon, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -47,7 +47,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_kernel(  # type: ignore[no-untyped-def]
+def backward_kernel(
     y_pointer, gain_pointer, mean_pointer, reciprocal_pointer, y_gradient_pointer, sum_gradient_pointer,
     normed_gradient_pointer, gradient_pointer, gain_gradient_pointer,
     tokens, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def moments(x, mask, epsilon, D: tl.constexpr, CENTER: tl.constexpr):  # type: ignore[no-untyped-def]
+def moments(x, mask, epsilon, D: tl.constexpr, CENTER: tl.constexpr):
     """The mean and the reciprocal deviation of each vector, (BLOCK_N, 1). `x` is 0 in the padding."""
     mean = tl.sum(x, axis=1, keep_dims=True) / D if CENTER else tl.sum(x, axis=1, keep_dims=True) * 0.0
     centered = tl.where(mask, x - mean, 0.0)
@@ -20,7 +20,7 @@ def moments(x, mask, epsilon, D: tl.constexpr, CENTER: tl.constexpr):  # type: i
 
 
 @triton.jit
-def norm_gradient(normed, gradient, reciprocal, D: tl.constexpr, CENTER: tl.constexpr):  # type: ignore[no-untyped-def]
+def norm_gradient(normed, gradient, reciprocal, D: tl.constexpr, CENTER: tl.constexpr):
     """The gradient of x, from y and the gradient of y, both 0 in the padding."""
     projection = tl.sum(gradient * normed, axis=1, keep_dims=True) / D
     change = gradient - projection * normed

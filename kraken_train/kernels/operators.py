@@ -1,8 +1,8 @@
 """How a Triton kernel becomes an operator of PyTorch, on a GPU and in Triton's interpreter.
 
-On a GPU an operator is a `torch.library.triton_op`: `torch.compile` sees the kernels in it and plans memory and launches
-with them. Triton's interpreter (TRITON_INTERPRET=1 when Triton is imported) runs kernels on a CPU with NumPy, for tests.
-PyTorch cannot trace an interpreted kernel, so an operator is an opaque `torch.library.custom_op` there.
+On a GPU an operator is a `torch.library.triton_op`: `torch.compile` sees the kernels in it, and plans memory and
+launches with them. Triton's interpreter (TRITON_INTERPRET=1 when Triton is imported) runs kernels on a CPU with NumPy,
+for tests. PyTorch cannot trace an interpreted kernel, so an operator is an opaque `torch.library.custom_op` there.
 
 This file and those of the kernels have no `from __future__ import annotations`, since PyTorch reads the types of an
 operator's arguments from its annotations.

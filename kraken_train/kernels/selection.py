@@ -8,6 +8,8 @@ import torch
 
 from kraken_train.common.errors import ConfigError
 
+KERNELS_SETTING = "engine.fused_kernels"  # of training
+
 
 def choose_kernels(setting: bool | None, device: torch.device, name: str) -> bool:
     """`setting` as a user gave it under `name`; None: kernels on a GPU where Triton is installed.
@@ -23,8 +25,8 @@ def choose_kernels(setting: bool | None, device: torch.device, name: str) -> boo
         raise ConfigError(f"{name}=true, but Triton is not installed; install triton, or use null or false")
     if device.type != "cuda" and not interpreted():
         raise ConfigError(
-            f"{name}=true needs a GPU, and this runs on {device.type}; use null or false (for tests, TRITON_INTERPRET=1 "
-            "runs the kernels on a CPU, slowly)"
+            f"{name}=true needs a GPU, and this runs on {device.type}; use null or false (TRITON_INTERPRET=1 runs the "
+            "kernels on a CPU, slowly, for tests)"
         )
     return True
 

@@ -114,7 +114,10 @@ class KrakenLayer(Layer):
         cache: KeyValueStore | None,
         follower: KrakenLayer | None,
     ) -> Streams:
-        """x_i -> x_i; `total` is s (B, T, D) where it is known, else it is summed here; `follower` is the next layer."""
+        """x_i -> x_i; `total` is s (B, T, D) where it is known, else it is summed here.
+
+        With fused kernels it computes the first norm of `follower`, the next layer, too.
+        """
         pending = None
         if total is None:
             part = streams.x if streams.part is None else streams.part[None]

@@ -195,16 +195,12 @@ class StackedFFN(nn.Module):
             inner = ffn_inner(self.norm(attended + total), self.gate, self.up)
             return streams + attended + self.down(inner)
         norm = self.norm
-        streams, normed = self.kernels.ffn_entry(
-            streams, attended, total, norm.weight, norm.epsilon, norm.is_centered
-        )
+        streams, normed = self.kernels.ffn_entry(streams, attended, total, norm.weight, norm.epsilon, norm.is_centered)
         gate = None if self.gate is None else self.gate(normed)
         added = self.kernels.activated_product(gate, self.up(normed), self.down.weight)
         if ahead is None:
             return streams + added
-        return self.kernels.layer_entry(
-            streams, added, ahead.gain, norm.epsilon, norm.is_centered, ahead.sum_dtype
-        )
+        return self.kernels.layer_entry(streams, added, ahead.gain, norm.epsilon, norm.is_centered, ahead.sum_dtype)
 
 
 def ffn_inner(x: Tensor, gate: nn.Module | None, up: nn.Module) -> Tensor:
