@@ -56,6 +56,7 @@ class Conditions:
     context: int  # tokens of the prompt
     output_tokens: int  # decoded after it, for the time per output token
     repeats: int  # rounds that count
+    fused_kernels: bool = False
 
     @property
     def capacity(self) -> int:
@@ -64,7 +65,7 @@ class Conditions:
 
     @property
     def execution(self) -> ExecutionConfig:
-        return ExecutionConfig(self.compile, self.cuda_graphs, prefill_lengths=(self.context,))
+        return ExecutionConfig(self.compile, self.cuda_graphs, (self.context,), self.fused_kernels)
 
 
 def variants_of(config: ModelConfig) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from kraken_train.common.errors import ConfigError
 from kraken_train.inference.graphs import CapturedFunction
 from kraken_train.inference.kv_cache import KeyValueCache
+from kraken_train.kernels.selection import choose_kernels
 from kraken_train.model.language_model import LanguageModel
 
 
@@ -30,6 +31,7 @@ class ExecutionConfig:
     compile: bool = False  # torch.compile the parts of the layers
     cuda_graphs: bool = False  # replay recorded kernels: for new tokens, and for prompts of `prefill_lengths`
     prefill_lengths: tuple[int, ...] = ()  # tokens, ascending; a prompt is padded to the next one, if there is one
+    fused_kernels: bool | None = False  # `kraken_train.kernels`; None: on a GPU where Triton is installed
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -83,6 +85,8 @@ class InferenceEngine:
         self.head = head.weight.detach()[place.rank * self.head_rows :][: self.head_rows]
         self.sequences = 0  # of the current batch
         self.tokens = 0  # at most in its longest sequence
+        if choose_kernels(self.execution.fused_kernels, self.device, "fused_kernels"):
+            model.use_fused_kernels()
         if self.execution.compile:
             model.compile_parts()
         # Not bound methods, whose reference cycles would keep this object's memory until a garbage collection.
