@@ -74,7 +74,8 @@ class ExecutionConfig:
 
 def buckets(longest: int, capacity: int) -> tuple[int, ...]:
     """Lengths for prompts of up to `longest` tokens: powers of two and their middles, from 64, at most `capacity`."""
-    lengths, power = [], SMALLEST_BUCKET
+    lengths: list[int] = []
+    power = SMALLEST_BUCKET
     while not lengths or lengths[-1] < longest:
         lengths += [power, power + power // 2]
         power *= 2

@@ -62,4 +62,5 @@ class ShardedHead:
         own = torch.stack([value, (self.first + index[:, 0]).double()], dim=-1)
         every = self.communicator.gather(own).unflatten(-1, (-1, 2))  # (B, P, 2), in the order of the vocabulary
         best = every[..., 0].argmax(dim=-1)
-        return every.gather(1, best[:, None, None].expand(-1, 1, 2))[:, 0]
+        pair: Tensor = every.gather(1, best[:, None, None].expand(-1, 1, 2))[:, 0]
+        return pair
