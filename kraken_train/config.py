@@ -112,6 +112,8 @@ class EngineConfig:
     activation_checkpointing: bool
     # torch.compile attention, FFN and the loss; the first step then takes a minute; null: on a GPU, not on a CPU
     compile: bool | None
+    # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
+    fused_kernels: bool | None = None
 
     def compiles(self, device_type: str) -> bool:
         """Whether to compile on devices of this type, a name of torch.device."""

@@ -21,7 +21,7 @@ def test_shipped_scripts(name: str) -> None:
 
 @pytest.mark.parametrize("gpus", ["8", None])
 def test_each_rank_sees_all_gpus_of_its_node(tmp_path: Path, gpus: str | None) -> None:
-    """Where the job has some, unless the settings say otherwise: NCCL copies directly only between GPUs it sees."""
+    """Where the job has some, unless the settings say otherwise: a copy between GPUs needs a process that sees both."""
     script = (REPOSITORY / "launch" / "slurm" / "train.sbatch").read_text()
     settings = {"source .venv/bin/activate": ":", "python=(python -m)": "python=(true)"}
     for line, replaced in {**settings, "srun_options=()": "srun_options=(--own)"}.items():
