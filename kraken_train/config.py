@@ -26,6 +26,8 @@ from kraken_train.recipe.step_plan import StepPlan
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
+MOST_CTAS = 64  # NCCL's own limit
+MOST_SPARED = 64  # multiprocessors; an A100 has 108, an H100 132
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
@@ -45,9 +47,18 @@ class ParallelConfig:
     reduce_dtype: str | None  # bf16 | fp32: number format of the sums over the ranks of a copy; null: that of precision
     # optimizer steps between checks that equal weights are equal on all ranks; 0: only at the start and at checkpoints
     verify_every: int
+    # on a GPU, the most blocks of NCCL's kernels for the sums over the ranks of a copy, each of which occupies a
+    # multiprocessor; 0: NCCL's choice; null: 16 on Hopper GPUs, else 0
+    max_ctas: int | None = None
+    # on a GPU, multiprocessors that GEMMs leave free while such a sum is under way; null: 16 on Hopper GPUs, else 0
+    sm_carveout: int | None = None
 
     def validate(self) -> None:
         require_positive("parallel.sub_layer_parallel_size", self.sub_layer_parallel_size)
+        for name, limit in (("max_ctas", MOST_CTAS), ("sm_carveout", MOST_SPARED)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= limit:
+                raise ConfigError(f"parallel.{name}={value} must be from 0 to {limit}, or null: by the device")
         if self.reduce_dtype is not None:
             require_choice("parallel.reduce_dtype", self.reduce_dtype, ("bf16", "fp32"))
         require_at_least("parallel.verify_every", self.verify_every, 0)
@@ -101,6 +112,8 @@ class EngineConfig:
     activation_checkpointing: bool
     # torch.compile attention, FFN and the loss; the first step then takes a minute; null: on a GPU, not on a CPU
     compile: bool | None
+    # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
+    fused_kernels: bool | None = None
 
     def compiles(self, device_type: str) -> bool:
         """Whether to compile on devices of this type, a name of torch.device."""

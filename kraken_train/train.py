@@ -20,6 +20,7 @@ from kraken_train.data.dataset import TrainingData
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.health.stack_dump import stacks_on_signal
 from kraken_train.health.watchdog import Watchdog
+from kraken_train.kernels.selection import KERNELS_SETTING, choose_kernels
 from kraken_train.model.config import parse_model
 from kraken_train.parallel.ranks import Runtime, another_rank_ended, read_runtime
 from kraken_train.run.events import FAILED, FINISHED, INTERRUPTED
@@ -44,6 +45,7 @@ def train(config: TrainConfig) -> None:
     Exits with INTERRUPTED_EXIT_CODE, after saving, if a signal or the end of its launcher asked it to stop before.
     """
     runtime = read_runtime()
+    choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING)  # refuses what cannot be had here
     data = TrainingData(config.data_shares)
     if config.attention_within_documents:
         data.require_ends_of_documents()

@@ -28,6 +28,7 @@ from kraken_train.model.config import ModelConfig
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.overlap_budget import choose_budget
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.parallel.step_timer import DATA, OTHER, StepTimer
 from kraken_train.training.engine import Engine
@@ -153,11 +154,10 @@ def measure_all(
     entries: Sequence[Entry], config: ThroughputConfig, runtime: Runtime, data: TrainingData | None
 ) -> dict[Entry, Measured]:
     """Train all entries in turns. If they do not fit into memory together, each is built again for each round."""
-    mesh = ParallelMesh(
-        runtime.device.type,
-        config.parallel.data_parallel_size(runtime.world_size),
-        config.parallel.sub_layer_parallel_size,
-    )
+    parallel = config.parallel
+    size, copies = parallel.sub_layer_parallel_size, parallel.data_parallel_size(runtime.world_size)
+    budget = choose_budget(parallel.max_ctas, parallel.sm_carveout, runtime.device, size)
+    mesh = ParallelMesh(runtime.device.type, copies, size, budget)
 
     def make(entry: Entry) -> ModelInTraining:
         return ModelInTraining(entry, config, make_samples(entry.model, data), mesh, runtime)
