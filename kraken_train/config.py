@@ -39,7 +39,9 @@ class ParallelConfig:
     # ranks that share one copy of the model; it divides the number of ranks and the model's num_sub_layers (a GPT's
     # num_heads)
     sub_layer_parallel_size: int
-    vocab_parallel: bool  # shard the embedding, the head and the cross-entropy as well, by rows of the vocabulary
+    # shard the embedding, the head and the cross-entropy as well, by rows of the vocabulary; null: where several ranks
+    # share a copy
+    vocab_parallel: bool | None
     reduce_dtype: str | None  # bf16 | fp32: number format of the sums over the ranks of a copy; null: that of precision
     # optimizer steps between checks that equal weights are equal on all ranks; 0: only at the start and at checkpoints
     verify_every: int
@@ -70,12 +72,23 @@ class ParallelConfig:
                 f"parallel.sub_layer_parallel_size={size} does not divide {name}={total}; use "
                 f"{' or '.join(divisors(total))}"
             )
-        if self.vocab_parallel and model.vocab_size % size:
+        if self.vocab_parallel and not self.can_share_vocabulary(model.vocab_size):
             raise ConfigError(
-                f"parallel.sub_layer_parallel_size={size} does not divide model.vocab_size={model.vocab_size}, which "
-                "parallel.vocab_parallel=true divides too; use parallel.vocab_parallel=false or model.vocab_size="
-                f"{-(-model.vocab_size // size) * size}"
+                f"parallel.vocab_parallel=true would leave one of parallel.sub_layer_parallel_size={size} ranks "
+                f"without a row of model.vocab_size={model.vocab_size}; use parallel.vocab_parallel=false, or fewer "
+                "ranks"
             )
+
+    def can_share_vocabulary(self, vocab_size: int) -> bool:
+        """Whether each rank of a copy would have some rows (`ModelRank.row_range`)."""
+        size = self.sub_layer_parallel_size
+        return (size - 1) * -(-vocab_size // size) < vocab_size
+
+    def shares_vocabulary(self, vocab_size: int) -> bool:
+        """Whether the ranks of a copy hold some rows of the vocabulary each, and not all."""
+        if self.vocab_parallel is None:
+            return self.sub_layer_parallel_size > 1 and self.can_share_vocabulary(vocab_size)
+        return self.vocab_parallel
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,12 @@ class EngineConfig:
     zero_stage: int
     # recompute the activations of attention and FFN in the backward pass instead of keeping them
     activation_checkpointing: bool
-    compile: bool  # torch.compile attention, FFN and the loss; the first step then takes a minute
+    # torch.compile attention, FFN and the loss; the first step then takes a minute; null: on a GPU, not on a CPU
+    compile: bool | None
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether to compile on devices of this type, a name of torch.device."""
+        return device_type == "cuda" if self.compile is None else self.compile
 
     def validate(self) -> None:
         if self.zero_stage not in (1, 2):

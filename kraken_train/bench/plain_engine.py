@@ -34,7 +34,7 @@ class PlainEngine:
         self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
         self.max_grad_norm = config.optim.max_grad_norm
         model.recompute = config.engine.activation_checkpointing
-        if config.engine.compile:
+        if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         cuts = sharded_dims(model)
         self.is_part = [cuts[name] is not None for name, _ in model.named_parameters()]

@@ -79,7 +79,8 @@ class ModelInTraining:
         self.timer = StepTimer(runtime.device)
         self.lr = config.optim.lr
         on_gpu = runtime.device.type == "cuda"
-        self.memory_kind = ALLOCATED if on_gpu else UNKNOWN if config.engine.compile else TRACKED
+        compiled = config.engine.compiles(runtime.device.type)
+        self.memory_kind = ALLOCATED if on_gpu else UNKNOWN if compiled else TRACKED
         self.tracker = MemTracker() if self.memory_kind == TRACKED else None
         self.peak_bytes: int | None = None
         before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -99,7 +100,8 @@ class ModelInTraining:
 
     def make_engine(self, entry: Entry, config: ThroughputConfig, mesh: ParallelMesh) -> Any:
         communicator = make_communicator(mesh, reduce_dtype(config.parallel), self.timer)
-        units, vocabulary = even_share(entry.model, mesh.model_rank, config.parallel.vocab_parallel)
+        shares_vocabulary = config.parallel.shares_vocabulary(entry.model.vocab_size)
+        units, vocabulary = even_share(entry.model, mesh.model_rank, shares_vocabulary)
         model = build_model(entry.model, 0, units, communicator, vocabulary)
         return ENGINES[entry.engine](model, config.training(mesh.data_size), mesh, self.runtime, self.timer)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -71,7 +72,11 @@ class ParallelMesh:
         """
         if sharded_dim is None:
             return local
-        return DTensor.from_local(local, self.cpu_mesh[KRAKEN], [Shard(sharded_dim.axis)], run_check=False)
+        # The shape is given because the parts of the ranks may differ in size.
+        shape = sharded_dim.whole_shape(local.shape)
+        stride = torch.empty(shape, device="meta").stride()
+        placement = [Shard(sharded_dim.axis)]
+        return DTensor.from_local(local, self.cpu_mesh[KRAKEN], placement, run_check=False, shape=shape, stride=stride)
 
     def get_model_parallel_rank(self) -> int:
         return self.mesh.get_local_rank(KRAKEN)

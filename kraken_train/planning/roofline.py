@@ -145,7 +145,7 @@ def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, lis
         return [Product(tokens, matrix.in_features, matrix.out_features, matrix.count) for matrix in matrices]
 
     parts = {name: with_tokens(part.matrices) for name, part in config.layer_parts(ranks).items()}
-    head = Matrix(config.hidden_size, config.vocab_size // (ranks if layout.vocab_parallel else 1))
+    head = Matrix(config.hidden_size, layout.vocabulary_rows(config.vocab_size))
     return parts, with_tokens([*config.last_matrices(ranks), head])
 
 
@@ -172,7 +172,7 @@ def widths(config: ModelConfig, layout: TrainingLayout) -> dict[str, tuple[float
 def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
     """Bytes moved in a micro-batch for the logits, and for the weight's gradient, to which each chunk adds in fp32."""
     tokens = layout.micro_batch_size * config.context_length
-    rows = config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1)
+    rows = layout.vocabulary_rows(config.vocab_size)
     weight = rows * config.hidden_size
     chunks = loss_chunks(config, layout)
     return LOSS / 2 * layout.width * tokens * rows + weight * (chunks * (2 * layout.width + 2 * FP32) + 4 * FP32)

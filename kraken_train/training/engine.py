@@ -65,8 +65,9 @@ make_decorator, compiler.compile = compiler.compile, lambda: compiler.dummy_deco
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 compiler.compile = make_decorator
 ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
-# DeepSpeed calls it on every step; newer PyTorch has another name for it.
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+# DeepSpeed and `Engine` call them on every step; newer PyTorch has other names for them.
+for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+    warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,21 @@ class Engine:
         self.sharded_dims = sharded_dims(model)
         self.assigned = self.assign_parameters()
         model.recompute = config.engine.activation_checkpointing
-        if config.engine.compile:
+        if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         with_muon = isinstance(config.optim, MuonConfig)
         groups = parameter_groups(model, config.optim.weight_decay, with_muon, parametrization)
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.states = {names[parameter]: state_names(group) for group in groups for parameter in group["params"]}
+        sizes = [parameter.numel() for parameter in names]
+        bucket_elements = reduce_bucket_elements(sizes, config.engine.zero_stage)
         optimizer = make_optimizer(config.optim, groups, mesh.place, runtime.group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
             self.deepspeed, *_ = deepspeed.initialize(
                 model=LossModule(model, config.loss),
                 optimizer=optimizer,
-                config=deepspeed_settings(config, mesh.data_size, reduce_bucket_elements(model)),
+                config=deepspeed_settings(config, mesh.data_size, bucket_elements),
                 mpu=mesh,
                 dist_init_required=False,
             )
@@ -215,11 +218,18 @@ class Engine:
         self.deepspeed.step()
 
     def average_gradients(self) -> None:
-        """Of a `BF16_Optimizer`, over the copies. DeepSpeed's own copies to a buffer and back, even for one copy."""
-        copies = self.mesh.data_size
+        """Of a `BF16_Optimizer`, over the copies: each gets the mean of the part that it updates.
+
+        What it keeps of the others' parts is not used, and cleared after the update. DeepSpeed's own sums all of it on
+        each copy, and copies it to a buffer and back, even for one copy.
+        """
+        copies, optimizer = self.mesh.data_size, self.deepspeed.optimizer
         if copies > 1 and self.deepspeed.is_gradient_accumulation_boundary():
-            for gradients in self.deepspeed.optimizer.fp32_groups_gradients_flat:
-                dist.all_reduce(gradients.div_(copies), group=self.mesh.get_data_parallel_group())
+            groups = zip(
+                optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True
+            )
+            for gradients, part in groups:  # the part is a view of this copy's share, which NCCL and gloo sum in place
+                dist.reduce_scatter_tensor(part, gradients.div_(copies), group=self.mesh.get_data_parallel_group())
 
     def gradient_squares(self) -> Tensor:
         """Their sum here, in float64; the sum over all ranks is that over the whole model. Not finite if any is not."""
@@ -278,11 +288,12 @@ class Engine:
         loads = {(copy, rank): 0 for copy in range(copies) for rank in range(size)}
         assigned = set()
         for name, parameter in self.model.named_parameters():
-            owners = [min(loads, key=lambda place: loads[place])]
-            if self.sharded_dims[name] is not None:
+            owners, load = [min(loads, key=lambda place: loads[place])], parameter.numel()
+            if (partition := self.sharded_dims[name]) is not None:
                 owners = [(owners[0][0], rank) for rank in range(size)]
+                load = partition.whole_shape(parameter.shape).numel() // size  # all ranks must count the same
             for owner in owners:
-                loads[owner] += parameter.numel()
+                loads[owner] += load
             if here in owners:
                 assigned.add(name)
         return assigned

@@ -47,6 +47,11 @@ def summary_lines(
     if head_sizes is not None and position.step == 0:
         yield f"note: {head_sizes}"
     size = mesh.model_rank.size
+    if size > 1 and config.parallel.vocab_parallel is None and not config.parallel.shares_vocabulary(model.vocab_size):
+        yield (
+            f"note: the {model.vocab_size} rows of the vocabulary are too few for {size} ranks, so each holds all of "
+            "them (parallel.vocab_parallel)"
+        )
     if runtime.local_world_size % size:
         yield (
             f"note: parallel.sub_layer_parallel_size={size} does not divide the {runtime.local_world_size} "

@@ -70,7 +70,8 @@ class Trainer:
         self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
         self.timer = StepTimer(runtime.device)  # active in logged steps
         communicator = make_communicator(self.mesh, reduce_dtype(config.parallel), self.timer)
-        units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
+        shares_vocabulary = config.parallel.shares_vocabulary(model_config.vocab_size)
+        units, vocabulary = even_share(model_config, self.mesh.model_rank, shares_vocabulary)
         model = build_model(model_config, config.seed, units, communicator, vocabulary)
         model.end_of_document = data.end_of_document if config.attention_within_documents else None
         parametrization = parametrization_of(config.optim, model_config)
