@@ -82,11 +82,11 @@ def model_that_waits(architecture: str, each: float) -> tuple[TimedModel, float]
     width = tried.model.config.hidden_size
     number = {"kraken": 2, "standard": 4}[architecture]  # of two layers: L - 1 and the conjunction, and 2 L
     asked = (
-        number * (each + 1.5 * 4 * 8 * width / 1e9) + each + 0.75 * (4 * 2 * 8) / 1e9
+        number * (each + 1.5 * 4 * 8 * width / 1e9) + each + 0.75 * (4 * 2 * 4) / 1e9
     )  # the last: two numbers of each rank
     assert tried.traffic.all_reduces == number
     assert tried.traffic.all_gathers == 1
-    assert tried.traffic.num_bytes == number * 4 * 8 * width + 4 * 2 * 8
+    assert tried.traffic.num_bytes == number * 4 * 8 * width + 4 * 2 * 4
     assert tried.traffic.seconds == pytest.approx(asked, rel=1e-12)
     return tried, asked
 
