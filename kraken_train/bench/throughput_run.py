@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from kraken_train.bench.authors_step import AuthorsStep
 from kraken_train.bench.plain_engine import PlainEngine
 from kraken_train.bench.plan import usable_bytes
-from kraken_train.bench.throughput_config import DEEPSPEED, TORCH, Entry, ThroughputConfig
+from kraken_train.bench.throughput_config import AUTHORS, DEEPSPEED, TORCH, Entry, ThroughputConfig
 from kraken_train.data.dataset import Samples, TokenStream, TrainingData
 from kraken_train.data.loader import BatchLoader
 from kraken_train.model.config import ModelConfig
@@ -36,7 +37,7 @@ from kraken_train.training.precision import DTYPES, reduce_dtype
 WARMUP_STEPS = 3  # at least 2
 RANDOM_SAMPLES = 64  # of random tokens in memory, read again and again
 STATE_BYTES = 20  # per parameter, at most: weights, masters, gradients, their sums, two moments
-ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine}
+ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine, AUTHORS: AuthorsStep}
 
 ALLOCATED, TRACKED = "torch.cuda.max_memory_allocated", "tensors (torch.distributed._tools.mem_tracker)"
 UNKNOWN = "not measured (on a CPU the allocations of compiled parts cannot be tracked)"
