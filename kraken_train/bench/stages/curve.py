@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from kraken_train.bench.stages.preset import CurveSizes
 from kraken_train.bench.stages.program import Measured
+from kraken_train.bench.stages.stage import Figures
 from kraken_train.inference.ranks import started_ranks
 
 NCCL = "NCCL"
@@ -27,12 +28,8 @@ def measure(sizes: CurveSizes, calls: ModuleType) -> Measured:
         ranks = runtime.world_size
         del group
     small, large = min(sizes.bytes), max(sizes.bytes)
-    traffic = (
-        2 * (ranks - 1) / ranks
-    )  # bytes that each rank moves for a byte of the tensor (nccl-tests, PERFORMANCE.md)
-    figures: dict[str, float | str] = {
-        f"{name}, {small // 1024} KiB, us": of[small] * 1e6 for name, of in curve.items()
-    }
+    traffic = 2 * (ranks - 1) / ranks  # bytes that a rank moves for a byte of the tensor (nccl-tests, PERFORMANCE.md)
+    figures: Figures = {f"{name}, {small // 1024} KiB, us": of[small] * 1e6 for name, of in curve.items()}
     figures[f"{NCCL}, bus bandwidth, GB/s"] = traffic * large / curve[NCCL][large] / 1e9
     best = {size: min(curve, key=lambda name, size=size: curve[name][size]) for size in sizes.bytes}  # type: ignore[misc]
     figures |= {f"fastest at {size // 1024} KiB": name for size, name in best.items()}

@@ -46,13 +46,13 @@ def versions() -> dict[str, str]:
 def matmul_tflops(sizes: MachineSizes, calls: ModuleType, device: torch.device) -> float:
     n = sizes.matmul_size
     left, right = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * n**3 / calls.seconds(lambda: left @ right, sizes.repeats) / 1e12
+    return float(2 * n**3 / calls.seconds(lambda: left @ right, sizes.repeats) / 1e12)
 
 
 def copy_bandwidth(sizes: MachineSizes, calls: ModuleType, device: torch.device) -> float:
     source = torch.zeros(sizes.copied_mib * 2**20, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / calls.seconds(lambda: target.copy_(source), sizes.repeats) / 1e12
+    return float(2 * source.nbytes / calls.seconds(lambda: target.copy_(source), sizes.repeats) / 1e12)
 
 
 def attention_times(
@@ -60,11 +60,11 @@ def attention_times(
 ) -> dict[str, float | str]:
     """Seconds of causal attention, forward and backward, by backend; NOT_AVAILABLE where there is none."""
     shape = (sizes.attention_rows, HEADS[head_dim], sizes.attention_tokens, head_dim)
-    inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     ones = torch.ones(shape, device=device, dtype=torch.bfloat16)
 
     def both() -> None:
-        F.scaled_dot_product_attention(*inputs, is_causal=True).backward(ones)
+        F.scaled_dot_product_attention(query, key, value, is_causal=True).backward(ones)
 
     found: dict[str, float | str] = {}
     for backend in BACKENDS:

@@ -161,15 +161,16 @@ def take_step(engine: Engine, input_ids: Tensor, targets: Tensor) -> None:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Deterministic kernels where PyTorch has them. New memory is not filled, which would hide what is read too late."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    """Deterministic kernels where PyTorch has them. New memory is not filled, which could hide a late read."""
+    deterministic: Any = torch.utils.deterministic
+    filled = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -190,9 +191,7 @@ def hidden_shares(intervals: Sequence[Interval], num_layers: int) -> tuple[float
     sums = sorted((i for i in known if i.kind == ALL_REDUCE), key=lambda i: i.start)
     sums = [i for i in sums if "reduce" in i.name.lower()]
     if len(sums) < 2 * num_layers:
-        raise ValueError(
-            f"the profile of a step has {len(sums)} all-reduces, fewer than the {2 * num_layers} of a Kraken"
-        )
+        raise ValueError(f"the profile of a step has {len(sums)} all-reduces, and a Kraken has {2 * num_layers}")
     of_layers = union(sums[: num_layers - 1] + sums[num_layers : 2 * num_layers - 1])
     computing = union(i for i in known if i.kind not in COLLECTIVES)
     attending = union(i for i in known if i.kind == ATTENTION)

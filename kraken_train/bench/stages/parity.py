@@ -6,7 +6,7 @@ Each rank also takes the steps alone, in plain PyTorch, with the whole batch; th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, cast
 
@@ -63,7 +63,7 @@ def measure(sizes: ParitySizes, calls: ModuleType) -> Measured:
 
 
 def models(sizes: ParitySizes) -> dict[str, ModelConfig]:
-    common = {"num_layers": LAYERS, "vocab_size": VOCABULARY, "context_length": sizes.context_length}
+    common: dict[str, Any] = {"num_layers": LAYERS, "vocab_size": VOCABULARY, "context_length": sizes.context_length}
     units, width = sizes.num_sub_layers, sizes.hidden_size
     return {
         "Kraken": KrakenConfig(units, hidden_size=width, heads_per_sub_layer=HEADS, **common),
@@ -85,7 +85,7 @@ class Alone:
     """What `PlainEngine` asks of a mesh, for a process that trains the whole model."""
 
     data_size: int = 1
-    model_rank: ModelRank = ModelRank(0, 1)
+    model_rank: ModelRank = field(default_factory=lambda: ModelRank(0, 1))
 
 
 def losses_alone(model: ModelConfig, steps: int, samples: int, precision: str, runtime: Runtime) -> list[float]:

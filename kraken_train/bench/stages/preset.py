@@ -64,6 +64,7 @@ class Preset:
 
     device: str  # cpu | cuda
     sets: tuple[str, ...]  # of stages: one_gpu, many_gpus
+    limit_factor: float  # times the minutes of a stage are its limit
     ranks: int  # of stages on many GPUs
     ranks_per_copy: int  # of those, that share one copy of a model where there are several copies
     tests: tuple[str, ...]  # arguments of pytest, for the tests marked gpu
@@ -90,8 +91,12 @@ class Preset:
         require_choice("device", self.device, (CPU, CUDA))
         for name in self.sets:
             require_choice("sets", name, SETS)
-        for name in ("ranks", "ranks_per_copy"):
+        for name in ("limit_factor", "ranks", "ranks_per_copy"):
             require_positive(name, getattr(self, name))
+
+    def minutes(self, of_stage: float) -> float:
+        """The limit of a stage."""
+        return of_stage * self.limit_factor
 
 
 def load_preset(name: str) -> Preset:

@@ -45,10 +45,11 @@ class Runner:
         begin, waiting = time.monotonic(), []
         for stage in self.in_order(stages, again):
             left = None if piece_seconds is None else piece_seconds - (time.monotonic() - begin)
-            if left is not None and stage.minutes * 60 > left:
+            limit = self.preset.minutes(stage.minutes) * 60
+            if left is not None and limit > left:
                 waiting.append(stage.name)
                 continue
-            self.say(f"{stage.name}: {stage.what} (at most {duration(stage.minutes * 60)})")
+            self.say(f"{stage.name}: {stage.what} (at most {duration(limit)})")
             record = self.run_stage(stage)
             record.write(self.output_dir)
             self.say(f"{stage.name}: {record.status} after {duration(record.seconds)}")
@@ -83,14 +84,17 @@ class Runner:
         try:
             commands = stage.commands(place)
             for command in commands:
-                code = execute(command, log, begin + stage.minutes * 60)
+                code = execute(command, log, begin + self.preset.minutes(stage.minutes) * 60)
                 if code != 0:
                     status, message = FAILED, f"{command}\nended with exit code {code}\n{end_of(log)}"
                     break
             else:
                 figures = stage.figures(place)
         except OutOfTimeError:
-            status, message = TIMED_OUT, f"not finished within {stage.minutes:g} minutes\n{end_of(log)}"
+            status, message = (
+                TIMED_OUT,
+                f"not finished within {self.preset.minutes(stage.minutes):g} minutes\n{end_of(log)}",
+            )
         except Exception as error:  # a file or a figure is missing; the next stage must run all the same
             status, message = FAILED, f"{type(error).__name__}: {error}\n{end_of(log)}"
         return Record(

@@ -81,18 +81,13 @@ class Workplace:
 
     def throughput(self, name: str, *settings: str, ranks: int = 1) -> Command:
         """The benchmark of training speed, which writes NAME/throughput.json."""
-        common = [
-            *self.preset.throughput,
-            *settings,
-            f"output_dir={self.folder / name}",
-            f"device={self.preset.device}",
-        ]
-        return self.module("kraken_train.bench.throughput", *common, ranks=ranks)
+        output = (f"output_dir={self.folder / name}", f"device={self.preset.device}")
+        return self.module("kraken_train.bench.throughput", *self.preset.throughput, *settings, *output, ranks=ranks)
 
     def ttft(self, name: str, *settings: str, ranks: int = 1) -> Command:
         """The benchmark of the time to the first token, which writes NAME/ttft.json."""
-        common = [*self.preset.ttft, *settings, f"output_dir={self.folder / name}", f"device={self.preset.device}"]
-        return self.module("kraken_train.bench.ttft", *common, ranks=ranks)
+        output = (f"output_dir={self.folder / name}", f"device={self.preset.device}")
+        return self.module("kraken_train.bench.ttft", *self.preset.ttft, *settings, *output, ranks=ranks)
 
     def training(self, name: str, *settings: str, ranks: int = 1) -> list[Command]:
         """A program of this folder that trains, after what prepares its data."""
