@@ -10,6 +10,7 @@ from kraken_train.bench.stages.stage import Command, Figures, Goal, Stage, Workp
 from kraken_train.bench.stages.ttft_figures import against_best_collective, compared
 
 WITHOUT_CUDNN = "kraken_train.bench.stages.without_cudnn"
+NO_CUDNN = "without-cudnn"
 PROTOTYPE = "a prototype of these models on one H100: 20 x 1024 tokens, bf16, compiled"
 OURS, AUTHORS = "deepspeed", "authors"
 
@@ -41,13 +42,18 @@ def speed(place: Workplace) -> list[Command]:
 
 def plainer_speed(place: Workplace) -> list[Command]:
     few = place.preset.few_rounds
-    compiled = place.throughput("without_cudnn", *models(place), *few)
+    compiled = place.throughput(NO_CUDNN, *models(place), *few)
     position = compiled.arguments.index("-m") + 1
     arguments = (*compiled.arguments[:position], WITHOUT_CUDNN, *compiled.arguments[position:])
     return [
-        place.throughput("uncompiled", *models(place), *few, "engine.compile=false"),
+        *(place.throughput(name, *models(place), *few, *more.split()) for name, more in plainer(place).items()),
         Command(arguments, compiled.environment),
     ]
+
+
+def plainer(place: Workplace) -> dict[str, str]:
+    """Settings by the name of their folder."""
+    return {f"plainer-{number}": settings for number, settings in enumerate(place.preset.plainer)}
 
 
 def by_entry(record: Mapping[str, Any]) -> dict[tuple[str, str], float]:
@@ -74,11 +80,8 @@ def speeds(place: Workplace, name: str) -> Figures:
 
 
 def plainer_speeds(place: Workplace) -> Figures:
-    return {
-        f"{way}: {title}": value
-        for way in ("uncompiled", "without_cudnn")
-        for title, value in speeds(place, way).items()
-    }
+    ways = {**plainer(place), NO_CUDNN: NO_CUDNN}
+    return {f"{way}: {title}": value for name, way in ways.items() for title, value in speeds(place, name).items()}
 
 
 def kernels(place: Workplace) -> list[Command]:

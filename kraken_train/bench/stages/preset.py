@@ -73,6 +73,7 @@ class Preset:
     aligned: str  # file of conf/model: a Kraken of the same size with dimensions that suit matrix units
     throughput: tuple[str, ...]  # settings of kraken_train.bench.throughput, in all stages
     few_rounds: tuple[str, ...]  # further ones, where many variants are measured
+    plainer: tuple[str, ...]  # further ones, of which each turns something off that makes training fast
     budgets: tuple[str, ...]  # further ones, of which each gives multiprocessors to communication or to products
     ttft: tuple[str, ...]  # settings of kraken_train.bench.ttft, in all stages
     ttft_cases: tuple[str, ...]  # further ones: what is compared with simulated collectives

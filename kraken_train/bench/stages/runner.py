@@ -93,7 +93,7 @@ class Runner:
         except OutOfTimeError:
             status, message = (
                 TIMED_OUT,
-                f"not finished within {self.preset.minutes(stage.minutes):g} minutes\n{end_of(log)}",
+                f"not finished in time\n{end_of(log)}",
             )
         except Exception as error:  # a file or a figure is missing; the next stage must run all the same
             status, message = FAILED, f"{type(error).__name__}: {error}\n{end_of(log)}"
