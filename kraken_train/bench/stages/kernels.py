@@ -10,9 +10,8 @@ from kraken_train.bench.breakdown import ATTENTION, GEMM, HEAD, IDLE, NORM, OTHE
 from kraken_train.bench.stages.preset import StepSizes
 from kraken_train.bench.stages.program import Measured
 from kraken_train.bench.throughput_config import ThroughputConfig
-from kraken_train.bench.throughput_run import ModelInTraining, make_samples, one_compilation_each
+from kraken_train.bench.throughput_run import ModelInTraining, make_mesh, make_samples, one_compilation_each
 from kraken_train.common.cli import compose_command
-from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import read_runtime
 from kraken_train.training.engine import start_processes, stop_processes
 
@@ -25,8 +24,8 @@ def measure(sizes: StepSizes, calls: ModuleType) -> Measured:
     start_processes(runtime)
     (entry,) = config.entries()
     with one_compilation_each(1):
-        mesh = ParallelMesh(runtime.device.type, 1, 1)
-        model = ModelInTraining(entry, config, make_samples(entry.model, None), mesh, runtime)
+        samples = make_samples(entry.model, None)
+        model = ModelInTraining(entry, config, samples, make_mesh(config.parallel, runtime), runtime)
         for _ in range(sizes.steps):
             model.step()
         intervals = record(model.step, runtime.device)

@@ -9,7 +9,6 @@ from kraken_train.bench.stages.stage import Command, Figures, Goal, Stage, Workp
 from kraken_train.bench.stages.ttft_figures import compared, exposed, real_over_simulated
 
 REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which deterministic products of cuBLAS need
-NOTHING = "as it is"  # of a variant without settings
 
 
 def curve(place: Workplace) -> list[Command]:
@@ -25,25 +24,20 @@ def overlap(place: Workplace) -> list[Command]:
     return [place.program("overlap", place.preset.overlap, ranks=place.preset.ranks_per_copy, **REPEATABLE)]
 
 
-def copies(place: Workplace) -> tuple[str, ...]:
-    models = f"models=[{place.preset.paper},{place.preset.aligned}]"
-    return models, f"parallel.sub_layer_parallel_size={place.preset.ranks_per_copy}", *place.preset.few_rounds
-
-
-def variants(place: Workplace, settings: Mapping[str, str]) -> list[Command]:
-    """The training speed on all ranks with each of the settings, by name of their folder."""
-    return [
-        place.throughput(name, *copies(place), *more.split(), ranks=place.preset.ranks)
-        for name, more in settings.items()
-    ]
+def variants(place: Workplace, settings: Mapping[str, str], *models: str) -> list[Command]:
+    """The training speed of copies on all ranks with each of the settings, by name of their folder."""
+    preset = place.preset
+    shared = f"parallel.sub_layer_parallel_size={preset.ranks_per_copy}"
+    common = (f"models=[{','.join(models)}]", shared, *preset.few_rounds)
+    return [place.throughput(name, *common, *more.split(), ranks=preset.ranks) for name, more in settings.items()]
 
 
 def speeds_of_variants(place: Workplace, settings: Mapping[str, str]) -> Figures:
     """Tokens per second of each model with each of the settings, and the fastest of these."""
-    found = {more or NOTHING: by_entry(place.read(f"{name}/throughput.json")) for name, more in settings.items()}
+    found = {more: by_entry(place.read(f"{name}/throughput.json")) for name, more in settings.items()}
     figures: Figures = {}
-    for model in (place.preset.paper, place.preset.aligned):
-        speeds = {more: of[model, OURS] for more, of in found.items()}
+    for model, engine in next(iter(found.values())):
+        speeds = {more: of[model, engine] for more, of in found.items()}
         figures |= {f"{model}, {more}, tokens/s": value for more, value in speeds.items()}
         figures[f"{model}: fastest"] = max(speeds, key=speeds.__getitem__)
     return figures
@@ -125,7 +119,7 @@ STAGES = (
     ),
     Stage(
         "copies", 3, "training speed of several copies on all ranks, vocabulary whole and cut",
-        lambda place: variants(place, VOCABULARIES), vocabulary_figures,
+        lambda place: variants(place, VOCABULARIES, place.preset.paper, place.preset.aligned), vocabulary_figures,
         {
             "vocabulary cut over whole, paper dimensions":
                 Goal("an estimate of matrix work at 125M, 4-way: 23.4 to 18 ms a step", expected=1.3, at_least=1.0),
@@ -133,11 +127,13 @@ STAGES = (
     ),
     Stage(
         "budgets", 4, "multiprocessors for communication and for products",
-        lambda place: variants(place, budgets(place)), lambda place: speeds_of_variants(place, budgets(place)),
+        lambda place: variants(place, budgets(place), place.preset.aligned),
+        lambda place: speeds_of_variants(place, budgets(place)),
     ),
     Stage(
         "zero", 2, "ZeRO stage 1 against stage 2",
-        lambda place: variants(place, ZERO_STAGES), lambda place: speeds_of_variants(place, ZERO_STAGES),
+        lambda place: variants(place, ZERO_STAGES, place.preset.aligned),
+        lambda place: speeds_of_variants(place, ZERO_STAGES),
     ),
     Stage(
         "real_ttft", 3, "time to the first token with real collectives, beside simulated ones",

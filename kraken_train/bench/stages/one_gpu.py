@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kraken_train.bench.stages.stage import Command, Figures, Goal, Stage, Workplace, of_program
@@ -11,6 +12,7 @@ from kraken_train.bench.stages.ttft_figures import against_best_collective, comp
 
 WITHOUT_CUDNN = "kraken_train.bench.stages.without_cudnn"
 NO_CUDNN = "without-cudnn"
+TESTS_FAILED = 1  # exit code of pytest
 PROTOTYPE = "a prototype of these models on one H100: 20 x 1024 tokens, bf16, compiled"
 OURS, AUTHORS = "deepspeed", "authors"
 
@@ -20,33 +22,39 @@ def machine(place: Workplace) -> list[Command]:
 
 
 def gpu_tests(place: Workplace) -> list[Command]:
-    return [place.module("pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", *place.preset.tests)]
+    command = place.module("pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", *place.preset.tests)
+    return [replace(command, accepted=(0, TESTS_FAILED))]
 
 
 def outcome_of_tests(place: Workplace) -> Figures:
     """From pytest's last line, such as `3 passed, 2 skipped, 10 deselected in 4.2s`."""
     lines = (place.folder / "output.log").read_text(encoding="utf-8").splitlines()
     last = next((line for line in reversed(lines) if re.search(r"\d+ (passed|skipped|failed)", line)), "")
-    return {kind: int(found[1]) if (found := re.search(rf"(\d+) {kind}", last)) else 0
-            for kind in ("passed", "failed", "skipped")}  # fmt: skip
+    counts = {kind: re.search(rf"(\d+) {kind}", last) for kind in ("passed", "failed", "error", "skipped")}
+    names = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return {
+        **{kind: int(found[1]) if found else 0 for kind, found in counts.items()},
+        **({"what failed": " ".join(names)} if names else {}),
+    }
 
 
-def models(place: Workplace) -> tuple[str, str]:
+def models(place: Workplace) -> str:
     preset = place.preset
-    return f"models=[{preset.baseline},{preset.paper},{preset.aligned}]", f"authors=[{preset.paper}]"
+    return f"models=[{preset.baseline},{preset.paper},{preset.aligned}]"
 
 
 def speed(place: Workplace) -> list[Command]:
-    return [place.throughput("compiled", *models(place), "engines=[deepspeed,torch]")]
+    beside = (f"authors=[{place.preset.paper}]", "engines=[deepspeed,torch]")
+    return [place.throughput("compiled", models(place), *beside)]
 
 
 def plainer_speed(place: Workplace) -> list[Command]:
     few = place.preset.few_rounds
-    compiled = place.throughput(NO_CUDNN, *models(place), *few)
+    compiled = place.throughput(NO_CUDNN, models(place), *few)
     position = compiled.arguments.index("-m") + 1
     arguments = (*compiled.arguments[:position], WITHOUT_CUDNN, *compiled.arguments[position:])
     return [
-        *(place.throughput(name, *models(place), *few, *more.split()) for name, more in plainer(place).items()),
+        *(place.throughput(name, models(place), *few, *more.split()) for name, more in plainer(place).items()),
         Command(arguments, compiled.environment),
     ]
 
@@ -65,16 +73,19 @@ def speeds(place: Workplace, name: str) -> Figures:
     preset, record = place.preset, place.read(f"{name}/throughput.json")
     found = by_entry(record)
     baseline, paper = found[preset.baseline, OURS], found[preset.paper, OURS]
-    aligned, authors = found[preset.aligned, OURS], found[preset.paper, AUTHORS]
-    figures = {
+    aligned, authors = found[preset.aligned, OURS], found.get((preset.paper, AUTHORS))
+    figures: Figures = {
         "standard, tokens/s": baseline,
         "Kraken at paper dimensions, tokens/s": paper,
         "aligned Kraken, tokens/s": aligned,
-        "the authors' step, tokens/s": authors,
-        "ours over the authors', paper dimensions": paper / authors,
-        "aligned over the authors'": aligned / authors,
         "aligned over our standard": aligned / baseline,
     }
+    if authors is not None:
+        figures |= {
+            "the authors' step, tokens/s": authors,
+            "ours over the authors', paper dimensions": paper / authors,
+            "aligned over the authors'": aligned / authors,
+        }
     costs = record["deepspeed_over_torch"]
     return figures | {f"{model}: DeepSpeed over plain PyTorch, time": cost["median"] for model, cost in costs.items()}
 
@@ -120,7 +131,11 @@ STAGES = (
     Stage(
         "gpu_tests", 6, "the tests that need a GPU",
         gpu_tests, outcome_of_tests,
-        {"failed": Goal("a defect where there is one", expected=0, at_most=0, on_cpu=True)},
+        {
+            "failed": Goal("none may fail", expected=0, at_most=0, on_cpu=True),
+            "error": Goal("none may fail", expected=0, at_most=0, on_cpu=True),
+            "passed": Goal("they are not skipped", at_least=1),
+        },
     ),
     Stage(
         "speed", 5, "training speed beside the authors' step, with DeepSpeed and in plain PyTorch",
@@ -132,12 +147,13 @@ STAGES = (
             "the authors' step, tokens/s": Goal(PROTOTYPE, expected=164e3),
             "ours over the authors', paper dimensions": Goal(PROTOTYPE, expected=1.88, at_least=1.9),
             "aligned over the authors'": Goal(PROTOTYPE, expected=2.25, at_least=2.3),
-            "aligned over our standard": Goal(PROTOTYPE, expected=0.71, at_least=0.75),
+            "aligned over our standard": Goal(f"{PROTOTYPE}; with fused kernels by estimate", 0.80, at_least=0.80),
         },
     ),
     Stage(
-        "plainer_speed", 3, "training speed uncompiled, and without cuDNN's attention",
+        "plainer_speed", 3, "training speed uncompiled, without fused kernels, and without cuDNN's attention",
         plainer_speed, plainer_speeds,
+        {"engine.fused_kernels=false: aligned over our standard": Goal(PROTOTYPE, expected=0.71, at_least=0.75)},
     ),
     Stage("kernels", 2, "the kernels of one training step", kernels, of_program("kernels")),
     Stage(

@@ -22,7 +22,7 @@ from kraken_train.bench.breakdown import ALL_REDUCE, ATTENTION, Interval, length
 from kraken_train.bench.stages.preset import StepSizes
 from kraken_train.bench.stages.program import Measured
 from kraken_train.bench.throughput_config import Entry, ThroughputConfig
-from kraken_train.bench.throughput_run import one_compilation_each
+from kraken_train.bench.throughput_run import make_mesh, one_compilation_each
 from kraken_train.bench.variants import WithoutOverlap
 from kraken_train.common.cli import compose_command
 from kraken_train.model.registry import build_model, even_share
@@ -106,6 +106,9 @@ class Churning:
     def all_reduce(self, partial: Tensor) -> Tensor:
         return self.inner.all_reduce(partial)
 
+    def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.inner.reduction_dtype(tensor)
+
     def maximum(self, values: Tensor) -> Tensor:
         return self.inner.maximum(values)
 
@@ -116,11 +119,7 @@ class Churning:
 def take_steps(config: ThroughputConfig, steps: int, way: str, runtime: Runtime) -> Way:
     """Train anew for `steps` steps, and profile a further one."""
     (entry,) = config.entries()
-    mesh = ParallelMesh(
-        runtime.device.type,
-        config.parallel.data_parallel_size(runtime.world_size),
-        config.parallel.sub_layer_parallel_size,
-    )
+    mesh = make_mesh(config.parallel, runtime)
     real = make_communicator(mesh, reduce_dtype(config.parallel))
     communicator = Churning(WithoutOverlap(real) if way == "blocking" else real)
     engine = make_engine(entry, config, mesh, runtime, communicator)
@@ -138,7 +137,8 @@ def take_steps(config: ThroughputConfig, steps: int, way: str, runtime: Runtime)
 def make_engine(
     entry: Entry, config: ThroughputConfig, mesh: ParallelMesh, runtime: Runtime, communicator: Communicator
 ) -> Engine:
-    units, vocabulary = even_share(entry.model, mesh.model_rank, config.parallel.vocab_parallel)
+    shares_vocabulary = config.parallel.shares_vocabulary(entry.model.vocab_size)
+    units, vocabulary = even_share(entry.model, mesh.model_rank, shares_vocabulary)
     model = build_model(entry.model, 0, units, communicator, vocabulary)
     return Engine(model, config.training(mesh.data_size), mesh, runtime)
 

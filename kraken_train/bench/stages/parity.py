@@ -50,7 +50,7 @@ def measure(sizes: ParitySizes, calls: ModuleType) -> Measured:
             for ranks in divisors(runtime.world_size):
                 settings = (
                     f"engine.zero_stage={zero_stage}",
-                    f"parallel.vocab_parallel={str(vocab_parallel and ranks > 1).lower()}",
+                    f"parallel.vocab_parallel={str(vocab_parallel).lower()}",
                     f"parallel.sub_layer_parallel_size={ranks}",
                 )
                 shared = losses_shared(model, sizes.steps, batch, training(batch, precision, *settings), runtime)
@@ -98,7 +98,7 @@ def losses_alone(model: ModelConfig, steps: int, samples: int, precision: str, r
 def losses_shared(model: ModelConfig, steps: int, samples: int, config: TrainConfig, runtime: Runtime) -> list[float]:
     ranks = config.parallel.sub_layer_parallel_size
     mesh = ParallelMesh(runtime.device.type, runtime.world_size // ranks, ranks)
-    units, vocabulary = even_share(model, mesh.model_rank, config.parallel.vocab_parallel)
+    units, vocabulary = even_share(model, mesh.model_rank, config.parallel.shares_vocabulary(model.vocab_size))
     communicator = make_communicator(mesh, reduce_dtype(config.parallel))
     engine = Engine(build_model(model, 0, units, communicator, vocabulary), config, mesh, runtime)
     take_steps(engine, model, steps, samples, range(mesh.data_rank, samples, mesh.data_size), runtime)

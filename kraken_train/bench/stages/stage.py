@@ -45,6 +45,7 @@ class Goal:
 class Command:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)  # beside that of this process
+    accepted: tuple[int, ...] = (0,)  # exit codes after which the stage goes on
 
     def __str__(self) -> str:
         variables = [f"{name}={value}" for name, value in self.environment.items()]

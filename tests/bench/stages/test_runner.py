@@ -13,6 +13,7 @@ import pytest
 from helpers import wait_until
 
 from kraken_train.bench.acceptance import STAGES, AcceptanceConfig, choose_preset, choose_stages
+from kraken_train.bench.stages.one_gpu import outcome_of_tests
 from kraken_train.bench.stages.preset import MANY_GPUS, ONE_GPU, load_preset
 from kraken_train.bench.stages.record import DONE, FAILED, TIMED_OUT, read_record
 from kraken_train.bench.stages.runner import Runner, end
@@ -59,6 +60,26 @@ def test_a_failure_and_a_limit_hold_nothing_up(tmp_path: Path) -> None:
     assert "FileNotFoundError" in missed.message
     assert works is not None
     assert works.figures == {"speed": 3.0}
+
+
+def test_accepted_exit_codes(tmp_path: Path) -> None:
+    command = dataclasses.replace(python("raise SystemExit(1)"), accepted=(0, 1))
+    stages = [Stage("accepts", 1, "", lambda place: [command], lambda place: {"failed": 2})]
+    runner(tmp_path).run(stages)
+    assert statuses(tmp_path, stages) == [DONE]
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ("3 passed, 2 skipped, 10 deselected in 4.2s", {"passed": 3, "failed": 0, "error": 0, "skipped": 2}),
+        ("1 failed, 1 passed, 2 errors in 1.0s", {"passed": 1, "failed": 1, "error": 2, "skipped": 0}),
+    ],
+)
+def test_outcome_of_tests(tmp_path: Path, last: str, expected: dict[str, int]) -> None:
+    (tmp_path / "output.log").write_text(f"5 passed it says\nFAILED tests/a.py::test_b - AssertionError\n{last}\n")
+    found = outcome_of_tests(Workplace(PRESET, tmp_path, tmp_path))
+    assert found == {**expected, "what failed": "tests/a.py::test_b"}
 
 
 def test_nothing_is_left_of_a_stage_that_is_ended(tmp_path: Path) -> None:
