@@ -50,8 +50,11 @@ class GenerateConfig:
     devices: tuple[float, ...] | None
     compile: bool  # torch.compile: faster per token, slower to start
     cuda_graphs: bool  # record the kernels once and replay them; needs a GPU
-    # prompts are padded to the next of these numbers of tokens, as in [128,512]; CUDA graphs need it
-    prefill_lengths: tuple[int, ...]
+    # prompts are padded to the next of these numbers of tokens, as in [128,512], and CUDA graphs recorded for each;
+    # null: on a GPU powers of two and their middles from 64, elsewhere none
+    prefill_lengths: tuple[int, ...] | None
+    # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
+    fused_kernels: bool | None = None
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -72,7 +75,7 @@ class GenerateConfig:
 
     @property
     def execution(self) -> ExecutionConfig:
-        return ExecutionConfig(self.compile, self.cuda_graphs, self.prefill_lengths)
+        return ExecutionConfig(self.compile, self.cuda_graphs, self.prefill_lengths, self.fused_kernels)
 
 
 def print_continuations(config: GenerateConfig) -> None:

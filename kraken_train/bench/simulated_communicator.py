@@ -79,6 +79,9 @@ class SimulatedCommunicator:
             handle.wait()
         return handle.total
 
+    def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype
+
     def maximum(self, values: Tensor) -> Tensor:
         self.transfer(ALL_REDUCE, self.all_reduce_seconds(values))
         return values.detach()

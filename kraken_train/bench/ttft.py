@@ -39,6 +39,7 @@ from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
 from kraken_train.common.validation import require_at_least, require_choice, require_positive
 from kraken_train.inference.ranks import connect, end_rank, started_ranks
+from kraken_train.kernels.selection import choose_kernels
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.device import DEVICES, choose_device
@@ -74,6 +75,8 @@ class TTFTConfig:
     cuda_graphs: bool | None  # replay the kernels as CUDA graphs; null: on a GPU
     simulated_blocks: int  # multiprocessors that a simulated collective occupies on a GPU
     interconnect: Interconnect
+    # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
+    fused_kernels: bool | None = None
 
     def validate(self) -> None:
         """Rules that need no machine. Raises ConfigError."""
@@ -123,6 +126,7 @@ class TTFTConfig:
             context=context,
             output_tokens=self.output_tokens,
             repeats=self.repeats,
+            fused_kernels=choose_kernels(self.fused_kernels, device, "fused_kernels"),
         )
 
 
@@ -217,6 +221,7 @@ def describe(config: TTFTConfig, device: torch.device, conditions: Conditions, k
             "dtype": str(conditions.dtype).removeprefix("torch."),
             "compile": conditions.compile,
             "cuda_graphs": conditions.cuda_graphs,
+            "fused_kernels": conditions.fused_kernels,
             "batch_size": conditions.batch_size,
             "output_tokens": conditions.output_tokens,
             "repeats": conditions.repeats,

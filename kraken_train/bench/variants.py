@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kraken_train.parallel.communicator import Communicator
@@ -42,6 +43,9 @@ class SwitchedCommunicator:
     def wait(self, handle: Any) -> Tensor:
         return self.current.wait(handle)
 
+    def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.current.reduction_dtype(tensor)
+
     def maximum(self, values: Tensor) -> Tensor:
         return self.current.maximum(values)
 
@@ -70,6 +74,9 @@ class WithoutOverlap:
 
     def wait(self, handle: Tensor) -> Tensor:
         return handle
+
+    def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.inner.reduction_dtype(tensor)
 
     def maximum(self, values: Tensor) -> Tensor:
         return self.inner.maximum(values)

@@ -34,11 +34,12 @@ def start_engine(
     ranks if one of them cannot read its part.
     """
     execution.require_device(runtime.device)
+    execution = execution.fitted(runtime.device, prompt_tokens, prompt_tokens + max_new_tokens)
     padded = execution.padded(prompt_tokens)
     capacity = max(prompt_tokens + max_new_tokens, padded)
     if capacity > export.config.context_length:
         raise ConfigError(
-            f"prefill_lengths={list(execution.prefill_lengths)} pads a prompt of {prompt_tokens} tokens to {padded}, "
+            f"prefill_lengths={list(execution.lengths)} pads a prompt of {prompt_tokens} tokens to {padded}, "
             f"and the model's context has {export.config.context_length}; use lengths up to that"
         )
     shares = share_model(export.config, speeds)
@@ -50,5 +51,5 @@ def start_engine(
     require_memory(needs, free, f"the model in {export.folder} with a batch of {batch_size} prompts")
     units, communicator = shares[runtime.rank], connect(runtime)
     model = on_all(runtime, lambda: load_part(export, units, communicator, dtype, runtime.device))
-    usable = tuple(length for length in execution.prefill_lengths if length <= capacity)
+    usable = tuple(length for length in execution.lengths if length <= capacity)
     return InferenceEngine(model, batch_size, capacity, replace(execution, prefill_lengths=usable))

@@ -14,18 +14,24 @@ Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kraken_train.model.initialization import initialize
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
-from kraken_train.model.layers import KeyValueStore, Layer, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.model.layers import Ahead, KeyValueStore, Layer, StackedAttention, StackedFFN, StackedLinear
 from kraken_train.model.rotary import Rotary
 from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
+
+if TYPE_CHECKING:
+    from kraken_train.kernels.fused import FusedKernels
 
 
 class KrakenModel(LanguageModel):
@@ -59,11 +65,20 @@ class KrakenModel(LanguageModel):
         """(B, T, D) -> (B, T, D)."""
         embedding = self.communicator.copy_to_ranks(embedding)
         # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
-        streams = embedding.expand(self.units.count, -1, -1, -1).contiguous()
+        streams = Streams(embedding.expand(self.units.count, -1, -1, -1).contiguous())
         total: Tensor | None = embedding  # all streams start as the embedding, and it counts once, not N times
-        for layer, cache in zip(self.layers, caches, strict=True):
-            streams, total = layer(streams, total, rotary, cache), None
-        return self.communicator.all_reduce(self.conjunction(streams).sum(dim=0))
+        followers = itertools.chain(self.layers[1:], [None])
+        for layer, cache, follower in zip(self.layers, caches, followers, strict=True):
+            streams, total = layer(streams, total, rotary, cache, follower), None
+        return self.communicator.all_reduce(self.conjunction(streams.x).sum(dim=0))
+
+    def use_fused_kernels(self) -> None:
+        from kraken_train.kernels.fused import FusedKernels  # noqa: PLC0415 (imports Triton, which may be missing)
+
+        for layer in self.layers:
+            for module in layer.modules():
+                if isinstance(module, KrakenLayer | StackedAttention | StackedFFN):
+                    module.kernels = FusedKernels
 
 
 class Conjunction(StackedLinear):
@@ -72,8 +87,18 @@ class Conjunction(StackedLinear):
     weight_kind = WeightKind.CONJUNCTION
 
 
+class Streams(NamedTuple):
+    """The streams between two layers, and what fused kernels have computed of them for the next one."""
+
+    x: Tensor  # x_i, (n, B, T, D)
+    part: Tensor | None = None  # their sum here, (B, T, D)
+    normed: Tensor | None = None  # LN1_i(x_i), (n, B, T, D)
+
+
 class KrakenLayer(Layer):
     """a_i = MHA_i(LN1_i(x_i));  x_i = x_i + a_i + FFN_i(LN2_i(a_i + s)) of the sub-layers here."""
+
+    kernels: type[FusedKernels] | None = None
 
     def __init__(self, config: KrakenConfig, units: UnitRange, communicator: Communicator) -> None:
         super().__init__()
@@ -82,10 +107,26 @@ class KrakenLayer(Layer):
         self.ffn = StackedFFN(units, config)
 
     def forward(
-        self, streams: Tensor, total: Tensor | None, rotary: Rotary | None, cache: KeyValueStore | None
-    ) -> Tensor:
-        """x_i (n, B, T, D) -> x_i (n, B, T, D); `total` is s (B, T, D) where it is known, else it is summed here."""
-        pending = self.communicator.start_all_reduce(streams) if total is None else None
-        attended = self.run(self.attention, streams, rotary, cache)
+        self,
+        streams: Streams,
+        total: Tensor | None,
+        rotary: Rotary | None,
+        cache: KeyValueStore | None,
+        follower: KrakenLayer | None,
+    ) -> Streams:
+        """x_i -> x_i; `total` is s (B, T, D) where it is known, else it is summed here.
+
+        With fused kernels it computes the first norm of `follower`, the next layer, too.
+        """
+        pending = None
+        if total is None:
+            part = streams.x if streams.part is None else streams.part[None]
+            pending = self.communicator.start_all_reduce(part)
+        is_normed = streams.normed is not None
+        attended = self.run(self.attention, streams.normed if is_normed else streams.x, rotary, cache, is_normed)
         total = self.communicator.wait(pending) if total is None else total
-        return self.run(self.ffn, streams, attended, total)
+        # Where activations are not kept, the norm is not either: the next attention computes it, and computes it again.
+        if self.kernels is None or follower is None or (self.recompute and torch.is_grad_enabled()):
+            return Streams(self.run(self.ffn, streams.x, attended, total))
+        ahead = Ahead(follower.attention.norm.weight, self.communicator.reduction_dtype(streams.x))
+        return Streams(*self.run(self.ffn, streams.x, attended, total, ahead))

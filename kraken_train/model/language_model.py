@@ -122,6 +122,9 @@ class LanguageModel(nn.Module):
         sums = self.head.losses(self.last_hidden(input_ids), targets, z_weight)
         return Losses(*(total / counted for total in sums))
 
+    def use_fused_kernels(self) -> None:
+        """Compute with `kraken_train.kernels` from now on, where there are kernels for the architecture."""
+
     def compile_parts(self) -> None:
         """Compile the parts of the layers, which share one compilation, and what the loss does to the logits."""
         self.head.cross_entropy.compile()

@@ -7,7 +7,7 @@ H heads of a sub-layer, G <= H key-value heads, each for H / G heads, K head dim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from kraken_train.model.rotary import Rotary, rotate
 from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
 from kraken_train.parallel.weight_role import WeightRole
+
+if TYPE_CHECKING:
+    from kraken_train.kernels.fused import FusedKernels
 
 # Functions of PyTorch: x, the shape of the last axes, the gain, eps.
 NORMALIZE: dict[str, Callable[..., Tensor]] = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
@@ -48,11 +51,11 @@ class Layer(nn.Module):
 
     recompute = False
 
-    def run(self, part: nn.Module, *inputs: Any) -> Tensor:
+    def run(self, part: nn.Module, *inputs: Any) -> Any:
         """A part's output; with `recompute` its activations are not kept but computed again in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False))
-        return cast(Tensor, part(*inputs))
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return part(*inputs)
 
 
 class Norm(nn.Module):
@@ -112,6 +115,7 @@ class StackedNorm(nn.Module):
         self.sharded_dim = ShardedDim(units, axis=0)
         self.weight = nn.Parameter(torch.empty(units.count, size))
         self.normalize = NORMALIZE[norm]
+        self.is_centered = norm == "layernorm"
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +125,8 @@ class StackedNorm(nn.Module):
 
 class StackedAttention(nn.Module):
     """MHA_i(LN1_i(x_i)) of all sub-layers here, (n, B, T, D) -> (n, B, T, D)."""
+
+    kernels: type[FusedKernels] | None = None
 
     def __init__(self, units: UnitRange, config: ModelConfig) -> None:
         super().__init__()
@@ -134,10 +140,19 @@ class StackedAttention(nn.Module):
         self.k_norm = StackedNorm(units, self.head_size, "rmsnorm", epsilon) if config.qk_norm else None
         self.out = StackedLinear(units, config.query_size, width)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None, cache: KeyValueStore | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary | None = None, cache: KeyValueStore | None = None, is_normed: bool = False
+    ) -> Tensor:
+        """`is_normed`: x is LN1_i(x_i) already."""
         n, batch, tokens, _ = x.shape
-        by_head = self.qkv(self.norm(x)).view(n, batch, tokens, -1, self.head_size)
-        query, key, value = by_head.split(self.head_counts, dim=3)
+        by_head = self.qkv(x if is_normed else self.norm(x)).view(n, batch, tokens, -1, self.head_size)
+        if self.kernels is None:
+            query, key, value = by_head.split(self.head_counts, dim=3)
+        elif rotary is None or self.q_norm is not None:
+            query, key, value = self.kernels.split_heads(by_head, self.head_counts)
+        else:
+            query, key, value = self.kernels.split_heads(by_head, self.head_counts, *rotary)
+            rotary = None  # they are rotated
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary is not None:
@@ -148,11 +163,23 @@ class StackedAttention(nn.Module):
         return attended
 
 
+class Ahead(NamedTuple):
+    """What an FFN needs to begin the next layer, in one kernel with its own sum.
+
+    It then returns x_i (n, B, T, D), their sum (B, T, D) in `sum_dtype`, and LN1_i(x_i) with the next layer's `gain`.
+    """
+
+    gain: Tensor  # (n, D)
+    sum_dtype: torch.dtype
+
+
 class StackedFFN(nn.Module):
     """x_i + a_i + FFN_i(LN2_i(a_i + s)) of all sub-layers here, each (n, B, T, D), but s (B, T, D).
 
     The sums belong to it so that compilation can fuse them with the norm and with each other.
     """
+
+    kernels: type[FusedKernels] | None = None
 
     def __init__(self, units: UnitRange, config: ModelConfig) -> None:
         super().__init__()
@@ -162,10 +189,18 @@ class StackedFFN(nn.Module):
         self.up = StackedLinear(units, width, inner)
         self.down = StackedLinear(units, inner, width)
 
-    def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
-        inner = ffn_inner(self.norm(attended + total), self.gate, self.up)
-        result: Tensor = streams + attended + self.down(inner)
-        return result
+    def forward(self, streams: Tensor, attended: Tensor, total: Tensor, ahead: Ahead | None = None) -> Any:
+        """With `ahead`, which needs `kernels`, it begins the next layer: see `Ahead`."""
+        if self.kernels is None:
+            inner = ffn_inner(self.norm(attended + total), self.gate, self.up)
+            return streams + attended + self.down(inner)
+        norm = self.norm
+        streams, normed = self.kernels.ffn_entry(streams, attended, total, norm.weight, norm.epsilon, norm.is_centered)
+        gate = None if self.gate is None else self.gate(normed)
+        added = self.kernels.activated_product(gate, self.up(normed), self.down.weight)
+        if ahead is None:
+            return streams + added
+        return self.kernels.layer_entry(streams, added, ahead.gain, norm.epsilon, norm.is_centered, ahead.sum_dtype)
 
 
 def ffn_inner(x: Tensor, gate: nn.Module | None, up: nn.Module) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from kraken_train.parallel.sharding import ModelRank
@@ -49,6 +50,10 @@ class Communicator(Protocol):
         """The handle of `start_all_reduce` -> (B, T, D), summed over all sub-layers of all ranks."""
         ...
 
+    def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
+        """The format in which sums of such tensors are computed."""
+        ...
+
     def maximum(self, values: Tensor) -> Tensor:
         """Element-wise over all ranks, without a gradient."""
         ...
@@ -74,6 +79,9 @@ class LocalCommunicator:
 
     def wait(self, handle: Tensor) -> Tensor:
         return handle
+
+    def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype
 
     def maximum(self, values: Tensor) -> Tensor:
         return values.detach()

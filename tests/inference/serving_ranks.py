@@ -62,7 +62,7 @@ def case_name(case: Case) -> str:
 class CountingCommunicator(DistributedCommunicator):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group, collective=self.count)
-        self.sums = self.gathers = 0
+        self.sums = self.gathers = self.gathered_bytes = 0
 
     def count(self, *arguments: Any, **settings: Any) -> Any:
         self.sums += 1
@@ -70,6 +70,7 @@ class CountingCommunicator(DistributedCommunicator):
 
     def gather(self, part: Tensor) -> Tensor:
         self.gathers += 1
+        self.gathered_bytes += part.nbytes
         return super().gather(part)
 
 
@@ -101,7 +102,28 @@ def serve(folder: Path, case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
         "equal": all(torch.equal(other, found) for other in everywhere),
         "prefill": collectives[0],
         "decode": [total / steps for total in collectives[1]],
+        "most_likely": most_likely_on(engine),
     }
+
+
+def most_likely_on(engine: InferenceEngine) -> dict[str, Any]:
+    """Choices without gathered logits against those from them, with equal logits, and a NaN on the last rank."""
+    place = engine.model.communicator.model_rank
+    total = engine.model.token_embedding.rows.total
+    hidden = torch.randn(len(LENGTHS), engine.head.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden[1] = 0  # all logits are equal
+    communicator = engine.model.communicator
+    assert isinstance(communicator, CountingCommunicator)
+    equal = []
+    for words in (None, total - 1, 40, 1):  # the last ranks have none of the first 40
+        communicator.gathers = communicator.gathered_bytes = 0
+        chosen = engine.most_likely(hidden, words)
+        moved = (communicator.gathers, communicator.gathered_bytes)
+        equal.append(chosen.ids.equal(engine.logits(hidden)[:, :words].argmax(dim=-1)) and bool(chosen.finite.all()))
+    # Its rows are a view of the embedding, which is used no more.
+    if place.rank == place.size - 1:
+        engine.head.weight[0] = torch.nan
+    return {"equal": equal, "moved": moved, "finite": engine.most_likely(hidden, 1).finite.tolist()}
 
 
 def generate_on_all(folder: Path, runtime: Runtime) -> dict[str, Any]:

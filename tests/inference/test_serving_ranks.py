@@ -59,6 +59,16 @@ def test_number_of_collectives(report: Report, case: Case) -> None:
     assert found["prefill"] == found["decode"] == expected
 
 
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_most_likely_without_gathered_logits(report: Report, case: Case) -> None:
+    """Of three sequences each rank sends two numbers of 8 bytes, and not its share of the logits."""
+    for rank in range(len(case[1])):
+        found = report["cases"][rank][case_name(case)]["most_likely"]
+        assert found["equal"] == [True] * 4
+        assert found["moved"] == [1, 3 * 2 * 8]
+        assert found["finite"] == [False] * 3
+
+
 def test_uneven_shares(report: Report) -> None:
     def shares(name: str) -> list[int]:
         return [rank[name]["units"] for rank in report["cases"] if name in rank]
