@@ -113,7 +113,9 @@ class AuthorsStep:
         if runtime.world_size > 1:
             raise ConfigError(f"authors: their step is measured on one rank, and there are {runtime.world_size}")
         self.model = LoopedKraken(model).to(runtime.device)
-        self.run: Callable[..., Any] = torch.compile(self.model) if config.engine.compiles(runtime.device.type) else self.model
+        self.run: Callable[..., Any] = (
+            torch.compile(self.model) if config.engine.compiles(runtime.device.type) else self.model
+        )
         self.device = runtime.device
         self.autocast = config.precision == "bf16"
         self.timer = timer
