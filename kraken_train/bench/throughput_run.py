@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from kraken_train.bench.authors_step import AuthorsStep
 from kraken_train.bench.plain_engine import PlainEngine
 from kraken_train.bench.plan import usable_bytes
-from kraken_train.bench.throughput_config import DEEPSPEED, TORCH, Entry, ThroughputConfig
+from kraken_train.bench.throughput_config import AUTHORS, DEEPSPEED, TORCH, Entry, ThroughputConfig
+from kraken_train.config import ParallelConfig
 from kraken_train.data.dataset import Samples, TokenStream, TrainingData
 from kraken_train.data.loader import BatchLoader
 from kraken_train.model.config import ModelConfig
@@ -37,7 +39,7 @@ from kraken_train.training.precision import DTYPES, reduce_dtype
 WARMUP_STEPS = 3  # at least 2
 RANDOM_SAMPLES = 64  # of random tokens in memory, read again and again
 STATE_BYTES = 20  # per parameter, at most: weights, masters, gradients, their sums, two moments
-ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine}
+ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine, AUTHORS: AuthorsStep}
 
 ALLOCATED, TRACKED = "torch.cuda.max_memory_allocated", "tensors (torch.distributed._tools.mem_tracker)"
 UNKNOWN = "not measured (on a CPU the allocations of compiled parts cannot be tracked)"
@@ -150,14 +152,18 @@ class ModelInTraining:
             self.engine.deepspeed.destroy()
 
 
+def make_mesh(parallel: ParallelConfig, runtime: Runtime) -> ParallelMesh:
+    """The ranks as copies of the model, as training shares them."""
+    size, copies = parallel.sub_layer_parallel_size, parallel.data_parallel_size(runtime.world_size)
+    budget = choose_budget(parallel.max_ctas, parallel.sm_carveout, runtime.device, size)
+    return ParallelMesh(runtime.device.type, copies, size, budget)
+
+
 def measure_all(
     entries: Sequence[Entry], config: ThroughputConfig, runtime: Runtime, data: TrainingData | None
 ) -> dict[Entry, Measured]:
     """Train all entries in turns. If they do not fit into memory together, each is built again for each round."""
-    parallel = config.parallel
-    size, copies = parallel.sub_layer_parallel_size, parallel.data_parallel_size(runtime.world_size)
-    budget = choose_budget(parallel.max_ctas, parallel.sm_carveout, runtime.device, size)
-    mesh = ParallelMesh(runtime.device.type, copies, size, budget)
+    mesh = make_mesh(config.parallel, runtime)
 
     def make(entry: Entry) -> ModelInTraining:
         return ModelInTraining(entry, config, make_samples(entry.model, data), mesh, runtime)
