@@ -20,7 +20,14 @@ from kraken_train.parallel.device import choose_device
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.ranks import Runtime, another_rank_ended, read_runtime
 from kraken_train.parallel.rendezvous import connect_ranks
-from kraken_train.parallel.symmetric import GPU, Links, SymmetricCommunicator, links_of, open_exchange
+from kraken_train.parallel.symmetric import (
+    GPU,
+    Links,
+    SymmetricCommunicator,
+    SymmetricExchange,
+    links_of,
+    open_exchange,
+)
 
 Result = TypeVar("Result")
 COLLECTIVES = AUTO, LIBRARY, SYMMETRIC = ("auto", "library", "symmetric")
@@ -74,15 +81,28 @@ def connect(runtime: Runtime, collectives: str = AUTO) -> Communicator:
     if group is None:
         raise RuntimeError("the ranks are not connected; use started_ranks")
     links = None if collectives == LIBRARY else find_links(runtime)
-    if links is None and collectives == SYMMETRIC:
+    exchange = None
+    # Where there is no NVSwitch, reading over PCIe may be slower than NCCL: only if it is asked for.
+    if links is not None and (links.multicast or collectives == SYMMETRIC):
+        exchange = agreed_exchange(runtime, group, links)
+    if exchange is None and collectives == SYMMETRIC:
         raise ConfigError(
             "collectives=symmetric needs 2 to 8 GPUs of one machine that can read each other's memory, each visible to "
             "all ranks; use collectives=auto"
         )
-    # Where there is no NVSwitch, reading over PCIe may be slower than NCCL: only if it is asked for.
-    if links is None or not (links.multicast or collectives == SYMMETRIC):
-        return DistributedCommunicator(group)
-    return SymmetricCommunicator(group, open_exchange(group, runtime.device, links))
+    return DistributedCommunicator(group) if exchange is None else SymmetricCommunicator(group, exchange)
+
+
+def agreed_exchange(runtime: Runtime, group: dist.ProcessGroup, links: Links) -> SymmetricExchange | None:
+    """The same on all ranks; None where one of them cannot open it."""
+    try:
+        exchange = open_exchange(group, runtime.device, links)
+    except RuntimeError:  # of the driver, as in a container without the rights to share memory
+        exchange = None
+    if not runtime.all_true(exchange is not None) or exchange is None:
+        return None
+    exchange.links = replace(links, multicast=runtime.all_true(exchange.links.multicast))
+    return exchange
 
 
 def find_links(runtime: Runtime) -> Links | None:

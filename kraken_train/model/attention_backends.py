@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @contextmanager
@@ -22,8 +19,12 @@ def attention_of_any_shape(device: torch.device) -> Iterator[None]:
     if not plans_shapes(device):
         yield
         return
-    with sdpa_kernel(WITHOUT_PLANS):
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
         yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def plans_shapes(device: torch.device) -> bool:

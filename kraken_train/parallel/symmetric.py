@@ -17,7 +17,7 @@ GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -164,10 +164,12 @@ class SymmetricCommunicator(DistributedCommunicator):
 
 
 def open_exchange(group: dist.ProcessGroup, device: torch.device, links: Links) -> SymmetricExchange:
-    """On all ranks of `group` at once, whose `GPU.links` said that they can."""
+    """On all ranks of `group` at once, as `links_of` says that they can. Raises RuntimeError where they cannot."""
     size = MULTIMEM_BYTES if links.multicast else max(ONE_SHOT_BYTES.values())
     waited, overlapped = (SymmetricBuffer(group, device, size) for _ in range(2))
-    return SymmetricExchange(links, waited, overlapped, SideStream(device))
+    # A GPU may support it in a container that does not.
+    multicast = links.multicast and all(buffer.handle.multicast_ptr != 0 for buffer in (waited, overlapped))
+    return SymmetricExchange(replace(links, multicast=multicast), waited, overlapped, SideStream(device))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from kraken_train.model.config import ModelConfig
 from kraken_train.model.language_model import LanguageModel
@@ -164,7 +165,7 @@ def record_peaks(model: LanguageModel, live: LiveBytes) -> Iterator[list[int]]:
         inputs[0].register_hook(when_gradient_arrives(1))
 
     def into_last_layer(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        inputs[0].register_hook(when_gradient_arrives(2))
+        tree_leaves(inputs)[0].register_hook(when_gradient_arrives(2))  # the first of what a layer hands to the next
 
     def out_of_embedding(_: nn.Module, __: Any, output: Tensor) -> None:
         output.register_hook(when_gradient_arrives(3))

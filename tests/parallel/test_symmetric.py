@@ -118,8 +118,34 @@ def test_choice_by_hardware(
 ) -> None:
     runtime = Runtime(0, 0, 4, 4, group="group")  # type: ignore[arg-type]
     monkeypatch.setattr(ranks, "find_links", lambda _: links)
+    monkeypatch.setattr(Runtime, "all_true", lambda _, flag: flag)
     monkeypatch.setattr(ranks, "open_exchange", lambda group, device, found: SymmetricExchange(found, *[None] * 3))  # type: ignore[arg-type]
     assert type(connect(runtime, collectives)) is expected
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_what_one_rank_cannot_open(fails_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank uses it; where only the switch cannot sum, all of them sum one-shot."""
+    runtime = Runtime(0, 0, 4, 4, group="group")  # type: ignore[arg-type]
+
+    def open_here(group: object, device: torch.device, links: Links) -> SymmetricExchange:
+        if fails_here:
+            raise RuntimeError("CUDA driver error: invalid argument")
+        return SymmetricExchange(replace(links, multicast=False), *[None] * 3)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ranks, "find_links", lambda _: SWITCHED)
+    monkeypatch.setattr(ranks, "open_exchange", open_here)
+    monkeypatch.setattr(Runtime, "all_true", lambda _, flag: flag)
+    communicator = connect(runtime)
+    if fails_here:
+        assert type(communicator) is DistributedCommunicator
+        with pytest.raises(ConfigError, match="collectives=symmetric needs"):
+            connect(runtime, "symmetric")
+    else:
+        assert isinstance(communicator, SymmetricCommunicator)
+        assert communicator.exchange.links == PLAIN
+        monkeypatch.setattr(Runtime, "all_true", lambda _, flag: False)  # another rank could not
+        assert type(connect(runtime)) is DistributedCommunicator
 
 
 def test_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

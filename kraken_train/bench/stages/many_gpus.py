@@ -59,10 +59,11 @@ def budgets(place: Workplace) -> dict[str, str]:
 
 
 def real_ttft(place: Workplace) -> list[Command]:
-    """The real one on all ranks, and the simulated one for as many."""
+    """The real one on all ranks, and the simulated one for as many; both with the library's collectives."""
     preset = place.preset
     simulated = (*preset.real_cases, f"degrees=[{preset.ranks}]", *preset.collectives[0].split())
-    return [place.ttft("real", *preset.real_cases, ranks=preset.ranks), place.ttft("simulated", *simulated)]
+    real = place.ttft("real", *preset.real_cases, "collectives=library", ranks=preset.ranks)
+    return [real, place.ttft("simulated", *simulated)]
 
 
 def real_ttft_figures(place: Workplace) -> Figures:
