@@ -55,10 +55,30 @@ def test_each_kernel_is_its_twin(interpreted: dict[str, Any]) -> None:
 @needs_triton
 def test_a_model_with_kernels_is_the_same_model(interpreted: dict[str, Any]) -> None:
     """The loss and all gradients in float64, and logits with a cache."""
-    assert set(interpreted["models"]) == {"gelu", "swiglu and rope", "computed again", "exchanged", "compiled"}
+    assert set(interpreted["models"]) == {"gelu", "rope", "computed again", "exchanged", "compiled"}
     for case, error in interpreted["models"].items():
         assert error < 1e-12, case
     assert interpreted["inference"] < 1e-12
+
+
+@needs_triton
+def test_benchmark(interpreted: dict[str, Any]) -> None:
+    """Each kernel once, with the bytes of its tensors: 2 sub-layers, 1 x 2 tokens of 8 values, FFN 16, bf16."""
+    found = {one["name"]: one for one in interpreted["benchmark"]}
+    stream, one, inner, packed = 2 * 2 * 8 * 2, 2 * 8 * 2, 2 * 2 * 16 * 2, 2 * 2 * 24 * 2
+    forward = {"layer_entry": 4 * stream + one, "ffn_entry": 4 * stream + one, "gelu": 2 * inner, "swiglu": 3 * inner}
+    both = {"layer_entry": 8 * stream + 2 * one, "ffn_entry": 8 * stream + 3 * one, "split_heads": 2 * packed}
+    assert {name: case["bytes"] for name, case in found.items()} == {
+        **{f"{name}, forward": size for name, size in forward.items()},
+        **{f"{name}, forward and backward": size for name, size in both.items()},
+        "gelu, backward": 4 * inner,
+        "swiglu, backward": 6 * inner,
+        "split_heads, forward, with rope": 2 * packed,
+        "split_heads, forward and backward, with rope": 4 * packed,
+    }
+    for case in found.values():
+        assert case["bytes_per_second"] == pytest.approx(case["bytes"] / case["seconds"])
+        assert case["speed_up"] == pytest.approx(case["twin_seconds"] / case["seconds"])
 
 
 WRITES = {
