@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_DIR := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm lint format docs constraints clean
+.PHONY: help setup demo test test-slurm gpu lint format docs constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: setup  ## run the tests, except those marked slow
 
 test-slurm: setup  ## run the tests that need a Slurm of two nodes
 	$(BIN)/python -m pytest -m slurm --durations=0 tests/slurm
+
+gpu: setup  ## settle what only a GPU can, in stages; without one the same stages run small on the CPU
+	$(BIN)/python -m kraken_train.bench.acceptance
 
 lint: setup  ## check style, types and the order of imports
 	$(BIN)/ruff check .

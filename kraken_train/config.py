@@ -26,6 +26,8 @@ from kraken_train.recipe.step_plan import StepPlan
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
+MOST_CTAS = 64  # NCCL's own limit
+MOST_SPARED = 64  # multiprocessors; an A100 has 108, an H100 132
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
@@ -39,13 +41,24 @@ class ParallelConfig:
     # ranks that share one copy of the model; it divides the number of ranks and the model's num_sub_layers (a GPT's
     # num_heads)
     sub_layer_parallel_size: int
-    vocab_parallel: bool  # shard the embedding, the head and the cross-entropy as well, by rows of the vocabulary
+    # shard the embedding, the head and the cross-entropy as well, by rows of the vocabulary; null: where several ranks
+    # share a copy
+    vocab_parallel: bool | None
     reduce_dtype: str | None  # bf16 | fp32: number format of the sums over the ranks of a copy; null: that of precision
     # optimizer steps between checks that equal weights are equal on all ranks; 0: only at the start and at checkpoints
     verify_every: int
+    # on a GPU, the most blocks of NCCL's kernels for the sums over the ranks of a copy, each of which occupies a
+    # multiprocessor; 0: NCCL's choice; null: 16 on Hopper GPUs, else 0
+    max_ctas: int | None = None
+    # on a GPU, multiprocessors that GEMMs leave free while such a sum is under way; null: 16 on Hopper GPUs, else 0
+    sm_carveout: int | None = None
 
     def validate(self) -> None:
         require_positive("parallel.sub_layer_parallel_size", self.sub_layer_parallel_size)
+        for name, limit in (("max_ctas", MOST_CTAS), ("sm_carveout", MOST_SPARED)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= limit:
+                raise ConfigError(f"parallel.{name}={value} must be from 0 to {limit}, or null: by the device")
         if self.reduce_dtype is not None:
             require_choice("parallel.reduce_dtype", self.reduce_dtype, ("bf16", "fp32"))
         require_at_least("parallel.verify_every", self.verify_every, 0)
@@ -70,12 +83,23 @@ class ParallelConfig:
                 f"parallel.sub_layer_parallel_size={size} does not divide {name}={total}; use "
                 f"{' or '.join(divisors(total))}"
             )
-        if self.vocab_parallel and model.vocab_size % size:
+        if self.vocab_parallel and not self.can_share_vocabulary(model.vocab_size):
             raise ConfigError(
-                f"parallel.sub_layer_parallel_size={size} does not divide model.vocab_size={model.vocab_size}, which "
-                "parallel.vocab_parallel=true divides too; use parallel.vocab_parallel=false or model.vocab_size="
-                f"{-(-model.vocab_size // size) * size}"
+                f"parallel.vocab_parallel=true would leave one of parallel.sub_layer_parallel_size={size} ranks "
+                f"without a row of model.vocab_size={model.vocab_size}; use parallel.vocab_parallel=false, or fewer "
+                "ranks"
             )
+
+    def can_share_vocabulary(self, vocab_size: int) -> bool:
+        """Whether each rank of a copy would have some rows (`ModelRank.row_range`)."""
+        size = self.sub_layer_parallel_size
+        return (size - 1) * -(-vocab_size // size) < vocab_size
+
+    def shares_vocabulary(self, vocab_size: int) -> bool:
+        """Whether the ranks of a copy hold some rows of the vocabulary each, and not all."""
+        if self.vocab_parallel is None:
+            return self.sub_layer_parallel_size > 1 and self.can_share_vocabulary(vocab_size)
+        return self.vocab_parallel
 
 
 @dataclass(frozen=True)
@@ -86,9 +110,14 @@ class EngineConfig:
     zero_stage: int
     # recompute the activations of attention and FFN in the backward pass instead of keeping them
     activation_checkpointing: bool
-    compile: bool  # torch.compile attention, FFN and the loss; the first step then takes a minute
+    # torch.compile attention, FFN and the loss; the first step then takes a minute; null: on a GPU, not on a CPU
+    compile: bool | None
     # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
     fused_kernels: bool | None = None
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether to compile on devices of this type, a name of torch.device."""
+        return device_type == "cuda" if self.compile is None else self.compile
 
     def validate(self) -> None:
         if self.zero_stage not in (1, 2):

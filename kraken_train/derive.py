@@ -22,12 +22,22 @@ from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import require_positive
 from kraken_train.model.config import KrakenConfig, ModelConfig, ModelSettings, parse_model
-from kraken_train.model.head_dims import BEST, SMALLEST, STEP, distance_to_best, head_dims
+from kraken_train.model.head_dims import (
+    BEST,
+    FASTEST_UP_TO,
+    SMALLEST,
+    STEP,
+    attention_work,
+    computed_size,
+    distance_to_best,
+    head_dims,
+)
 from kraken_train.model.layer_settings import LayerSettings
 
 BYTES_PER_VALUE = 2  # bf16
 ALIGNED = 64  # what widths are multiples of where they are free
 MOST_ROWS = 20  # of the table
+WIDE_HEAD_FRACTION = 0.6  # rate of attention with heads of more than 128; an assumption, as in conf/cluster
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,12 @@ class Candidate:
     def attention_cost(self) -> float:
         """Work of attention's scores and sums relative to the base: the width of all heads of a layer."""
         return self.config.attention_width / self.base.attention_width
+
+    @property
+    def attention_time(self) -> float:
+        """Time of attention relative to the base: the cost, by the kernels that take heads of this size."""
+        own, base = (attention_work(config, WIDE_HEAD_FRACTION) for config in (self.config, self.base))
+        return own / base
 
     @property
     def cache_bytes(self) -> int:
@@ -217,11 +233,12 @@ def as_table(candidates: list[Candidate]) -> Table:
     table = Table(
         title=f"{num_sub_layers}-way Kraken for {base.num_layers} layers of {base.hidden_size}, "
         f"{base.num_parameters:,} parameters",
-        caption="attention: width of all heads relative to the base's, which decides its time. In bf16 on "
+        caption="attention: width of all heads relative to the base's. time: that of attention relative to the base's, "
+        "by the kernels that take such heads. In bf16 on "
         f"{num_sub_layers} devices: bytes per token and device of the key-value cache, the base's with tensor "
         "parallelism; and bytes per token of a layer's all-reduce",
     )
-    names = "hidden size, heads, head dim, FFN, parameters, difference, attention, cache, base's, message"
+    names = "hidden size, heads, head dim, FFN, parameters, difference, attention, time, cache, base's, message"
     for name in names.split(", "):
         table.add_column(name, justify="right")
     for candidate in candidates[:MOST_ROWS]:
@@ -234,6 +251,7 @@ def as_table(candidates: list[Candidate]) -> Table:
             f"{config.num_parameters:,}",
             f"{candidate.difference:+.2%}",
             f"{candidate.attention_cost:.2f}x",
+            f"{candidate.attention_time:.2f}x",
             f"{candidate.cache_bytes:,}",
             f"{candidate.base_cache_bytes:,}",
             f"{candidate.message_bytes:,}",
@@ -250,6 +268,10 @@ def print_candidates(config: DeriveConfig) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     console.print(as_table(candidates))
     print(f"to train the first: python -m kraken_train.train {candidates[0].overrides}")
+    size = candidates[0].config.head_size
+    if size > FASTEST_UP_TO or computed_size(size) > size:
+        slower = f", and slower ones where they are larger than {FASTEST_UP_TO}" if size > FASTEST_UP_TO else ""
+        print(f"attention kernels compute its heads of {size} as heads of {computed_size(size)}{slower}")
     if candidates[0].config.head_size not in BEST:
         faster = nearest_with_best_heads(candidates[0].base, config.num_sub_layers)
         needed = round_up(abs(faster.difference))

@@ -67,7 +67,7 @@ class PlanConfig:
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("optim", self.optim, tuple(choices_of(AnyOptimizer)))
         if self.zero_stage is not None:
-            EngineConfig(self.zero_stage, activation_checkpointing=False, compile=True).validate()
+            EngineConfig(self.zero_stage, activation_checkpointing=False, compile=None).validate()
 
     def constraints(self, cluster: Cluster) -> Constraints:
         precision = cluster.faster_precision if self.precision == AUTO else self.precision

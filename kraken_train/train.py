@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import KrakenError, RankLostError
-from kraken_train.config import AUTO, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import TrainingData
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.health.stack_dump import stacks_on_signal
@@ -29,8 +29,9 @@ from kraken_train.run.rank_errors import record_error
 from kraken_train.run.start import describe_error, recorded, write_environment
 from kraken_train.tracking.ready import require_ready
 from kraken_train.training.engine import start_processes, stop_processes
-from kraken_train.training.open_run import open_run_folder, recorded_precision
-from kraken_train.training.precision import ChosenPrecision, choose_precision, has_native_bf16
+from kraken_train.training.open_run import open_run_folder
+from kraken_train.training.precision import choose_precision, has_native_bf16
+from kraken_train.training.recorded_choices import RecordedChoices, leaves_choices, recorded_choices
 from kraken_train.training.trainer import Trainer
 
 
@@ -57,8 +58,10 @@ def train(config: TrainConfig) -> None:
     try:
         with ExitStack() as stack:
             rendezvous = start_processes(runtime, config.rendezvous_seconds)
-            precision = find_precision(config, runtime)
-            config = replace(config, precision=precision.name)
+            choices = find_choices(config, runtime)
+            native_bf16 = runtime.all_true(has_native_bf16(runtime.device))
+            precision = choose_precision(config.precision, choices.precision, native_bf16)
+            config = replace(choices.fill(config), precision=precision.name)
             config.validate()
             runtime.on_first(lambda: require_ready(config.tracking, os.environ))
             watchdog = Watchdog(
@@ -92,10 +95,11 @@ def train(config: TrainConfig) -> None:
     stop_processes(runtime)
 
 
-def find_precision(config: TrainConfig, runtime: Runtime) -> ChosenPrecision:
-    """The precision of this start, the same on all ranks. A collective. Raises CheckpointError."""
-    recorded = runtime.on_first(lambda: recorded_precision(Path(config.run_dir)) if config.precision == AUTO else None)
-    return choose_precision(config.precision, recorded, runtime.all_true(has_native_bf16(runtime.device)))
+def find_choices(config: TrainConfig, runtime: Runtime) -> RecordedChoices:
+    """What a run that is continued has recorded, the same on all ranks. A collective. Raises CheckpointError."""
+    return runtime.on_first(
+        lambda: recorded_choices(Path(config.run_dir)) if leaves_choices(config) else RecordedChoices()
+    )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.help import VERSION, command_name
 from kraken_train.run.layout import LAUNCH_COMMAND
-from launch.exit_report import ErrorLines, diagnose
+from launch.exit_report import ErrorLines, diagnose, mark_aborted_followers
 from launch.hosts import DEFAULT_HOSTFILE, Slots, choose, is_local, local_slots, read_hostfile
 from launch.plan import Plan, newest_start_number
 from launch.remote import SSH, check_hosts, python_path
@@ -119,6 +119,7 @@ def launch(plans: dict[str, Plan], ssh: list[str]) -> int:
     supervision = Supervision(nodes, error_lines)
     supervision.run()
     exit_codes = {node.host: node.exit_code for node in nodes}
+    mark_aborted_followers(nodes[0].plan, error_lines)
     report = diagnose(nodes[0].plan, exit_codes, error_lines, supervision.stop_requested)
     if report.messages != [error_lines.last_printed]:
         print(*report.messages, sep="\n", end="\n" if report.messages else "", file=sys.stderr, flush=True)

@@ -16,8 +16,10 @@ from checkpoints.push import PushConfig
 from data_prep.foreign import ForeignConfig
 from data_prep.prepare import PrepareConfig
 from data_prep.tokenizer_settings import TokenizerSettings
+from kraken_train.bench.acceptance import AcceptanceConfig
 from kraken_train.bench.documents import DocumentsConfig
 from kraken_train.bench.kv_memory import KVMemoryConfig
+from kraken_train.bench.stages.preset import Preset
 from kraken_train.bench.throughput_config import ThroughputConfig
 from kraken_train.bench.transfer import TransferConfig
 from kraken_train.bench.ttft import TTFTConfig
@@ -34,6 +36,7 @@ from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDS
 from launch.slurm.config import SubmitConfig
 
 COMMANDS = {
+    "acceptance": AcceptanceConfig,
     "derive": DeriveConfig,
     "documents": DocumentsConfig,
     "evaluate": EvaluateConfig,
@@ -53,6 +56,7 @@ COMMANDS = {
     "ttft": TTFTConfig,
 }
 GROUPS = {
+    "acceptance/*": Preset,
     "engine/*": EngineConfig,
     "model/base/gpt": GPTConfig,
     "model/base/kraken": KrakenConfig,

@@ -11,13 +11,15 @@ from conf_models import conf_model
 from helpers import REPOSITORY
 from hydra import compose, initialize_config_dir
 
+from kraken_train.bench.throughput_config import ThroughputConfig
 from kraken_train.common.cli import compose_choice, compose_command
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import from_dict, from_hydra, to_dict
-from kraken_train.config import CheckpointConfig, EngineConfig, TrainConfig
+from kraken_train.config import CheckpointConfig, EngineConfig, ParallelConfig, TrainConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import KrakenConfig, padded_vocab_size, parse_model
 from kraken_train.model.registry import build_model
+from kraken_train.parallel.sharding import ModelRank
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
@@ -125,6 +127,45 @@ def test_rules_name_setting_value_and_remedy() -> None:
         AdamWConfig(lr=1e-3, betas=(0.9, 1.0), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
     with pytest.raises(ConfigError, match=r"optim.lr=0 must be greater than 0"):
         AdamWConfig(lr=0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0).validate()
+
+
+@pytest.mark.parametrize(
+    ("setting", "on_cpu", "on_gpu"), [(None, False, True), (True, True, True), (False, False, False)]
+)
+def test_compilation_is_the_default_on_a_gpu(setting: bool | None, on_cpu: bool, on_gpu: bool) -> None:
+    engine = EngineConfig(zero_stage=1, activation_checkpointing=False, compile=setting)
+    assert (engine.compiles("cpu"), engine.compiles("cuda")) == (on_cpu, on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "vocab_size", "shared"),
+    [
+        (None, 1, 320, False), (None, 2, 320, True), (None, 2, 321, True), (None, 4, 5, False), (False, 4, 320, False),
+        (True, 4, 321, True), (True, 4, 5, None),
+    ],
+)  # fmt: skip
+def test_the_vocabulary_is_shared_by_default(
+    setting: bool | None, size: int, vocab_size: int, shared: bool | None
+) -> None:
+    model = KrakenConfig(4, 1, 16, 2, vocab_size=vocab_size, context_length=8)
+    parallel = ParallelConfig(size, setting, reduce_dtype=None, verify_every=0)
+    if shared is None:
+        with pytest.raises(ConfigError, match=r"would leave one of parallel\.sub_layer_parallel_size=4 ranks without"):
+            parallel.require_fits(model)
+    else:
+        parallel.require_fits(model)
+        assert parallel.shares_vocabulary(vocab_size) == shared
+        assert not shared or [ModelRank(rank, size).row_range(vocab_size).count for rank in range(size)] == [
+            len(rows) for rows in torch.arange(vocab_size).chunk(size)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("command", "schema", "given"),
+    [("train", TrainConfig, ["data_dir=d", "run_dir=r"]), ("throughput", ThroughputConfig, [])],
+)
+def test_commands_leave_compilation_to_the_device(command: str, schema: type, given: list[str]) -> None:
+    assert compose_command(given, schema, command).engine.compile is None
 
 
 def test_settings_of_another_optimizer() -> None:

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.derive import derive, nearest_with_best_heads
+from kraken_train.derive import Candidate, derive, nearest_with_best_heads
 from kraken_train.model.config import parse_model
 
 
@@ -47,10 +47,22 @@ def test_costs_of_a_known_case() -> None:
     best = derive(conf_model("gpt2-350m"), 4)[0]
     assert (best.config.hidden_size, best.config.heads_per_sub_layer) == (640, 5)
     assert best.attention_cost == 4 * 640 / 1024
+    assert best.attention_time == best.attention_cost  # heads of 128 and of 64, both as kernels have them
     assert best.cache_bytes == 24 * 2 * 640 * 2  # layers, keys and values, width, bf16
     assert best.base_cache_bytes == 24 * 2 * (1024 // 4) * 2
     uneven = derive(conf_model("gpt2-350m"), 6)[0]
     assert uneven.base_cache_bytes == 24 * 2 * (3 * 64) * 2  # 16 heads on 6 devices: 3 on the fullest
+
+
+def test_time_of_attention_with_wide_heads() -> None:
+    """Kernels compute heads of 168 as heads of 192, at 0.6 of the rate."""
+    base, config = conf_model("gpt2-124m"), conf_model("kraken-125m-4way")
+    assert config.head_size == 168
+    wide = Candidate(config, base)
+    assert wide.attention_cost == 4 * 504 / 768
+    assert wide.attention_time == pytest.approx(wide.attention_cost * 192 / 168 / 0.6)
+    narrow = dataclasses.replace(wide, config=conf_model("kraken-125m-4way-hw"))
+    assert narrow.attention_time == narrow.attention_cost == 4 * 512 / 768
 
 
 @pytest.mark.parametrize("norm_epsilon", [1e-5, 1e-6])
@@ -90,3 +102,8 @@ def test_command() -> None:
     assert result.returncode == 0, result.stderr
     assert "192" in result.stdout
     assert "model.hidden_size=192 model.heads_per_sub_layer=3" in result.stdout
+
+
+def test_the_size_that_kernels_compute_is_named() -> None:
+    result = run_here("kraken_train.derive", "model=gpt2-124m", "num_sub_layers=4")
+    assert "attention kernels compute its heads of 56 as heads of 64\n" in result.stdout

@@ -11,7 +11,7 @@ from helpers import random_ids, rough_model, run_here, small_configs, user_error
 
 from checkpoints.exports.folder import read_export
 from kraken_train.common.errors import CheckpointError, ConfigError
-from kraken_train.inference import serving
+from kraken_train.inference import generation, serving
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts, require_servable
 from kraken_train.inference.sampling import Sampling, draw
@@ -126,6 +126,60 @@ def test_limits_of_sampling() -> None:
     check(1, 0, 0, 0, top_k=2, top_p=0.6)
     check(1, 0, 0, 0, temperature=0.01)
     check(0.685, 0.247, 0.062, 0.007, temperature=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_tokens_of_multinomial(dtype: torch.dtype) -> None:
+    """A seed draws what earlier versions drew, row by row on the CPU."""
+    sampling = Sampling(temperature=0.7, seed=9)
+    ours, theirs = ([sampling.generator(row) for row in range(40)] for _ in range(2))
+    for _ in range(3):
+        logits = torch.randn(40, 3000, generator=ours[0]).to(dtype)
+        theirs[0].set_state(ours[0].get_state())
+        chances = (logits.to(torch.promote_types(dtype, torch.float32)) / 0.7).softmax(dim=-1)
+        expected = [
+            torch.multinomial(row, 1, generator=generator) for row, generator in zip(chances, theirs, strict=True)
+        ]
+        assert draw(logits, sampling, ours).equal(torch.cat(expected))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=5.0, seed=3)], ids=["greedy", "sampled"])
+def test_tokens_are_read_in_blocks(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text does not depend on how many are read at a time, and the passes go on until a read shows the end."""
+    model, prompts = rough_model(small_configs()["kraken"]), random_prompts("kraken")[:2]
+    reads, passes = [], []
+
+    def counted(unread: list[torch.Tensor]) -> list[list[int]]:
+        reads.append(len(unread))
+        return torch.stack(unread).tolist()
+
+    monkeypatch.setattr(generation, "read", counted)
+    model.final_norm.register_forward_pre_hook(lambda *_: passes.append(1))
+    free = generate(model, prompts, 10, sampling)
+    assert reads == [1] * 10
+    for size, expected in ((4, [4, 4, 2]), (10, [10]), (99, [10])):
+        reads.clear()
+        assert generate(model, prompts, 10, sampling, tokens_per_read=size) == free
+        assert reads == expected
+    end = free[0][7]
+    stopped = generate(model, prompts[:1], 10, sampling, end_of_document=end)
+    first = len(stopped[0]) - len(prompts[0])
+    reads.clear()
+    passes.clear()
+    assert generate(model, prompts[:1], 10, sampling, end_of_document=end, tokens_per_read=4) == stopped
+    assert sum(reads) == len(passes) == min(10, -(-first // 4) * 4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_any_logit_that_is_not_finite(sampling: Sampling, value: float) -> None:
+    """Also of a token that would never be drawn, and before the tokens of its block are taken."""
+    model = rough_model(small_configs()["standard"])
+    with torch.no_grad():
+        model.token_embedding.weight[95, 0] = value
+    for settings in ({}, {"vocab_size": 5, "tokens_per_read": 3}):
+        with pytest.raises(CheckpointError, match="the model's predictions are not finite"):
+            generate(model, [[1, 2], [3]], 8, sampling, **settings)
 
 
 @pytest.mark.parametrize(

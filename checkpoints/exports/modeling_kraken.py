@@ -108,6 +108,8 @@ class KrakenConfig(PretrainedConfig):
         for name, default in LAYERS[architecture].settings.items():
             given = kwargs.pop(name, None)
             setattr(self, name, default if given is None else given)
+        # A number in any case: vLLM reads `num_kv_heads` first and asks no further.
+        setattr(self, self.layer_class.kv_heads_setting, self.kv_heads_per_stream)
         self.head_dim = head_dim or hidden_size // self.heads_per_stream
         self.use_cache = use_cache
         self.tie_word_embeddings = self.tie_embeddings
@@ -232,8 +234,11 @@ def eager_attention_forward(
 
 
 class KrakenAttention(nn.Module):
-    """What the attention of both kinds of layers shares: how queries, keys and values reach the cache and the library's
-    attention functions."""
+    """The attention of a layer, of all its sub-layers at once; subclasses make the heads and join them again.
+
+    vLLM's Transformers backend reads the source of `forward`, which must contain the one call of what comes out of the
+    library's table of attention functions.
+    """
 
     is_causal = True
 
@@ -247,20 +252,27 @@ class KrakenAttention(nn.Module):
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5
 
-    def attend(
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's input -> queries (B, N H, T, K), keys and values (B, N G, T, K)."""
+        raise NotImplementedError
+
+    def join_heads(self, mixed: Tensor) -> Tensor:
+        """Mixed values (B, T, N, H K) -> the attention's output, of the shape of the layer's input."""
+        raise NotImplementedError
+
+    def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         rotary: Rotary | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries (B, N H, T, K), keys and values (B, N G, T, K) -> (B, T, N, H K), and weights if there are any."""
-        batch, _, tokens, _ = query.shape
+        """The layer's input -> the attention's output of the same shape, and weights if the library returns them."""
+        query, key, value = self.split_heads(x)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
+        batch, _, tokens, _ = query.shape
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -269,7 +281,13 @@ class KrakenAttention(nn.Module):
         mixed, weights = attention(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )  # (B, T, N H, K), but some backends flatten it
-        return mixed.reshape(batch, tokens, self.config.streams, -1), weights
+        if mixed.numel() != query.numel():
+            raise ValueError(
+                f"the attention function returned {mixed.numel() / query.numel():g} times the heads of the queries, as "
+                "a server does that divides the heads among devices; this file computes all of them on one device, so "
+                "serve it with a tensor parallel size of 1"
+            )
+        return self.join_heads(mixed.reshape(batch, tokens, self.config.streams, -1)), weights
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,8 +318,10 @@ class StackedNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        between = (1,) * (x.dim() - 2)
-        return self.normalize(x, x.shape[-1:], eps=self.epsilon) * self.weight.view(len(self.weight), *between, -1)
+        # With the sub-layers beside the channels the gains broadcast. torch.fx can trace all of it, which vLLM needs:
+        # of an RMSNorm that it traces in part it sees no gain per sub-layer.
+        normed = self.normalize(x, x.shape[-1:], eps=self.epsilon).transpose(0, -2)
+        return (normed * self.weight).transpose(0, -2)
 
 
 class StackedAttention(KrakenAttention):
@@ -316,16 +336,18 @@ class StackedAttention(KrakenAttention):
         self.k_norm = StackedNorm(count, "rmsnorm", self.head_dim, epsilon) if config.qk_norm else None
         self.out = StackedLinear(count, self.num_heads * self.head_dim, width)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n, batch, tokens, _ = x.shape
         by_head = self.qkv(self.norm(x)).view(n, batch, tokens, -1, self.head_dim)
         query, key, value = by_head.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=3)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        # (B, N heads, T, K)
         query, key, value = (part.permute(1, 0, 3, 2, 4).flatten(1, 2) for part in (query, key, value))
-        mixed, weights = self.attend(query, key, value, **kwargs)
-        return self.out(mixed.permute(2, 0, 1, 3)), weights
+        return query, key, value
+
+    def join_heads(self, mixed: Tensor) -> Tensor:
+        joined: Tensor = self.out(mixed.permute(2, 0, 1, 3))
+        return joined
 
 
 class StackedFFN(nn.Module):
@@ -403,12 +425,15 @@ class GPTAttention(KrakenAttention):
         self.k_norm = Norm("rmsnorm", self.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        mixed, weights = self.attend(query, key, value, **kwargs)
-        return self.out(mixed.squeeze(2)), weights
+        return query, key, value
+
+    def join_heads(self, mixed: Tensor) -> Tensor:
+        joined: Tensor = self.out(mixed.squeeze(2))
+        return joined
 
 
 class GPTFFN(nn.Module):
@@ -506,7 +531,10 @@ class KrakenModel(PreTrainedModel):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.context_length, config.hidden_size) if learned else None
-        self.layers = nn.ModuleList(config.layer_class(config, index) for index in range(config.num_layers))
+        # Not `config.layer_class`: vLLM sends configurations to its processes with a copy of their class, and of all
+        # that the class uses, without the source.
+        layer_class = LAYERS[config.architecture]
+        self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_layers))
         if config.is_stacked:
             self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, config.hidden_size)
         self.final_norm = plain_norm(config)

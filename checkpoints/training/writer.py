@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -24,6 +25,7 @@ from checkpoints.training.manifest import FORMAT_VERSION, MANIFEST, POINTER, Che
 from checkpoints.training.store import read_index, root_message
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256, replace_synced, sync_folder, write_synced
+from kraken_train.parallel.device import own_queue
 from kraken_train.parallel.ranks import Runtime
 
 ERROR_TIMEOUT = 600.0  # seconds to wait for a background save after training failed; a dead disk may never answer
@@ -83,7 +85,7 @@ class CheckpointWriter:
                 self.on_saved(step)
 
         if self.asynchronous:
-            self.under_way = BackgroundSave(save)
+            self.under_way = BackgroundSave(save, self.runtime.device)
             self.under_way.start()
         else:
             save()
@@ -122,16 +124,22 @@ class CheckpointWriter:
 
 
 class BackgroundSave(threading.Thread):
-    """A thread that saves; `failure` is the error of a failed save. A daemon: Python exits without waiting for it."""
+    """A thread that saves; `failure` is the error of a failed save. A daemon: Python exits without waiting for it.
 
-    def __init__(self, save: Callable[[], None]) -> None:
+    The checkpoint library waits for the stream of its thread, although the tensors are on the CPU; that must not be
+    the stream of the training on `device`.
+    """
+
+    def __init__(self, save: Callable[[], None], device: torch.device) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.save = save
+        self.device = device
         self.failure: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.save()
+            with own_queue(self.device):
+                self.save()
         except BaseException as error:  # raised by the thread that waits; the library's errors are not Exceptions
             self.failure = error
         del self.save  # frees the tensors

@@ -37,7 +37,7 @@ class PlainEngine:
         model.recompute = config.engine.activation_checkpointing
         if choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING):
             model.use_fused_kernels()
-        if config.engine.compile:
+        if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         cuts = sharded_dims(model)
         self.is_part = [cuts[name] is not None for name, _ in model.named_parameters()]

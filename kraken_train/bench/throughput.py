@@ -100,7 +100,7 @@ def title_of(config: ThroughputConfig, runtime: Runtime) -> str:
     return (
         f"Training on {ranks}{device_name(runtime.device)}: {config.precision}, {copies} x "
         f"{config.gradient_accumulation_steps} micro-batches of {config.micro_batch_size}"
-        f"{', compiled' if config.engine.compile else ''}"
+        f"{', compiled' if config.engine.compiles(runtime.device.type) else ''}"
     )
 
 

@@ -16,6 +16,7 @@ from kraken_train.parallel.device import DEVICES
 from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
 
 DEEPSPEED, TORCH = "deepspeed", "torch"
+AUTHORS = "authors"  # of an entry, for the models that `authors` names
 ENGINES = (DEEPSPEED, TORCH)
 
 
@@ -25,7 +26,7 @@ class Entry:
 
     name: str  # a file of conf/model
     model: ModelConfig
-    engine: str  # of ENGINES
+    engine: str  # of ENGINES, or AUTHORS
 
     def __str__(self) -> str:
         return self.name if self.engine == DEEPSPEED else f"{self.name} ({self.engine})"
@@ -39,6 +40,8 @@ class ThroughputConfig:
     reference: str | None  # model that the others are compared with; null: the first
     # deepspeed: as training uses it | torch: the same in plain PyTorch, to see what DeepSpeed costs
     engines: tuple[str, ...]
+    # Krakens of `models` that are also trained by the authors' step: a loop over sub-layers, fp32 weights, autocast
+    authors: tuple[str, ...]
     vocab_size: int  # of models without one, if there is no data_dir
     context_length: int | None  # tokens; null: the model's own
     micro_batch_size: int  # samples per rank and forward pass
@@ -63,6 +66,8 @@ class ThroughputConfig:
             require_choice("models", name, model_names())
         for name in self.engines:
             require_choice("engines", name, ENGINES)
+        for name in self.authors:
+            require_choice("authors", name, self.models)
         if self.reference is not None:
             require_choice("reference", self.reference, self.models)
         for name in ("vocab_size", "micro_batch_size", "gradient_accumulation_steps", "steps", "rounds"):
@@ -95,7 +100,8 @@ class ThroughputConfig:
                 self.parallel.require_fits(model)
             except ConfigError as error:
                 raise ConfigError(f"models: {name}: {error}") from None
-            found += [Entry(name, model, engine) for engine in self.engines]
+            engines = (*self.engines, AUTHORS) if name in self.authors else self.engines
+            found += [Entry(name, model, engine) for engine in engines]
         return found
 
     def parse(self, name: str, data_vocab_size: int | None) -> ModelConfig:

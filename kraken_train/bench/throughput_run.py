@@ -19,15 +19,18 @@ import numpy as np
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from kraken_train.bench.authors_step import AuthorsStep
 from kraken_train.bench.plain_engine import PlainEngine
 from kraken_train.bench.plan import usable_bytes
-from kraken_train.bench.throughput_config import DEEPSPEED, TORCH, Entry, ThroughputConfig
+from kraken_train.bench.throughput_config import AUTHORS, DEEPSPEED, TORCH, Entry, ThroughputConfig
+from kraken_train.config import ParallelConfig
 from kraken_train.data.dataset import Samples, TokenStream, TrainingData
 from kraken_train.data.loader import BatchLoader
 from kraken_train.model.config import ModelConfig
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.overlap_budget import choose_budget
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.parallel.step_timer import DATA, OTHER, StepTimer
 from kraken_train.training.engine import Engine
@@ -36,7 +39,7 @@ from kraken_train.training.precision import DTYPES, reduce_dtype
 WARMUP_STEPS = 3  # at least 2
 RANDOM_SAMPLES = 64  # of random tokens in memory, read again and again
 STATE_BYTES = 20  # per parameter, at most: weights, masters, gradients, their sums, two moments
-ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine}
+ENGINES: Mapping[str, Callable[..., Any]] = {DEEPSPEED: Engine, TORCH: PlainEngine, AUTHORS: AuthorsStep}
 
 ALLOCATED, TRACKED = "torch.cuda.max_memory_allocated", "tensors (torch.distributed._tools.mem_tracker)"
 UNKNOWN = "not measured (on a CPU the allocations of compiled parts cannot be tracked)"
@@ -79,7 +82,8 @@ class ModelInTraining:
         self.timer = StepTimer(runtime.device)
         self.lr = config.optim.lr
         on_gpu = runtime.device.type == "cuda"
-        self.memory_kind = ALLOCATED if on_gpu else UNKNOWN if config.engine.compile else TRACKED
+        compiled = config.engine.compiles(runtime.device.type)
+        self.memory_kind = ALLOCATED if on_gpu else UNKNOWN if compiled else TRACKED
         self.tracker = MemTracker() if self.memory_kind == TRACKED else None
         self.peak_bytes: int | None = None
         before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -99,7 +103,8 @@ class ModelInTraining:
 
     def make_engine(self, entry: Entry, config: ThroughputConfig, mesh: ParallelMesh) -> Any:
         communicator = make_communicator(mesh, reduce_dtype(config.parallel), self.timer)
-        units, vocabulary = even_share(entry.model, mesh.model_rank, config.parallel.vocab_parallel)
+        shares_vocabulary = config.parallel.shares_vocabulary(entry.model.vocab_size)
+        units, vocabulary = even_share(entry.model, mesh.model_rank, shares_vocabulary)
         model = build_model(entry.model, 0, units, communicator, vocabulary)
         return ENGINES[entry.engine](model, config.training(mesh.data_size), mesh, self.runtime, self.timer)
 
@@ -147,15 +152,18 @@ class ModelInTraining:
             self.engine.deepspeed.destroy()
 
 
+def make_mesh(parallel: ParallelConfig, runtime: Runtime) -> ParallelMesh:
+    """The ranks as copies of the model, as training shares them."""
+    size, copies = parallel.sub_layer_parallel_size, parallel.data_parallel_size(runtime.world_size)
+    budget = choose_budget(parallel.max_ctas, parallel.sm_carveout, runtime.device, size)
+    return ParallelMesh(runtime.device.type, copies, size, budget)
+
+
 def measure_all(
     entries: Sequence[Entry], config: ThroughputConfig, runtime: Runtime, data: TrainingData | None
 ) -> dict[Entry, Measured]:
     """Train all entries in turns. If they do not fit into memory together, each is built again for each round."""
-    mesh = ParallelMesh(
-        runtime.device.type,
-        config.parallel.data_parallel_size(runtime.world_size),
-        config.parallel.sub_layer_parallel_size,
-    )
+    mesh = make_mesh(config.parallel, runtime)
 
     def make(entry: Entry) -> ModelInTraining:
         return ModelInTraining(entry, config, make_samples(entry.model, data), mesh, runtime)

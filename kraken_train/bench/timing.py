@@ -104,23 +104,29 @@ class TimedModel:
         counter.traffic = Traffic()
         # Neither captured nor compiled, so that every call reaches the communicator.
         plain = ExecutionConfig(compile=False, cuda_graphs=False, prefill_lengths=(self.conditions.context,))
-        self.make_engine(plain).prefill(self.ids, self.lengths)
+        first_tokens(self.make_engine(plain), self.ids, self.lengths)
         return replace(counter.traffic)  # a copy, since later prefills are counted too
 
     @torch.inference_mode()
     def prefill(self, variant: str) -> Tensor:
         """Prompt in, first token ids (B,) out."""
         self.communicator.use(variant)
-        self.last = self.engines[variant].prefill(self.ids, self.lengths).argmax(dim=-1)
+        self.last = first_tokens(self.engines[variant], self.ids, self.lengths)
         return self.last
 
     @torch.inference_mode()
     def decode(self, variant: str) -> Tensor:
         """Decodes `output_tokens` further tokens; returns the ids of the last ones, (B,)."""
         self.communicator.use(variant)
+        engine = self.engines[variant]
         for _ in range(self.conditions.output_tokens):
-            self.last = self.engines[variant].decode(self.last).argmax(dim=-1)
+            self.last = engine.most_likely(engine.add_tokens(self.last)).ids
         return self.last
+
+
+def first_tokens(engine: InferenceEngine, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Prompts (B, T) -> their most likely next tokens (B,)."""
+    return engine.most_likely(engine.read_prompts(input_ids, lengths)).ids
 
 
 def compare(

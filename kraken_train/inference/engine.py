@@ -2,8 +2,10 @@
 
 The same code serves Kraken and the baselines, in one process and in several: each rank of a model copy has an engine
 around its part, all call it with the same arguments, and all receive the same logits, bit for bit, because each rank
-computes a share of them and all shares go to all ranks. Tokens that are drawn from them with the same seed are equal on
-all ranks without further communication, on unequal devices too.
+computes a share of them and all shares go to all ranks. Where only the most likely token is asked for, two numbers per
+sequence and rank take the place of the logits.
+
+Nothing here waits for the device: what is computed stays on it until the caller reads it.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary size, P ranks.
 """
@@ -11,7 +13,7 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary size, P ranks.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +21,13 @@ from torch.nn import functional as F
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.inference.graphs import CapturedFunction
+from kraken_train.inference.head import MostLikely, ShardedHead
 from kraken_train.inference.kv_cache import KeyValueCache
 from kraken_train.kernels.selection import choose_kernels
+from kraken_train.model.attention_backends import attention_of_any_shape
 from kraken_train.model.language_model import LanguageModel
+
+SMALLEST_BUCKET = 64  # tokens; a prompt of fewer takes no less time on a GPU
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,13 @@ class ExecutionConfig:
 
     compile: bool = False  # torch.compile the parts of the layers
     cuda_graphs: bool = False  # replay recorded kernels: for new tokens, and for prompts of `prefill_lengths`
-    prefill_lengths: tuple[int, ...] = ()  # tokens, ascending; a prompt is padded to the next one, if there is one
+    # tokens, ascending; a prompt is padded to the next one, if there is one; None: for `fitted` to choose
+    prefill_lengths: tuple[int, ...] | None = ()
     fused_kernels: bool | None = False  # `kraken_train.kernels`; None: on a GPU where Triton is installed
 
     def validate(self) -> None:
         """Raises ConfigError."""
-        lengths = self.prefill_lengths
+        lengths = self.lengths
         if any(length < 1 for length in lengths) or any(a >= b for a, b in itertools.pairwise(lengths)):
             raise ConfigError(
                 f"prefill_lengths={list(lengths)} must be numbers of tokens, each at least 1 and greater than the one "
@@ -47,9 +54,33 @@ class ExecutionConfig:
         if self.cuda_graphs and device.type != "cuda":
             raise ConfigError(f"cuda_graphs=true needs a GPU, and this runs on {device.type}; use cuda_graphs=false")
 
+    def fitted(self, device: torch.device, prompt_tokens: int, capacity: int) -> ExecutionConfig:
+        """With lengths for prompts of up to `prompt_tokens` on `device`, where they are not given.
+
+        On a GPU these are few, none above `capacity`: kernels are chosen, and graphs recorded, for each of them.
+        """
+        if self.prefill_lengths is not None:
+            return self
+        return replace(self, prefill_lengths=buckets(prompt_tokens, capacity) if device.type == "cuda" else ())
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.prefill_lengths or ()
+
     def padded(self, tokens: int) -> int:
         """The length that a prompt of `tokens` is padded to."""
-        return next((length for length in self.prefill_lengths if length >= tokens), tokens)
+        return next((length for length in self.lengths if length >= tokens), tokens)
+
+
+def buckets(longest: int, capacity: int) -> tuple[int, ...]:
+    """Lengths for prompts of up to `longest` tokens: powers of two and their middles, from 64, at most `capacity`."""
+    lengths: list[int] = []
+    power = SMALLEST_BUCKET
+    while not lengths or lengths[-1] < longest:
+        lengths += [power, power + power // 2]
+        power *= 2
+    usable = [length for length in lengths if length < longest]
+    return (*usable, min(lengths[len(usable)], capacity))
 
 
 class InferenceEngine:
@@ -70,8 +101,8 @@ class InferenceEngine:
         self.execution.require_device(self.device)
         if batch_size < 1 or not 1 <= capacity <= model.context_length:
             raise ValueError(f"no cache for {batch_size} x {capacity} tokens of a context of {model.context_length}")
-        if any(length > capacity for length in self.execution.prefill_lengths):
-            raise ValueError(f"prefill_lengths={list(self.execution.prefill_lengths)} exceed the capacity {capacity}")
+        if any(length > capacity for length in self.execution.lengths):
+            raise ValueError(f"prefill_lengths={list(self.execution.lengths)} exceed the capacity {capacity}")
         if not model.token_embedding.rows.is_whole:
             raise ValueError("the engine needs the whole embedding on each rank")
         self.model = model.eval()
@@ -79,10 +110,7 @@ class InferenceEngine:
         self.capacity = capacity
         self.cache = KeyValueCache(model, batch_size, capacity)
         self.rows = torch.arange(batch_size, device=self.device)
-        head, place = model.head, model.communicator.model_rank
-        # The rows of the head whose logits this rank computes, ceil(V / P) or fewer on the last ranks.
-        self.head_rows = -(-head.rows.total // place.size)
-        self.head = head.weight.detach()[place.rank * self.head_rows :][: self.head_rows]
+        self.head = ShardedHead(model.head.weight.detach(), model.communicator)
         self.sequences = 0  # of the current batch
         self.tokens = 0  # at most in its longest sequence
         if choose_kernels(self.execution.fused_kernels, self.device, "fused_kernels"):
@@ -92,14 +120,24 @@ class InferenceEngine:
         # Not bound methods, whose reference cycles would keep this object's memory until a garbage collection.
         self.recorded_prefill: dict[int, CapturedFunction] = {}  # by padded length
         self.recorded_decode: CapturedFunction | None = None
+        self.recorded_logits: CapturedFunction | None = None
+        self.recorded_most_likely: CapturedFunction | None = None
         if self.execution.cuda_graphs:
             self.capture()
 
-    @torch.inference_mode()
     def prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Begins a batch as `read_prompts` does. Returns the logits after the last token of each prompt, (B, V)."""
+        return self.logits(self.read_prompts(input_ids, lengths))
+
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """Adds tokens as `add_tokens` does. Returns the logits after them, (B, V)."""
+        return self.logits(self.add_tokens(token_ids))
+
+    @torch.inference_mode()
+    def read_prompts(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Begins a batch: prompts (B, T), padded on the right to one length, of which row i has `lengths[i]` tokens.
 
-        Returns the logits after the last token of each, (B, V). Arguments on the CPU are checked; those on a GPU
+        Returns what the head sees of the last token of each, (B, D). Arguments on the CPU are checked; those on a GPU
         are not, since that would wait for the GPU. Raises ValueError.
         """
         sequences, tokens = input_ids.shape
@@ -109,14 +147,17 @@ class InferenceEngine:
         input_ids = pad(input_ids, (0, padded - tokens, 0, missing)).to(self.device)
         lengths = pad(lengths, (0, missing), value=1).to(self.device)
         self.sequences, self.tokens = sequences, tokens
-        return self.recorded_prefill.get(padded, self.compute_prefill)(input_ids, lengths)[:sequences]
+        if padded in self.recorded_prefill:
+            return self.recorded_prefill[padded](input_ids, lengths)[:sequences]
+        with attention_of_any_shape(self.device):
+            return self.compute_prefill(input_ids, lengths)[:sequences]
 
     @torch.inference_mode()
-    def decode(self, token_ids: Tensor) -> Tensor:
-        """Adds a token to each sequence of the batch, (B,) ids, and returns the logits after it, (B, V).
+    def add_tokens(self, token_ids: Tensor) -> Tensor:
+        """Adds a token to each sequence of the batch, (B,) ids, and returns what the head sees of it, (B, D).
 
-        Raises ValueError without a batch, for another number of sequences, for ids as in `prefill`, and where the cache
-        may be full: a batch that began with prompts (B, T) has room for `capacity - T` further tokens.
+        Raises ValueError without a batch, for another number of sequences, for ids as in `read_prompts`, and where the
+        cache may be full: a batch that began with prompts (B, T) has room for `capacity - T` further tokens.
         """
         if token_ids.shape != (self.sequences,) or not self.sequences:
             raise ValueError(f"token ids of shape {tuple(token_ids.shape)} for {self.sequences} sequences")
@@ -127,25 +168,42 @@ class InferenceEngine:
         token_ids = pad(token_ids, (0, self.batch_size - self.sequences)).to(self.device)
         return (self.recorded_decode or self.compute_decode)(token_ids)[: self.sequences]
 
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of `read_prompts` or `add_tokens`, (B, D) -> (B, V)."""
+        hidden, sequences = self.filled_up(hidden), len(hidden)
+        return (self.recorded_logits or self.head.logits)(hidden)[:sequences]
+
+    @torch.inference_mode()
+    def most_likely(self, hidden: Tensor, vocab_size: int | None = None) -> MostLikely:
+        """Of `read_prompts` or `add_tokens`, (B, D) -> what `logits(hidden)[:, :vocab_size].argmax(-1)` gives, (B,).
+
+        Ranks exchange two numbers per sequence instead of all logits.
+        """
+        words = self.model.token_embedding.rows.total if vocab_size is None else vocab_size
+        hidden, sequences = self.filled_up(hidden), len(hidden)
+        limit = torch.full((), words, device=self.device)
+        winners = (self.recorded_most_likely or self.head.most_likely)(hidden, limit)[:sequences]
+        return MostLikely.unpack(winners)
+
+    def filled_up(self, hidden: Tensor) -> Tensor:
+        """With as many rows as what is recorded takes."""
+        return pad(hidden, (0, 0, 0, self.batch_size - len(hidden)))
+
     def compute_prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T) and (B,) on the device, B being `batch_size` -> (B, V)."""
+        """(B, T) and (B,) on the device, B being `batch_size` -> (B, D)."""
         hidden = self.model.last_hidden(input_ids, self.cache.prefill)
         self.cache.step.lengths.copy_(lengths)
-        return self.logits(hidden[self.rows, lengths - 1])
+        return hidden[self.rows, lengths - 1]
 
     def compute_decode(self, token_ids: Tensor) -> Tensor:
-        """(B,) on the device, B being `batch_size` -> (B, V)."""
+        """(B,) on the device, B being `batch_size` -> (B, D)."""
         step = self.cache.step
         step.begin()
-        hidden = self.model.last_hidden(token_ids[:, None], self.cache.decode, step.lengths[:, None])
+        with attention_of_any_shape(self.device):  # one shape, but with a mask, which cuDNN is not the best at
+            hidden = self.model.last_hidden(token_ids[:, None], self.cache.decode, step.lengths[:, None])
         step.end()
-        return self.logits(hidden[:, 0])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, D) -> (B, V)."""
-        part = F.linear(hidden, self.head)
-        part = pad(part, (0, self.head_rows - len(self.head)))  # gathered parts must have one size
-        return self.model.communicator.gather(part)[:, : self.model.token_embedding.rows.total]
+        return hidden[:, 0]
 
     def require_prompts(self, input_ids: Tensor, lengths: Tensor) -> None:
         sequences, tokens = input_ids.shape
@@ -168,12 +226,17 @@ class InferenceEngine:
         pool = torch.cuda.graph_pool_handle()
         ones = torch.ones_like(self.rows)
         # The longest first: the others then use the memory that it has allocated.
-        for length in reversed(self.execution.prefill_lengths):
+        for length in reversed(self.execution.lengths):
             input_ids = ones[:, None].repeat(1, length)
             self.recorded_prefill[length] = CapturedFunction(self.compute_prefill, (input_ids, ones.clone()), pool)
         self.recorded_decode = CapturedFunction(
             self.compute_decode, (ones.clone(),), pool, self.cache.step.lengths.zero_
         )
+        weight = self.head.weight
+        hidden = weight.new_zeros(self.batch_size, weight.shape[1])
+        limit = torch.full((), self.model.token_embedding.rows.total, device=self.device)
+        self.recorded_logits = CapturedFunction(self.head.logits, (hidden,), pool)
+        self.recorded_most_likely = CapturedFunction(self.head.most_likely, (hidden.clone(), limit), pool)
 
 
 def pad(tensor: Tensor, amounts: tuple[int, ...], value: int = 0) -> Tensor:

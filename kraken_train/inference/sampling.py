@@ -42,14 +42,15 @@ class Sampling:
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """(B, V) and a generator for each row -> token ids (B,) on the CPU.
+    """(B, V) and a generator for each row -> token ids (B,) on the device of the logits, which is not waited for.
 
-    Drawn on the CPU and in fp32 at least, so that a seed means the same on every device. Equal logits give equal
-    tokens on every rank.
+    The random numbers are made on the CPU and the computation has at least fp32, so that a seed means the same on every
+    device, up to the rounding of the probabilities. A row gets the token that `torch.multinomial` draws on the CPU.
     """
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1).cpu()
-    logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+        return logits.argmax(dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+    noise = exponential_noise(logits, generators)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -58,5 +59,15 @@ def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generato
         # A token stays if those before it have not reached top_p: the first one always does.
         dropped = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    chances = zip(logits.softmax(dim=-1), generators, strict=True)
-    return torch.cat([torch.multinomial(row, num_samples=1, generator=generator) for row, generator in chances])
+    # Of independent exponential variables with these rates, each is the smallest with the probability of its rate.
+    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+
+
+def exponential_noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Exp(1) of the shape (B, V), dtype and device of `like`; row i is drawn by the i-th generator, on the CPU."""
+    # A copy from pinned memory does not wait; PyTorch keeps the memory until the copy is done.
+    on_gpu = like.device.type == "cuda"
+    noise = torch.empty(like.shape, dtype=like.dtype, pin_memory=on_gpu)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return noise.to(like.device, non_blocking=True)

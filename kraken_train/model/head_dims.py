@@ -9,6 +9,10 @@ from kraken_train.model.architecture import ModelConfig
 STEP, LARGEST = 8, 256  # kernels such as FlashAttention support multiples of STEP up to LARGEST
 SMALLEST = 32  # fused kernels are slow with smaller ones
 BEST = (64, 128)
+COMPUTED = (32, 64, 96, 128, 192, 256)  # of which FlashAttention-2 has kernels; others are computed as the next larger
+# On H100 the fastest kernels, those of cuDNN, are for heads up to this size. Most larger ones have no backward pass
+# there, so that FlashAttention-2 takes them.
+FASTEST_UP_TO = 128
 NEAR = 0.03  # a fraction of the parameters
 
 
@@ -30,6 +34,20 @@ def head_size_note(config: ModelConfig) -> str | None:
         f"{refused}, and servers such as vLLM may refuse the model; nearest in parameters ({difference:+.1%}) is "
         f"model.hidden_size={near.hidden_size} model.{name}={near.heads}, with heads of {near.head_size}"
     )
+
+
+def computed_size(head_size: int) -> int:
+    """The head dimension that kernels compute in place of this one."""
+    return next((size for size in COMPUTED if size >= head_size), head_size)
+
+
+def attention_work(config: ModelConfig, wide_head_fraction: float) -> float:
+    """Width of all heads of a layer as kernels compute them; heads that fastest kernels do not take count for more.
+
+    `wide_head_fraction` is the rate of the kernel that takes those, relative to the fastest.
+    """
+    work = config.attention_width * computed_size(config.head_size) / config.head_size
+    return work / wide_head_fraction if config.head_size > FASTEST_UP_TO else work
 
 
 def head_dims(width: int) -> list[int]:

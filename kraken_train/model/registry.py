@@ -40,7 +40,8 @@ def even_share(
 ) -> tuple[UnitRange, UnitRange | None]:
     """What one of equal ranks holds: `units` and `vocabulary` of `build_model`.
 
-    Raises ValueError where the ranks do not divide the model (`ParallelConfig.require_fits` says so to the user).
+    Ranks may have different numbers of rows of the vocabulary. Raises ValueError where the ranks do not divide the
+    model (`ParallelConfig.require_fits` says so to the user).
     """
     _, total = config.parallel_units
-    return model_rank.unit_range(total), model_rank.unit_range(config.vocab_size) if vocab_parallel else None
+    return model_rank.unit_range(total), model_rank.row_range(config.vocab_size) if vocab_parallel else None

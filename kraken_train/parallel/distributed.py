@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.overlap_budget import Carveout
 from kraken_train.parallel.sharding import ModelRank
 from kraken_train.parallel.step_timer import EXCHANGE, StepTimer
 
@@ -43,7 +44,8 @@ class Pending:
 class DistributedCommunicator:
     """Sums over the ranks of `group`, in `dtype` or the tensors' own where that is wider or `dtype` is None.
 
-    `collective` replaces `torch.distributed.all_reduce`, for tests. `timer` measures the time of waiting.
+    `collective` replaces `torch.distributed.all_reduce`, for tests. `timer` measures the time of waiting. While a sum
+    of `start_all_reduce` is under way, GEMMs leave `sm_carveout` multiprocessors of the GPU to it.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class DistributedCommunicator:
         dtype: torch.dtype | None = None,
         collective: Callable[..., Any] | None = None,
         timer: StepTimer | None = None,
+        sm_carveout: int = 0,
     ) -> None:
         self.group = group
         self.dtype = dtype
         self.collective = collective or dist.all_reduce
         self.timer = timer or StepTimer(torch.device("cpu"))
+        self.carveout = Carveout(sm_carveout)
 
     @property
     def model_rank(self) -> ModelRank:
@@ -98,9 +102,19 @@ class DistributedCommunicator:
         """Launch the all-reduce of `buffer` in place; `wait_for` the returned work before using the buffer."""
         return self.collective(buffer, op=op, group=self.group, async_op=True)
 
+    def launch_beside(self, buffer: Tensor) -> Any:
+        """The same for a sum that other computations hide, until `wait_for_hidden`."""
+        work = self.launch(buffer)
+        self.carveout.begin()
+        return work
+
     def wait_for(self, work: Any) -> None:
         with self.timer.phase(EXCHANGE):
             work.wait()
+
+    def wait_for_hidden(self, work: Any) -> None:
+        self.carveout.end()
+        self.wait_for(work)
 
     def sum(self, part: Tensor) -> Tensor:
         buffer = self.own_copy(part)
@@ -125,7 +139,8 @@ def make_communicator(
     """
     if mesh.model_rank.size == 1:
         return LocalCommunicator()
-    return DistributedCommunicator(mesh.get_model_parallel_group(), reduce_dtype, timer=timer)
+    group, carveout = mesh.get_model_parallel_group(), mesh.budget.sm_carveout
+    return DistributedCommunicator(group, reduce_dtype, timer=timer, sm_carveout=carveout)
 
 
 def apply(function: Any, *arguments: Any) -> Tensor:
@@ -138,13 +153,13 @@ class StartAllReduce(torch.autograd.Function):
     def forward(ctx: Any, streams: Tensor, communicator: DistributedCommunicator, pending: Pending) -> Tensor:
         ctx.num_stacked, ctx.communicator, ctx.pending = streams.shape[0], communicator, pending
         buffer = streams.sum(dim=0, dtype=communicator.reduction_dtype(streams))
-        pending.work = communicator.launch(buffer)
+        pending.work = communicator.launch_beside(buffer)
         return buffer  # not the sum yet: only `WaitAllReduce` may read it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         # Now `gradient`, the buffer that `WaitAllReduce.backward` returned, becomes the sum.
-        ctx.communicator.wait_for(ctx.pending.work)
+        ctx.communicator.wait_for_hidden(ctx.pending.work)
         ctx.pending.work = None
         return gradient.to(ctx.pending.streams_dtype).expand(ctx.num_stacked, *gradient.shape), None, None
 
@@ -153,14 +168,14 @@ class WaitAllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, communicator: DistributedCommunicator, pending: Pending) -> Tensor:
         ctx.communicator, ctx.pending = communicator, pending
-        communicator.wait_for(pending.work)
+        communicator.wait_for_hidden(pending.work)
         pending.work = None
         return buffer.to(pending.streams_dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         buffer = ctx.communicator.own_copy(gradient)
-        ctx.pending.work = ctx.communicator.launch(buffer)
+        ctx.pending.work = ctx.communicator.launch_beside(buffer)
         return buffer, None, None
 
 

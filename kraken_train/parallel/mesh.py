@@ -7,12 +7,15 @@ copy r // P and is number r % P in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from kraken_train.parallel.overlap_budget import NO_BUDGET, OverlapBudget, group_options
 from kraken_train.parallel.sharding import ModelRank, ShardedDim
 
 DATA, KRAKEN = "data", "kraken"
@@ -39,8 +42,15 @@ class Place:
 class ParallelMesh:
     """The grid of a run with an initialized process group; also the `mpu` (model parallel unit) of DeepSpeed."""
 
-    def __init__(self, device_type: str, data_parallel_size: int, sub_layer_parallel_size: int) -> None:
-        self.mesh = make_mesh(device_type, data_parallel_size, sub_layer_parallel_size)
+    def __init__(
+        self,
+        device_type: str,
+        data_parallel_size: int,
+        sub_layer_parallel_size: int,
+        budget: OverlapBudget = NO_BUDGET,
+    ) -> None:
+        self.budget = budget  # of the sums over the ranks of a copy
+        self.mesh = make_mesh(device_type, data_parallel_size, sub_layer_parallel_size, group_options(budget))
         # DeepSpeed asks for them several times a step, and DeviceMesh would create a submesh for each answer.
         self.sizes = {DATA: data_parallel_size, KRAKEN: sub_layer_parallel_size}
         # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is.
@@ -71,7 +81,11 @@ class ParallelMesh:
         """
         if sharded_dim is None:
             return local
-        return DTensor.from_local(local, self.cpu_mesh[KRAKEN], [Shard(sharded_dim.axis)], run_check=False)
+        # The shape is given because the parts of the ranks may differ in size.
+        shape = sharded_dim.whole_shape(local.shape)
+        stride = torch.empty(shape, device="meta").stride()
+        placement = [Shard(sharded_dim.axis)]
+        return DTensor.from_local(local, self.cpu_mesh[KRAKEN], placement, run_check=False, shape=shape, stride=stride)
 
     def get_model_parallel_rank(self) -> int:
         return self.mesh.get_local_rank(KRAKEN)
@@ -92,6 +106,10 @@ class ParallelMesh:
         return self.mesh.get_group(DATA)
 
 
-def make_mesh(device_type: str, data_parallel_size: int, sub_layer_parallel_size: int) -> DeviceMesh:
+def make_mesh(
+    device_type: str, data_parallel_size: int, sub_layer_parallel_size: int, options: Any = None
+) -> DeviceMesh:
+    """`options` are those of the groups of a copy's ranks, for their backend."""
     shape = (data_parallel_size, sub_layer_parallel_size)
-    return init_device_mesh(device_type, shape, mesh_dim_names=(DATA, KRAKEN))
+    override: dict[int | str, Any] | None = None if options is None else {KRAKEN: options}
+    return init_device_mesh(device_type, shape, mesh_dim_names=(DATA, KRAKEN), backend_override=override)

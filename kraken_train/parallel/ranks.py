@@ -18,11 +18,9 @@ import torch
 import torch.distributed as dist
 
 from kraken_train.common.errors import ConfigError, KrakenError
+from kraken_train.common.lost_peer import tells_of_lost_peer
 
 Result = TypeVar("Result")
-
-# In the errors that gloo and NCCL raise on the remaining ranks when one has died.
-PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 # What torchrun and deepspeed set for each rank, by the fields of Runtime. Some have two names for the last.
 LAUNCHER_VARIABLES = {
@@ -211,7 +209,7 @@ def gpu_is_usable() -> bool:
 
 def another_rank_ended(error: Exception) -> bool:
     """Whether a collective failed because another rank has ended; that rank's own message has the cause."""
-    return any(words in str(error) for words in PEER_LOST)
+    return tells_of_lost_peer(str(error))
 
 
 def free_port() -> int:

@@ -50,15 +50,21 @@ def connect_ranks(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> dist
         "all ranks have met and connect to each other; if this lasts, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
         "to the network that the machines share"
     )
+    with_nccl = runtime.device.type == "cuda" and runtime.world_size > 1
     with reported_if_slow(runtime, slow):
+        if with_nccl:
+            require_own_gpus(runtime, store)
         dist.init_process_group(
             runtime.backend,
             store=store,
             rank=runtime.rank,
             world_size=runtime.world_size,
             timeout=COLLECTIVE_TIMEOUT,
+            # NCCL connects now, on this GPU; otherwise in the first collective, whose error says less.
+            device_id=runtime.device if with_nccl else None,
         )
-    require_own_gpus(runtime)
+    if with_nccl:
+        let_groups_be_made_apart(dist.group.WORLD)
     return store
 
 
@@ -219,18 +225,34 @@ def print_error(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def require_own_gpus(runtime: Runtime) -> None:
-    """Raises ConfigError, on all ranks, where two of them have the same GPU; NCCL's error is later and less clear."""
-    if runtime.device.type != "cuda" or runtime.world_size == 1:
-        return
-    properties = torch.cuda.get_device_properties(runtime.device)
-    own = (socket.gethostname(), str(properties.uuid))
-    holders: dict[tuple[str, str], list[int]] = {}
-    for rank, gpu in enumerate(runtime.gather(own)):
-        holders.setdefault(gpu, []).append(rank)
-    for (host, _), ranks in holders.items():
+def let_groups_be_made_apart(world: dist.ProcessGroup | None) -> None:
+    """Make further process groups by themselves, not by splitting NCCL's communicator of all ranks.
+
+    A split is a collective of all ranks. Beside gloo it hangs, or is refused by `init_device_mesh`
+    (pytorch/pytorch#145376, #159200), and it is what PyTorch does as long as a device is bound to the group.
+    """
+    assert world is not None
+    world.bound_device_id = None
+
+
+def require_own_gpus(runtime: Runtime, store: dist.Store) -> None:
+    """Raises ConfigError, on all ranks, where two of them have the same GPU; NCCL's error is less clear."""
+    store = dist.PrefixStore("gpus", store)
+    store.set(str(runtime.rank), f"{name_of_gpu(runtime.device)} {socket.gethostname()}")
+    gpus = [gpu.decode() for gpu in store.multi_get([str(rank) for rank in range(runtime.world_size)])]
+    if store.add("compared", 1) == runtime.world_size:
+        store.set("all", "compared")
+    if runtime.is_first:
+        store.wait(["all"])  # it may hold the store, and ends with an error in a moment
+    for gpu in gpus:
+        ranks = [rank for rank, other in enumerate(gpus) if other == gpu]
         if len(ranks) > 1:
             raise ConfigError(
-                f"ranks {', '.join(map(str, ranks))} on {host} would share one GPU; start as many ranks per machine as "
-                "it has GPUs"
+                f"ranks {', '.join(map(str, ranks))} on {gpu.split(' ', 1)[1]} would share one GPU; start as many "
+                "ranks per machine as it has GPUs"
             )
+
+
+def name_of_gpu(device: torch.device) -> str:
+    """What no other GPU has."""
+    return str(torch.cuda.get_device_properties(device).uuid)

@@ -103,6 +103,18 @@ class ModelRank:
         count = total // self.size
         return UnitRange(total, first=self.rank * count, count=count)
 
+    def row_range(self, total: int) -> UnitRange:
+        """This rank's share of `total` rows, of which the ranks may have different numbers.
+
+        It is that of `torch.chunk`, as DTensor expects: total / P rows each, rounded up, and on the last ranks what is
+        left. Raises ValueError where some rank would have none.
+        """
+        most = -(-total // self.size)
+        if (self.size - 1) * most >= total:
+            raise ValueError(f"{total} rows are too few to be shared by {self.size} ranks")
+        first = self.rank * most
+        return UnitRange(total, first, count=min(most, total - first))
+
 
 def share_units(total: int, speeds: Sequence[float]) -> list[UnitRange]:
     """Contiguous shares of `total` units for devices of these relative speeds, at least one unit each.

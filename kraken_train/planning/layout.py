@@ -50,6 +50,10 @@ class TrainingLayout:
     def with_muon(self) -> bool:
         return self.optim == "muon"
 
+    def vocabulary_rows(self, vocab_size: int) -> int:
+        """Rows of the embedding and the head on a device; the last one may have fewer."""
+        return -(-vocab_size // (self.sub_layer_parallel_size if self.vocab_parallel else 1))
+
     @property
     def overrides(self) -> str:
         """The command-line settings of kraken_train.train."""

@@ -27,7 +27,7 @@ from kraken_train.planning.fake_trace import fake_model, trace_micro_batch
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.muon import Parts, working_bytes
 from kraken_train.training.muon import MATRICES
-from kraken_train.training.optim import LARGEST_BUCKET, parameter_groups, state_names
+from kraken_train.training.optim import parameter_groups, reduce_bucket_elements, state_names
 
 FP32 = 4  # bytes
 
@@ -63,6 +63,7 @@ class Shards:
     states: tuple[int, ...]  # by group: numbers that the optimizer keeps for each parameter
     copies: int
     ranks: int  # of a copy
+    zero_stage: int
 
     @property
     def elements(self) -> int:
@@ -100,7 +101,12 @@ class Shards:
     @property
     def bucket(self) -> int:
         """Elements of the buffer for reduction, see `optim.reduce_bucket_elements`."""
-        return min(LARGEST_BUCKET, self.elements)
+        return reduce_bucket_elements([size for group in self.groups for size in group], self.zero_stage)
+
+    @property
+    def reduces_during_backward(self) -> bool:
+        """Whether there are several buckets, which ZeRO-2 then sums as they become full."""
+        return self.zero_stage > 1 and self.bucket < self.elements
 
 
 @lru_cache(maxsize=256)
@@ -115,14 +121,14 @@ def shards(config: ModelConfig, layout: TrainingLayout) -> Shards:
         tuple(len(state_names(group)) for group in groups),
         layout.data_parallel_size,
         layout.sub_layer_parallel_size,
+        layout.zero_stage,
     )
 
 
 def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
     """Of the first device; all hold the same within a few rows of padding."""
     own, trace = shards(config, layout), trace_micro_batch(config, layout)
-    # A bucket that is too small for all gradients is reduced during the backward pass.
-    besides = new_bucket(own, layout) + (0 if own.elements <= LARGEST_BUCKET else reduction_bytes(own, layout))
+    besides = reduction_bytes(own, layout) if own.reduces_during_backward else new_bucket(own, layout)
     kept = trace.kept
     moments = [
         ("loss", kept, trace.loss - kept),
@@ -180,7 +186,8 @@ def reduction_bytes(own: Shards, layout: TrainingLayout) -> int:
         first_part = 0 if layout.accumulation_steps > 1 else FP32 * sum(own.parts)
         return (layout.width + layout.width + FP32) * own.bucket + first_part
     if layout.zero_stage > 1 or layout.accumulation_steps == 1:
-        return 2 * FP32 * own.bucket
+        reduced = own.overlapping if own.reduces_during_backward else 0  # which now is beside a further bucket
+        return FP32 * (2 * own.bucket + reduced)
     return 0  # the copy takes the place of gradients that have moved into the bucket
 
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kraken_train.model.architecture import ATTENTION, Matrix, ModelConfig
+from kraken_train.model.head_dims import attention_work
 from kraken_train.planning.cluster import Cluster, known
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
 from kraken_train.planning.muon import NS_STEPS, owned_shapes
 from kraken_train.planning.traffic import COPY, Collective, loss_chunks
 
-PADDED_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of which FlashAttention-2 has kernels; it computes the next larger
 LOSS = 6  # bytes per logit: read for its sum, read and written as gradient, in bf16
 UPDATE = 28  # bytes per weight of a fused AdamW: master, moments and gradient in, the first three out
 # Bytes per weight of Muon, besides its products: clipping and skipping 16, momentum 24, to and from the stacked bf16
@@ -145,18 +145,15 @@ def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, lis
         return [Product(tokens, matrix.in_features, matrix.out_features, matrix.count) for matrix in matrices]
 
     parts = {name: with_tokens(part.matrices) for name, part in config.layer_parts(ranks).items()}
-    head = Matrix(config.hidden_size, config.vocab_size // (ranks if layout.vocab_parallel else 1))
+    head = Matrix(config.hidden_size, layout.vocabulary_rows(config.vocab_size))
     return parts, with_tokens([*config.last_matrices(ranks), head])
 
 
 def attention_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> tuple[float, float]:
     """Forward and backward of a layer's scores and weighted sums on one device."""
-    padded = next((size for size in PADDED_HEAD_DIMS if size >= config.head_size), config.head_size)
-    width = config.attention_width / layout.sub_layer_parallel_size * padded / config.head_size
+    width = attention_work(config, cluster.wide_head_fraction) / layout.sub_layer_parallel_size
     flops = 2.0 * layout.micro_batch_size * config.context_length**2 * width  # the causal half of two products
     fraction = known("attention_fraction", cluster.attention_fraction)
-    if config.head_size > 128:
-        fraction *= cluster.wide_head_fraction
     rate = cluster.peak_flops(layout.precision) * fraction
     return flops / rate, 2.5 * flops / rate
 
@@ -175,7 +172,7 @@ def widths(config: ModelConfig, layout: TrainingLayout) -> dict[str, tuple[float
 def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
     """Bytes moved in a micro-batch for the logits, and for the weight's gradient, to which each chunk adds in fp32."""
     tokens = layout.micro_batch_size * config.context_length
-    rows = config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1)
+    rows = layout.vocabulary_rows(config.vocab_size)
     weight = rows * config.hidden_size
     chunks = loss_chunks(config, layout)
     return LOSS / 2 * layout.width * tokens * rows + weight * (chunks * (2 * layout.width + 2 * FP32) + 4 * FP32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import divisors
+from kraken_train.config import ParallelConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.planning.cluster import Cluster
 from kraken_train.planning.layout import TrainingLayout
@@ -55,9 +56,8 @@ def search(
     for size in sizes(config, devices, global_batch_size, constraints, refused):
         copies = devices // size
         batches = micro_batches(config, global_batch_size // copies, constraints)
-        for layout in variants(size, copies, constraints):
-            cannot_shard = layout.vocab_parallel and config.vocab_size % size > 0
-            if cannot_shard or saves_memory_in_vain(layout, found, batches, constraints):
+        for layout in variants(config, size, copies, constraints):
+            if saves_memory_in_vain(layout, found, batches, constraints):
                 continue
             largest = largest_that_fits(config, layout, batches, global_batch_size // copies, cluster)
             if isinstance(largest, TrainingLayout):
@@ -93,9 +93,9 @@ def sizes(
         elif global_batch_size % (devices // size):
             refused.append(f"P={size} leaves {devices // size} copies, which do not divide "
                            f"global_batch_size={global_batch_size}")  # fmt: skip
-        elif constraints.vocab_parallel and config.vocab_size % size:
-            refused.append(f"P={size} does not divide model.vocab_size={config.vocab_size}, which vocab_parallel=true "
-                           "divides too")  # fmt: skip
+        elif constraints.vocab_parallel and not sharing(size).can_share_vocabulary(config.vocab_size):
+            refused.append(f"P={size} is too much for the {config.vocab_size} rows of model.vocab_size, which "
+                           "vocab_parallel=true divides")  # fmt: skip
         else:
             yield size
 
@@ -114,15 +114,23 @@ def micro_batches(config: ModelConfig, of_copy: int, constraints: Constraints) -
     return [size for size in map(int, divisors(of_copy)) if size <= enough]
 
 
-def variants(size: int, copies: int, constraints: Constraints) -> Iterator[TrainingLayout]:
+def sharing(size: int) -> ParallelConfig:
+    """The settings of training for copies of so many devices."""
+    return ParallelConfig(size, vocab_parallel=None, reduce_dtype=None, verify_every=0)
+
+
+def variants(config: ModelConfig, size: int, copies: int, constraints: Constraints) -> Iterator[TrainingLayout]:
     """The layouts for so many devices and copies, the simplest first."""
+    shared = sharing(size).shares_vocabulary(config.vocab_size)  # the default of training comes first
     for checkpointing in (
         (False, True) if constraints.activation_checkpointing is None else (constraints.activation_checkpointing,)
     ):
         for stage in (1, 2) if constraints.zero_stage is None else (constraints.zero_stage,):
-            for sharded in (False, True) if constraints.vocab_parallel is None else (constraints.vocab_parallel,):
-                if sharded and size == 1 and constraints.vocab_parallel is None:
-                    continue
+            for sharded in (
+                ((True, False) if shared else (False,))
+                if constraints.vocab_parallel is None
+                else (constraints.vocab_parallel,)
+            ):
                 if stage == 2 and copies == 1 and constraints.zero_stage is None:
                     continue
                 yield TrainingLayout(
@@ -181,8 +189,9 @@ def ranked(found: Sequence[Prediction]) -> list[Prediction]:
 
 
 def complexity(layout: TrainingLayout) -> tuple[int, bool, int, bool]:
+    """The default of training is a shared vocabulary."""
     return (
-        layout.sub_layer_parallel_size, layout.activation_checkpointing, layout.zero_stage, layout.vocab_parallel,
+        layout.sub_layer_parallel_size, layout.activation_checkpointing, layout.zero_stage, not layout.vocab_parallel,
     )  # fmt: skip
 
 

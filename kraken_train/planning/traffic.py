@@ -18,7 +18,6 @@ from kraken_train.planning.cluster import Cluster
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import FP32, shards
 from kraken_train.planning.muon import moved_bytes
-from kraken_train.training.optim import LARGEST_BUCKET
 
 COPY, DATA = "model copy", "data"  # groups: the devices of a copy; the devices of all copies that hold the same part
 
@@ -28,7 +27,9 @@ class Collective:
     """`count` collectives of `size` bytes each in an optimizer step."""
 
     purpose: str
-    kind: str  # all-reduce | all-gather (of `size` bytes in all) | broadcast | all-to-all (`size` bytes to this device)
+    # all-reduce | all-gather or reduce-scatter (of `size` bytes in all) | broadcast | all-to-all (`size` bytes to this
+    # device)
+    kind: str
     group: str
     size: int
     count: int
@@ -56,7 +57,7 @@ class Collective:
         link = cluster.interconnect(ranks, stride)
         if self.kind == "all-reduce":
             return link.all_reduce_seconds(self.size, ranks)
-        if self.kind == "all-gather":
+        if self.kind in ("all-gather", "reduce-scatter"):
             return link.all_gather_seconds(self.size, ranks)
         return link.seconds(self.size)  # a broadcast sends all bytes over each link, an all-to-all no more over any
 
@@ -88,7 +89,7 @@ def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collect
 
 def loss_chunks(config: ModelConfig, layout: TrainingLayout) -> int:
     """Chunks in which the head computes logits, see `kraken_train.model.cross_entropy`."""
-    rows = -(-config.vocab_size // (layout.sub_layer_parallel_size if layout.vocab_parallel else 1))
+    rows = layout.vocabulary_rows(config.vocab_size)
     tokens = layout.micro_batch_size * config.context_length
     return -(-tokens // max(1, LOGITS_AT_ONCE // rows))
 
@@ -100,11 +101,11 @@ def among_copies(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collec
     own = shards(config, layout)
     if layout.keeps_accumulator:
         for size in own.padded:
-            yield Collective("sum of the gradients", "all-reduce", DATA, FP32 * size, 1)
+            yield Collective("sum of the gradients", "reduce-scatter", DATA, FP32 * size, 1)
     else:
         # At stage 2 every micro-batch is reduced, at stage 1 the sum of them.
         steps = layout.accumulation_steps if layout.zero_stage > 1 else 1
-        buckets = -(-own.elements // LARGEST_BUCKET)
+        buckets = -(-own.elements // own.bucket)  # about: a gradient that does not fit any more begins a new one
         yield Collective("sum of the gradients", "all-reduce", DATA, FP32 * own.elements // buckets, buckets * steps)
     for size in own.padded:
         yield Collective("updated weights", "all-gather", DATA, layout.width * size, 1)

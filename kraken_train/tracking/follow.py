@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from kraken_train.common.cli import user_errors
-from kraken_train.common.errors import ConfigError
+from kraken_train.common.errors import ConfigError, KrakenError
 from kraken_train.common.help import make_parser
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 from kraken_train.run.events import FAILED, FINISHED, read_events
@@ -117,6 +117,8 @@ def follow_with_retries(run_info: RunInfo, mode: str, training: Training | Past)
         try:
             follow(run_info, make_backend(run_info, mode, training), training)
             return
+        except KrakenError:  # the same at each attempt
+            raise
         except Exception:
             if attempt == ATTEMPTS:
                 raise

@@ -1,6 +1,6 @@
 """DeepSpeed behind a small interface: accumulate gradients, step, and hand out or take in the training state.
 
-This is the only file that imports deepspeed. Which of its modes are used, and why:
+DeepSpeed itself is in `kraken_train.training.deepspeed_internals`. Which of its modes are used, and why:
 
 - ZeRO-1 or 2, also in fp32: ZeRO-0 with bf16 reports and clips wrong gradient norms.
 - bf16 weights with fp32 masters and fp32 accumulation of gradients.
@@ -14,13 +14,7 @@ This is the only file that imports deepspeed. Which of its modes are used, and w
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
-import logging
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,34 +34,15 @@ from kraken_train.parallel.sharding import ShardedDim, sharded_dims
 from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
 from kraken_train.recipe.optimizers import MuonConfig
 from kraken_train.recipe.parametrization import STANDARD, Parametrization
-from kraken_train.training.deepspeed_settings import deepspeed_settings
-from kraken_train.training.muon import Muon
-from kraken_train.training.optim import make_optimizer, parameter_groups, reduce_bucket_elements, state_names
-
-# DeepSpeed looks for its accelerator, and logs, while it is imported.
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # noqa: E402
-from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+from kraken_train.training import deepspeed_internals
+from kraken_train.training.deepspeed_internals import (
+    get_master_weight,
+    get_optimizer_state,
+    set_master_weight,
+    set_optimizer_state,
 )
-
-# Two habits of DeepSpeed cost seconds at each start. Its bf16 optimizer collects garbage ten times to print its memory
-# use. And ZeRO imports the Muon optimizer, to ask whether it is in use, which loads TorchInductor to compile it.
-bf16_optimizer.see_memory_usage = lambda *_, **__: None
-make_decorator, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
-importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-compiler.compile = make_decorator
-ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
-# DeepSpeed calls it on every step; newer PyTorch has another name for it.
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+from kraken_train.training.deepspeed_settings import deepspeed_settings
+from kraken_train.training.optim import make_optimizer, parameter_groups, reduce_bucket_elements, state_names
 
 
 @dataclass(frozen=True)
@@ -84,13 +59,12 @@ class StepResult:
 def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
     """Join the ranks of the run, within `seconds`, and claim this rank's device.
 
-    Raises ConfigError where the ranks cannot meet.
+    Raises ConfigError where the ranks cannot meet, or where DeepSpeed is not what was tested.
     """
+    deepspeed_internals.prepare()
     runtime.configure_device()
     store = connect_ranks(runtime, seconds)
-    # On a CPU it would compile a kernel for half a minute that only its inference uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=runtime.backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed_internals.join_process_group(runtime.backend)
     return Rendezvous(store, None if launcher_holds_store() else 0)
 
 
@@ -121,32 +95,34 @@ class Engine:
         model.recompute = config.engine.activation_checkpointing
         if choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING):
             model.use_fused_kernels()
-        if config.engine.compile:
+        if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         with_muon = isinstance(config.optim, MuonConfig)
         groups = parameter_groups(model, config.optim.weight_decay, with_muon, parametrization)
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.states = {names[parameter]: state_names(group) for group in groups for parameter in group["params"]}
+        sizes = [parameter.numel() for parameter in names]
+        bucket_elements = reduce_bucket_elements(sizes, config.engine.zero_stage)
         optimizer = make_optimizer(config.optim, groups, mesh.place, runtime.group)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use unasked
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=LossModule(model, config.loss),
-                optimizer=optimizer,
-                config=deepspeed_settings(config, mesh.data_size, reduce_bucket_elements(model)),
-                mpu=mesh,
-                dist_init_required=False,
-            )
-        if isinstance(self.deepspeed.optimizer, BF16_Optimizer):
-            self.deepspeed.optimizer.step = lambda: apply_gradients(self.deepspeed.optimizer)
-            self.deepspeed.allreduce_gradients = self.average_gradients
+        self.deepspeed = deepspeed_internals.initialize(
+            LossModule(model, config.loss),
+            optimizer,
+            deepspeed_settings(config, mesh.data_size, bucket_elements),
+            mesh,
+            runtime.device,
+        )
+        reduce = deepspeed_internals.reduction_of(self.deepspeed)
+        if deepspeed_internals.has_flat_gradients(self.deepspeed.optimizer):
+            deepspeed_internals.replace_step(self.deepspeed.optimizer)
+            reduce = self.average_gradients
         self.max_grad_norm = config.optim.max_grad_norm
         self.micro_losses: list[Losses] = []
         # Sums over ranks: of losses, of squares of gradients, of requests to stop, of z-losses.
         self.reports: list[Tensor] = []
         self.timer = timer or StepTimer(runtime.device)
         # Part of `backward`. At stage 2 it is what is left after the sums during the backward pass.
-        self.deepspeed.allreduce_gradients = self.timer.phase(REDUCTION)(self.deepspeed.allreduce_gradients)
+        deepspeed_internals.replace_reduction(self.deepspeed, self.timer.phase(REDUCTION)(reduce))
         self.create_optimizer_state()
 
     @property
@@ -218,29 +194,26 @@ class Engine:
         self.deepspeed.step()
 
     def average_gradients(self) -> None:
-        """Of a `BF16_Optimizer`, over the copies. DeepSpeed's own copies to a buffer and back, even for one copy."""
+        """Of flat gradients, over the copies: each gets the mean of the part that it updates.
+
+        What it keeps of the others' parts is not used, and cleared after the update. DeepSpeed's own sums all of it on
+        each copy, and copies it to a buffer and back, even for one copy.
+        """
         copies = self.mesh.data_size
         if copies > 1 and self.deepspeed.is_gradient_accumulation_boundary():
-            for gradients in self.deepspeed.optimizer.fp32_groups_gradients_flat:
-                dist.all_reduce(gradients.div_(copies), group=self.mesh.get_data_parallel_group())
+            # The part is a view of this copy's share, which NCCL and gloo sum in place.
+            for gradients, part in deepspeed_internals.flat_gradients(self.deepspeed.optimizer):
+                dist.reduce_scatter_tensor(part, gradients.div_(copies), group=self.mesh.get_data_parallel_group())
 
     def gradient_squares(self) -> Tensor:
         """Their sum here, in float64; the sum over all ranks is that over the whole model. Not finite if any is not."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, gradients in enumerate(self.reduced_gradients()):
+        for index, gradients in enumerate(deepspeed_internals.reduced_gradients(self.deepspeed.optimizer)):
             if gradients:
                 # What the ranks of a copy share counts on the first of them; 0 times what is not finite is NaN.
                 counts = 0.0 if index in self.shared_groups and self.mesh.model_rank.rank > 0 else 1.0
                 squares += torch.nn.utils.get_total_norm(gradients).double().square() * counts
         return squares
-
-    def reduced_gradients(self) -> list[list[Tensor]]:
-        """What this rank's optimizer updates with, by its groups, after reduction and before clipping."""
-        optimizer = self.deepspeed.optimizer
-        if isinstance(optimizer, BF16_Optimizer):
-            return [[partition] for partition in optimizer.fp32_groups_gradient_flat_partition]
-        groups = [optimizer.averaged_gradients.get(index) for index in range(len(optimizer.param_groups))]
-        return [[gradient for gradient in group or () if gradient is not None] for group in groups]
 
     def equalize_shared_gradients(self) -> None:
         """Give the ranks of a copy the same gradients of shared parameters, bit for bit.
@@ -250,7 +223,7 @@ class Engine:
         """
         if self.mesh.model_rank.size == 1:
             return
-        gradients = self.reduced_gradients()
+        gradients = deepspeed_internals.reduced_gradients(self.deepspeed.optimizer)
         for index in self.shared_groups:
             for gradient in gradients[index]:
                 dist.broadcast(gradient, group=self.mesh.get_model_parallel_group(), group_src=0)
@@ -263,9 +236,9 @@ class Engine:
         """
         state = {}
         for name, parameter in self.model.named_parameters():
-            tensors = {f"model.{name}": safe_get_full_fp32_param(parameter)}
+            tensors = {f"model.{name}": get_master_weight(parameter)}
             for kept in self.states[name]:
-                tensors[f"optimizer.{kept}.{name}"] = safe_get_full_optimizer_state(parameter, kept)
+                tensors[f"optimizer.{kept}.{name}"] = get_optimizer_state(parameter, kept)
             if name in self.assigned:
                 partition = self.sharded_dims[name]
                 state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
@@ -281,11 +254,12 @@ class Engine:
         loads = {(copy, rank): 0 for copy in range(copies) for rank in range(size)}
         assigned = set()
         for name, parameter in self.model.named_parameters():
-            owners = [min(loads, key=lambda place: loads[place])]
-            if self.sharded_dims[name] is not None:
+            owners, load = [min(loads, key=lambda place: loads[place])], parameter.numel()
+            if (partition := self.sharded_dims[name]) is not None:
                 owners = [(owners[0][0], rank) for rank in range(size)]
+                load = partition.whole_shape(parameter.shape).numel() // size  # all ranks must count the same
             for owner in owners:
-                loads[owner] += parameter.numel()
+                loads[owner] += load
             if here in owners:
                 assigned.add(name)
         return assigned
@@ -303,7 +277,7 @@ class Engine:
             weight, *kept_values = [part.to(self.device) for part in parts.values()]
             set_weight(parameter, weight)
             for kept, value in zip(self.states[name], kept_values, strict=True):
-                safe_set_full_optimizer_state(parameter, value, kept)
+                set_optimizer_state(parameter, value, kept)
 
     def load_weights(self, read: Callable[[str, ShardedDim | None], Tensor]) -> None:
         """Load the weights only; `read` gives this rank's part of the one of a name."""
@@ -318,7 +292,7 @@ class Engine:
                 shared = self.sharded_dims[name] is None
                 yield name, parameter, shared
                 if shared:
-                    yield f"{name} (fp32)", safe_get_full_fp32_param(parameter), shared
+                    yield f"{name} (fp32)", get_master_weight(parameter), shared
 
         require_equal_replicas(held(), self.mesh.model_rank.size, self.runtime)
 
@@ -339,7 +313,7 @@ class Engine:
             group.update(lr=lr, weight_decay=weight_decay)
             for partition in group["params"]:
                 partition.grad = None
-        zero._lazy_init_hp_params_optimizer_state()
+        deepspeed_internals.link_optimizer_state(zero)
         self.set_optimizer_steps(0)
 
     def set_optimizer_steps(self, steps: int) -> None:
@@ -350,21 +324,12 @@ class Engine:
 
 def set_weight(parameter: nn.Parameter, weight: Tensor) -> None:
     """Both what the optimizer changes, in fp32, and what the model computes with, bf16 or fp32."""
-    safe_set_full_fp32_param(parameter, weight)
+    set_master_weight(parameter, weight)
     parameter.data.copy_(weight)
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def apply_gradients(optimizer: BF16_Optimizer) -> None:
-    """`BF16_Optimizer.step` without its norm, clipping and skipping, which read from the device."""
-    partitions = zip(optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True)
-    for weights, gradients in partitions:
-        weights.grad = gradients
-    optimizer.optimizer.step()
-    optimizer.update_lp_params()
 
 
 class LossModule(nn.Module):

@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from checkpoints.training.manifest import find_complete_checkpoint, has_checkpoints
 from checkpoints.training.store import find_good_checkpoint
 from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
@@ -21,7 +19,7 @@ from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.run.exports import is_export
 from kraken_train.run.folder import SUBMISSIONS, RunFolder, locked, read_identity, system_errors
-from kraken_train.run.layout import CONFIG_FILE, EVENTS_FILE, IDENTITY_FILE, start_folders
+from kraken_train.run.layout import EVENTS_FILE, IDENTITY_FILE, start_folders
 from kraken_train.run.recorded_settings import recorded_model, recorded_settings
 
 
@@ -110,22 +108,6 @@ def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
         "data_fingerprint": metadata["data_fingerprint"],
         "seed": metadata["config"]["seed"],
     }
-
-
-def recorded_precision(path: Path) -> str | None:
-    """The precision of the run in this folder, from its latest start or else its newest good checkpoint; None: no run.
-
-    Raises CheckpointError.
-    """
-    file, checkpoints = path / CONFIG_FILE, path / "checkpoints"
-    if (path / IDENTITY_FILE).is_file() and file.is_file():
-        try:
-            return str(yaml.safe_load(file.read_text(encoding="utf-8"))["precision"])
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{file} is damaged; restore the file, or give precision=bf16 or fp32") from error
-    if not has_checkpoints(checkpoints):
-        return None
-    return str(find_good_checkpoint(checkpoints)[0].metadata["config"]["precision"])
 
 
 def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from kraken_train.recipe.step_plan import recorded_plan
 from kraken_train.training.muon import MATRICES, Muon
 
 SMALLEST_JUMP = 0.01  # of a learning rate, relative
-LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
+LARGEST_BUCKET = 500_000_000  # of gradients at ZeRO-1, whose sums are made once a step; DeepSpeed's default
+LARGEST_BUCKET_DURING_BACKWARD = 25_000_000  # at ZeRO-2, which sums during the backward pass
 
 
 def parameter_groups(
@@ -80,12 +82,15 @@ def state_names(group: dict[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if MATRICES in group else ("exp_avg", "exp_avg_sq")
 
 
-def reduce_bucket_elements(model: nn.Module) -> int:
-    """Gradients that are summed over the data-parallel ranks at once.
+def reduce_bucket_elements(sizes: Sequence[int], zero_stage: int) -> int:
+    """Gradients that are summed over the data-parallel ranks at once, of parameters with so many elements each.
 
-    DeepSpeed allocates a buffer of this size in every backward pass; its default is 1 or 2 GB for the smallest model.
+    DeepSpeed allocates a buffer of this size in every backward pass, and copies while it sums. Its default takes 1 or
+    2 GB for the smallest model, and a bucket with all gradients takes more memory than ZeRO-2 saves. A gradient that is
+    larger than the bucket would be summed outside it with as much memory.
     """
-    return min(LARGEST_BUCKET, sum(parameter.numel() for parameter in model.parameters()))
+    largest = LARGEST_BUCKET if zero_stage == 1 else max(LARGEST_BUCKET_DURING_BACKWARD, *sizes)
+    return min(largest, sum(sizes))
 
 
 def describe_jump(before: dict[str, Any], now: dict[str, Any], position: Position, context_length: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kraken_train.common.token_counts import format_tokens
 from kraken_train.config import TrainConfig
@@ -22,8 +22,9 @@ def summary_lines(
     mesh: ParallelMesh,
     runtime: Runtime,
     position: Position,
+    hosts: Sequence[str],
 ) -> Iterator[str]:
-    """One line about the training from `position` on, then one for each note."""
+    """One line about the training from `position` on, then one for each note. `hosts` are those of the ranks."""
     plan = config.step_plan(model.context_length)
     end = plan.end(position)
     yield (
@@ -47,11 +48,13 @@ def summary_lines(
     if head_sizes is not None and position.step == 0:
         yield f"note: {head_sizes}"
     size = mesh.model_rank.size
-    if runtime.local_world_size % size:
+    if size > 1 and config.parallel.vocab_parallel is None and not config.parallel.shares_vocabulary(model.vocab_size):
         yield (
-            f"note: parallel.sub_layer_parallel_size={size} does not divide the {runtime.local_world_size} "
-            "ranks of a machine, so some model copies exchange over the network"
+            f"note: the {model.vocab_size} rows of the vocabulary are too few for {size} ranks, so each holds all of "
+            "them (parallel.vocab_parallel)"
         )
+    if spread := describe_spread(hosts, size):
+        yield f"note: {spread}"
     if config.validation.enabled and not data.has_validation:
         yield "no validation: the data were prepared without a validation split"
 
@@ -67,6 +70,24 @@ def describe_sizes(config: TrainConfig, plan: StepPlan, position: Position, copi
     sizes = ", then ".join(f"{samples}{f' in {steps} steps' * (len(stretches) > 1)}" for samples, steps in stretches)
     micro_batches = " or ".join(str(samples // (config.micro_batch_size * copies)) for samples, _ in stretches)
     return f"{sizes} x {tokens} tokens ({micro_batches} micro-batches of {config.micro_batch_size} per copy)"
+
+
+def describe_spread(hosts: Sequence[str], size: int) -> str | None:
+    """Which model copies of `size` ranks are on several machines, given that of each rank; None: none.
+
+    No division tells that: Slurm may place neighbouring ranks on different nodes, or start unequal numbers.
+    """
+    machines = [list(dict.fromkeys(hosts[first : first + size])) for first in range(0, len(hosts), size)]
+    spread = [(copy, names) for copy, names in enumerate(machines) if len(names) > 1]
+    if not spread:
+        return None
+    copy, names = spread[0]
+    return (
+        f"{len(spread)} of {len(machines)} model copies exchange over the network: the ranks {copy * size} to "
+        f"{copy * size + size - 1} of copy {copy} are on {', '.join(names)}. Place the "
+        f"parallel.sub_layer_parallel_size={size} ranks of a copy on one machine: a multiple of {size} ranks on each, "
+        "in the order of ranks (srun --distribution=block)"
+    )
 
 
 def describe_rounding(config: TrainConfig, plan: StepPlan, position: Position) -> str | None:

@@ -29,6 +29,7 @@ from kraken_train.model.initialization import scale_initial_weights
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
+from kraken_train.parallel.overlap_budget import choose_budget
 from kraken_train.parallel.ranks import Runtime, slurm_job
 from kraken_train.parallel.step_timer import DATA, FORWARD, StepTimer
 from kraken_train.recipe.batch_ramp import START, Step
@@ -67,10 +68,13 @@ class Trainer:
         self.stop = stop
         self.watchdog = watchdog
         size = config.parallel.sub_layer_parallel_size
-        self.mesh = ParallelMesh(runtime.device.type, config.parallel.data_parallel_size(runtime.world_size), size)
+        copies = config.parallel.data_parallel_size(runtime.world_size)
+        budget = choose_budget(config.parallel.max_ctas, config.parallel.sm_carveout, runtime.device, size)
+        self.mesh = ParallelMesh(runtime.device.type, copies, size, budget)
         self.timer = StepTimer(runtime.device)  # active in logged steps
         communicator = make_communicator(self.mesh, reduce_dtype(config.parallel), self.timer)
-        units, vocabulary = even_share(model_config, self.mesh.model_rank, config.parallel.vocab_parallel)
+        shares_vocabulary = config.parallel.shares_vocabulary(model_config.vocab_size)
+        units, vocabulary = even_share(model_config, self.mesh.model_rank, shares_vocabulary)
         model = build_model(model_config, config.seed, units, communicator, vocabulary)
         model.end_of_document = data.end_of_document if config.attention_within_documents else None
         parametrization = parametrization_of(config.optim, model_config)
@@ -126,7 +130,7 @@ class Trainer:
         self.runtime.on_first(self.open_metrics)
         with self.metrics or nullcontext():
             for line in summary_lines(
-                self.config, self.model_config, self.data, self.mesh, self.runtime, self.position
+                self.config, self.model_config, self.data, self.mesh, self.runtime, self.position, self.hosts
             ):
                 self.print_rank0(line)
             self.step_metrics = StepMetrics(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from kraken_train.inference.serving import start_engine
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.sharding import ModelRank
+from kraken_train.parallel.symmetric import Links, SymmetricCommunicator, SymmetricExchange
 
 STEPS = 64
 LENGTHS = [5, 1, 3]  # of prompts
@@ -62,7 +66,7 @@ def case_name(case: Case) -> str:
 class CountingCommunicator(DistributedCommunicator):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group, collective=self.count)
-        self.sums = self.gathers = 0
+        self.sums = self.gathers = self.gathered_bytes = 0
 
     def count(self, *arguments: Any, **settings: Any) -> Any:
         self.sums += 1
@@ -70,6 +74,7 @@ class CountingCommunicator(DistributedCommunicator):
 
     def gather(self, part: Tensor) -> Tensor:
         self.gathers += 1
+        self.gathered_bytes += part.nbytes
         return super().gather(part)
 
 
@@ -101,7 +106,65 @@ def serve(folder: Path, case: Case, group: dist.ProcessGroup) -> dict[str, Any]:
         "equal": all(torch.equal(other, found) for other in everywhere),
         "prefill": collectives[0],
         "decode": [total / steps for total in collectives[1]],
+        "most_likely": most_likely_on(engine),
     }
+
+
+def most_likely_on(engine: InferenceEngine) -> dict[str, Any]:
+    """Choices without gathered logits against those from them, with equal logits, and a NaN on the last rank."""
+    place = engine.model.communicator.model_rank
+    total = engine.model.token_embedding.rows.total
+    hidden = torch.randn(len(LENGTHS), engine.head.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden[1] = 0  # all logits are equal
+    communicator = engine.model.communicator
+    assert isinstance(communicator, CountingCommunicator)
+    equal = []
+    for words in (None, total - 1, 40, 1):  # the last ranks have none of the first 40
+        communicator.gathers = communicator.gathered_bytes = 0
+        chosen = engine.most_likely(hidden, words)
+        moved = (communicator.gathers, communicator.gathered_bytes)
+        equal.append(chosen.ids.equal(engine.logits(hidden)[:, :words].argmax(dim=-1)) and bool(chosen.finite.all()))
+    # Its rows are a view of the embedding, which is used no more.
+    if place.rank == place.size - 1:
+        engine.head.weight[0] = torch.nan
+    return {"equal": equal, "moved": moved, "finite": engine.most_likely(hidden, 1).finite.tolist()}
+
+
+class SharedByGloo:
+    """Stands for memory that all ranks see, of which a kernel makes the sum."""
+
+    def __init__(self, group: dist.ProcessGroup, used: list[str]) -> None:
+        self.group, self.used = group, used
+
+    def sum(self, values: Tensor, algorithm: str) -> None:
+        self.used.append(algorithm)
+        dist.all_reduce(values, group=self.group)
+
+
+class AtOnce:
+    """Stands for a stream."""
+
+    def begin(self, work: Callable[[], None]) -> SimpleNamespace:
+        work()
+        return SimpleNamespace(wait=lambda: None)
+
+
+def serve_over_shared_memory(folder: Path, name: str, group: dist.ProcessGroup) -> dict[str, Any]:
+    """The same logits as over the library, and the algorithms of a prompt, then of a most likely token."""
+    export, waited, overlapped = read_export(folder / name), [], []
+    place = ModelRank(group.rank(), group.size())
+    exchange = SymmetricExchange(
+        Links(group.size(), multicast=True), SharedByGloo(group, waited), SharedByGloo(group, overlapped), AtOnce()
+    )
+    units = share_model(export.config, [1.0] * place.size)[place.rank]
+    ids, lengths, found = random_ids(export.config, 2, 12), torch.tensor([12, 5]), []
+    for communicator in (DistributedCommunicator(group), SymmetricCommunicator(group, exchange)):
+        model = load_part(export, units, communicator, torch.float32, torch.device("cpu"))
+        engine = InferenceEngine(model, 2, 16)
+        hidden = engine.read_prompts(ids, lengths)
+        found += [hidden, engine.logits(hidden), engine.most_likely(hidden).ids]
+    algorithms = {"waited": list(waited), "overlapped": list(overlapped)}
+    return {"equal": [one.equal(other) for one, other in zip(found[:3], found[3:], strict=True)], **algorithms}
 
 
 def generate_on_all(folder: Path, runtime: Runtime) -> dict[str, Any]:
@@ -147,7 +210,9 @@ def check(folder: Path, runtime: Runtime) -> dict[str, Any]:
             cases[case_name(case)] = serve(folder, case, groups[len(case[1])])
     if runtime.is_first:
         print(f"{len(CASES)} cases: {time.monotonic() - started:.1f} s", flush=True)
+    shared = {name: serve_over_shared_memory(folder, name, groups[4]) for name in ("kraken-4-mha", "standard-mha")}
     return {
+        "shared": runtime.gather(shared),
         "cases": runtime.gather(cases),
         "texts": generate_on_all(folder, runtime),
         "failure": fails_on_rank_2(runtime),

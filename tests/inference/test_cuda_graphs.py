@@ -7,6 +7,7 @@ import torch
 from helpers import random_ids, rough_model, small_configs
 from torch import Tensor
 
+from kraken_train.inference import generation
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
 from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.sampling import Sampling
@@ -52,6 +53,37 @@ def test_texts(architecture: str) -> None:
     expected = continue_prompts(InferenceEngine(model, 3, 30), prompts, 20, sampling)
     engine = InferenceEngine(model.cuda(), 3, 30, ExecutionConfig(cuda_graphs=True, prefill_lengths=(8,)))
     assert continue_prompts(engine, prompts, 20, sampling) == expected
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0), Sampling(2.0, top_k=20, top_p=0.9)], ids=["greedy", "drawn"]
+)
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_nothing_waits_for_the_device(sampling: Sampling, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the prompts and the one read of all tokens."""
+    model = rough_model(CONFIGS["kraken"], torch.float32).cuda()
+    engine = InferenceEngine(model, 2, 40, ExecutionConfig(cuda_graphs=graphs, prefill_lengths=(8,)))
+    prompts, read, reads = [[3, 1, 4], [1, 5, 9, 2, 6]], generation.read, []
+    expected = continue_prompts(engine, prompts, 20, sampling, tokens_per_read=1)
+    read_prompts = engine.read_prompts
+
+    def strict_from_here(*arguments: Tensor) -> Tensor:
+        hidden = read_prompts(*arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        return hidden
+
+    def relaxed(unread: list[Tensor]) -> list[list[int]]:
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(len(unread))
+        return read(unread)
+
+    monkeypatch.setattr(engine, "read_prompts", strict_from_here)
+    monkeypatch.setattr(generation, "read", relaxed)
+    try:
+        assert continue_prompts(engine, prompts, 20, sampling, tokens_per_read=20) == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reads == [20]
 
 
 def test_gpu_attention_kernels_serve_new_tokens() -> None:

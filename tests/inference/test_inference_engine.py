@@ -10,11 +10,13 @@ import torch
 from golden import Golden
 from helpers import random_ids, rough_model, small_configs
 from torch import Tensor
+from torch.nn import functional as F
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.inference import engine as engine_module
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
 from kraken_train.inference.graphs import WARM_UP_RUNS
+from kraken_train.model import attention_backends
 from kraken_train.model.language_model import LanguageModel
 
 CONFIGS = small_configs(context_length=72)
@@ -145,9 +147,59 @@ def test_what_is_recorded(architecture: str, monkeypatch: pytest.MonkeyPatch) ->
     engine = InferenceEngine(model, 4, 12, ExecutionConfig(cuda_graphs=True, prefill_lengths=(4, 8)))
     for lengths in ([5, 1, 7, 3], [2, 3], [9, 2, 2, 2]):
         assert error(continued(engine, ids, lengths, 2), expected, lengths) < 1e-12
-    # Recorded are the prompts of 8 and of 4 tokens, then new tokens; prompts of 9 tokens run as they are.
-    assert [call.inputs[0].shape for call in recorded] == [(4, 8), (4, 4), (4,)]
-    assert calls == [0, 2, 2, 1, 2, 2, 2, 2]
+    # Recorded are the prompts of 8 and of 4 tokens, then new tokens; prompts of 9 tokens run as they are. The last two
+    # are the head's: logits, and the most likely token.
+    width = config.hidden_size
+    assert [call.inputs[0].shape for call in recorded] == [(4, 8), (4, 4), (4,), (4, width), (4, width)]
+    assert calls == [0, 3, 2, 3, 2, 3, 1, 3, 2, 3, 2, 3, 3, 2, 3, 2, 3]
+    calls.clear()
+    hidden = engine.read_prompts(ids[:2, :4], torch.tensor([4, 2]))
+    chosen = engine.most_likely(hidden, vocab_size=50)
+    assert chosen.ids.equal(engine.logits(hidden)[:, :50].argmax(dim=-1))
+    assert chosen.finite.tolist() == [True, True]
+    assert calls == [1, 4, 3]
+
+
+@pytest.mark.parametrize(("longest", "capacity", "expected"), [
+    (1, 51, (51,)), (60, 110, (64,)), (64, 64, (64,)), (65, 99, (64, 96)), (300, 350, (64, 96, 128, 192, 256, 350)),
+    (1000, 1024, (64, 96, 128, 192, 256, 384, 512, 768, 1000 + 24)),
+])  # fmt: skip
+def test_lengths_that_prompts_are_padded_to(longest: int, capacity: int, expected: tuple[int, ...]) -> None:
+    """On a GPU, where they are not given; none takes more room than prompt and new tokens do."""
+    unset = ExecutionConfig(prefill_lengths=None)
+    found = unset.fitted(torch.device("cuda"), longest, capacity)
+    assert found.prefill_lengths == expected
+    found.validate()
+    assert found.padded(longest) == expected[-1]
+    assert unset.fitted(torch.device("cpu"), longest, capacity).prefill_lengths == ()
+    given = ExecutionConfig(prefill_lengths=(4, 8))
+    assert given.fitted(torch.device("cuda"), longest, capacity) is given
+
+
+def test_attention_makes_plans_for_recorded_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: cuDNN may take what is recorded, but neither other prompts nor new tokens."""
+    for module, name, value in (
+        (engine_module, "CapturedFunction", Recorded), (ExecutionConfig, "require_device", lambda *_: None),
+        (torch.cuda, "graph_pool_handle", lambda: (0, 0)), (attention_backends, "plans_shapes", lambda _: True),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    model = rough_model(CONFIGS["kraken"])
+    engine = InferenceEngine(model, 1, 12, ExecutionConfig(cuda_graphs=True, prefill_lengths=(4,)))
+    attend, plans = F.scaled_dot_product_attention, []
+
+    def note(*arguments: Any, **options: Any) -> Tensor:
+        plans.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    layers = model.num_layers
+    for length, expected in ((3, True), (7, False)):
+        plans.clear()
+        engine.prefill(torch.ones(1, length, dtype=torch.int64), torch.tensor([length]))
+        assert plans == [expected] * layers
+        engine.decode(torch.tensor([1]))
+        assert plans[layers:] == [False] * layers
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("lengths", [(0, 4), (4, 4), (8, 4)])

@@ -15,7 +15,8 @@ SCRIPTS = dict(
         r'^(kraken-[a-z-]+) = "([\w.]+):main"$', (REPOSITORY / "pyproject.toml").read_text("utf-8"), re.MULTILINE
     )
 )
-INTERNAL = {"launch.node", "launch.restart", "launch.slurm.snapshot", "kraken_train.common.locales"}
+INTERNAL = {"launch.node", "launch.restart", "launch.slurm.snapshot", "kraken_train.common.locales",
+            "kraken_train.bench.stages.program", "kraken_train.bench.stages.without_cudnn"}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=SCRIPTS)

@@ -8,7 +8,7 @@ import pytest
 from node_program import make_plan
 
 from kraken_train.run.rank_errors import RankError, record_error
-from launch.exit_report import ErrorLines, diagnose
+from launch.exit_report import ErrorLines, diagnose, mark_aborted_followers
 
 
 def rank_error(rank: int, message: str, follows: bool = False, restart_helps: bool = False) -> RankError:
@@ -46,6 +46,24 @@ def test_the_watchdogs_message_comes_before_its_kill(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, run_dir=str(tmp_path))
     report = diagnose(plan, {"n1": 1}, printed(line), stop_requested=False)
     assert (report.exit_code, report.messages) == (1, [line])
+
+
+def test_a_rank_that_pytorch_aborts_is_not_the_cause(tmp_path: Path) -> None:
+    """NCCL's error about the rank that was killed on another host ends the process before it can report that."""
+    (tmp_path / "starts" / "0001" / "errors").mkdir(parents=True)
+    plan = make_plan(tmp_path, run_dir=str(tmp_path))
+    aborted = rank_error(1, "was killed by SIGABRT", restart_helps=True)
+    line = (
+        "[rank1]:[E1010 06:10:06 ProcessGroupNCCL.cpp:2059] [PG ID 0 Rank 1] Process group watchdog thread terminated "
+        "with exception: NCCL error: remote process exited or there was a network error, NCCL version 2.28.9"
+    )
+    record_error(tmp_path / "starts" / "0001", aborted)
+    killed = rank_error(2, "was killed by SIGKILL", restart_helps=True)
+    record_error(tmp_path / "starts" / "0001", killed)
+    causes = {error: f"error: {error}: {error.message}" for error in (aborted, killed)}
+    for lines, expected in ((printed(), [causes[aborted], causes[killed]]), (printed(line), [causes[killed]])):
+        mark_aborted_followers(plan, lines)
+        assert diagnose(plan, {"n1": 1}, lines, stop_requested=False).messages == expected
 
 
 @pytest.mark.parametrize(

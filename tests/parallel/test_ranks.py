@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,52 @@ def test_ranks_meet() -> None:
     second.join()
     first.set("key", "value")
     assert stores[0].get("key") == b"value"
+
+
+@pytest.mark.usefixtures("address")
+@pytest.mark.parametrize("shared", [True, False])
+def test_gpus_are_compared_before_nccl_connects(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    monkeypatch.setattr(rendezvous, "name_of_gpu", lambda device: "GPU-1" if shared else f"GPU-{device.index}")
+    monkeypatch.setattr(Runtime, "device", property(lambda self: torch.device("cuda", self.local_rank)))
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "n1")
+    outcomes: dict[int, str] = {}
+
+    def compare(runtime: Runtime) -> None:
+        try:
+            rendezvous.require_own_gpus(runtime, Meeting(runtime, 60.0).store())  # which ends with this call
+            outcomes[runtime.rank] = ""
+        except ConfigError as error:
+            outcomes[runtime.rank] = str(error)
+
+    threads = [threading.Thread(target=compare, args=(runtime,)) for runtime in TWO_RANKS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    message = "ranks 0, 1 on n1 would share one GPU; start as many ranks per machine as it has GPUs" if shared else ""
+    assert outcomes == {0: message, 1: message}
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(True, 2), (True, 1), (False, 2)])
+def test_nccl_connects_at_the_start(monkeypatch: pytest.MonkeyPatch, gpus: bool, ranks: int) -> None:
+    """On this rank's GPU. Groups that are made later are not split from that connection."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    events: list[object] = []
+    world = SimpleNamespace(bound_device_id=torch.device("cuda", 0))
+    monkeypatch.setattr(rendezvous, "require_own_gpus", lambda runtime, store: events.append("compared"))
+    monkeypatch.setattr(rendezvous.dist, "init_process_group", lambda *_, **given: events.append(given["device_id"]))
+    monkeypatch.setattr(rendezvous.dist, "group", SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(Meeting, "store", lambda self: dist.HashStore())
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    rendezvous.connect_ranks(Runtime(ranks - 1, ranks - 1, ranks, ranks))
+    if gpus and ranks > 1:
+        assert events == ["compared", torch.device("cuda", 0)]
+        assert world.bound_device_id is None
+    else:
+        assert events == [None]
 
 
 @pytest.mark.usefixtures("address")

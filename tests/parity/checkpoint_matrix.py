@@ -7,15 +7,22 @@ from pathlib import Path
 from checkpoints.training.store import fill_tensors, find_good_checkpoint
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.training.engine import Engine
 from parity.common import MODELS, Steps, make_engine, run_steps
 
 SAVED_AT, MORE_STEPS = 3, 10
-Mode = tuple[str, int, str]  # precision, ZeRO stage, optimizer
-MODES: tuple[Mode, ...] = (("fp32", 2, "adamw"), ("bf16", 1, "adamw"), ("fp32", 1, "muon"), ("bf16", 2, "muon"))
+Mode = tuple[str, int, str]  # precision, ZeRO stage, optimizer: adamw, muon, or mup, which is AdamW with muP
+MODES: tuple[Mode, ...] = (("fp32", 2, "adamw"), ("bf16", 1, "mup"), ("fp32", 1, "muon"), ("bf16", 2, "muon"))
 MORE_MODES: tuple[Mode, ...] = (  # in the slow tests
-    ("fp32", 1, "adamw"), ("bf16", 2, "adamw"), ("fp32", 2, "muon"), ("bf16", 1, "muon"),
+    ("fp32", 1, "adamw"), ("bf16", 1, "adamw"), ("bf16", 2, "adamw"), ("fp32", 2, "mup"), ("fp32", 2, "muon"),
+    ("bf16", 1, "muon"),
 )  # fmt: skip
 CONFIG = MODELS["kraken-4"]
+
+
+def make(runtime: Runtime, size: int, precision: str, zero_stage: int, optimizer: str) -> Engine:
+    recipe = {"muon": optimizer == "muon", "mup": optimizer == "mup"}
+    return make_engine(CONFIG, runtime, size, precision=precision, zero_stage=zero_stage, **recipe)
 
 
 def save(runtime: Runtime, sizes: list[int], folder: Path, modes: tuple[Mode, ...]) -> dict[str, Steps]:
@@ -24,9 +31,7 @@ def save(runtime: Runtime, sizes: list[int], folder: Path, modes: tuple[Mode, ..
     for size in sizes:
         for precision, zero_stage, optimizer in modes:
             name = f"{size}x{runtime.world_size // size}-{precision}-zero{zero_stage}-{optimizer}"
-            engine = make_engine(
-                CONFIG, runtime, size, precision=precision, zero_stage=zero_stage, muon=optimizer == "muon"
-            )
+            engine = make(runtime, size, precision, zero_stage, optimizer)
             run_steps(engine, CONFIG, range(SAVED_AT))
             save_checkpoint(folder / name, SAVED_AT, engine.state(), {}, 1, runtime)
             report[name] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))
@@ -42,7 +47,7 @@ def resume(runtime: Runtime, sizes: list[int], folder: Path) -> dict[str, Steps]
         for size in sizes:
             here = f"{size}x{runtime.world_size // size}"
             stage = int(zero[-1]) if here == grid else 3 - int(zero[-1])
-            engine = make_engine(CONFIG, runtime, size, precision=precision, zero_stage=stage, muon=optimizer == "muon")
+            engine = make(runtime, size, precision, stage, optimizer)
             engine.load_state(lambda tensors, checkpoint=checkpoint: fill_tensors(checkpoint, tensors), SAVED_AT)
             engine.verify_replicas()
             report[f"{saved.name} {here}"] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from kraken_train.training.engine import Engine
 from kraken_train.training.precision import reduce_dtype
 
 MODELS = shareable_configs()
+# Of whose 131 rows two ranks have 66 and 65, four 33, 33, 33 and 32.
+MODELS["uneven-vocabulary"] = replace(MODELS["kraken-4"], vocab_size=131)
 GLOBAL_BATCH = 24
 ACCUMULATION_STEPS = 2  # whatever the grid
 MAX_GRAD_NORM = 0.5
@@ -59,7 +62,7 @@ def settings(
     zero_stage: int = 1,
     sub_layer_parallel_size: int = 1,
     data_parallel_size: int = 1,
-    vocab_parallel: bool = False,
+    vocab_parallel: bool | None = False,
     reduce_dtype: str | None = None,
     activation_checkpointing: bool = False,
     compile_parts: bool = False,
@@ -128,7 +131,7 @@ def make_engine(config: ModelConfig, runtime: Runtime, size: int, **layout: Any)
     train = settings(sub_layer_parallel_size=size, data_parallel_size=runtime.world_size // size, **layout)
     mesh = make_mesh(runtime, size)
     communicator = make_communicator(mesh, reduce_dtype(train.parallel))
-    units, vocabulary = even_share(config, mesh.model_rank, train.parallel.vocab_parallel)
+    units, vocabulary = even_share(config, mesh.model_rank, train.parallel.shares_vocabulary(config.vocab_size))
     model = build_model(config, 0, units, communicator, vocabulary)
     model.end_of_document = END_OF_DOCUMENT if train.attention_within_documents else None
     parametrization = parametrization_of(train.optim, config)

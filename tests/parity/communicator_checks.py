@@ -130,7 +130,7 @@ def leak(runtime: Runtime, name: str, size: int) -> dict[str, bool]:
         loss.backward()
         return [model(ids)[:, 7:].detach(), loss.detach(), *(parameter.grad for parameter in model.parameters())]  # type: ignore[list-item]
 
-    ids = torch.randint(END + 1, 132, (2, 16), generator=torch.Generator().manual_seed(6))
+    ids = torch.randint(END + 1, MODELS[name].vocab_size, (2, 16), generator=torch.Generator().manual_seed(6))
     ids[:, 7] = END
     changed = ids.clone()
     changed[:, :7] = ids[:, :7].flip(1)

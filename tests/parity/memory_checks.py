@@ -8,8 +8,11 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,7 +24,9 @@ from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.planning.layout import TrainingLayout
+from kraken_train.training import optim
 from kraken_train.training.engine import Engine
+from kraken_train.training.optim import LARGEST_BUCKET_DURING_BACKWARD
 from kraken_train.training.precision import reduce_dtype
 from parity.common import make_mesh, settings
 
@@ -32,13 +37,16 @@ PARALLEL = replace(STANDARD, architecture="parallel")
 SHORT = replace(KRAKEN, context_length=16)  # so that activations are next to nothing
 KINDS = {  # PyTorch's names
     "allreduce_": "all-reduce", "_allgather_base_": "all-gather", "broadcast_": "broadcast",
-    "alltoall_base_": "all-to-all",
+    "alltoall_base_": "all-to-all", "_reduce_scatter_base_": "reduce-scatter",
 }  # fmt: skip
+BUCKET = 300_000  # of gradients; the largest has 524,288
 LEAST_BYTES = 2048  # of the collectives that are counted
 
 
 @dataclass(frozen=True)
 class Case:
+    """A training; `with_bucket` is entered where it is measured and where it is predicted."""
+
     model: ModelConfig
     ranks: int
     sub_layer_parallel_size: int = 1
@@ -49,6 +57,7 @@ class Case:
     micro_batch_size: int = 4
     accumulation_steps: int = 2
     optim: str = "adamw"
+    bucket: int | None = None  # in place of LARGEST_BUCKET_DURING_BACKWARD
 
     @property
     def layout(self) -> TrainingLayout:
@@ -57,6 +66,11 @@ class Case:
             self.accumulation_steps, self.zero_stage, self.activation_checkpointing, self.vocab_parallel,
             self.precision, self.optim,
         )  # fmt: skip
+
+    @contextmanager
+    def with_bucket(self) -> Iterator[None]:
+        with mock.patch.object(optim, "LARGEST_BUCKET_DURING_BACKWARD", self.bucket or LARGEST_BUCKET_DURING_BACKWARD):
+            yield
 
 
 SHORT_CASE = {"model": SHORT, "micro_batch_size": 1}
@@ -81,6 +95,14 @@ CASES = {
     "short-2-copies-fp32": Case(ranks=2, precision="fp32", **SHORT_CASE),
     "short-2-copies-fp32-once": Case(ranks=2, precision="fp32", accumulation_steps=1, **SHORT_CASE),
     "short-2-copies-zero2-fp32": Case(ranks=2, zero_stage=2, precision="fp32", **SHORT_CASE),
+    "buckets": Case(KRAKEN, 2, 1, zero_stage=2, bucket=BUCKET),
+    "buckets-once": Case(KRAKEN, 2, 1, zero_stage=2, accumulation_steps=1, bucket=BUCKET),
+    "short-buckets": Case(ranks=2, zero_stage=2, bucket=BUCKET, **SHORT_CASE),
+    "short-buckets-once": Case(ranks=2, zero_stage=2, accumulation_steps=1, bucket=BUCKET, **SHORT_CASE),
+    "short-buckets-fp32": Case(ranks=2, zero_stage=2, precision="fp32", bucket=BUCKET, **SHORT_CASE),
+    "short-buckets-fp32-once": Case(
+        ranks=2, zero_stage=2, precision="fp32", accumulation_steps=1, bucket=BUCKET, **SHORT_CASE
+    ),
     "kraken-4": Case(KRAKEN, 4, 4),
     "kraken-4-of-2-zero2": Case(KRAKEN, 4, 2, zero_stage=2, vocab_parallel=True),
     "kraken-4-of-2-fp32-recompute": Case(KRAKEN, 4, 2, precision="fp32", activation_checkpointing=True),
@@ -97,6 +119,7 @@ CASES = {
 }
 QUICK = (
     "kraken-2-copies-zero2",
+    "short-buckets",
     "standard-2-recompute",
     "kraken-4-of-2-zero2",
     "muon-2-copies-zero2",
@@ -121,7 +144,8 @@ def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
     mesh = make_mesh(runtime, case.sub_layer_parallel_size)
     units, vocabulary = even_share(case.model, mesh.model_rank, case.vocab_parallel)
     model = build_model(case.model, 0, units, make_communicator(mesh, reduce_dtype(train.parallel)), vocabulary)
-    engine = Engine(model, train, mesh, runtime)
+    with case.with_bucket():
+        engine = Engine(model, train, mesh, runtime)
     tokens = torch.randint(case.model.vocab_size, (case.micro_batch_size, case.model.context_length + 1))
     gc.collect()
     tracker, counter = MemTracker(), CollectiveCounter()
@@ -143,7 +167,7 @@ def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts collectives by kind and bytes: of the result, which of an all-gather is the whole; of an all-to-all, what
+    """Counts collectives by kind and bytes: of the whole, in an all-gather and a reduce-scatter; of an all-to-all, what
     comes from other ranks.
     """
 
@@ -155,7 +179,7 @@ class CollectiveCounter(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("c10d::"):
             kind = KINDS.get(name.removeprefix("c10d::"), name)
-            first = args[0]
+            first = args[1 if kind == "reduce-scatter" else 0]  # all that is summed, not the part of it
             size = sum(tensor.nbytes for tensor in (first if isinstance(first, list | tuple) else [first]))
             if kind == "all-to-all":
                 size -= args[3][dist.get_rank()] * first.itemsize

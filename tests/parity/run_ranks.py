@@ -12,7 +12,15 @@ from pathlib import Path
 
 from kraken_train.parallel.ranks import read_runtime
 from kraken_train.training.engine import start_processes, stop_processes
-from parity import checkpoint_matrix, communicator_checks, engine_modes, memory_checks, trajectories
+from parity import (
+    checkpoint_matrix,
+    communicator_checks,
+    engine_modes,
+    gradient_sums,
+    memory_checks,
+    trajectories,
+    uneven_vocabulary,
+)
 
 
 def main() -> None:
@@ -39,6 +47,8 @@ def main() -> None:
                 runtime, sizes, folder, checkpoint_matrix.MORE_MODES
             ),
             "resume": lambda sizes=sizes: checkpoint_matrix.resume(runtime, sizes, folder),
+            "uneven-vocabulary": lambda: uneven_vocabulary.run(runtime, folder.with_name("uneven vocabulary")),
+            "gradient-sums": lambda sizes=sizes: gradient_sums.run(runtime, sizes),
             "memory": lambda: memory_checks.run(runtime, quick=True),
             "more-memory": lambda: memory_checks.run(runtime, quick=False),
         }[name]()

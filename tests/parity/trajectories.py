@@ -14,6 +14,8 @@ SHORT = 6
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "zero2-recompute-vocab": {"zero_stage": 2, "activation_checkpointing": True, "vocab_parallel": True},
+    "vocab-by-default": {"vocab_parallel": None},
+    "muon-bf16-vocab": {"muon": True, "precision": "bf16", "vocab_parallel": True},
     "bf16-vocab": {"precision": "bf16", "vocab_parallel": True},
     "bf16-zero2-recompute-fp32sums": {
         "precision": "bf16", "zero_stage": 2, "activation_checkpointing": True, "reduce_dtype": "fp32",

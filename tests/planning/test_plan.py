@@ -15,6 +15,7 @@ from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.errors import ConfigError
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.planning.cluster import load_cluster
+from kraken_train.planning.memory import shards
 from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import Constraints, reasons, search
 
@@ -122,11 +123,23 @@ def test_refusals() -> None:
             search(SMALL, H100, 1, 256, constraints)
     with pytest.raises(ConfigError, match="which do not divide global_batch_size=3"):
         search(SMALL, H100, 1, 3)
-    odd = replace(SMALL, vocab_size=4097)
-    with pytest.raises(ConfigError, match=r"P=2 does not divide model\.vocab_size=4097"):
-        search(odd, H100, 1, 256, Constraints(sub_layer_parallel_size=2, vocab_parallel=True))
-    plan = search(odd, H100, 1, 256, Constraints(sub_layer_parallel_size=2, micro_batch_size=4))
+    tiny = replace(SMALL, vocab_size=5)
+    with pytest.raises(ConfigError, match=r"P=4 is too much for the 5 rows of model\.vocab_size"):
+        search(tiny, H100, 1, 256, Constraints(sub_layer_parallel_size=4, vocab_parallel=True))
+    plan = search(tiny, H100, 1, 256, Constraints(sub_layer_parallel_size=4, micro_batch_size=4))
     assert not any(prediction.layout.vocab_parallel for prediction in plan.ranked)
+
+
+@pytest.mark.parametrize("vocab_size", [50304, 50257])
+def test_a_large_vocabulary_is_shared(vocab_size: int) -> None:
+    """Also one that the devices cannot divide; the first device has the most rows."""
+    model = replace(SMALL, vocab_size=vocab_size)
+    plan = search(model, H100, 1, 256, Constraints(sub_layer_parallel_size=2, micro_batch_size=4))
+    layout = plan.best.layout
+    assert layout.vocab_parallel
+    assert any(not prediction.layout.vocab_parallel for prediction in plan.ranked)
+    whole = shards(model, replace(layout, vocab_parallel=False)).elements
+    assert shards(model, layout).elements == whole - vocab_size // 2 * model.hidden_size
 
 
 def test_command(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import REPOSITORY
 from small_checkpoints import equal, files, save, tensors
 
@@ -17,6 +20,7 @@ from checkpoints.training import writer
 from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, load_tensors, verify_checkpoint
 from checkpoints.training.writer import CheckpointWriter
 from kraken_train.common.errors import CheckpointError
+from kraken_train.parallel.ranks import Runtime
 
 
 def test_failed_write_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +87,81 @@ def test_background_save_equals_a_synchronous_one(tmp_path: Path) -> None:
         checkpoint = verify_checkpoint(tmp_path / "later" / f"step-{step:08d}")
         assert (checkpoint.step, checkpoint.metadata) == (step, {"updates": step})
         assert equal(load_tensors(checkpoint), tensors(step))
+
+
+class FakeCuda:
+    """Four GPUs of which this process has number 2: who is current in a thread, and which streams are waited for."""
+
+    class Stream:
+        def __init__(self, device: object) -> None:
+            self.device, self.waits = torch.device("cuda", device) if isinstance(device, int) else device, 0
+
+        def synchronize(self) -> None:
+            self.waits += 1
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.threads = threading.local()
+        self.default = [self.Stream(number) for number in range(4)]
+        replaced = {
+            "is_available": lambda: True,
+            "device_count": lambda: 4,
+            "set_device": self.set_device,
+            "current_stream": lambda device=None: self.current(),
+            "stream": self.stream,
+            "Stream": self.Stream,
+        }
+        for name, function in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+    def set_device(self, device: torch.device) -> None:
+        assert device.index is not None
+        self.threads.device, self.threads.stream = device.index, None
+
+    def current(self) -> FakeCuda.Stream:
+        stream: FakeCuda.Stream | None = getattr(self.threads, "stream", None)
+        return stream or self.default[getattr(self.threads, "device", 0)]
+
+    @contextmanager
+    def stream(self, stream: FakeCuda.Stream) -> Iterator[None]:
+        before, self.threads.stream = getattr(self.threads, "stream", None), stream
+        yield
+        self.threads.stream = before
+
+
+def test_background_save_waits_for_no_stream_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint library waits for the stream of its thread."""
+    cuda = FakeCuda(monkeypatch)
+    runtime = Runtime(rank=2, local_rank=2, world_size=1, local_world_size=4)
+    cuda.set_device(runtime.device)
+    streams = []
+    real = writer.write_tensors
+
+    def write_tensors(*arguments: Any) -> str | None:
+        streams.append(cuda.current())
+        return real(*arguments)
+
+    monkeypatch.setattr(writer, "write_tensors", write_tensors)
+    with CheckpointWriter(tmp_path, 2, runtime, asynchronous=True) as saves:
+        saves.save(1, tensors(1), {})
+    assert [stream.device for stream in streams] == [torch.device("cuda", 2)]
+    assert streams[0] not in cuda.default
+    assert streams[0].waits > 0, "the checkpoint library waits for no stream any more"
+    assert [stream.waits for stream in cuda.default] == [0, 0, 0, 0]
+    assert cuda.current() is cuda.default[2], "the thread that trains has another stream now"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_background_save_beside_a_busy_gpu(tmp_path: Path) -> None:
+    """The queue of the training is longer than the save, and is not waited for."""
+    done = torch.cuda.Event()
+    torch.cuda._sleep(20_000_000_000)  # cycles: 10 s or more
+    done.record()
+    with CheckpointWriter(tmp_path, 2, SINGLE_PROCESS, asynchronous=True) as saves:
+        saves.save(1, tensors(1), {})
+    assert not done.query(), "the save has waited for the training"
+    torch.cuda.synchronize()
 
 
 def test_background_save_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
