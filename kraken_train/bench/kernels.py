@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kraken_train.kernels import twins
-from kraken_train.model.kraken_config import KrakenConfig
+from kraken_train.model.architecture import ModelConfig
 
 EPSILON = 1e-5
 
@@ -58,9 +58,9 @@ class Call:
 
 
 def compare_kernels(
-    config: KrakenConfig, samples: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, ranks: int = 1
+    config: ModelConfig, samples: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, ranks: int = 1
 ) -> list[Comparison]:
-    """Of one layer of the model on one of `ranks` ranks, in a micro-batch of `samples`; both of GELU and SwiGLU.
+    """Of one layer of a Kraken on one of `ranks` ranks, in a micro-batch of `samples`; both of GELU and SwiGLU.
 
     Needs Triton, and on a CPU its interpreter (see `kraken_train.kernels.selection`).
     """
@@ -68,11 +68,11 @@ def compare_kernels(
     with torch._functorch.config.patch(donated_buffer=False):
         return [
             Comparison(call.name, seconds_of(call.kernel, device), seconds_of(call.twin, device), call.bytes)
-            for call in make_calls(config, samples, device, dtype, config.num_sub_layers // ranks)
+            for call in make_calls(config, samples, device, dtype, config.num_streams // ranks)
         ]
 
 
-def make_calls(config: KrakenConfig, samples: int, device: torch.device, dtype: torch.dtype, n: int) -> list[Call]:
+def make_calls(config: ModelConfig, samples: int, device: torch.device, dtype: torch.dtype, n: int) -> list[Call]:
     tokens, width = config.context_length, config.hidden_size
     shape = (n, samples, tokens)
     x, added, *gradients = (random((*shape, width), device, dtype) for _ in range(4))
@@ -151,7 +151,7 @@ def activation_calls(shape: tuple[int, ...], device: torch.device, dtype: torch.
 
 
 def head_calls(
-    config: KrakenConfig, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    config: ModelConfig, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> list[Call]:
     """The gradients come as attention returns them: (n B, H, T, K) in the order (n B, T, H, K) of memory."""
     counts = (config.heads, config.kv_heads, config.kv_heads)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kraken_train.kernels.selection import fits_kernels
 from kraken_train.model.initialization import initialize
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
@@ -73,6 +74,8 @@ class KrakenModel(LanguageModel):
         return self.communicator.all_reduce(self.conjunction(streams.x).sum(dim=0))
 
     def use_fused_kernels(self) -> None:
+        if not fits_kernels(self.units.count, self.config.hidden_size):
+            return
         from kraken_train.kernels.fused import FusedKernels  # noqa: PLC0415 (imports Triton, which may be missing)
 
         for layer in self.layers:

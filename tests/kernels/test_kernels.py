@@ -18,7 +18,7 @@ from kernels.cases import TOLERANCES
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.kernels import selection, twins
-from kraken_train.kernels.selection import choose_kernels
+from kraken_train.kernels.selection import choose_kernels, fits_kernels
 from kraken_train.model.config import KrakenConfig
 from kraken_train.model.registry import build_model
 
@@ -140,6 +140,18 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_kernels(True, cpu, "fused_kernels")
     monkeypatch.setattr(selection, "interpreted", lambda: True)
     assert choose_kernels(True, cpu, "fused_kernels")
+
+
+def test_large_tiles_have_none() -> None:
+    """4 sub-layers of 4096 values are the most; 3 of 4100 need as much room as 4 of 8192."""
+    assert fits_kernels(4, 4096)
+    assert fits_kernels(1, 12288)
+    assert not fits_kernels(3, 4100)
+    with torch.device("meta"):
+        config = KrakenConfig(3, 1, hidden_size=4100, heads_per_sub_layer=1, vocab_size=32, context_length=8)
+        model = build_model(config)
+    model.use_fused_kernels()
+    assert not any(getattr(module, "kernels", None) for module in model.modules())
 
 
 def test_baselines_have_none() -> None:
