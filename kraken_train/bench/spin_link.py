@@ -22,7 +22,7 @@ LEAST_RESERVED = 100 * 1024  # bytes of shared memory; products of matrices take
 
 
 @triton.jit
-def spin(source, target, values, nanoseconds, AT_ONCE: tl.constexpr, SCRATCH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def spin(source, target, values, nanoseconds, AT_ONCE: tl.constexpr, SCRATCH: tl.constexpr):
     """Copy `values` evenly over the time, and wait for its end."""
     start = tl.extra.cuda.globaltimer()
     blocks = tl.num_programs(0)
@@ -43,12 +43,12 @@ def spin(source, target, values, nanoseconds, AT_ONCE: tl.constexpr, SCRATCH: tl
 
 
 @triton.jit(do_not_specialize=["values", "nanoseconds"])
-def all_reduce_spin(source, target, values, nanoseconds, AT_ONCE: tl.constexpr, SCRATCH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def all_reduce_spin(source, target, values, nanoseconds, AT_ONCE: tl.constexpr, SCRATCH: tl.constexpr):
     spin(source, target, values, nanoseconds, AT_ONCE, SCRATCH)
 
 
 @triton.jit(do_not_specialize=["values", "nanoseconds"])
-def all_gather_spin(source, target, values, nanoseconds, AT_ONCE: tl.constexpr, SCRATCH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def all_gather_spin(source, target, values, nanoseconds, AT_ONCE: tl.constexpr, SCRATCH: tl.constexpr):
     spin(source, target, values, nanoseconds, AT_ONCE, SCRATCH)
 
 
@@ -65,7 +65,7 @@ class SpinLink:
         self.blocks = blocks
         self.stream = torch.cuda.Stream(device, priority=-1)  # before the computation's, which is 0
         self.memory = [torch.zeros(SCRATCH, dtype=torch.int32, device=device) for _ in range(2)]
-        reserved = reserved_bytes(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+        reserved = reserved_bytes(shared_memory_of(device))
         self.kernels = {
             name: with_shared_memory(
                 kernel.warmup(*self.memory, 0, 0, AT_ONCE, SCRATCH, grid=(blocks,), num_warps=NUM_WARPS), reserved
@@ -111,6 +111,12 @@ class SpinLink:
             end.synchronize()
             taken.append(begin.elapsed_time(end) / 1e3)
         return max(0.0, min(taken) / count - seconds)
+
+
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes that one block can have at most, if it asks for them."""
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's types lack this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def reserved_bytes(available: int) -> int:
