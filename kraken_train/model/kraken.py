@@ -14,7 +14,6 @@ Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,8 +67,7 @@ class KrakenModel(LanguageModel):
         # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
         streams = Streams(embedding.expand(self.units.count, -1, -1, -1).contiguous())
         total: Tensor | None = embedding  # all streams start as the embedding, and it counts once, not N times
-        followers = itertools.chain(self.layers[1:], [None])
-        for layer, cache, follower in zip(self.layers, caches, followers, strict=True):
+        for layer, follower, cache in zip(self.layers, [*self.layers, None][1:], caches, strict=True):
             streams, total = layer(streams, total, rotary, cache, follower), None
         return self.communicator.all_reduce(self.conjunction(streams.x).sum(dim=0))
 

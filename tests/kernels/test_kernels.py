@@ -82,15 +82,15 @@ def test_benchmark(interpreted: dict[str, Any]) -> None:
 
 
 WRITES = {
-    "layer_entry.forward_kernel": {"y", "sum", "normed", "mean", "reciprocal"},
-    "layer_entry.backward_kernel": {"gradient", "gain_gradient"},
-    "ffn_entry.forward_kernel": {"residual", "normed", "mean", "reciprocal"},
-    "ffn_entry.backward_kernel": {"attended_gradient", "total_gradient", "gain_gradient"},
-    "activation.gelu_kernel": {"result"},
-    "activation.gelu_backward_kernel": {"up_gradient", "result"},
-    "activation.swiglu_kernel": {"result"},
-    "activation.swiglu_backward_kernel": {"gate_gradient", "up_gradient", "result"},
-    "heads.pack_kernel": {"packed"},
+    "layer_entry_kernel": {"y", "sum", "normed", "mean", "reciprocal"},
+    "layer_entry_backward_kernel": {"gradient", "gain_gradient"},
+    "ffn_entry_kernel": {"residual", "normed", "mean", "reciprocal"},
+    "ffn_entry_backward_kernel": {"attended_gradient", "total_gradient", "gain_gradient"},
+    "gelu_kernel": {"result"},
+    "gelu_backward_kernel": {"up_gradient", "result"},
+    "swiglu_kernel": {"result"},
+    "swiglu_backward_kernel": {"gate_gradient", "up_gradient", "result"},
+    "pack_kernel": {"packed"},
 }
 
 
