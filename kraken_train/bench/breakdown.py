@@ -29,7 +29,7 @@ KINDS = (
     (ALL_GATHER, r"all_gather_(spin|wire)|nccl.*allgather|gloo:.*all_?gather"),
     (ALL_REDUCE, r"all_reduce_(spin|wire)|nccl|gloo:.*all_?reduce"),
     (ATTENTION, r"flash|fmha|sdpa|attention"),
-    (NORM, r"layer_?norm|rms_?norm"),
+    (NORM, r"layer_?norm|rms_?norm|(layer|ffn)_entry"),
     (GEMM, r"gemm|gemv|cutlass|nvjet|cublas|xmma|splitk|triton_\w*mm|aten::(linear|addmm|mm|bmm|baddbmm|matmul)$"),
 )
 # Inductor's own loops are named after all that was fused into them, products' bias and attention's copies included.
