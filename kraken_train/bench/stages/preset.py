@@ -78,6 +78,7 @@ class Preset:
     ttft: tuple[str, ...]  # settings of kraken_train.bench.ttft, in all stages
     ttft_cases: tuple[str, ...]  # further ones: what is compared with simulated collectives
     collectives: tuple[str, ...]  # settings of kraken_train.bench.ttft: the interconnects that are simulated
+    real_collectives: tuple[str, ...]  # settings of it: the real ones, in the order of what simulates them
     real_cases: tuple[str, ...]  # further ones: what is compared with real and with simulated collectives
     prepare: tuple[str, ...]  # settings of data_prep.prepare, for the stages that train
     machine: MachineSizes

@@ -14,7 +14,8 @@ from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.settings import to_dict
 
 REPOSITORY = CONF_DIR.parent
-ON_A_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+# TRITON_INTERPRET runs fused kernels on a CPU.
+ON_A_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 Figures = dict[str, Any]  # title -> a number, whether something holds, or a text
 
