@@ -20,7 +20,7 @@ from kraken_train.common.locales import prints_unicode
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.inference.engine import ExecutionConfig
 from kraken_train.inference.generation import continue_prompts, require_servable
-from kraken_train.inference.ranks import device_speeds, end_rank, started_ranks
+from kraken_train.inference.ranks import COLLECTIVES, device_speeds, end_rank, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
 from kraken_train.parallel.device import DEVICES
@@ -48,6 +48,9 @@ class GenerateConfig:
     device: str  # auto | cpu | cuda
     # relative speeds of the ranks' devices, as in [1.0,1.0,0.5]: slower ones get less work; null: equal
     devices: tuple[float, ...] | None
+    # auto | library (NCCL or gloo) | symmetric (of small tensors over memory that all GPUs read); auto: symmetric
+    # behind NVSwitch
+    collectives: str
     compile: bool  # torch.compile: faster per token, slower to start
     cuda_graphs: bool  # record the kernels once and replay them; needs a GPU
     # prompts are padded to the next of these numbers of tokens, as in [128,512], and CUDA graphs recorded for each;
@@ -62,6 +65,7 @@ class GenerateConfig:
         require_positive("batch_size", self.batch_size)
         require_choice("dtype", self.dtype, tuple(DTYPES))
         require_choice("device", self.device, DEVICES)
+        require_choice("collectives", self.collectives, COLLECTIVES)
         if (self.prompt is None) == (self.prompts_file is None):
             raise ConfigError("give either prompt=TEXT or prompts_file=FILE, with one prompt a line")
         if self.prompt is not None and any("\ud800" <= character <= "\udfff" for character in self.prompt):
@@ -103,6 +107,7 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
         max_new_tokens=config.max_new_tokens,
         dtype=DTYPES[config.dtype],
         execution=config.execution,
+        collectives=config.collectives,
     )
     for first in range(0, len(prompts), engine.batch_size):
         rows = continue_prompts(

@@ -16,11 +16,14 @@ Wait = Callable[[], None]
 class Link(Protocol):
     """Simulates transfers, one after the other."""
 
-    def begin(self, collective: str, seconds: float) -> Wait:
-        """Begin a transfer concurrently with the computation; the returned function waits for its end."""
+    def begin(self, collective: str, seconds: float, moved: float) -> Wait:
+        """Begin a transfer concurrently with the computation; the returned function waits for its end.
+
+        It takes so many seconds, and reads and writes `moved` bytes of memory meanwhile.
+        """
         ...
 
-    def transfer(self, collective: str, seconds: float) -> None:
+    def transfer(self, collective: str, seconds: float, moved: float) -> None:
         """A transfer that the computation waits for."""
         ...
 
@@ -32,13 +35,13 @@ class ThreadLink:
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="link")
         self.free_at = 0.0  # in the time of perf_counter
 
-    def begin(self, collective: str, seconds: float) -> Wait:
+    def begin(self, collective: str, seconds: float, moved: float) -> Wait:
         # The end is fixed here, so that delays of the thread's start and of its sleep do not accumulate.
         self.free_at = max(time.perf_counter(), self.free_at) + seconds
         return self.worker.submit(occupy_until, self.free_at, f"{collective}_wire").result
 
-    def transfer(self, collective: str, seconds: float) -> None:
-        self.begin(collective, seconds)()
+    def transfer(self, collective: str, seconds: float, moved: float) -> None:
+        self.begin(collective, seconds, moved)()
 
 
 def occupy_until(moment: float, name: str) -> None:

@@ -1,7 +1,8 @@
-"""A communicator for one rank without the other ranks: collectives take time and move no data.
+"""A communicator for one rank without the other ranks: collectives take time, and what they sum stays as it is.
 
 The rank computes its real share of the work; a collective takes as long as the interconnect takes for its size and
-number of ranks. As with a real one, the rank computes between `start_all_reduce` and `wait`.
+number of ranks, and on a GPU reads and writes as much memory as a rank sends and receives. As with a real one, the rank
+computes between `start_all_reduce` and `wait`.
 
 Shapes: n sub-layers here, B batch, T tokens, D hidden size, v rows of the vocabulary here, P ranks.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kraken_train.bench.link import ALL_GATHER, ALL_REDUCE, Link, ThreadLink, Wait
 from kraken_train.parallel.sharding import ModelRank
-from kraken_train.planning.interconnect import Interconnect
+from kraken_train.planning.interconnect import Interconnect, all_gather_bytes, all_reduce_bytes
 
 
 def make_link(device: torch.device, blocks: int) -> Link:
@@ -63,16 +64,16 @@ class SimulatedCommunicator:
         return shared
 
     def all_reduce(self, partial: Tensor) -> Tensor:
-        self.transfer(ALL_REDUCE, self.all_reduce_seconds(partial))
+        self.transfer(ALL_REDUCE, *self.cost_of_sum(partial))
         return partial
 
     def start_all_reduce(self, streams: Tensor) -> Pending:
         total = streams.sum(dim=0)  # of a single stream a copy, which the real all-reduce would overwrite
-        seconds = self.all_reduce_seconds(total)
+        seconds, moved = self.cost_of_sum(total)
         if self.link is None or seconds == 0 or not self.overlap:
-            self.transfer(ALL_REDUCE, seconds)
+            self.transfer(ALL_REDUCE, seconds, moved)
             return Pending(total, wait=None)
-        return Pending(total, self.link.begin(ALL_REDUCE, seconds))
+        return Pending(total, self.link.begin(ALL_REDUCE, seconds, moved))
 
     def wait(self, handle: Pending) -> Tensor:
         if handle.wait is not None:
@@ -83,7 +84,7 @@ class SimulatedCommunicator:
         return tensor.dtype
 
     def maximum(self, values: Tensor) -> Tensor:
-        self.transfer(ALL_REDUCE, self.all_reduce_seconds(values))
+        self.transfer(ALL_REDUCE, *self.cost_of_sum(values))
         return values.detach()
 
     def gather(self, part: Tensor) -> Tensor:
@@ -93,19 +94,21 @@ class SimulatedCommunicator:
         seconds = self.interconnect.all_gather_seconds(size, ranks)
         self.traffic.all_gathers += 1
         self.count(size, seconds)
-        self.transfer(ALL_GATHER, seconds)
+        self.transfer(ALL_GATHER, seconds, all_gather_bytes(size, ranks))
         return part.detach().repeat(*[1] * (part.dim() - 1), ranks)
 
-    def all_reduce_seconds(self, tensor: Tensor) -> float:
-        seconds = self.interconnect.all_reduce_seconds(tensor.nbytes, self.model_rank.size)
+    def cost_of_sum(self, tensor: Tensor) -> tuple[float, float]:
+        """Seconds, and bytes of memory that are read and written."""
+        ranks = self.model_rank.size
+        seconds = self.interconnect.all_reduce_seconds(tensor.nbytes, ranks)
         self.traffic.all_reduces += 1
         self.count(tensor.nbytes, seconds)
-        return seconds
+        return seconds, all_reduce_bytes(tensor.nbytes, ranks)
 
     def count(self, size: int, seconds: float) -> None:
         self.traffic.num_bytes += size
         self.traffic.seconds += seconds
 
-    def transfer(self, collective: str, seconds: float) -> None:
+    def transfer(self, collective: str, seconds: float, moved: float) -> None:
         if self.link is not None and seconds > 0:
-            self.link.transfer(collective, seconds)
+            self.link.transfer(collective, seconds, moved)

@@ -38,7 +38,7 @@ from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
 from kraken_train.common.validation import require_at_least, require_choice, require_positive
-from kraken_train.inference.ranks import connect, end_rank, started_ranks
+from kraken_train.inference.ranks import COLLECTIVES, connect, end_rank, started_ranks
 from kraken_train.kernels.selection import choose_kernels
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.parallel.communicator import Communicator
@@ -73,6 +73,9 @@ class TTFTConfig:
     dtype: str | None  # bf16 | fp32; null: bf16 where the device computes it natively
     compile: bool | None  # torch.compile the parts of the layers; null: on a GPU
     cuda_graphs: bool | None  # replay the kernels as CUDA graphs; null: on a GPU
+    # of several ranks: auto | library (NCCL or gloo) | symmetric (of small tensors over memory that all GPUs read);
+    # auto: symmetric behind NVSwitch
+    collectives: str
     simulated_blocks: int  # multiprocessors that a simulated collective occupies on a GPU
     interconnect: Interconnect
     # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
@@ -95,6 +98,7 @@ class TTFTConfig:
         for name in ("batch_size", "output_tokens", "vocab_size", "repeats", "simulated_blocks"):
             require_positive(name, getattr(self, name))
         require_choice("device", self.device, DEVICES)
+        require_choice("collectives", self.collectives, COLLECTIVES)
         if self.dtype is not None:
             require_choice("dtype", self.dtype, tuple(DTYPES))
         if not self.output_dir:
@@ -216,7 +220,7 @@ def describe(config: TTFTConfig, device: torch.device, conditions: Conditions, k
             "changed": config.interconnect.is_overridden,
         }
         if simulated
-        else {"name": "NCCL" if device.type == "cuda" else "gloo"},
+        else {"name": "NCCL" if device.type == "cuda" else "gloo", "collectives": config.collectives},
         "conditions": {
             "dtype": str(conditions.dtype).removeprefix("torch."),
             "compile": conditions.compile,
@@ -261,11 +265,12 @@ def run_all(config: TTFTConfig, planned: list[Comparison], runtime: Runtime) -> 
     plans = [comparison.plan(usable) for comparison in planned]
     kind = MEASURED if ranks > 1 else SIMULATED
     link = make_link(device, config.simulated_blocks) if kind == SIMULATED else None
+    real = connect(runtime, config.collectives)
     about = describe(config, device, planned[0].conditions, kind, ranks)
     results: list[Result] = []
     for number, (comparison, plan) in enumerate(zip(planned, plans, strict=True), start=1):
         if link is None:
-            communicator = real_communicator(connect(runtime))
+            communicator = real_communicator(real)
         else:
             communicator = simulated_communicator(config.interconnect, comparison.case.degree, link)
         results += run(comparison, plan, communicator, runtime, kind)

@@ -36,6 +36,8 @@ class ShardedHead:
         self.rows = -(-len(weight) // place.size)  # on the last ranks there may be fewer
         self.first = place.rank * self.rows
         self.weight = weight[self.first :][: self.rows]
+        exact_ids = torch.float32 if self.vocab_size <= 2**24 else torch.float64
+        self.exchanged_dtype = torch.promote_types(weight.dtype, exact_ids)
         self.columns = torch.arange(self.first, self.first + self.rows, device=weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -51,15 +53,15 @@ class ShardedHead:
     def most_likely(self, hidden: Tensor, limit: Tensor) -> Tensor:
         """(B, D) and the number of words, of which one is chosen -> (B, 2): the largest logit and its id.
 
-        Each rank contributes the largest of its logits, or NaN where not all of them are finite, which also wins. In
-        float64, which holds the values and the ids exactly.
+        Each rank contributes the largest of its logits, or NaN where not all of them are finite, which also wins. The
+        type holds the values and the ids exactly.
         """
         part = self.part(hidden)
         finite = part.isfinite().all(dim=-1)
         part = part.masked_fill(self.columns >= limit, -torch.inf)
         index = part.argmax(dim=-1, keepdim=True)  # the first of equal ones
-        value = part.gather(-1, index)[:, 0].double().masked_fill(~finite, torch.nan)
-        own = torch.stack([value, (self.first + index[:, 0]).double()], dim=-1)
+        value = part.gather(-1, index)[:, 0].to(self.exchanged_dtype).masked_fill(~finite, torch.nan)
+        own = torch.stack([value, (self.first + index[:, 0]).to(value.dtype)], dim=-1)
         every = self.communicator.gather(own).unflatten(-1, (-1, 2))  # (B, P, 2), in the order of the vocabulary
         best = every[..., 0].argmax(dim=-1)
         pair: Tensor = every.gather(1, best[:, None, None].expand(-1, 1, 2))[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from kraken_train.parallel.device import choose_device
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.ranks import Runtime, another_rank_ended, read_runtime
 from kraken_train.parallel.rendezvous import connect_ranks
+from kraken_train.parallel.symmetric import GPU, Links, SymmetricCommunicator, links_of, open_exchange
 
 Result = TypeVar("Result")
+COLLECTIVES = AUTO, LIBRARY, SYMMETRIC = ("auto", "library", "symmetric")
 RANK_VARIABLES = {"RANK", "SLURM_PROCID"}  # of torchrun and deepspeed, and of srun
 
 
@@ -60,14 +63,32 @@ def end_rank() -> None:
         os._exit(0)
 
 
-def connect(runtime: Runtime) -> Communicator:
-    """The communicator of this rank's part of a model, of which all ranks together have one copy."""
+def connect(runtime: Runtime, collectives: str = AUTO) -> Communicator:
+    """The communicator of this rank's part of a model, of which all ranks together have one copy.
+
+    `collectives` is one of `COLLECTIVES`. Raises ConfigError where the GPUs cannot do it.
+    """
     if runtime.world_size == 1:
         return LocalCommunicator()
     group = runtime.group or dist.group.WORLD
     if group is None:
         raise RuntimeError("the ranks are not connected; use started_ranks")
-    return DistributedCommunicator(group)
+    links = None if collectives == LIBRARY else find_links(runtime)
+    if links is None and collectives == SYMMETRIC:
+        raise ConfigError(
+            "collectives=symmetric needs 2 to 8 GPUs of one machine that can read each other's memory, each visible to "
+            "all ranks; use collectives=auto"
+        )
+    # Where there is no NVSwitch, reading over PCIe may be slower than NCCL: only if it is asked for.
+    if links is None or not (links.multicast or collectives == SYMMETRIC):
+        return DistributedCommunicator(group)
+    return SymmetricCommunicator(group, open_exchange(group, runtime.device, links))
+
+
+def find_links(runtime: Runtime) -> Links | None:
+    """What connects the GPUs of all ranks, where they can exchange without a library."""
+    on_gpu = runtime.device.type == "cuda"
+    return links_of(runtime.gather(GPU.of(platform.node(), runtime.device) if on_gpu else None))
 
 
 def on_all(runtime: Runtime, function: Callable[[], Result]) -> Result:

@@ -12,7 +12,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
 from kraken_train.inference.loading import load_part, served_config, share_model
 from kraken_train.inference.memory import free_memory, require_memory, serving_memory
-from kraken_train.inference.ranks import connect, on_all
+from kraken_train.inference.ranks import AUTO, connect, on_all
 from kraken_train.parallel.ranks import Runtime
 
 
@@ -26,12 +26,13 @@ def start_engine(
     max_new_tokens: int,
     dtype: torch.dtype,
     execution: ExecutionConfig,
+    collectives: str = AUTO,
 ) -> InferenceEngine:
     """This rank's engine for prompts of up to `prompt_tokens` tokens and as many new ones, on all ranks of the run.
 
-    `speeds` are those of the ranks' devices. Raises ConfigError, before any weight is read, where the devices do
-    not support `execution`, are too many to share the model, or have too little memory; CheckpointError on all
-    ranks if one of them cannot read its part.
+    `speeds` are those of the ranks' devices, `collectives` is one of `ranks.COLLECTIVES`. Raises ConfigError, before
+    any weight is read, where the devices do not support `execution` or `collectives`, are too many to share the model,
+    or have too little memory; CheckpointError on all ranks if one of them cannot read its part.
     """
     execution.require_device(runtime.device)
     execution = execution.fitted(runtime.device, prompt_tokens, prompt_tokens + max_new_tokens)
@@ -49,7 +50,7 @@ def start_engine(
     ]
     free = runtime.gather(free_memory(runtime.device, runtime.local_world_size))
     require_memory(needs, free, f"the model in {export.folder} with a batch of {batch_size} prompts")
-    units, communicator = shares[runtime.rank], connect(runtime)
+    units, communicator = shares[runtime.rank], connect(runtime, collectives)
     model = on_all(runtime, lambda: load_part(export, units, communicator, dtype, runtime.device))
     usable = tuple(length for length in execution.lengths if length <= capacity)
     return InferenceEngine(model, batch_size, capacity, replace(execution, prefill_lengths=usable))

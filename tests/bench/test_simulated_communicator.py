@@ -41,7 +41,7 @@ CONDITIONS = Conditions(
 
 
 class NoLink:
-    def begin(self, collective: str, seconds: float) -> Wait:
+    def begin(self, collective: str, seconds: float, moved: float) -> Wait:
         raise AssertionError(f"{collective} of {seconds} seconds was issued")
 
     transfer = begin
@@ -81,10 +81,12 @@ def model_that_waits(architecture: str, each: float) -> tuple[TimedModel, float]
     tried = timed_model(architecture, replace(SLOW, latency_us=each * 1e6), ThreadLink())
     width = tried.model.config.hidden_size
     number = {"kraken": 2, "standard": 4}[architecture]  # of two layers: L - 1 and the conjunction, and 2 L
-    asked = number * (each + 1.5 * 4 * 8 * width / 1e9) + each + 0.75 * 4 * 64 / 1e9
+    asked = (
+        number * (each + 1.5 * 4 * 8 * width / 1e9) + each + 0.75 * (4 * 2 * 4) / 1e9
+    )  # the last: two numbers of each rank
     assert tried.traffic.all_reduces == number
     assert tried.traffic.all_gathers == 1
-    assert tried.traffic.num_bytes == number * 4 * 8 * width + 4 * 64
+    assert tried.traffic.num_bytes == number * 4 * 8 * width + 4 * 2 * 4
     assert tried.traffic.seconds == pytest.approx(asked, rel=1e-12)
     return tried, asked
 
@@ -151,6 +153,26 @@ def test_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.seconds == pytest.approx(0.2, rel=1e-6), "one after the other, as on one link"
 
 
+def test_memory_that_transfers_move() -> None:
+    """What a rank sends, and receives, of each sum and gathering: 2 (P - 1) / P of the bytes, and (P - 1) / P."""
+    asked: list[tuple[str, float]] = []
+
+    class NotingLink:
+        def begin(self, collective: str, seconds: float, moved: float) -> Wait:
+            asked.append((collective, moved))
+            return lambda: None
+
+        def transfer(self, collective: str, seconds: float, moved: float) -> None:
+            asked.append((collective, moved))
+
+    communicator = SimulatedCommunicator(SLOW, ModelRank(0, 4), NotingLink())
+    streams = torch.zeros(3, 1, 10, 8, dtype=torch.bfloat16)
+    communicator.wait(communicator.start_all_reduce(streams))
+    communicator.all_reduce(streams[0])
+    communicator.gather(streams[0])
+    assert asked == [("all_reduce", 1.5 * 160), ("all_reduce", 1.5 * 160), ("all_gather", 0.75 * 640)]
+
+
 def test_a_transfer_does_not_hold_the_computation_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It begins in a thread of its own, and whoever waits for it waits."""
     sleeping, over, events = threading.Event(), threading.Event(), []
@@ -161,7 +183,7 @@ def test_a_transfer_does_not_hold_the_computation_up(monkeypatch: pytest.MonkeyP
         events.append(f"slept {seconds:.1f}")
 
     monkeypatch.setattr(link, "time", SimpleNamespace(perf_counter=lambda: 0.0, sleep=sleep))
-    wait = ThreadLink().begin("all_reduce", 0.3)
+    wait = ThreadLink().begin("all_reduce", 0.3, moved=0)
     sleeping.wait()
     events.append("computed")
     over.set()

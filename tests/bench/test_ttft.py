@@ -121,7 +121,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     record = load(tmp_path)
     assert record["kind"] == "measured"
     assert record["processes"] == 2
-    assert record["interconnect"] == {"name": "gloo"}
+    assert record["interconnect"] == {"name": "gloo", "collectives": "auto"}
     for result in record["results"]:
         assert result["devices"] == 2
         assert result["asked_of_interconnect"]["all_gathers"] == 1

@@ -58,7 +58,7 @@ def test_exposed_without_overlap(asked: float) -> None:
         for _ in range(COUNT):
             torch.mm(x, x)
             if transfers:
-                link.transfer(ALL_REDUCE, asked)
+                link.transfer(ALL_REDUCE, asked, moved=2**20)
 
     with_transfers, without = (captured(lambda flag=flag: work(flag)) for flag in (True, False))
     added = seconds_of(with_transfers.replay) - seconds_of(without.replay)
@@ -91,6 +91,29 @@ def test_overlap_in_a_graph() -> None:
     assert parts[GEMM] > 0
     assert parts[HIDDEN] > 0.7 * COUNT * seconds
     assert parts[HIDDEN] + parts[EXPOSED] == pytest.approx(COUNT * seconds, rel=0.05)
+
+
+def test_nothing_large_runs_beside_it() -> None:
+    """A product of matrices waits where transfers have all multiprocessors; what they move is in memory afterwards."""
+    from kraken_train.bench import spin_link  # noqa: PLC0415 (needs Triton)
+
+    seconds, blocks = 300e-6, torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    link = make_link(DEVICE, blocks)
+    assert isinstance(link, spin_link.SpinLink)
+    link.memory[0].fill_(7)
+    x = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
+
+    def work(moved: int) -> None:
+        wait = link.begin(ALL_REDUCE, seconds, moved)
+        torch.mm(x, x)
+        wait()
+
+    alone = seconds_of(captured(lambda: torch.mm(x, x)).replay)
+    link.memory[1].zero_()
+    beside = captured(lambda: work(2**20))
+    assert seconds_of(beside.replay) > seconds + 0.5 * alone
+    assert link.memory[1][: 2**18].eq(7).all()
+    assert link.memory[1][2**18 :].eq(0).all()
 
 
 def test_command(tmp_path: Path) -> None:

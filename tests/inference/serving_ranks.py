@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from kraken_train.inference.serving import start_engine
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.parallel.sharding import ModelRank
+from kraken_train.parallel.symmetric import Links, SymmetricCommunicator, SymmetricExchange
 
 STEPS = 64
 LENGTHS = [5, 1, 3]  # of prompts
@@ -126,6 +130,43 @@ def most_likely_on(engine: InferenceEngine) -> dict[str, Any]:
     return {"equal": equal, "moved": moved, "finite": engine.most_likely(hidden, 1).finite.tolist()}
 
 
+class SharedByGloo:
+    """Stands for memory that all ranks see, of which a kernel makes the sum."""
+
+    def __init__(self, group: dist.ProcessGroup, used: list[str]) -> None:
+        self.group, self.used = group, used
+
+    def sum(self, values: Tensor, algorithm: str) -> None:
+        self.used.append(algorithm)
+        dist.all_reduce(values, group=self.group)
+
+
+class AtOnce:
+    """Stands for a stream."""
+
+    def begin(self, work: Callable[[], None]) -> SimpleNamespace:
+        work()
+        return SimpleNamespace(wait=lambda: None)
+
+
+def serve_over_shared_memory(folder: Path, name: str, group: dist.ProcessGroup) -> dict[str, Any]:
+    """The same logits as over the library, and the algorithms of a prompt, then of a most likely token."""
+    export, waited, overlapped = read_export(folder / name), [], []
+    place = ModelRank(group.rank(), group.size())
+    exchange = SymmetricExchange(
+        Links(group.size(), multicast=True), SharedByGloo(group, waited), SharedByGloo(group, overlapped), AtOnce()
+    )
+    units = share_model(export.config, [1.0] * place.size)[place.rank]
+    ids, lengths, found = random_ids(export.config, 2, 12), torch.tensor([12, 5]), []
+    for communicator in (DistributedCommunicator(group), SymmetricCommunicator(group, exchange)):
+        model = load_part(export, units, communicator, torch.float32, torch.device("cpu"))
+        engine = InferenceEngine(model, 2, 16)
+        hidden = engine.read_prompts(ids, lengths)
+        found += [hidden, engine.logits(hidden), engine.most_likely(hidden).ids]
+    algorithms = {"waited": list(waited), "overlapped": list(overlapped)}
+    return {"equal": [one.equal(other) for one, other in zip(found[:3], found[3:], strict=True)], **algorithms}
+
+
 def generate_on_all(folder: Path, runtime: Runtime) -> dict[str, Any]:
     """Texts by the sampling settings, as each rank has them, on four unequal devices."""
     export = read_export(folder / "kraken-6")
@@ -169,7 +210,9 @@ def check(folder: Path, runtime: Runtime) -> dict[str, Any]:
             cases[case_name(case)] = serve(folder, case, groups[len(case[1])])
     if runtime.is_first:
         print(f"{len(CASES)} cases: {time.monotonic() - started:.1f} s", flush=True)
+    shared = {name: serve_over_shared_memory(folder, name, groups[4]) for name in ("kraken-4-mha", "standard-mha")}
     return {
+        "shared": runtime.gather(shared),
         "cases": runtime.gather(cases),
         "texts": generate_on_all(folder, runtime),
         "failure": fails_on_rank_2(runtime),

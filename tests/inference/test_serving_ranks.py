@@ -61,12 +61,22 @@ def test_number_of_collectives(report: Report, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_most_likely_without_gathered_logits(report: Report, case: Case) -> None:
-    """Of three sequences each rank sends two numbers of 8 bytes, and not its share of the logits."""
+    """Of three sequences each rank sends two numbers of 4 bytes, and not its share of the logits."""
     for rank in range(len(case[1])):
         found = report["cases"][rank][case_name(case)]["most_likely"]
         assert found["equal"] == [True] * 4
-        assert found["moved"] == [1, 3 * 2 * 8]
+        assert found["moved"] == [1, 3 * 2 * 4]
         assert found["finite"] == [False] * 3
+
+
+@pytest.mark.parametrize(("name", "waited", "overlapped"), [("kraken-4-mha", 1, 1), ("standard-mha", 4, 0)])
+def test_sums_without_the_library(report: Report, name: str, waited: int, overlapped: int) -> None:
+    """Of two layers; then two gatherings, of logits and of the most likely tokens."""
+    for rank in range(4):
+        found = report["shared"][rank][name]
+        assert found["equal"] == [True] * 3
+        assert found["waited"] == ["one-shot"] * (waited + 2)
+        assert found["overlapped"] == ["one-shot"] * overlapped
 
 
 def test_uneven_shares(report: Report) -> None:

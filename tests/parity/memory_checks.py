@@ -24,7 +24,6 @@ from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.planning.layout import TrainingLayout
-from kraken_train.planning.memory import shards
 from kraken_train.training import optim
 from kraken_train.training.engine import Engine
 from kraken_train.training.optim import LARGEST_BUCKET_DURING_BACKWARD
@@ -70,7 +69,6 @@ class Case:
 
     @contextmanager
     def with_bucket(self) -> Iterator[None]:
-        shards.cache_clear()
         with mock.patch.object(optim, "LARGEST_BUCKET_DURING_BACKWARD", self.bucket or LARGEST_BUCKET_DURING_BACKWARD):
             yield
 

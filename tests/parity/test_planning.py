@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kraken_train.planning.memory import predict_memory, shards
+from kraken_train.planning.memory import FP32, Memory, Shards, predict_memory, shards
 from kraken_train.planning.traffic import predict_traffic
 from parity.memory_checks import CASES, LEAST_BYTES, QUICK, Case
 
@@ -25,17 +25,27 @@ def test_memory(launched: Callable[..., Any], name: str) -> None:
     measured, case = result(launched, name), CASES[name]
     with case.with_bucket():
         predicted, own = predict_memory(case.model, case.layout), shards(case.model, case.layout)
+        has_buckets = own.reduces_during_backward
     assert own.elements == measured["parameters"]
-    assert own.reduces_during_backward == (case.bucket is not None)
-    if own.reduces_during_backward:  # the largest bucket need not become full when most else is alive
+    assert has_buckets == (case.bucket is not None)
+    if has_buckets:  # the largest bucket need not become full when most else is alive
         assert 0.99 * measured["peak"] < predicted.total < 1.12 * measured["peak"]
     else:  # the tracker counts every tensor, so only what the model of DeepSpeed leaves out can differ
-        assert predicted.total == pytest.approx(measured["peak"], rel=0.02)
+        in_gloo = during_gloos_sum(case, predicted, own)
+        assert max(predicted.total, in_gloo) == pytest.approx(measured["peak"], rel=0.02)
     kept = predicted.weights + predicted.optimizer
     if case.layout.keeps_accumulator:
         kept += predicted.gradients
     assert kept == pytest.approx(measured["state"], rel=0.001)
     assert predicted.total > 1.1 * kept, "nothing but the state is tested"
+
+
+def during_gloos_sum(case: Case, predicted: Memory, own: Shards) -> int:
+    """Bytes while gloo scatters the sums of a group's gradients, of which it makes a copy; NCCL makes none."""
+    if not case.layout.keeps_accumulator or case.layout.data_parallel_size == 1:
+        return 0
+    in_bf16 = 2 * own.elements if case.layout.accumulation_steps == 1 else 0
+    return predicted.weights + predicted.optimizer + predicted.gradients + in_bf16 + FP32 * max(own.padded)
 
 
 @pytest.mark.parametrize("name", NAMES)

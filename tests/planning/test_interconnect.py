@@ -30,9 +30,26 @@ def test_costs() -> None:
     assert load("free").all_reduce_seconds(10**12, 4) == load("free").all_gather_seconds(10**12, 4) == 0
 
 
+def test_one_shot_where_it_is_faster() -> None:
+    """Each rank reads the values of all others at once: for small sums, and for few ranks."""
+    one_shot = load("h100_one_shot")
+    assert replace(one_shot, name="h100_nvswitch", source="", one_shot_latency_us=None, one_shot_bandwidth=None) == (
+        REFERENCE
+    )
+    assert one_shot.all_reduce_seconds(2**19, 4) == pytest.approx(6e-6 + 3 * 2**19 / 390e9, rel=1e-12)
+    assert one_shot.all_reduce_seconds(2**19, 4) == pytest.approx(10e-6, rel=0.01)  # what vLLM measured
+    assert one_shot.all_reduce_seconds(10**8, 4) == REFERENCE.all_reduce_seconds(10**8, 4)
+    assert one_shot.all_gather_seconds(128, 8) == pytest.approx(6e-6, rel=1e-3)
+    for size in (1, 10**4, 10**6, 10**8):
+        for ranks in (2, 4, 8):
+            assert one_shot.all_reduce_seconds(size, ranks) <= REFERENCE.all_reduce_seconds(size, ranks)
+    assert str(one_shot) == "h100_one_shot: 12 us, 380 GB/s, one-shot 6 us"
+
+
 def test_profiles() -> None:
     assert PROFILES == [
-        "a100_nvswitch", "ethernet_100g", "free", "h100_nvswitch", "infiniband_200g", "infiniband_400g", "pcie4",
+        "a100_nvswitch", "ethernet_100g", "free", "h100_nvswitch", "h100_one_shot", "infiniband_200g",
+        "infiniband_400g", "pcie4",
     ]  # fmt: skip
     for name in PROFILES:
         profile = load(name)
@@ -53,6 +70,8 @@ def test_rules() -> None:
         ({"latency_us": float("nan")}, "interconnect.latency_us=nan must be"),
         ({"latency_us": 1e9}, "latency_us=1e.09 is more than a second; it is in microseconds"),
         ({"bus_bandwidth": 0.0}, "interconnect.bus_bandwidth=0.0 must be greater than 0"),
+        ({"one_shot_bandwidth": 0.0}, "interconnect.one_shot_bandwidth=0.0 must be greater than 0"),
+        ({"one_shot_latency_us": -1.0}, "interconnect.one_shot_latency_us=-1.0 must be at least 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             replace(REFERENCE, **change).validate()

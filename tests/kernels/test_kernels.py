@@ -1,0 +1,130 @@
+"""The fused kernels against their twins in PyTorch, on a CPU; `test_kernels_gpu` has the same on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import REPOSITORY
+from helpers import small_configs
+from kernels.cases import TOLERANCES
+
+from kraken_train.common.errors import ConfigError
+from kraken_train.kernels import selection, twins
+from kraken_train.kernels.selection import choose_kernels
+from kraken_train.model.config import KrakenConfig
+from kraken_train.model.registry import build_model
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+def run_apart(script: str, report: Path, *arguments: str, **environment: str) -> Any:
+    """What a script writes. In a process of its own: what Triton is, is decided when it is imported."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, str(REPOSITORY / "tests" / "kernels" / script), str(report), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_apart("interpreted.py", tmp_path_factory.mktemp("kernels") / "report.json", TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_each_kernel_is_its_twin(interpreted: dict[str, Any]) -> None:
+    """Results and all gradients: several blocks, masks, both norms and activations, grouped heads, rotations."""
+    cases = interpreted["kernels"]
+    functions = {"layer_entry", "ffn_entry", "activated_product", "split_heads"}
+    for dtype, tolerance in TOLERANCES.items():
+        of_type = [case for case in cases if case["dtype"] == dtype]
+        assert {case["case"] for case in of_type} == functions
+        for case in of_type:
+            assert max(case["errors"].values()) < tolerance, case
+
+
+@needs_triton
+def test_a_model_with_kernels_is_the_same_model(interpreted: dict[str, Any]) -> None:
+    """The loss and all gradients in float64, and logits with a cache."""
+    assert set(interpreted["models"]) == {"gelu", "swiglu and rope", "computed again", "exchanged", "compiled"}
+    for case, error in interpreted["models"].items():
+        assert error < 1e-12, case
+    assert interpreted["inference"] < 1e-12
+
+
+WRITES = {
+    "layer_entry.forward_kernel": {"y", "sum", "normed", "mean", "reciprocal"},
+    "layer_entry.backward_kernel": {"gradient", "gain_gradient"},
+    "ffn_entry.forward_kernel": {"residual", "normed", "mean", "reciprocal"},
+    "ffn_entry.backward_kernel": {"attended_gradient", "total_gradient", "gain_gradient"},
+    "activation.gelu_kernel": {"result"},
+    "activation.gelu_backward_kernel": {"up_gradient", "result"},
+    "activation.swiglu_kernel": {"result"},
+    "activation.swiglu_backward_kernel": {"gate_gradient", "up_gradient", "result"},
+    "heads.pack_kernel": {"packed"},
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_compilation_sees(compiled: bool, tmp_path: Path) -> None:
+    """PyTorch traces the real kernels, forward and backward, and finds what they write to.
+
+    Compiled, each becomes code for an H100 that keeps its values in registers.
+    """
+    found = run_apart("traced.py", tmp_path / "report.json", *(["compile"] if compiled else []), TRITON_INTERPRET="0")
+    assert {kernel["kernel"] for kernel in found} == set(WRITES)
+    for kernel in found:
+        assert {name.removesuffix("_pointer") for name in kernel["writes"]} == WRITES[kernel["kernel"]]
+        assert kernel["local"] == (0 if compiled else None), kernel
+
+
+def test_twins_are_the_model() -> None:
+    """A layer of the model, put together from the twins."""
+    config = KrakenConfig(2, 2, hidden_size=24, heads_per_sub_layer=2, vocab_size=32, context_length=8)
+    model = build_model(config).double()
+    first, second = (layer for layer in model.layers)
+    x = torch.randn(2, 1, 8, 24, dtype=torch.float64)
+    ffn, norm = first.ffn, second.attention.norm
+    attended, total = first.attention(x), x.sum(0)
+    residual, normed = twins.ffn_entry(x, attended, total, ffn.norm.weight, config.norm_epsilon, center=True)
+    added = twins.activated_product(None, ffn.up(normed), ffn.down.weight)
+    y, part, entered = twins.layer_entry(residual, added, norm.weight, config.norm_epsilon, True, torch.float64)
+    expected = ffn(x, attended, total)
+    torch.testing.assert_close((y, part, entered), (expected, expected.sum(0), norm(expected)))
+
+
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert not choose_kernels(None, cpu, "engine.fused_kernels")
+    for device in (cpu, gpu):
+        assert not choose_kernels(False, device, "engine.fused_kernels")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert not choose_kernels(None, gpu, "engine.fused_kernels")
+    with pytest.raises(ConfigError, match=r"engine.fused_kernels=true, but Triton is not installed; install triton"):
+        choose_kernels(True, gpu, "engine.fused_kernels")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "found")
+    assert choose_kernels(None, gpu, "engine.fused_kernels")
+    assert choose_kernels(True, gpu, "engine.fused_kernels")
+    monkeypatch.setattr(selection, "interpreted", lambda: False)
+    with pytest.raises(ConfigError, match=r"fused_kernels=true needs a GPU, and this runs on cpu; use null or false"):
+        choose_kernels(True, cpu, "fused_kernels")
+    monkeypatch.setattr(selection, "interpreted", lambda: True)
+    assert choose_kernels(True, cpu, "fused_kernels")
+
+
+def test_baselines_have_none() -> None:
+    """The setting is no error for them: a benchmark compares all architectures with the same settings."""
+    for name in ("standard", "parallel"):
+        model = build_model(small_configs()[name])
+        model.use_fused_kernels()
+        assert not any(getattr(module, "kernels", None) for module in model.modules())
