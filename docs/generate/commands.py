@@ -32,8 +32,14 @@ from kraken_train.common.settings import OneOf, choices_of, field_types
 ROOT = CONF_DIR.parent
 PACKAGES = ("data_prep", "kraken_train", "checkpoints", "launch")
 # Programs that other commands start.
-INTERNAL = ("kraken_train.bench.stages.program", "kraken_train.bench.stages.without_cudnn",
-            "kraken_train.common.locales", "launch.node", "launch.restart", "launch.slurm.snapshot")
+INTERNAL = (
+    "kraken_train.bench.stages.program",
+    "kraken_train.bench.stages.without_cudnn",
+    "kraken_train.common.locales",
+    "launch.node",
+    "launch.restart",
+    "launch.slurm.snapshot",
+)
 SECTIONS = {  # title in the navigation -> how the names of its commands begin
     "Data": ("data_prep.",),
     "Training": ("kraken_train.train", "kraken_train.status", "kraken_train.report", "kraken_train.plan",

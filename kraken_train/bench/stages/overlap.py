@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -128,7 +129,9 @@ def take_steps(config: ThroughputConfig, steps: int, way: str, runtime: Runtime)
         take_step(engine, *next(batches))
     results = engine.results()
     weights = runtime.gather(digest(engine.model))
-    intervals = record(lambda: take_step(engine, *next(batches)), runtime.device)
+    batch = next(batches)
+    together = partial(runtime.sum, [0.0])  # the ranks begin together, so that no sum waits for a late rank
+    intervals = record(lambda: take_step(engine, *batch), runtime.device, before=together)
     engine.deepspeed.destroy()
     outcome = (tuple(result.loss for result in results), tuple(result.grad_norm for result in results), tuple(weights))
     return Way(outcome, hidden_shares(intervals, entry.model.num_layers))

@@ -64,7 +64,7 @@ class Preset:
 
     device: str  # cpu | cuda
     sets: tuple[str, ...]  # of stages: one_gpu, many_gpus
-    limit_factor: float  # times the minutes of a stage are its limit
+    limit_factor: float  # a stage is ended after so many times the minutes that it should take
     ranks: int  # of stages on many GPUs
     ranks_per_copy: int  # of those, that share one copy of a model where there are several copies
     tests: tuple[str, ...]  # arguments of pytest, for the tests marked gpu

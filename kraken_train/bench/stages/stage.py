@@ -111,7 +111,7 @@ class Workplace:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    minutes: float  # after which it is ended
+    minutes: float  # that it should take; it is ended after `limit_factor` times as many
     what: str  # one line
     commands: Callable[[Workplace], Sequence[Command]]
     figures: Callable[[Workplace], Figures]  # once all commands have succeeded
