@@ -4,8 +4,8 @@ The same steps are taken three times: overlapped, overlapped again (which shows 
 with each sum waited for at once. Meanwhile memory is allocated, overwritten and freed right after each sum begins and
 ends, in both passes, so that a buffer that was freed too early would be overwritten.
 
-Its settings have `parallel.sm_carveout=0`: beside a sum under way products would be computed by other kernels, with other
-bits, than after it; and a whole vocabulary, which keeps the order of the sums that `hidden_shares` relies on.
+Its settings have `parallel.sm_carveout=0`, since products beside a sum would otherwise be computed by other kernels,
+with other bits, than after it; and a whole vocabulary, which keeps the order of sums that `hidden_shares` relies on.
 """
 
 from __future__ import annotations
