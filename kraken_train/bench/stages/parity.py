@@ -32,8 +32,7 @@ from kraken_train.training.engine import Engine, start_processes, stop_processes
 from kraken_train.training.precision import reduce_dtype
 
 VOCABULARY = 512  # a multiple of all numbers of ranks
-SAMPLES = 2  # of a rank's batch, at least
-LAYERS = 3
+LAYERS = 2
 HEADS = 2  # of a sub-layer
 LEARNING_RATE = 1e-3
 # precision, ZeRO stage, whether the vocabulary is cut, fused kernels (where Triton is installed)
@@ -45,7 +44,7 @@ def measure(sizes: ParitySizes, calls: ModuleType) -> Measured:
     start_processes(runtime)
     worst: dict[str, float] = {}
     cases: dict[str, float] = {}
-    batch, has_triton = SAMPLES * runtime.world_size, importlib.util.find_spec("triton") is not None
+    batch, has_triton = runtime.world_size, importlib.util.find_spec("triton") is not None
     for name, model in models(sizes).items():
         for precision, zero_stage, vocab_parallel, fused in MODES:
             alone = losses_alone(model, sizes.steps, batch, precision, runtime)
