@@ -94,24 +94,22 @@ class LoopedKraken(nn.Module):
 def require_paper_layers(config: object) -> KrakenConfig:
     """Raises ConfigError for what their code does not have."""
     if not isinstance(config, KrakenConfig):
-        raise ConfigError("authors: their code trains Krakens only; leave out the other models")
+        raise ConfigError("their code trains Krakens only")
     paper = {"norm": "layernorm", "ffn": "gelu", "positions": "learned", "qk_norm": False, "tie_embeddings": True}
     for name, value in paper.items():
         if getattr(config, name) != value:
-            raise ConfigError(f"authors: {name}={getattr(config, name)}, but their code has {value} only")
+            raise ConfigError(f"their code has {name}={value} only, not {getattr(config, name)}")
     if config.kv_heads != config.heads:
-        raise ConfigError("authors: their code has as many key-value heads as heads")
+        raise ConfigError("their code has as many key-value heads as heads")
     return config
 
 
 class AuthorsStep:
-    """Takes steps as `kraken_train.training.engine.Engine` does, in one process. Raises ConfigError for several."""
+    """Takes steps as `kraken_train.training.engine.Engine` does, in one process."""
 
     def __init__(
         self, model: LanguageModel, config: TrainConfig, mesh: ParallelMesh, runtime: Runtime, timer: StepTimer
     ) -> None:
-        if runtime.world_size > 1:
-            raise ConfigError(f"authors: their step is measured on one rank, and there are {runtime.world_size}")
         self.model = LoopedKraken(model).to(runtime.device)
         self.run: Callable[..., Any] = (
             torch.compile(self.model) if config.engine.compiles(runtime.device.type) else self.model

@@ -27,9 +27,9 @@ ALL_REDUCE, ALL_GATHER = "all_reduce", "all_gather"  # of intervals
 # The first that matches counts: attention kernels have "cutlass" in their template arguments too.
 KINDS = (
     (ALL_GATHER, r"all_gather_(spin|wire)|nccl.*allgather|gloo:.*all_?gather"),
-    (ALL_REDUCE, r"all_reduce_(spin|wire)|nccl|gloo:.*all_?reduce"),
+    (ALL_REDUCE, r"all_reduce_(spin|wire|kernel)|nccl|gloo:.*all_?reduce"),
     (ATTENTION, r"flash|fmha|sdpa|attention"),
-    (NORM, r"layer_?norm|rms_?norm"),
+    (NORM, r"layer_?norm|rms_?norm|(layer|ffn)_entry"),
     (GEMM, r"gemm|gemv|cutlass|nvjet|cublas|xmma|splitk|triton_\w*mm|aten::(linear|addmm|mm|bmm|baddbmm|matmul)$"),
 )
 # Inductor's own loops are named after all that was fused into them, products' bias and attention's copies included.

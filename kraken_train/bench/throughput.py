@@ -23,6 +23,7 @@ from rich.console import Console
 
 from kraken_train.bench.throughput_config import Entry, ThroughputConfig
 from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import replace_synced
 from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
@@ -49,6 +50,8 @@ def measure_throughput(config: ThroughputConfig) -> None:
     data = TrainingData({Path(config.data_dir): 1}) if config.data_dir else None
     entries = config.entries(data.vocab_size if data else None)
     config.parallel.data_parallel_size(runtime.world_size)
+    if config.authors and runtime.world_size > 1:
+        raise ConfigError(f"authors: their step is measured on one rank, not on {runtime.world_size}; use authors=[]")
     open_output(Path(config.output_dir))
     start_processes(runtime)
     native_bf16 = runtime.all_true(has_native_bf16(runtime.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from kraken_train.bench.authors_step import require_paper_layers
 from kraken_train.bench.grid import require_axis
 from kraken_train.common.cli import CONF_DIR, compose_choice, compose_command
 from kraken_train.common.errors import ConfigError
@@ -79,6 +80,8 @@ class ThroughputConfig:
         require_choice("device", self.device, DEVICES)
         if not self.output_dir:
             raise ConfigError("output_dir is empty; give output_dir=FOLDER")
+        if self.authors and not isinstance(self.optim, AdamWConfig):
+            raise ConfigError(f"authors: their code trains with optim=adamw only, not optim={self.optim.name}")
         if TORCH in self.engines and not isinstance(self.optim, AdamWConfig):
             raise ConfigError(
                 f"engines={','.join(self.engines)}: {TORCH} trains with optim=adamw only, not optim={self.optim.name}; "
@@ -100,8 +103,13 @@ class ThroughputConfig:
                 self.parallel.require_fits(model)
             except ConfigError as error:
                 raise ConfigError(f"models: {name}: {error}") from None
-            engines = (*self.engines, AUTHORS) if name in self.authors else self.engines
-            found += [Entry(name, model, engine) for engine in engines]
+            found += [Entry(name, model, engine) for engine in self.engines]
+            if name in self.authors:
+                try:
+                    require_paper_layers(model)
+                except ConfigError as error:
+                    raise ConfigError(f"authors: {name}: {error}") from None
+                found.append(Entry(name, model, AUTHORS))
         return found
 
     def parse(self, name: str, data_vocab_size: int | None) -> ModelConfig:

@@ -10,7 +10,7 @@ the plain form; here it holds without compilation too.
 Shapes: n sub-layers here, B batch, T tokens, D hidden size, F FFN size.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kraken_train.kernels.operators import compute_type, operator, wrap_triton
+from kraken_train.kernels.selection import padded
 
 BLOCK = 2048  # values of a program
 
@@ -77,7 +78,7 @@ def swiglu_backward_kernel(
 
 def launch(size: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the settings of an elementwise kernel."""
-    block = min(BLOCK, cast(int, triton.next_power_of_2(size)))
+    block = min(BLOCK, padded(size))
     return (triton.cdiv(size, block),), {"COMPUTE": compute_type(dtype), "BLOCK": block}
 
 

@@ -20,7 +20,7 @@ from kraken_train.kernels.operators import compute_type, operator, programs_for,
 
 
 @triton.jit
-def forward_kernel(
+def ffn_entry_kernel(
     x_pointer, attended_pointer, total_pointer, gain_pointer, residual_pointer, normed_pointer, mean_pointer,
     reciprocal_pointer, tokens, epsilon, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,7 +43,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def ffn_entry_backward_kernel(
     attended_pointer, total_pointer, gain_pointer, mean_pointer, reciprocal_pointer, residual_gradient_pointer,
     normed_gradient_pointer, attended_gradient_pointer, total_gradient_pointer, gain_gradient_pointer,
     tokens, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,
@@ -84,7 +84,7 @@ def ffn_entry(
     x, attended, total, gain = x.contiguous(), attended.contiguous(), total.contiguous(), gain.contiguous()
     residual, normed, mean, reciprocal = torch.empty_like(x), torch.empty_like(x), statistics(x), statistics(x)
     (n, width), tokens = gain.shape, mean.shape[1]
-    wrap_triton(forward_kernel)[(tokens,)](
+    wrap_triton(ffn_entry_kernel)[(tokens,)](
         x, attended, total, gain, residual, normed, mean, reciprocal, tokens, epsilon,
         N=n, D=width, CENTER=center, COMPUTE=compute_type(x.dtype), **tile(n, width),
     )  # fmt: skip
@@ -103,7 +103,7 @@ def ffn_entry_backward(
     programs = programs_for(tokens)
     gradient, total_gradient = torch.empty_like(attended), torch.empty_like(total)
     gain_gradients = mean.new_empty((programs, n, width))
-    wrap_triton(backward_kernel)[(programs,)](
+    wrap_triton(ffn_entry_backward_kernel)[(programs,)](
         attended, total, gain, mean, reciprocal, residual_gradient, normed_gradient, gradient, total_gradient,
         gain_gradients, tokens, N=n, D=width, CENTER=center, COMPUTE=compute_type(attended.dtype), **tile(n, width),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from kraken_train.kernels.operators import compute_type, operator, programs_for,
 
 
 @triton.jit
-def forward_kernel(
+def layer_entry_kernel(
     x_pointer, added_pointer, gain_pointer, y_pointer, sum_pointer, normed_pointer, mean_pointer, reciprocal_pointer,
     tokens, epsilon, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -47,7 +47,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def layer_entry_backward_kernel(
     y_pointer, gain_pointer, mean_pointer, reciprocal_pointer, y_gradient_pointer, sum_gradient_pointer,
     normed_gradient_pointer, gradient_pointer, gain_gradient_pointer,
     tokens, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,
@@ -87,7 +87,7 @@ def layer_entry(
     y, normed, mean, reciprocal = torch.empty_like(x), torch.empty_like(x), statistics(x), statistics(x)
     total = x.new_empty(x.shape[1:], dtype=sum_dtype)
     (n, width), tokens = gain.shape, mean.shape[1]
-    wrap_triton(forward_kernel)[(tokens,)](
+    wrap_triton(layer_entry_kernel)[(tokens,)](
         x, added, gain, y, total, normed, mean, reciprocal, tokens, epsilon,
         N=n, D=width, CENTER=center, COMPUTE=compute_type(x.dtype), **tile(n, width),
     )  # fmt: skip
@@ -105,7 +105,7 @@ def layer_entry_backward(
     (n, width), tokens = gain.shape, mean.shape[1]
     programs = programs_for(tokens)
     gradient, gain_gradients = torch.empty_like(y), mean.new_empty((programs, n, width))
-    wrap_triton(backward_kernel)[(programs,)](
+    wrap_triton(layer_entry_backward_kernel)[(programs,)](
         y, gain, mean, reciprocal, y_gradient, sum_gradient, normed_gradient, gradient, gain_gradients, tokens,
         N=n, D=width, CENTER=center, COMPUTE=compute_type(y.dtype), **tile(n, width),
     )  # fmt: skip

@@ -9,16 +9,17 @@ operator's arguments from its annotations.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch._subclasses import FakeTensor
 from torch.library import custom_op, triton_op
 from torch.library import wrap_triton as wrap_compiled
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from kraken_train.kernels.selection import interpreted, padded
+
+INTERPRETED = interpreted()
 WIDE = {torch.float64: tl.float64}  # what kernels compute in; float32 for every other type
 PROGRAMS = 512  # of a kernel that adds up a gain's gradient: four on each multiprocessor of an H100
 TOKENS_OF_A_PROGRAM = 4  # at least
@@ -58,7 +59,7 @@ class Interpreted:
 
 def tile(rows: int, columns: int) -> dict[str, int]:
     """Settings of a kernel whose programs hold (rows, columns) values at once: its tile, padded, and its warps."""
-    padded_rows, padded_columns = cast(int, triton.next_power_of_2(rows)), cast(int, triton.next_power_of_2(columns))
+    padded_rows, padded_columns = padded(rows), padded(columns)
     # 16 values a thread, as long as the warps last: enough loads under way, and few enough registers.
     warps = min(16, max(1, padded_rows * padded_columns // 512))
     return {"BLOCK_N": padded_rows, "BLOCK_D": padded_columns, "num_warps": warps}

@@ -9,6 +9,9 @@ import torch
 from kraken_train.common.errors import ConfigError
 
 KERNELS_SETTING = "engine.fused_kernels"  # of training
+# Values that a program holds at once, n vectors of D, each padded to a power of two. Code for an H100 with more of them
+# keeps some in memory instead of registers (Triton 3.7: 0.3 kB a thread at 2^14, 2 kB at 2^15, 11 kB at 2^16).
+LARGEST_TILE = 2**14
 
 
 def choose_kernels(setting: bool | None, device: torch.device, name: str) -> bool:
@@ -31,8 +34,18 @@ def choose_kernels(setting: bool | None, device: torch.device, name: str) -> boo
     return True
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU: TRITON_INTERPRET=1 was set when it was imported."""
-    from kraken_train.kernels.operators import INTERPRETED  # noqa: PLC0415 (imports Triton, which may be missing)
+def fits_kernels(sub_layers: int, width: int) -> bool:
+    """Whether vectors of so many sub-layers on a rank are few and short enough for the kernels."""
+    return padded(sub_layers) * padded(width) <= LARGEST_TILE
 
-    return INTERPRETED
+
+def padded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, because TRITON_INTERPRET=1 is set."""
+    import triton  # noqa: PLC0415 (may be missing)
+
+    return bool(triton.knobs.runtime.interpret)

@@ -14,13 +14,13 @@ Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kraken_train.kernels.selection import fits_kernels
 from kraken_train.model.initialization import initialize
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
@@ -67,12 +67,13 @@ class KrakenModel(LanguageModel):
         # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
         streams = Streams(embedding.expand(self.units.count, -1, -1, -1).contiguous())
         total: Tensor | None = embedding  # all streams start as the embedding, and it counts once, not N times
-        followers = itertools.chain(self.layers[1:], [None])
-        for layer, cache, follower in zip(self.layers, caches, followers, strict=True):
+        for layer, follower, cache in zip(self.layers, [*self.layers, None][1:], caches, strict=True):
             streams, total = layer(streams, total, rotary, cache, follower), None
         return self.communicator.all_reduce(self.conjunction(streams.x).sum(dim=0))
 
     def use_fused_kernels(self) -> None:
+        if not fits_kernels(self.units.count, self.config.hidden_size):
+            return
         from kraken_train.kernels.fused import FusedKernels  # noqa: PLC0415 (imports Triton, which may be missing)
 
         for layer in self.layers:

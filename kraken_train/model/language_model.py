@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
         return Losses(*(total / counted for total in sums))
 
     def use_fused_kernels(self) -> None:
-        """Compute with `kraken_train.kernels` from now on, where there are kernels for the architecture."""
+        """Compute with `kraken_train.kernels` from now on, where there are some for the architecture and its sizes."""
 
     def compile_parts(self) -> None:
         """Compile the parts of the layers, which share one compilation, and what the loss does to the logits."""

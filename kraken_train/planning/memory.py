@@ -2,14 +2,15 @@
 
 The forward and backward passes are traced with fake tensors (`planning.fake_trace`). What is kept between them, and
 what the reduction of the gradients and the update of the weights need in addition, is counted as DeepSpeed 0.19.8 does
-it, with E parameters on this device, in groups, D copies of the model and w bytes per weight:
+it, with E parameters on this device, in groups, D copies of the model, w bytes per weight and buckets of b gradients
+(`optim.reduce_bucket_elements`; b = E in small models):
 
 | | bf16, ZeRO-1 (BF16_Optimizer) | bf16, ZeRO-2 | fp32 (both DeepSpeedZeroOptimizer) |
 | --- | --- | --- | --- |
 | weights | 2 E | 2 E | 4 E |
 | fp32 masters and two moments (Muon: and its momentum) | 12 E / D (8 E / D) | 12 E / D | 12 E / D |
-| gradients between micro-batches | 4 E | 4 E / D | 4 E and a bucket; ZeRO-2: 4 E / D |
-| to reduce them | nothing | a bucket of 2 E, 2 E + 4 E to sum | a bucket of 4 E, 4 E to sum |
+| gradients between micro-batches | 4 E | 4 E / D | 4 E and a bucket of 4 b; ZeRO-2: 4 E / D |
+| to reduce them | nothing | a bucket of 2 b, 2 b + 4 b to sum | a bucket of 4 b, 4 b to sum |
 
 Without accumulation bf16 at ZeRO-1 also has the 2 E of bf16 gradients until the weights are updated.
 Parameters that lie across the border of two partitions count in both where gradients are kept by parameter (fp32).

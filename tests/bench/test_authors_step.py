@@ -67,5 +67,5 @@ def test_same_loss_and_gradient_in_double() -> None:
 
 @pytest.mark.parametrize("name", ["standard", "kraken-6", "kraken-modern"])
 def test_models_that_their_code_does_not_have(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"authors: .*their code"):
+    with pytest.raises(ConfigError, match="their code"):
         LoopedKraken(build_model(shareable_configs()[name]))

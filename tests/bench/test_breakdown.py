@@ -48,11 +48,14 @@ KERNELS = {
     "triton_red_fused_add_native_layer_norm_0": NORM,
     "triton_per_fused_add_mul_rsqrt_sub_var_mean_1": NORM,
     "triton_poi_fused_gelu_mm_3": None,
+    "layer_entry_backward_kernel": NORM,
+    "ffn_entry_kernel_0": NORM,
     "triton_poi_fused__scaled_dot_product_flash_attention_clone_2": None,
     "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>(...)": None,
     "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "all_reduce",
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "all_gather",
     "all_reduce_spin": "all_reduce",
+    "void c10d::symmetric_memory::one_shot_all_reduce_kernel<c10::BFloat16, 16, 8>(...)": "all_reduce",
     "all_gather_spin": "all_gather",
 }
 

@@ -14,13 +14,20 @@ from helpers import random_ids, rough_model, small_configs
 from kernels.cases import entry_cases, errors, ffn_cases, head_cases
 from torch import Tensor
 
+from kraken_train.bench.kernels import compare_kernels
 from kraken_train.inference.engine import ExecutionConfig, InferenceEngine
 from kraken_train.kernels import activation
 from kraken_train.kernels.fused import FusedKernels
+from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.parallel.distributed import DistributedCommunicator
 
-CONFIGS = {name: small_configs(context_length=8)[name] for name in ("kraken-gqa", "kraken-modern")}
+SMALL = small_configs(context_length=8)
+CONFIGS = {
+    "gelu": SMALL["kraken-gqa"],
+    "swiglu": SMALL["kraken-modern"],
+    "rope": SMALL["kraken-modern"].replace(qk_norm=False),  # with which the kernel rotates
+}
 
 
 def kernels() -> list[dict[str, Any]]:
@@ -40,17 +47,14 @@ def kernels() -> list[dict[str, Any]]:
 def models() -> dict[str, float]:
     """The largest relative error in norm of the loss and of each gradient, over whole models in float64."""
     plain = {name: gradients(name) for name in CONFIGS}
-    changes = {
-        "swiglu and rope": (),
-        "computed again": (recompute,),
-        "exchanged": (exchange,),
-        "compiled": (compile_parts,),
-    }
-    found = {
-        case: distance(gradients("kraken-modern", use_kernels, *also), plain["kraken-modern"])
-        for case, also in changes.items()
-    }
-    return found | {"gelu": distance(gradients("kraken-gqa", use_kernels), plain["kraken-gqa"])}
+    cases: list[tuple[str, str, tuple[Callable[[LanguageModel], None], ...]]] = [
+        ("gelu", "gelu", ()),
+        ("rope", "rope", ()),
+        ("computed again", "rope", (recompute,)),
+        ("exchanged", "swiglu", (exchange,)),
+        ("compiled", "swiglu", (compile_parts,)),
+    ]
+    return {case: distance(gradients(name, use_kernels, *also), plain[name]) for case, name, also in cases}
 
 
 def gradients(name: str, *changes: Callable[[LanguageModel], None]) -> dict[str, Tensor]:
@@ -93,7 +97,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def inference() -> float:
     """The relative error of the logits of a prompt and of a further token."""
-    config = CONFIGS["kraken-modern"]
+    config = CONFIGS["rope"]
     ids = random_ids(config, 1, 4)
     logits = []
     for fused_kernels in (False, True):
@@ -102,7 +106,12 @@ def inference() -> float:
     return ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
 
 
+def benchmark() -> list[dict[str, Any]]:
+    config = KrakenConfig(2, 1, hidden_size=8, heads_per_sub_layer=2, vocab_size=32, context_length=2)
+    return [one.as_dict() for one in compare_kernels(config, 1, torch.device("cpu"))]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report = {"kernels": kernels(), "models": models(), "inference": inference()}
+    report = {"kernels": kernels(), "models": models(), "inference": inference(), "benchmark": benchmark()}
     Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")

@@ -82,7 +82,7 @@ if __name__ == "__main__":
     found = []
     for case in cases:
         for launch in launches(case):
-            name = f"{launch['kernel'].fn.__module__.rpartition('.')[2]}.{launch['kernel'].fn.__name__}"
+            name = launch["kernel"].fn.__name__
             local = spilled(launch) if "compile" in sys.argv[2:] else None
             found.append({"kernel": name, "writes": launch["writes"], "local": local})
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

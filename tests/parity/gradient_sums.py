@@ -41,6 +41,7 @@ def compare(runtime: Runtime, size: int, muon: bool) -> dict[str, Any]:
     cleared = [not gradients.any() for gradients in optimizer.fp32_groups_gradients_flat]
     return {
         "groups": [len(optimizer.param_groups), len(differences)],
+        "backend": runtime.backend,
         "difference": max(runtime.gather(max(differences))),
         "cleared": runtime.all_true(all(map(bool, cleared))),
     }

@@ -15,5 +15,5 @@ def test_a_part_is_that_of_an_all_reduce(launched: Callable[..., Any], ranks: in
     found = launched(ranks)["gradient-sums"][f"{size} {optimizer}"]
     groups, compared = found["groups"]
     assert groups == compared >= 2
-    assert found["difference"] == 0
+    assert found["difference"] <= (1e-6 if "nccl" in found["backend"] else 0)
     assert found["cleared"], "what is left of other copies' parts would be added to the next step's"

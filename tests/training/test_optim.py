@@ -13,7 +13,19 @@ from kraken_train.model.registry import build_model
 from kraken_train.parallel.sharding import sharded_dims
 from kraken_train.recipe.batch_ramp import Position
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
-from kraken_train.training.optim import describe_jump, parameter_groups
+from kraken_train.training.optim import describe_jump, parameter_groups, reduce_bucket_elements
+
+
+@pytest.mark.parametrize(
+    ("sizes", "zero_stage", "elements"),
+    [
+        ([3, 4], 1, 7), ([3, 4], 2, 7),  # all gradients of a small model at once
+        ([60_000_000] * 10, 1, 500_000_000), ([600, 24_999_500, 600], 2, 25_000_000),
+        ([38_000_000, 10_000_000], 2, 38_000_000),  # the largest gradient fits
+    ],
+)  # fmt: skip
+def test_buckets_of_gradients(sizes: list[int], zero_stage: int, elements: int) -> None:
+    assert reduce_bucket_elements(sizes, zero_stage) == elements
 
 
 @pytest.mark.parametrize("architecture", small_configs())

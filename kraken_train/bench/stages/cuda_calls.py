@@ -46,8 +46,8 @@ def all_reduces(elements: int, group: dist.ProcessGroup) -> dict[str, Callable[[
     """By algorithm: what sums a bf16 tensor of so many elements over all ranks."""
     plain = torch.zeros(elements, dtype=torch.bfloat16, device="cuda")
     shared = symm_mem.empty(elements, dtype=torch.bfloat16, device=plain.device).zero_()
-    handle = symm_mem.rendezvous(shared, group)
     name, ops = group.group_name, torch.ops.symm_mem
+    handle = symm_mem.rendezvous(shared, name)
     found: dict[str, Callable[[], object]] = {
         "NCCL": lambda: dist.all_reduce(plain, group=group),
         "one-shot": lambda: ops.one_shot_all_reduce(shared, "sum", name),

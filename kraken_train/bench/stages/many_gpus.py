@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kraken_train.bench.stages.one_gpu import OURS, by_entry
+from kraken_train.bench.stages.one_gpu import OURS, PAPER_TTFT, by_entry
 from kraken_train.bench.stages.stage import Command, Figures, Goal, Stage, Workplace, of_program
-from kraken_train.bench.stages.ttft_figures import compared, exposed, real_over_simulated
+from kraken_train.bench.stages.ttft_figures import (
+    REAL_OVER_SIMULATED,
+    Results,
+    against_best_collective,
+    compared,
+    real_over_simulated,
+)
 
 REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which deterministic products of cuBLAS need
 
@@ -59,21 +65,28 @@ def budgets(place: Workplace) -> dict[str, str]:
 
 
 def real_ttft(place: Workplace) -> list[Command]:
-    """The real one on all ranks, and the simulated one for as many; both with the library's collectives."""
-    preset = place.preset
-    simulated = (*preset.real_cases, f"degrees=[{preset.ranks}]", *preset.collectives[0].split())
-    real = place.ttft("real", *preset.real_cases, "collectives=library", ranks=preset.ranks)
-    return [real, place.ttft("simulated", *simulated)]
+    """The real one on all ranks, and the simulated one for as many, with each collective."""
+    preset, commands = place.preset, []
+    degrees = f"degrees=[{preset.ranks}]"
+    for number, (real, simulated) in enumerate(zip(preset.real_collectives, preset.collectives, strict=True)):
+        commands.append(place.ttft(f"real-{number}", *preset.real_cases, *real.split(), ranks=preset.ranks))
+        commands.append(place.ttft(f"simulated-{number}", *preset.real_cases, degrees, *simulated.split()))
+    return commands
 
 
 def real_ttft_figures(place: Workplace) -> Figures:
-    real, simulated = (place.read(f"{name}/ttft.json")["results"] for name in ("real", "simulated"))
-    return {
-        **{f"real: {title}": value for title, value in compared(real).items()},
-        **{f"simulated: {title}": value for title, value in compared(simulated).items()},
-        **real_over_simulated(real, simulated),
-        "exposed communication, real less simulated": exposed(real) - exposed(simulated),
-    }
+    figures: Figures = {}
+    records: dict[str, list[Results]] = {way: [] for way in ("real", "simulated")}
+    for number, name in enumerate(place.preset.real_collectives):
+        pair = {way: place.read(f"{way}-{number}/ttft.json")["results"] for way in records}
+        for way, results in pair.items():
+            records[way].append(results)
+            figures |= {f"{name}, {way}: {title}": value for title, value in compared(results).items()}
+        figures |= {f"{name}: {title}": value for title, value in real_over_simulated(**pair).items()}
+    for way, found in records.items():
+        figures |= {f"{way}: {title}": value for title, value in against_best_collective(found).items()}
+    ratios = [value for title, value in figures.items() if title.endswith(REAL_OVER_SIMULATED)]
+    return figures | {f"least {REAL_OVER_SIMULATED}": min(ratios), f"largest {REAL_OVER_SIMULATED}": max(ratios)}
 
 
 def lost_rank(place: Workplace) -> list[Command]:
@@ -102,7 +115,7 @@ STAGES = (
         },
     ),
     Stage(
-        "parity", 4, "training on all ranks as in one process, for all ways to share them",
+        "parity", 3, "training on all ranks as in one process, for all ways to share them",
         parity, of_program("parity"),
         {
             "fp32: largest relative difference of a loss": Goal(TOLERANCES, 0, at_most=1e-4, on_cpu=True),
@@ -127,7 +140,7 @@ STAGES = (
         },
     ),
     Stage(
-        "budgets", 4, "multiprocessors for communication and for products",
+        "budgets", 3, "multiprocessors for communication and for products",
         lambda place: variants(place, budgets(place), place.preset.aligned),
         lambda place: speeds_of_variants(place, budgets(place)),
     ),
@@ -137,12 +150,14 @@ STAGES = (
         lambda place: speeds_of_variants(place, ZERO_STAGES),
     ),
     Stage(
-        "real_ttft", 3, "time to the first token with real collectives, beside simulated ones",
+        "real_ttft", 5, "time to the first token with real collectives, beside simulated ones",
         real_ttft, real_ttft_figures,
         {
-            "kraken: real over simulated time": Goal("the simulation may be quoted", 1, at_least=0.95, at_most=1.05),
-            "standard: real over simulated time": Goal("the simulation may be quoted", 1, at_least=0.95, at_most=1.05),
-            "real: Kraken: exposed communication": Goal("what the overlap is for", at_most=0.05),
+            "least real over simulated time": Goal("the simulation may be quoted", 1, at_least=0.95),
+            "largest real over simulated time": Goal("the simulation may be quoted", 1, at_most=1.05),
+            "real: Kraken over standard, best collective for each": Goal(PAPER_TTFT, 0.33, at_least=0.36),
+            "real: Kraken: exposed communication, with the slowest collective":
+                Goal("what the overlap is for", at_most=0.05),
         },
     ),
     Stage(

@@ -14,6 +14,7 @@ WITHOUT_CUDNN = "kraken_train.bench.stages.without_cudnn"
 NO_CUDNN = "without-cudnn"
 TESTS_FAILED = 1  # exit code of pytest
 PROTOTYPE = "a prototype of these models on one H100: 20 x 1024 tokens, bf16, compiled"
+PAPER_TTFT = "arXiv 2408.07802: +35.6% over its grid on eight A100; a prototype: +33%"
 OURS, AUTHORS = "deepspeed", "authors"
 
 
@@ -161,7 +162,7 @@ STAGES = (
         simulated_ttft, simulated_ttft_figures,
         {
             "Kraken over standard, best collective for each":
-                Goal("arXiv 2408.07802, section 4: +35.6% on eight A100; a prototype: +33%", 0.33, at_least=0.36),
+                Goal(PAPER_TTFT, 0.33, at_least=0.36),
             "Kraken: exposed communication, with the slowest collective":
                 Goal("what the overlap is for", at_most=0.05),
         },

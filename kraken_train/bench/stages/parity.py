@@ -1,10 +1,12 @@
 """The same training on several ranks as in one process: every way to share the ranks, with every kind of memory.
 
-Each rank also takes the steps alone, in plain PyTorch, with the whole batch; the losses must agree.
+Each rank also takes the steps alone, in plain PyTorch without fused kernels, with the whole batch; the losses must
+agree.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -30,12 +32,11 @@ from kraken_train.training.engine import Engine, start_processes, stop_processes
 from kraken_train.training.precision import reduce_dtype
 
 VOCABULARY = 512  # a multiple of all numbers of ranks
-SAMPLES = 2  # of a rank's batch, at least
-LAYERS = 3
+LAYERS = 2
 HEADS = 2  # of a sub-layer
 LEARNING_RATE = 1e-3
-# precision, ZeRO stage, whether the vocabulary is cut
-MODES = (("fp32", 1, False), ("fp32", 2, True), ("bf16", 1, True), ("bf16", 2, False))
+# precision, ZeRO stage, whether the vocabulary is cut, fused kernels (where Triton is installed)
+MODES = (("fp32", 1, False, True), ("fp32", 2, True, False), ("bf16", 1, True, True), ("bf16", 2, False, False))
 
 
 def measure(sizes: ParitySizes, calls: ModuleType) -> Measured:
@@ -43,14 +44,15 @@ def measure(sizes: ParitySizes, calls: ModuleType) -> Measured:
     start_processes(runtime)
     worst: dict[str, float] = {}
     cases: dict[str, float] = {}
-    batch = SAMPLES * runtime.world_size
+    batch, has_triton = runtime.world_size, importlib.util.find_spec("triton") is not None
     for name, model in models(sizes).items():
-        for precision, zero_stage, vocab_parallel in MODES:
+        for precision, zero_stage, vocab_parallel, fused in MODES:
             alone = losses_alone(model, sizes.steps, batch, precision, runtime)
             for ranks in divisors(runtime.world_size):
                 settings = (
                     f"engine.zero_stage={zero_stage}",
                     f"parallel.vocab_parallel={str(vocab_parallel).lower()}",
+                    f"engine.fused_kernels={str(fused and has_triton).lower()}",
                     f"parallel.sub_layer_parallel_size={ranks}",
                 )
                 shared = losses_shared(model, sizes.steps, batch, training(batch, precision, *settings), runtime)
@@ -90,7 +92,9 @@ class Alone:
 
 def losses_alone(model: ModelConfig, steps: int, samples: int, precision: str, runtime: Runtime) -> list[float]:
     mesh, timer = cast(ParallelMesh, Alone()), StepTimer(runtime.device)
-    engine = PlainEngine(build_model(model), training(samples, precision), mesh, runtime, timer)
+    engine = PlainEngine(
+        build_model(model), training(samples, precision, "engine.fused_kernels=false"), mesh, runtime, timer
+    )
     take_steps(engine, model, steps, samples, range(samples), runtime)
     return engine.results()
 

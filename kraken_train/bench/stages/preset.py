@@ -64,7 +64,7 @@ class Preset:
 
     device: str  # cpu | cuda
     sets: tuple[str, ...]  # of stages: one_gpu, many_gpus
-    limit_factor: float  # times the minutes of a stage are its limit
+    limit_factor: float  # a stage is ended after so many times the minutes that it should take
     ranks: int  # of stages on many GPUs
     ranks_per_copy: int  # of those, that share one copy of a model where there are several copies
     tests: tuple[str, ...]  # arguments of pytest, for the tests marked gpu
@@ -78,6 +78,7 @@ class Preset:
     ttft: tuple[str, ...]  # settings of kraken_train.bench.ttft, in all stages
     ttft_cases: tuple[str, ...]  # further ones: what is compared with simulated collectives
     collectives: tuple[str, ...]  # settings of kraken_train.bench.ttft: the interconnects that are simulated
+    real_collectives: tuple[str, ...]  # settings of it: the real ones, in the order of what simulates them
     real_cases: tuple[str, ...]  # further ones: what is compared with real and with simulated collectives
     prepare: tuple[str, ...]  # settings of data_prep.prepare, for the stages that train
     machine: MachineSizes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from kraken_train.bench.stages.stage import Figures
 from kraken_train.common.files import replace_synced
@@ -22,7 +21,6 @@ class Record:
     figures: Figures
     message: str  # the end of the output of what has failed
     device: str
-    sizes: dict[str, Any]  # the preset
     time: str  # of its end, UTC
 
     def write(self, folder: Path) -> None:

@@ -17,7 +17,6 @@ from kraken_train.bench.stages.preset import Preset
 from kraken_train.bench.stages.record import DONE, FAILED, TIMED_OUT, Record, read_record
 from kraken_train.bench.stages.stage import REPOSITORY, Command, Stage, Workplace
 from kraken_train.common.durations import duration
-from kraken_train.common.settings import to_dict
 
 LOG_FILE = "output.log"
 MESSAGE_CHARACTERS = 3000
@@ -64,12 +63,11 @@ class Runner:
         return never + [stage for stage in before if again or not self.is_done(stage, records[stage.name])]
 
     def is_done(self, stage: Stage, record: Record | None) -> bool:
-        """Whether the stage has succeeded on such a device with these sizes."""
-        return (
-            record is not None
-            and record.status == DONE
-            and (record.device, record.sizes) == (self.device, to_dict(self.preset))
-        )
+        """Whether the stage has succeeded on such a device with these commands."""
+        if record is None or record.status != DONE or record.device != self.device:
+            return False
+        # Of what was run, the preparation of data is not repeated.
+        return {str(command) for command in stage.commands(self.workplace(stage))} <= set(record.commands)
 
     def workplace(self, stage: Stage) -> Workplace:
         return Workplace(self.preset, (self.work_dir / stage.name).absolute(), (self.work_dir / "data").absolute())
@@ -105,7 +103,6 @@ class Runner:
             figures,
             message,
             self.device,
-            to_dict(self.preset),
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 

@@ -14,7 +14,8 @@ from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.settings import to_dict
 
 REPOSITORY = CONF_DIR.parent
-ON_A_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+# TRITON_INTERPRET runs fused kernels on a CPU.
+ON_A_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 Figures = dict[str, Any]  # title -> a number, whether something holds, or a text
 
@@ -110,7 +111,7 @@ class Workplace:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    minutes: float  # after which it is ended
+    minutes: float  # that it should take; it is ended after `limit_factor` times as many
     what: str  # one line
     commands: Callable[[Workplace], Sequence[Command]]
     figures: Callable[[Workplace], Figures]  # once all commands have succeeded

@@ -10,6 +10,7 @@ from kraken_train.bench.results import geometric_mean
 from kraken_train.bench.stages.stage import Figures
 
 KRAKEN = "kraken"
+REAL_OVER_SIMULATED = "real over simulated time"
 Results = Sequence[dict[str, Any]]  # of ttft.json
 Case = tuple[str, int, int]
 Times = dict[Case, float]
@@ -58,6 +59,6 @@ def against_best_collective(records: Sequence[Results]) -> Figures:
 def real_over_simulated(real: Results, simulated: Results) -> Figures:
     architectures = dict.fromkeys(result["architecture"] for result in real)
     return {
-        f"{name}: real over simulated time": mean_ratio(times(real, name), times(simulated, name))
+        f"{name}, {REAL_OVER_SIMULATED}": mean_ratio(times(real, name), times(simulated, name))
         for name in architectures
     }

@@ -33,9 +33,8 @@ def stage(name: str, code: str, minutes: float = 1.0, figures: dict[str, float] 
     return Stage(name, minutes, "a test", lambda place: [python(code)], lambda place: figures or {})
 
 
-def runner(folder: Path, **changes: object) -> Runner:
-    preset = dataclasses.replace(PRESET, **changes)  # type: ignore[arg-type]
-    return Runner(preset, folder / "out", folder / "work", "a test's", lambda line: None)
+def runner(folder: Path) -> Runner:
+    return Runner(PRESET, folder / "out", folder / "work", "a test's", lambda line: None)
 
 
 def statuses(folder: Path, stages: Sequence[Stage]) -> list[str | None]:
@@ -110,7 +109,8 @@ def test_what_is_done_is_skipped(tmp_path: Path) -> None:
     assert marks["failing"].read_text() == "xx"
     runner(tmp_path).run(stages[:1], again=True)
     assert marks["done"].read_text() == "xx"
-    runner(tmp_path, ranks=3).run(stages[:1])  # other sizes are another measurement
+    other = stage("done", WRITES.format(marks["done"]) + "; 'another command'")
+    runner(tmp_path).run([other])
     assert marks["done"].read_text() == "xxx"
 
 
@@ -133,11 +133,11 @@ def test_pieces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("which", "preset"), [(ONE_GPU, "one_gpu"), (MANY_GPUS, "eight_gpus")])
 def test_declared_stages(which: str, preset: str, tmp_path: Path) -> None:
-    """Their limits fill 24 minutes in pieces of 9, and each has commands with the sizes of its GPUs."""
+    """They should take 24 minutes, their limits fit into pieces of 9, and each has commands for GPUs."""
     stages = STAGES[which]
     assert sum(each.minutes for each in stages) == 24
-    assert max(each.minutes for each in stages) <= 9
     place = Workplace(load_preset(preset), tmp_path, tmp_path / "data")
+    assert max(place.preset.minutes(each.minutes) for each in stages) < 9
     for each in stages:
         commands = list(each.commands(place))
         assert commands, each.name
@@ -164,5 +164,5 @@ def test_choice_of_stages() -> None:
     assert len(choose_stages(config(piece_minutes=9), one)) == len(STAGES[ONE_GPU])
     with pytest.raises(ConfigError, match="stages=curve"):
         choose_stages(config(stages=("curve",)), one)
-    with pytest.raises(ConfigError, match="piece_minutes=5 is less than the 6 minutes"):
+    with pytest.raises(ConfigError, match=r"piece_minutes=5 is less than the 8\.4 minutes"):
         choose_stages(config(piece_minutes=5), one)

@@ -16,7 +16,7 @@ def stage(goals: dict[str, Goal]) -> Stage:
 
 
 def record(status: str = DONE, **figures: object) -> Record:
-    return Record("speed", status, 1.0, (), figures, "", "a device", {}, "now")
+    return Record("speed", status, 1.0, (), figures, "", "a device", "now")
 
 
 @pytest.mark.parametrize(
