@@ -21,7 +21,7 @@ from kraken_train.model.gpt import FFN as GPTFFN
 from kraken_train.model.gpt import AddNorm, Attention, qk_gains
 from kraken_train.model.initialization import initialize
 from kraken_train.model.language_model import LanguageModel
-from kraken_train.model.layers import KeyValueStore, Layer
+from kraken_train.model.layers import AttentionScope, Layer
 from kraken_train.model.rotary import Rotary
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
@@ -90,7 +90,7 @@ class FFNFirstModel(LanguageModel):
     def cache_shape(self) -> tuple[int, int, int]:
         return 1, self.units.count, self.config.head_size
 
-    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[KeyValueStore | None]) -> Tensor:
+    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[AttentionScope | None]) -> Tensor:
         x, added = embedding, embedding.new_zeros(())
         all_gains = qk_gains(self.layers, self.config, self.communicator)
         for layer, cache, gains in zip(self.layers, caches, all_gains, strict=True):
@@ -110,7 +110,7 @@ class FFNFirstLayer(Layer):
         self.attention = Attention(config, units)
 
     def forward(
-        self, x: Tensor, added: Tensor, rotary: Rotary | None, cache: KeyValueStore | None, gains: Tensor | None
+        self, x: Tensor, added: Tensor, rotary: Rotary | None, cache: AttentionScope | None, gains: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x, normed = self.ffn_norm(x, added)
         added = self.communicator.all_reduce(self.run(self.ffn, self.communicator.copy_to_ranks(normed)))

@@ -25,7 +25,7 @@ from kraken_train.common.files import replace_synced
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.model.documents import KERNELS, Documents
-from kraken_train.model.layers import KeyValueStore, attend_causally
+from kraken_train.model.layers import AttentionScope, attend_causally
 from kraken_train.parallel.device import DEVICES, choose_device
 
 CAUSAL = "causal, whole samples"
@@ -102,7 +102,7 @@ def one_round(name: str, begins: Tensor, sub_layers: int, inputs: list[Tensor]) 
     return times
 
 
-def timed(device: torch.device, work: Callable[[], KeyValueStore | Tensor | None]) -> tuple[Any, float]:
+def timed(device: torch.device, work: Callable[[], AttentionScope | Tensor | None]) -> tuple[Any, float]:
     """Seconds until the device has done it too."""
     started = time.perf_counter()
     result = work()

@@ -22,7 +22,7 @@ BIAS_ALIGNMENT = 8  # values, of PyTorch's memory-efficient attention
 class KeyValueCache:
     """The cache of all layers of the part of a model that is here, for `batch_size` sequences.
 
-    `prefill` and `decode` have one `layers.KeyValueStore` per layer: the first begins all sequences anew, the second
+    `prefill` and `decode` have one `layers.AttentionScope` per layer: the first begins all sequences anew, the second
     adds one token to each.
     """
 

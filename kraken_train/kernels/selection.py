@@ -28,8 +28,8 @@ def use_kernels(model: ModelWithKernels, setting: bool | None, device: torch.dev
     """
     if choose_kernels(setting, device, name) and not model.use_fused_kernels() and setting:
         raise ConfigError(
-            f"{name}=true, but the kernels take at most {LARGEST_TILE} values of a token: the sub-layers of a rank times "
-            "model.hidden_size, each rounded up to a power of two; use null, or more ranks per copy of the model"
+            f"{name}=true, but the kernels take at most {LARGEST_TILE} values of a token: the sub-layers of a rank "
+            "times model.hidden_size, each rounded up to a power of two; use null, or more ranks per copy of the model"
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kraken_train.model.layers import KeyValueStore, attend_causally
+from kraken_train.model.layers import AttentionScope, attend_causally
 
 BLOCK = 128  # tokens, of FlexAttention's masks
 FLEX_HEAD_SIZE = 16  # the smallest of FlexAttention
@@ -47,7 +47,7 @@ class Documents:
         """To how many tokens one attends in the mean, its own counting half, a scalar (T / 2 for one document)."""
         return self.positions.double().mean() + 0.5
 
-    def attention(self, rows_per_sequence: int, head_size: int, dtype: torch.dtype) -> KeyValueStore:
+    def attention(self, rows_per_sequence: int, head_size: int, dtype: torch.dtype) -> AttentionScope:
         """What attends within these documents, in all layers: it is made once for a micro-batch.
 
         On a GPU that is FlexAttention, which skips what no token sees, makes no mask of T x T values and does not wait
@@ -158,7 +158,7 @@ class VariableLengthAttention:
         return by_row.transpose(1, 2)
 
 
-KERNELS: dict[str, Callable[[Tensor, int, torch.dtype], KeyValueStore]] = {
+KERNELS: dict[str, Callable[[Tensor, int, torch.dtype], AttentionScope]] = {
     "mask": MaskedAttention,
     "flex": FlexAttention,
     "varlen": VariableLengthAttention,

@@ -22,7 +22,7 @@ from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.initialization import initialize
 from kraken_train.model.language_model import LanguageModel
-from kraken_train.model.layers import KeyValueStore, Layer, Norm, causal_attention, ffn_inner
+from kraken_train.model.layers import AttentionScope, Layer, Norm, causal_attention, ffn_inner
 from kraken_train.model.rotary import Rotary, rotate
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
@@ -57,12 +57,12 @@ class GPTModel(LanguageModel):
     def cache_shape(self) -> tuple[int, int, int]:
         return 1, self.groups.count, self.config.head_size
 
-    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[KeyValueStore | None]) -> Tensor:
+    def hidden(self, embedding: Tensor, rotary: Rotary | None, scopes: Sequence[AttentionScope | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         x, added = embedding, embedding.new_zeros(())
         all_gains = qk_gains(self.layers, self.config, self.communicator)
-        for layer, cache, gains in zip(self.layers, caches, all_gains, strict=True):
-            x, added = layer(x, added, rotary, cache, gains)
+        for layer, scope, gains in zip(self.layers, scopes, all_gains, strict=True):
+            x, added = layer(x, added, rotary, scope, gains)
         return x + added
 
 
@@ -94,11 +94,11 @@ class StandardLayer(Layer):
         self.ffn = FFN(config, groups)
 
     def forward(
-        self, x: Tensor, added: Tensor, rotary: Rotary | None, cache: KeyValueStore | None, qk_gains: Tensor | None
+        self, x: Tensor, added: Tensor, rotary: Rotary | None, scope: AttentionScope | None, qk_gains: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x, normed = self.attention_norm(x, added)
         normed = self.communicator.copy_to_ranks(normed)
-        added = self.communicator.all_reduce(self.run(self.attention, normed, rotary, cache, qk_gains))
+        added = self.communicator.all_reduce(self.run(self.attention, normed, rotary, scope, qk_gains))
         x, normed = self.ffn_norm(x, added)
         normed = self.communicator.copy_to_ranks(normed)
         return x, self.communicator.all_reduce(self.run(self.ffn, normed))
@@ -115,11 +115,11 @@ class ParallelLayer(Layer):
         self.ffn = FFN(config, groups)
 
     def forward(
-        self, x: Tensor, added: Tensor, rotary: Rotary | None, cache: KeyValueStore | None, qk_gains: Tensor | None
+        self, x: Tensor, added: Tensor, rotary: Rotary | None, scope: AttentionScope | None, qk_gains: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x, normed = self.norm(x, added)
         normed = self.communicator.copy_to_ranks(normed)
-        attended = self.run(self.attention, normed, rotary, cache, qk_gains)
+        attended = self.run(self.attention, normed, rotary, scope, qk_gains)
         return x, self.communicator.all_reduce(self.run(self.ffn, normed, attended))
 
 
@@ -159,13 +159,15 @@ class Attention(nn.Module):
         self.k_norm = QKNorm(config) if config.qk_norm else None
         self.out = RowParallelLinear(groups.in_units_of(heads_per_group * config.head_size), config.hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KeyValueStore | None, qk_gains: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, scope: AttentionScope | None, qk_gains: Tensor | None
+    ) -> Tensor:
         query, key, value = self.qkv(x)
         if qk_gains is not None and self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query, qk_gains[0]), self.k_norm(key, qk_gains[1])
         if rotary is not None:
             query, key = (rotate(part, rotary, heads_axis=-3) for part in (query, key))
-        attended: Tensor = self.out(causal_attention(query, key, value, cache))
+        attended: Tensor = self.out(causal_attention(query, key, value, scope))
         return attended
 
 

@@ -24,7 +24,7 @@ from kraken_train.kernels.selection import fits_kernels
 from kraken_train.model.initialization import initialize
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.language_model import LanguageModel
-from kraken_train.model.layers import Ahead, KeyValueStore, Layer, StackedAttention, StackedFFN, StackedLinear
+from kraken_train.model.layers import Ahead, AttentionScope, Layer, StackedAttention, StackedFFN, StackedLinear
 from kraken_train.model.rotary import Rotary
 from kraken_train.model.weight_kind import WeightKind
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
@@ -61,14 +61,14 @@ class KrakenModel(LanguageModel):
     def cache_shape(self) -> tuple[int, int, int]:
         return self.units.count, self.config.kv_heads, self.config.head_size
 
-    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[KeyValueStore | None]) -> Tensor:
+    def hidden(self, embedding: Tensor, rotary: Rotary | None, scopes: Sequence[AttentionScope | None]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         embedding = self.communicator.copy_to_ranks(embedding)
         # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
         streams = Streams(embedding.expand(self.units.count, -1, -1, -1).contiguous())
         total: Tensor | None = embedding  # all streams start as the embedding, and it counts once, not N times
-        for layer, follower, cache in zip(self.layers, [*self.layers, None][1:], caches, strict=True):
-            streams, total = layer(streams, total, rotary, cache, follower), None
+        for layer, follower, scope in zip(self.layers, [*self.layers, None][1:], scopes, strict=True):
+            streams, total = layer(streams, total, rotary, scope, follower), None
         return self.communicator.all_reduce(self.conjunction(streams.x).sum(dim=0))
 
     def use_fused_kernels(self) -> bool:
@@ -113,7 +113,7 @@ class KrakenLayer(Layer):
         streams: Streams,
         total: Tensor | None,
         rotary: Rotary | None,
-        cache: KeyValueStore | None,
+        scope: AttentionScope | None,
         follower: KrakenLayer | None,
     ) -> Streams:
         """x_i -> x_i; `total` is s (B, T, D) where it is known, else it is summed here.
@@ -125,7 +125,7 @@ class KrakenLayer(Layer):
             part = streams.x if streams.part is None else streams.part[None]
             pending = self.communicator.start_all_reduce(part)
         is_normed = streams.normed is not None
-        attended = self.run(self.attention, streams.normed if is_normed else streams.x, rotary, cache, is_normed)
+        attended = self.run(self.attention, streams.normed if is_normed else streams.x, rotary, scope, is_normed)
         total = self.communicator.wait(pending) if total is None else total
         # Where activations are not kept, the norm is not either: the next attention computes it, and computes it again.
         if self.kernels is None or follower is None or (self.recompute and torch.is_grad_enabled()):

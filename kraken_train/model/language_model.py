@@ -14,7 +14,7 @@ from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import IGNORED, Losses
 from kraken_train.model.documents import Documents
 from kraken_train.model.embedding import Vocabulary
-from kraken_train.model.layers import FinalNorm, KeyValueStore, Layer
+from kraken_train.model.layers import AttentionScope, FinalNorm, Layer
 from kraken_train.model.rotary import Rotary, rotary_angles
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange, all_units
@@ -46,7 +46,7 @@ class LanguageModel(nn.Module):
         """What turns the last hidden state into logits: the token embedding, or a matrix of its own."""
         return self.lm_head or self.token_embedding
 
-    def hidden(self, embedding: Tensor, rotary: Rotary | None, caches: Sequence[KeyValueStore | None]) -> Tensor:
+    def hidden(self, embedding: Tensor, rotary: Rotary | None, scopes: Sequence[AttentionScope | None]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define hidden()")
 
     @property
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
             layer.recompute = value
 
     def forward(
-        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, caches: Sequence[AttentionScope] | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V).
 
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         return self.head.logits(self.last_hidden(input_ids, caches, positions))
 
     def last_hidden(
-        self, input_ids: Tensor, caches: Sequence[KeyValueStore] | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, caches: Sequence[AttentionScope] | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Token ids (B, T) -> what the head sees, (B, T, D)."""
         documents = None
@@ -97,11 +97,11 @@ class LanguageModel(nn.Module):
             embedding = embedding + self.position_embedding(positions)
         else:
             rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta, embedding.dtype)
-        stores: Sequence[KeyValueStore | None] = caches or [None] * self.num_layers
+        scopes: Sequence[AttentionScope | None] = caches or [None] * self.num_layers
         if documents is not None:
             rows_per_sequence, _, head_size = self.cache_shape
-            stores = [documents.attention(rows_per_sequence, head_size, embedding.dtype)] * self.num_layers
-        hidden = self.hidden(embedding, rotary, stores)
+            scopes = [documents.attention(rows_per_sequence, head_size, embedding.dtype)] * self.num_layers
+        hidden = self.hidden(embedding, rotary, scopes)
         normed: Tensor = self.final_norm(hidden)
         return normed
 

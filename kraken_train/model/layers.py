@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NORMALIZE: dict[str, Callable[..., Tensor]] = {"layernorm": F.layer_norm, "rmsnorm": F.rms_norm}
 
 
-class KeyValueStore(Protocol):
+class AttentionScope(Protocol):
     """What the queries of a layer attend to, where that is not simply what comes before them.
 
     During generation it is the layer's cache of keys and values; with documents apart, see `model.documents`, it is
@@ -148,7 +148,7 @@ class StackedAttention(nn.Module):
         self.out = StackedLinear(units, config.query_size, width)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None = None, cache: KeyValueStore | None = None, is_normed: bool = False
+        self, x: Tensor, rotary: Rotary | None = None, scope: AttentionScope | None = None, is_normed: bool = False
     ) -> Tensor:
         """`is_normed`: x is LN1_i(x_i) already."""
         n, batch, tokens, _ = x.shape
@@ -166,7 +166,7 @@ class StackedAttention(nn.Module):
             query, key = (rotate(part, rotary, heads_axis=-2) for part in (query, key))
         # To attention, sub-layers are more rows of the batch.
         query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in (query, key, value))
-        attended: Tensor = self.out(causal_attention(query, key, value, cache).view(n, batch, tokens, -1))
+        attended: Tensor = self.out(causal_attention(query, key, value, scope).view(n, batch, tokens, -1))
         return attended
 
 
@@ -216,13 +216,13 @@ def ffn_inner(x: Tensor, gate: nn.Module | None, up: nn.Module) -> Tensor:
     return F.gelu(up(x), approximate="tanh") if gate is None else F.silu(gate(x)) * up(x)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, cache: KeyValueStore | None = None) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scope: AttentionScope | None = None) -> Tensor:
     """Causal attention of queries (rows, H, T, K) to keys and values (rows, G, T, K) -> (rows, T, H K).
 
     Head h attends to key-value head h // (H / G). With a cache the T new tokens come after those that it holds and
     attend to them too.
     """
-    mixed = attend_causally(query, key, value) if cache is None else cache.attend(query, key, value)
+    mixed = attend_causally(query, key, value) if scope is None else scope.attend(query, key, value)
     return mixed.transpose(1, 2).flatten(2)
 
 
