@@ -70,8 +70,10 @@ def activations(model: LanguageModel, ids: Tensor) -> dict[str, Tensor]:
 
     def keep(label: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, tuple):  # (x, what is added to it), or (sum, norm of the sum)
-                output = sum(output) if isinstance(module, Layer) else output[-1]
+            if isinstance(module, Layer):
+                output = module.residual(output)
+            elif isinstance(output, tuple):  # a sum, and the norm of the sum
+                output = output[-1]
             found[label].append(output)
 
         return hook

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kraken_train.config import TrainConfig
-from kraken_train.kernels.selection import KERNELS_SETTING, choose_kernels
+from kraken_train.kernels.selection import KERNELS_SETTING, use_kernels
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
@@ -35,8 +35,7 @@ class PlainEngine:
         self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)
         self.max_grad_norm = config.optim.max_grad_norm
         model.recompute = config.engine.activation_checkpointing
-        if choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING):
-            model.use_fused_kernels()
+        use_kernels(model, config.engine.fused_kernels, runtime.device, KERNELS_SETTING)
         if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         cuts = sharded_dims(model)

@@ -56,7 +56,7 @@ class Conditions:
     context: int  # tokens of the prompt
     output_tokens: int  # decoded after it, for the time per output token
     repeats: int  # rounds that count
-    fused_kernels: bool = False
+    fused_kernels: bool | None = False
 
     @property
     def capacity(self) -> int:

@@ -121,6 +121,7 @@ class TTFTConfig:
         on_gpu = device.type == "cuda"
         if self.cuda_graphs and not on_gpu:
             raise ConfigError(f"cuda_graphs=true needs a GPU, and the device is {device.type}; use false or null")
+        choose_kernels(self.fused_kernels, device, "fused_kernels")  # refuses what cannot be had here
         return Conditions(
             device=device,
             dtype=DTYPES[self.dtype or ("bf16" if has_native_bf16(device) else "fp32")],
@@ -130,7 +131,7 @@ class TTFTConfig:
             context=context,
             output_tokens=self.output_tokens,
             repeats=self.repeats,
-            fused_kernels=choose_kernels(self.fused_kernels, device, "fused_kernels"),
+            fused_kernels=self.fused_kernels,
         )
 
 

@@ -23,7 +23,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.inference.graphs import CapturedFunction
 from kraken_train.inference.head import MostLikely, ShardedHead
 from kraken_train.inference.kv_cache import KeyValueCache
-from kraken_train.kernels.selection import choose_kernels
+from kraken_train.kernels.selection import use_kernels
 from kraken_train.model.attention_backends import attention_of_any_shape
 from kraken_train.model.language_model import LanguageModel
 
@@ -113,8 +113,7 @@ class InferenceEngine:
         self.head = ShardedHead(model.head.weight.detach(), model.communicator)
         self.sequences = 0  # of the current batch
         self.tokens = 0  # at most in its longest sequence
-        if choose_kernels(self.execution.fused_kernels, self.device, "fused_kernels"):
-            model.use_fused_kernels()
+        use_kernels(model, self.execution.fused_kernels, self.device, "fused_kernels")
         if self.execution.compile:
             model.compile_parts()
         # Not bound methods, whose reference cycles would keep this object's memory until a garbage collection.

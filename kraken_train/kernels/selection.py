@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Protocol
 
 import torch
 
@@ -12,6 +13,24 @@ KERNELS_SETTING = "engine.fused_kernels"  # of training
 # Values that a program holds at once, n vectors of D, each padded to a power of two. Code for an H100 with more of them
 # keeps some in memory instead of registers (Triton 3.7: 0.3 kB a thread at 2^14, 2 kB at 2^15, 11 kB at 2^16).
 LARGEST_TILE = 2**14
+
+
+class ModelWithKernels(Protocol):
+    def use_fused_kernels(self) -> bool:
+        """Compute with them from now on; False where they do not fit its sizes (`fits_kernels`)."""
+        ...
+
+
+def use_kernels(model: ModelWithKernels, setting: bool | None, device: torch.device, name: str) -> None:
+    """Let `model` compute with the kernels if `choose_kernels` says so and they fit.
+
+    Raises ConfigError as `choose_kernels`, and where kernels are asked for that do not fit.
+    """
+    if choose_kernels(setting, device, name) and not model.use_fused_kernels() and setting:
+        raise ConfigError(
+            f"{name}=true, but the kernels take at most {LARGEST_TILE} values of a token: the sub-layers of a rank times "
+            "model.hidden_size, each rounded up to a power of two; use null, or more ranks per copy of the model"
+        )
 
 
 def choose_kernels(setting: bool | None, device: torch.device, name: str) -> bool:

@@ -71,15 +71,16 @@ class KrakenModel(LanguageModel):
             streams, total = layer(streams, total, rotary, cache, follower), None
         return self.communicator.all_reduce(self.conjunction(streams.x).sum(dim=0))
 
-    def use_fused_kernels(self) -> None:
+    def use_fused_kernels(self) -> bool:
         if not fits_kernels(self.units.count, self.config.hidden_size):
-            return
+            return False
         from kraken_train.kernels.fused import FusedKernels  # noqa: PLC0415 (imports Triton, which may be missing)
 
         for layer in self.layers:
             for module in layer.modules():
                 if isinstance(module, KrakenLayer | StackedAttention | StackedFFN):
                     module.kernels = FusedKernels
+        return True
 
 
 class Conjunction(StackedLinear):
@@ -131,3 +132,7 @@ class KrakenLayer(Layer):
             return Streams(self.run(self.ffn, streams.x, attended, total))
         ahead = Ahead(follower.attention.norm.weight, self.communicator.reduction_dtype(streams.x))
         return Streams(*self.run(self.ffn, streams.x, attended, total, ahead))
+
+    @staticmethod
+    def residual(output: Streams) -> Tensor:
+        return output.x

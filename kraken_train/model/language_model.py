@@ -122,8 +122,12 @@ class LanguageModel(nn.Module):
         sums = self.head.losses(self.last_hidden(input_ids), targets, z_weight)
         return Losses(*(total / counted for total in sums))
 
-    def use_fused_kernels(self) -> None:
-        """Compute with `kraken_train.kernels` from now on, where there are some for the architecture and its sizes."""
+    def use_fused_kernels(self) -> bool:
+        """Compute with `kraken_train.kernels` from now on; False where they do not fit its sizes.
+
+        An architecture that has none computes as before.
+        """
+        return True
 
     def compile_parts(self) -> None:
         """Compile the parts of the layers, which share one compilation, and what the loss does to the logits."""

@@ -57,6 +57,13 @@ class Layer(nn.Module):
             return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
         return part(*inputs)
 
+    @staticmethod
+    def residual(output: Any) -> Tensor:
+        """What `forward` returned -> the residual stream, or streams, after the layer."""
+        x, added = output
+        total: Tensor = x + added
+        return total
+
 
 class Norm(nn.Module):
     """LayerNorm without bias or RMSNorm, as `config.norm` says, over the last axis of (..., D)."""

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kraken_train.config import LossConfig, TrainConfig
-from kraken_train.kernels.selection import KERNELS_SETTING, choose_kernels
+from kraken_train.kernels.selection import KERNELS_SETTING, use_kernels
 from kraken_train.model.cross_entropy import Losses
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.parallel.mesh import ParallelMesh
@@ -93,8 +93,7 @@ class Engine:
         self.sharded_dims = sharded_dims(model)
         self.assigned = self.assign_parameters()
         model.recompute = config.engine.activation_checkpointing
-        if choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING):
-            model.use_fused_kernels()
+        use_kernels(model, config.engine.fused_kernels, runtime.device, KERNELS_SETTING)
         if config.engine.compiles(runtime.device.type):
             model.compile_parts()
         with_muon = isinstance(config.optim, MuonConfig)

@@ -58,7 +58,7 @@ def test_exposed_without_overlap(asked: float) -> None:
         for _ in range(COUNT):
             torch.mm(x, x)
             if transfers:
-                link.transfer(ALL_REDUCE, asked, moved=2**20)
+                link.transfer(ALL_REDUCE, asked, moved=2**19)
 
     with_transfers, without = (captured(lambda flag=flag: work(flag)) for flag in (True, False))
     added = seconds_of(with_transfers.replay) - seconds_of(without.replay)

@@ -18,7 +18,7 @@ from kernels.cases import TOLERANCES
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.kernels import selection, twins
-from kraken_train.kernels.selection import choose_kernels, fits_kernels
+from kraken_train.kernels.selection import choose_kernels, fits_kernels, use_kernels
 from kraken_train.model.config import KrakenConfig
 from kraken_train.model.registry import build_model
 
@@ -142,7 +142,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_kernels(True, cpu, "fused_kernels")
 
 
-def test_large_tiles_have_none() -> None:
+def test_large_tiles_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 sub-layers of 4096 values are the most; 3 of 4100 need as much room as 4 of 8192."""
     assert fits_kernels(4, 4096)
     assert fits_kernels(1, 12288)
@@ -150,8 +150,11 @@ def test_large_tiles_have_none() -> None:
     with torch.device("meta"):
         config = KrakenConfig(3, 1, hidden_size=4100, heads_per_sub_layer=1, vocab_size=32, context_length=8)
         model = build_model(config)
-    model.use_fused_kernels()
+    monkeypatch.setattr(selection, "choose_kernels", lambda *_: True)
+    use_kernels(model, None, torch.device("cuda"), "fused_kernels")
     assert not any(getattr(module, "kernels", None) for module in model.modules())
+    with pytest.raises(ConfigError, match=r"engine\.fused_kernels=true, but .* at most 16384 values of a token"):
+        use_kernels(model, True, torch.device("cuda"), "engine.fused_kernels")
 
 
 def test_baselines_have_none() -> None:

@@ -215,12 +215,16 @@ ALLOWED = {
     "checkpoints/exports/folder.py": ({"kraken"}, "the model_type of all exports"),
     "checkpoints/exports/native.py": ({"GPTConfig", "standard"}, "Llama and Qwen3 are standard Transformers"),
     "checkpoints/import_reference.py": ({"KrakenConfig"}, "the authors' weights are a Kraken's"),
+    "kraken_train/bench/authors_step.py": ({"KrakenConfig"}, "the authors trained a Kraken"),
     "kraken_train/bench/grid.py": ({"standard"}, "what the benchmarks compare with"),
+    "kraken_train/bench/stages/parity.py": ({"GPTConfig", "KrakenConfig", "standard"}, "a model of each kind of layer"),
+    "kraken_train/bench/stages/ttft_figures.py": ({"kraken"}, "the architecture that is compared with all others"),
     "kraken_train/bench/transfer_figure.py": ({"standard"}, "the standard parametrization"),
     "kraken_train/derive.py": ({"KrakenConfig"}, "the command makes a Kraken for a baseline"),
     "kraken_train/parallel/mesh.py": ({"kraken"}, "the name of a dimension of the mesh"),
     "kraken_train/recipe/optimizers.py": ({"standard"}, "the name of a parametrization"),
     "kraken_train/reporting/model_card.py": ({"kraken"}, "the tag of this program's models on the Hub"),
+    "kraken_train/training/recorded_choices.py": ({"parallel"}, "the name of a group of settings"),
 }
 
 
