@@ -94,7 +94,7 @@ def test_the_text_of_every_command() -> None:
         "precision", "resume", "parallel.reduce_dtype", "tracking.kind", "tracking.mode",
         "health.nonfinite", "health.loss_spike",
     }  # fmt: skip
-    assert strings(GenerateConfig) - set(free_text_settings(GenerateConfig)) == {"dtype", "device"}
+    assert strings(GenerateConfig) - set(free_text_settings(GenerateConfig)) == {"dtype", "device", "collectives"}
     assert strings(SubmitConfig) - set(free_text_settings(SubmitConfig)) == {
         "mem", "time", "sbatch_options", "setup", "srun_options", "prepare.time", "prepare.mem", "evaluate.time",
         "evaluate.mem",

@@ -62,5 +62,6 @@ def topology() -> str:
     """Which links connect the GPUs."""
     if shutil.which("nvidia-smi") is None:
         return "not known: there is no nvidia-smi"
-    shown = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False)
+    command = ["nvidia-smi", "topo", "-m"]
+    shown = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     return shown.stdout or shown.stderr
