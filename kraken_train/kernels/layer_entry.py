@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken_train.kernels.norm import moments, norm_gradient
+from kraken_train.kernels.norm import load_moments, moments, norm_gradient
 from kraken_train.kernels.operators import compute_type, operator, programs_for, statistics, tile, wrap_triton
 
 
@@ -53,17 +53,14 @@ def layer_entry_backward_kernel(
     tokens, N: tl.constexpr, D: tl.constexpr, CENTER: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.arange(0, BLOCK_N)
-    row, column = rows[:, None], tl.arange(0, BLOCK_D)[None, :]
+    row, column = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]
     mask = (row < N) & (column < D)
     gain = tl.load(gain_pointer + row * D + column, mask, other=0.0).to(COMPUTE)
     gain_gradient = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     token = tl.program_id(0).to(tl.int64)
     for _ in range(0, tl.cdiv(tokens - tl.program_id(0), tl.num_programs(0))):
         place = (row * tokens + token) * D + column
-        # Loaded as vectors: a tile of one column would be loaded again by each thread of a row.
-        mean = tl.load(mean_pointer + rows * tokens + token, rows < N, other=0.0)[:, None]
-        reciprocal = tl.load(reciprocal_pointer + rows * tokens + token, rows < N, other=0.0)[:, None]
+        mean, reciprocal = load_moments(mean_pointer, reciprocal_pointer, token, tokens, N, BLOCK_N)
         y = tl.load(y_pointer + place, mask, other=0.0).to(COMPUTE)
         normed = tl.where(mask, (y - mean) * reciprocal, 0.0)
         normed_gradient = tl.load(normed_gradient_pointer + place, mask, other=0.0).to(COMPUTE)

@@ -20,6 +20,19 @@ def moments(x, mask, epsilon, D: tl.constexpr, CENTER: tl.constexpr):
 
 
 @triton.jit
+def load_moments(mean_pointer, reciprocal_pointer, token, tokens, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a forward pass has stored of a token's vectors, (n, tokens) each -> (BLOCK_N, 1) each.
+
+    They are loaded as vectors: a tile of one column would be loaded again by each thread of a row.
+    """
+    rows = tl.arange(0, BLOCK_N)
+    place = rows * tokens + token
+    mean = tl.load(mean_pointer + place, rows < N, other=0.0)
+    reciprocal = tl.load(reciprocal_pointer + place, rows < N, other=0.0)
+    return mean[:, None], reciprocal[:, None]
+
+
+@triton.jit
 def norm_gradient(normed, gradient, reciprocal, D: tl.constexpr, CENTER: tl.constexpr):
     """The gradient of x, from y and the gradient of y, both 0 in the padding."""
     projection = tl.sum(gradient * normed, axis=1, keep_dims=True) / D
