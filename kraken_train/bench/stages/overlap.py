@@ -27,14 +27,13 @@ from kraken_train.bench.stages.preset import StepSizes
 from kraken_train.bench.stages.program import Measured
 from kraken_train.bench.throughput_config import Entry, ThroughputConfig
 from kraken_train.bench.throughput_run import make_mesh, one_compilation_each
-from kraken_train.bench.variants import WithoutOverlap
+from kraken_train.bench.variants import ForwardingCommunicator, WithoutOverlap
 from kraken_train.common.cli import compose_command
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime, read_runtime
-from kraken_train.parallel.sharding import ModelRank
 from kraken_train.training.engine import Engine, start_processes, stop_processes
 from kraken_train.training.precision import choose_precision, has_native_bf16, reduce_dtype
 
@@ -70,15 +69,8 @@ class Way:
     shares: tuple[float, float]  # of the last step, see `hidden_shares`
 
 
-class Churning:
-    """A communicator that overwrites fresh memory after each start and each wait, in both passes."""
-
-    def __init__(self, inner: Communicator) -> None:
-        self.inner = inner
-
-    @property
-    def model_rank(self) -> ModelRank:
-        return self.inner.model_rank
+class Churning(ForwardingCommunicator):
+    """Overwrites fresh memory after each start and each wait, in both passes."""
 
     def start_all_reduce(self, streams: Tensor) -> Any:
         handle = self.inner.start_all_reduce(streams)
@@ -103,21 +95,6 @@ class Churning:
         for dtype in (like.dtype, torch.float32):
             junk = [like.new_full(size, math.nan, dtype=dtype) for _ in range(2)]
             del junk
-
-    def copy_to_ranks(self, shared: Tensor) -> Tensor:
-        return self.inner.copy_to_ranks(shared)
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        return self.inner.all_reduce(partial)
-
-    def reduction_dtype(self, tensor: Tensor) -> torch.dtype:
-        return self.inner.reduction_dtype(tensor)
-
-    def maximum(self, values: Tensor) -> Tensor:
-        return self.inner.maximum(values)
-
-    def gather(self, part: Tensor) -> Tensor:
-        return self.inner.gather(part)
 
 
 def take_steps(config: ThroughputConfig, steps: int, way: str, runtime: Runtime) -> Way:
