@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -233,7 +234,7 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class KrakenAttention(nn.Module):
+class KrakenAttention(nn.Module, ABC):
     """The attention of a layer, of all its sub-layers at once; subclasses make the heads and join them again.
 
     vLLM's Transformers backend reads the source of `forward`, which must contain the one call of what comes out of the
@@ -252,13 +253,13 @@ class KrakenAttention(nn.Module):
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5
 
+    @abstractmethod
     def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input -> queries (B, N H, T, K), keys and values (B, N G, T, K)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join_heads(self, mixed: Tensor) -> Tensor:
         """Mixed values (B, T, N, H K) -> the attention's output, of the shape of the layer's input."""
-        raise NotImplementedError
 
     def forward(
         self,
