@@ -146,7 +146,7 @@ def print_plan(config: PlanConfig) -> None:
     if config.output_dir is not None:
         open_output(Path(config.output_dir))
     if config.output is not None:
-        open_output(Path(config.output).parent)
+        open_output(Path(config.output).parent, "folder of output")
     model = config.model_config()
     cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
     plan = search(model, cluster, config.nodes, config.global_batch_size, config.constraints(cluster))

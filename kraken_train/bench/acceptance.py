@@ -53,6 +53,8 @@ class AcceptanceConfig:
     def validate(self) -> None:
         """Raises ConfigError."""
         require_choice("preset", self.preset, PRESETS)
+        if self.stages == ():
+            raise ConfigError("stages=[] names no stage; use null for all of the preset")
         for name in self.stages or ():
             require_choice("stages", name, tuple(ALL))
         if self.piece_minutes is not None:
@@ -94,6 +96,7 @@ def accept(config: AcceptanceConfig) -> None:
     stages = choose_stages(config, preset)
     output_dir, work_dir = Path(config.output_dir), Path(config.work_dir)
     open_output(output_dir)
+    open_output(work_dir, "work_dir")
     runner = Runner(preset, output_dir, work_dir, device_name(preset, gpus), say)
     waiting = runner.run(stages, config.again, config.piece_minutes and config.piece_minutes * 60)
     records = {stage.name: read_record(output_dir, stage.name) for stage in stages}

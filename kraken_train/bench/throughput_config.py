@@ -68,7 +68,9 @@ class ThroughputConfig:
         for name in self.engines:
             require_choice("engines", name, ENGINES)
         for name in self.authors:
-            require_choice("authors", name, self.models)
+            require_choice("authors", name, model_names())
+            if name not in self.models:
+                raise ConfigError(f"authors={name} is not among the models that are measured; give models=[{name}] too")
         if self.reference is not None:
             require_choice("reference", self.reference, self.models)
         for name in ("vocab_size", "micro_batch_size", "gradient_accumulation_steps", "steps", "rounds"):

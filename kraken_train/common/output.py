@@ -1,4 +1,4 @@
-"""Where a benchmark writes its results."""
+"""Where a command writes its results."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 from kraken_train.common.errors import ConfigError
 
 
-def open_output(folder: Path) -> None:
-    """Raises ConfigError unless the folder exists afterwards and can be written to."""
+def open_output(folder: Path, setting: str = "output_dir") -> None:
+    """Raises ConfigError, naming the setting, unless the folder exists afterwards and can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"output_dir={folder} cannot be written to: {error.strerror}; give output_dir=FOLDER"
-        ) from error
+        raise ConfigError(f"{setting}={folder} cannot be written to: {error.strerror}; use another folder") from error

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import run_process, user_error
+from helpers import run_here, run_process, user_error
 
 from kraken_train.bench.acceptance import ALL
 from kraken_train.bench.stages.table import MET, UNJUDGED
@@ -34,6 +34,17 @@ def test_one_stage_and_again(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     message = user_error(run_process("kraken_train.bench.acceptance", *settings(tmp_path)[1:], "preset=one_gpu"))
     assert "preset=one_gpu needs 1 GPUs, and PyTorch sees 0" in message
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("stages=[]", "stages=[] names no stage; use null"),
+        ("work_dir=/dev/null/x", "work_dir=/dev/null/x cannot be written to: Not a directory; use another folder"),
+    ],
+)
+def test_mistakes(mistake: str, message: str, tmp_path: Path) -> None:
+    assert message in user_error(run_here("kraken_train.bench.acceptance", *settings(tmp_path), mistake))
 
 
 @pytest.mark.slow
