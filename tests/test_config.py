@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -155,9 +156,20 @@ def test_the_vocabulary_is_shared_by_default(
     else:
         parallel.require_fits(model)
         assert parallel.shares_vocabulary(vocab_size) == shared
-        assert not shared or [ModelRank(rank, size).row_range(vocab_size).count for rank in range(size)] == [
-            len(rows) for rows in torch.arange(vocab_size).chunk(size)
-        ]
+
+
+def test_rows_of_the_vocabulary_are_those_of_dtensor() -> None:
+    """`torch.chunk`, which DTensor follows, leaves some ranks without a row where the settings refuse to share."""
+    for size, vocab_size in itertools.product(range(1, 9), range(1, 41)):
+        chunks = [rows.tolist() for rows in torch.arange(vocab_size).chunk(size)]
+        parallel = ParallelConfig(size, None, reduce_dtype=None, verify_every=0)
+        assert parallel.can_share_vocabulary(vocab_size) == (len(chunks) == size)
+        if len(chunks) < size:
+            with pytest.raises(ValueError, match=f"{vocab_size} rows are too few to be shared by {size} ranks"):
+                ModelRank(0, size).row_range(vocab_size)
+        else:
+            ranges = [ModelRank(rank, size).row_range(vocab_size) for rank in range(size)]
+            assert [list(range(rows.first, rows.first + rows.count)) for rows in ranges] == chunks
 
 
 @pytest.mark.parametrize(
