@@ -291,6 +291,9 @@ class TrainConfig:
     health: HealthConfig
     # tokens to train on, as in 2B, in place of max_steps: the step that reaches them is the last; null: max_steps count
     max_tokens: Tokens | None = None
+    # keep an exponential average of the weights too: after each update, average = d average + (1 - d) weights with this
+    # d, such as 0.999; `checkpoints.export weights=ema` exports it; null: none
+    ema_decay: float | None = None
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
@@ -299,6 +302,11 @@ class TrainConfig:
         if self.max_tokens is not None:
             require_positive("max_tokens", self.max_tokens)
         validate_batch_size(self.global_batch_size)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(
+                f"ema_decay={self.ema_decay} must be between 0 and 1, such as 0.999, which averages over the last 1000 "
+                "updates or so; or null for no average"
+            )
         for name in ("data_dir", "run_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")

@@ -30,6 +30,7 @@ from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.ranks import Runtime
 
 WEIGHT_PREFIX = "model."
+EMA_PREFIX = "optimizer.ema."  # of the average of the weights
 SINGLE_PROCESS = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 # A single process saves and loads without a process group. The filter is set here and not around the calls, because a
@@ -155,11 +156,13 @@ def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {root_message(error)}") from error
 
 
-def read_weights(run_dir: Path, step: int | None = None, average: int = 1) -> TrainedWeights:
+def read_weights(
+    run_dir: Path, step: int | None = None, average: int = 1, prefix: str = WEIGHT_PREFIX
+) -> TrainedWeights:
     """The weights of a run's newest undamaged checkpoint, or of the one at `step`.
 
-    With `average` they are the mean over so many checkpoints, that one and the undamaged ones before it. Raises
-    CheckpointError, also where there are fewer.
+    With `average` they are the mean over so many checkpoints, that one and the undamaged ones before it; `prefix` says
+    which of its tensors are the weights. Raises CheckpointError, also where there are fewer checkpoints.
     """
     folder = run_dir / "checkpoints"
     if step is None:
@@ -171,7 +174,7 @@ def read_weights(run_dir: Path, step: int | None = None, average: int = 1) -> Tr
         checkpoint, skipped = verify_checkpoint(folder / f"step-{step:08d}"), []
     metadata = {"step": checkpoint.step, **checkpoint.metadata}
     if average == 1:
-        return TrainedWeights(model_of(checkpoint), stored_weights(checkpoint), metadata, skipped)
+        return TrainedWeights(model_of(checkpoint), stored_weights(checkpoint, prefix), metadata, skipped)
     averaged = [checkpoint]
     while len(averaged) < average:
         try:
@@ -185,23 +188,27 @@ def read_weights(run_dir: Path, step: int | None = None, average: int = 1) -> Tr
         averaged.append(earlier)
         skipped = [*skipped, *problems]
     metadata["averaged_steps"] = sorted(each.step for each in averaged)
-    return TrainedWeights(model_of(checkpoint), mean_of_weights(averaged), metadata, skipped)
+    return TrainedWeights(model_of(checkpoint), mean_of_weights(averaged, prefix), metadata, skipped)
 
 
-def stored_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The fp32 weights by global name."""
-    names = [name for name in stored_tensors(checkpoint) if name.startswith(WEIGHT_PREFIX)]
-    return {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in load_tensors(checkpoint, names).items()}
+def stored_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """The fp32 weights by global name. Raises CheckpointError if there are none of this prefix."""
+    names = [name for name in stored_tensors(checkpoint) if name.startswith(prefix)]
+    if not names and prefix == EMA_PREFIX:
+        raise CheckpointError(f"{checkpoint.path} holds no average of the weights; train with ema_decay=0.999")
+    return {name.removeprefix(prefix): tensor for name, tensor in load_tensors(checkpoint, names).items()}
 
 
-def mean_of_weights(checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
+def mean_of_weights(checkpoints: Sequence[Checkpoint], prefix: str) -> dict[str, Tensor]:
     """Summed in float64, with one checkpoint in memory at a time. Raises CheckpointError for those of several runs."""
     first = checkpoints[0]
-    sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in stored_weights(first).items()}
+    sums = {
+        name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in stored_weights(first, prefix).items()
+    }
     for checkpoint in checkpoints:
         if checkpoint.metadata.get("run_id") != first.metadata.get("run_id"):
             raise CheckpointError(f"{checkpoint.path} is of another run than {first.path}; move it away")
-        for name, tensor in stored_weights(checkpoint).items():
+        for name, tensor in stored_weights(checkpoint, prefix).items():
             sums[name] += tensor
     return {name: (total / len(checkpoints)).float() for name, total in sums.items()}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.exports.initial import export_reader, open_initial_export
 from checkpoints.training.manifest import Checkpoint
-from checkpoints.training.store import fill_tensors
+from checkpoints.training.store import EMA_PREFIX, fill_tensors, stored_tensors
 from checkpoints.training.writer import CheckpointWriter, delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
@@ -271,7 +271,8 @@ class Trainer:
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Load the state that `save` has written. Raises CheckpointError."""
         metadata = checkpoint.metadata
-        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
+        with_average = any(name.startswith(EMA_PREFIX) for name in stored_tensors(checkpoint))
+        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"], with_average)
         self.position = position_of(checkpoint)
         self.updates = metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]

@@ -72,6 +72,22 @@ def test_the_mean_of_checkpoints(run_dir: Path, tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], ((a + b) / 2).float()) for name, (a, b) in pairs.items())
 
 
+def test_the_exponential_average(run_dir: Path, tmp_path: Path) -> None:
+    base = ["checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}", "weights=ema"]
+    assert "holds no average of the weights; train with ema_decay" in user_error(run_here(*base))
+    tensors = {f"model.{name}": tensor for name, tensor in weights(20).items()}
+    tensors |= {f"optimizer.ema.{name}": tensor for name, tensor in weights(7).items()}
+    save_checkpoint(run_dir / "checkpoints", 20, tensors, {"model": to_dict(CONFIG)}, 3, Runtime(0, 0, 1, 1))
+    result = run_here(*base)
+    assert result.returncode == 0, result.stderr
+    assert "exported the ema of step 20, " in result.stdout
+    export = read_export(tmp_path / "e")
+    assert export.training["weights"] == "ema"
+    assert "exponential average" in (tmp_path / "e" / "README.md").read_text()
+    loaded = export.load_model().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(7).items())
+
+
 def test_a_damaged_checkpoint_is_not_averaged(run_dir: Path, tmp_path: Path) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in weights(20).items()}
     save_checkpoint(run_dir / "checkpoints", 20, tensors, {"model": to_dict(CONFIG)}, 3, Runtime(0, 0, 1, 1))
