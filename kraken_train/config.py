@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from checkpoints.training.retention import Retention
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.token_counts import Tokens
@@ -149,6 +150,13 @@ class CheckpointConfig:
     asynchronous: bool  # write in the background while training continues
     # tokens, as in 100M, in place of every: the step that reaches a multiple is saved; null: every counts
     every_tokens: Tokens | None = None
+    # steps; the first checkpoint at or after each multiple of it also stays; null: none
+    keep_every: int | None = None
+    keep_hours: float = 0  # checkpoints that are younger than so many hours also stay
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep, self.keep_every, 3600 * self.keep_hours)
 
     @property
     def interval(self) -> Length:
@@ -159,6 +167,9 @@ class CheckpointConfig:
         if self.every_tokens is not None:
             require_positive("checkpoint.every_tokens", self.every_tokens)
         require_positive("checkpoint.keep", self.keep)
+        if self.keep_every is not None:
+            require_positive("checkpoint.keep_every", self.keep_every)
+        require_at_least("checkpoint.keep_hours", self.keep_hours, 0)
 
 
 @dataclass(frozen=True)

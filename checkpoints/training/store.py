@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders
+from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders, step_of
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
 from kraken_train.model.config import ModelConfig, parse_model
@@ -59,7 +59,7 @@ def find_good_checkpoint(
     runtime = runtime or SINGLE_PROCESS
     problems: list[str] = []
     for path in reversed(runtime.on_first(lambda: step_folders(folder))):
-        if before is not None and int(path.name.removeprefix("step-")) >= before:
+        if before is not None and step_of(path) >= before:
             continue
         try:
             return verify_checkpoint(path, runtime), problems
@@ -168,7 +168,7 @@ def read_weights(
     if step is None:
         checkpoint, skipped = find_good_checkpoint(folder)
     else:
-        available = [str(int(path.name.removeprefix("step-"))) for path in step_folders(folder)]
+        available = [str(step_of(path)) for path in step_folders(folder)]
         if str(step) not in available:
             raise CheckpointError(f"step={step} is not in {folder}; available steps: {', '.join(available) or 'none'}")
         checkpoint, skipped = verify_checkpoint(folder / f"step-{step:08d}"), []

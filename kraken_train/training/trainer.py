@@ -84,7 +84,7 @@ class Trainer:
         self.engine = Engine(model, config, self.mesh, runtime, self.timer, parametrization)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
-            config.checkpoint.keep,
+            config.checkpoint.retention,
             runtime,
             config.checkpoint.asynchronous,
             on_saved=lambda step: self.log_event("saved", step=step),
