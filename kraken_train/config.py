@@ -240,6 +240,24 @@ class HealthConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of optimizer steps, see `kraken_train.training.profiler`."""
+
+    # [FIRST, LAST]: optimizer steps of which PyTorch's profiler writes a trace to RUN_DIR/starts/NUMBER/profiles; []:
+    # none; `echo 5 > RUN_DIR/profile` traces the next 5 steps of a running job
+    steps: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)  # that write one
+    memory: bool = False  # also a snapshot of the GPU's memory over these steps, for https://pytorch.org/memory_viz
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
+            raise ConfigError(f"profile.steps={list(self.steps)} must be the first and the last step, as in [100,110]")
+        if any(rank < 0 for rank in self.ranks):
+            raise ConfigError(f"profile.ranks={list(self.ranks)} must be numbers of ranks, as in [0,7]; [] traces none")
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """A copy of the run's metrics and events in Weights & Biases or TensorBoard."""
 
@@ -305,6 +323,7 @@ class TrainConfig:
     # keep an exponential average of the weights too: after each update, average = d average + (1 - d) weights with this
     # d, such as 0.999; `checkpoints.export weights=ema` exports it; null: none
     ema_decay: float | None = None
+    profile: ProfileConfig = ProfileConfig()
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
@@ -330,7 +349,7 @@ class TrainConfig:
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.loss, self.checkpoint, self.validation,
-            self.tracking, self.health,
+            self.tracking, self.health, self.profile,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

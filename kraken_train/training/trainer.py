@@ -38,6 +38,7 @@ from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
 from kraken_train.training.precision import reduce_dtype
+from kraken_train.training.profiler import StepProfiler
 from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.step_metrics import StepMetrics
@@ -145,9 +146,14 @@ class Trainer:
             self.step_metrics = StepMetrics(
                 self.config, self.model_config, self.runtime, self.engine.model.end_of_document
             )
-            with self.checkpoints, self.open_batches() as self.batches:
+            with (
+                StepProfiler(self.config.profile, self.run, self.runtime) as profiler,
+                self.checkpoints,
+                self.open_batches() as self.batches,
+            ):
                 while self.step < self.last_step:
-                    self.train_step()
+                    with profiler.of_step(self.step + 1, may_begin=self.step % self.config.log_every == 0):
+                        self.train_step()
 
     def train_step(self) -> None:
         """Do one optimizer step and, if its results are needed, act on those of all steps since the last time.
