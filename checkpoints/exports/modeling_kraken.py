@@ -126,7 +126,7 @@ class KrakenConfig(PretrainedConfig):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether there are residual streams side by side, (N, B, T, D), which a conjunction joins."""
+        """Whether there are residual streams side by side, (N, B, T, D)."""
         return self.layer_class.streams_setting is not None
 
     @property
@@ -375,6 +375,7 @@ class KrakenLayer(GradientCheckpointingLayer):
         "ffn_multiplier": 2, "num_sub_layers": 2, "heads_per_sub_layer": 2, "kv_heads_per_sub_layer": None,
     }  # fmt: skip
     streams_setting: ClassVar[str | None] = "num_sub_layers"
+    has_conjunction: ClassVar[bool] = True
     heads_setting: ClassVar[str] = "heads_per_sub_layer"
     kv_heads_setting: ClassVar[str] = "kv_heads_per_sub_layer"
 
@@ -383,6 +384,17 @@ class KrakenLayer(GradientCheckpointingLayer):
         self.is_first = layer_idx == 0
         self.attention = StackedAttention(config, layer_idx)
         self.ffn = StackedFFN(config)
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        """(B, T, D) -> what the first layer reads."""
+        return embedding.expand(config.streams, -1, -1, -1)
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        """What a layer hands to the next one -> (B, T, D)."""
+        total: Tensor = state.sum(dim=0)
+        return total
 
     def forward(self, streams: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         # All streams start as the embedding, and it counts once, not N times.
@@ -455,10 +467,25 @@ class GPTFFN(nn.Module):
 class GPTLayer(GradientCheckpointingLayer):
     """A layer with one residual stream: what its architecture declares."""
 
+    attention: GPTAttention
+    ffn: GPTFFN
+
     settings: ClassVar[dict[str, Any]] = {"ffn_multiplier": 4, "num_heads": 4, "num_kv_heads": None}
     streams_setting: ClassVar[str | None] = None
+    has_conjunction: ClassVar[bool] = False
     heads_setting: ClassVar[str] = "num_heads"
     kv_heads_setting: ClassVar[str] = "num_kv_heads"
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        """(B, T, D) -> what the first layer reads."""
+        return embedding
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        """What a layer hands to the next one -> the residual stream (B, T, D)."""
+        stream: Tensor = state
+        return stream
 
 
 class StandardLayer(GPTLayer):
@@ -536,7 +563,7 @@ class KrakenModel(PreTrainedModel):
         # that the class uses, without the source.
         layer_class = LAYERS[config.architecture]
         self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_layers))
-        if config.is_stacked:
+        if layer_class.has_conjunction:
             self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, config.hidden_size)
         self.final_norm = plain_norm(config)
         self.gradient_checkpointing = False
@@ -602,11 +629,12 @@ class KrakenModel(PreTrainedModel):
             position_ids = position_ids.to(inputs_embeds.device)
             rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
 
-        streams = embedding.expand(self.config.streams, -1, -1, -1) if self.config.is_stacked else embedding
+        layer_class = self.config.layer_class
+        state = layer_class.begin(embedding, self.config)
         states, all_weights = [embedding], []
         for layer in self.layers:
-            streams, weights = layer(
-                streams,
+            state, weights = layer(
+                state,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
@@ -614,9 +642,10 @@ class KrakenModel(PreTrainedModel):
                 **kwargs,
             )
             if keep_states:
-                states.append(streams.sum(dim=0) if self.config.is_stacked else streams)
+                states.append(layer_class.residual(state))
             all_weights.append(weights)
-        last = self.final_norm(self.conjunction(streams).sum(dim=0) if self.config.is_stacked else streams)
+        joined = self.conjunction(state) if layer_class.has_conjunction else state
+        last = self.final_norm(layer_class.residual(joined))
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values if use_cache else None,
@@ -674,7 +703,7 @@ class KrakenModel(PreTrainedModel):
         elif isinstance(module, StackedLinear | QKVLinear | nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=INITIAL_STD)
         # A layer's parts come before the layer.
-        if isinstance(module, KrakenLayer | StandardLayer | ParallelLayer):
+        if isinstance(module, KrakenLayer | GPTLayer):
             depth = self.config.num_layers * self.config.streams
             for projection in (module.attention.out, module.ffn.down):
                 init.normal_(projection.weight, mean=0.0, std=INITIAL_STD / math.sqrt(2 * depth))

@@ -171,7 +171,7 @@ def run(
     for group in plan.groups:
         at_depth = [
             compare(
-                {name: comparison.models[name].replace(num_layers=depth) for name in group},
+                {name: comparison.models[name].at_depth(depth) for name in group},
                 communicator,
                 comparison.conditions,
                 runtime,

@@ -134,6 +134,10 @@ class ModelConfig(LayerSettings, ABC):
         """The same model with other settings. Raises ConfigError."""
         return cast(Config, dataclasses.replace(cast(Any, self), **settings))
 
+    def at_depth(self: Config, num_layers: int) -> Config:
+        """A model of so many of these layers, to measure what a layer takes."""
+        return self.replace(num_layers=num_layers)
+
     def with_heads(self: Config, hidden_size: int, heads: int) -> Config:
         return self.replace(**{"hidden_size": hidden_size, self.heads_setting: heads})
 
@@ -166,6 +170,11 @@ class ModelConfig(LayerSettings, ABC):
         return cls(**settings)
 
     # Sizes
+
+    @property
+    def layer_period(self) -> int:
+        """Layers after which what they compute and communicate repeats."""
+        return 1
 
     @property
     def num_streams(self) -> int:
