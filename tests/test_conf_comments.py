@@ -30,6 +30,7 @@ from kraken_train.derive import DeriveConfig
 from kraken_train.evaluate import EvaluateConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import GPTConfig, KrakenConfig
+from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.plan import PlanConfig
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
@@ -60,6 +61,7 @@ GROUPS = {
     "engine/*": EngineConfig,
     "model/base/gpt": GPTConfig,
     "model/base/kraken": KrakenConfig,
+    "model/base/ladder": LadderConfig,
     "optim/adamw": AdamWConfig,
     "optim/muon": MuonConfig,
     "parallel/*": ParallelConfig,

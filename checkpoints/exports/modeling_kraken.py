@@ -519,6 +519,44 @@ class ParallelLayer(GPTLayer):
         return x + (attended + self.ffn(normed)), weights
 
 
+class LadderLayer(GPTLayer):
+    """Ladder Residual (arXiv 2501.06589): a = MHA(LN1 x); f' = FFN(LN2 (x + f)); the next x is x + f + a, its f is f'.
+
+    x is the residual stream without the output f of the FFN before, (B, T, D) each. In the first layers of a hybrid,
+    which are standard, x has it.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {**GPTLayer.settings, "ladder_layers": None}
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        ladders = config.num_layers if config.ladder_layers is None else config.ladder_layers
+        self.is_standard = layer_idx < config.num_layers - ladders
+        self.attention_norm = plain_norm(config)
+        self.attention = GPTAttention(config, layer_idx)
+        self.ffn_norm = plain_norm(config)
+        self.ffn = GPTFFN(config)
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        return embedding, torch.zeros_like(embedding)
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        x, of_ffn = state
+        stream: Tensor = x + of_ffn
+        return stream
+
+    def forward(self, state: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        x, of_ffn = state
+        if self.is_standard:
+            x, of_ffn = x + of_ffn, torch.zeros_like(of_ffn)
+        attended, weights = self.attention(self.attention_norm(x), **kwargs)
+        x = x + of_ffn
+        after = x + attended
+        return (after, self.ffn(self.ffn_norm(after if self.is_standard else x))), weights
+
+
 def plain_norm(config: KrakenConfig) -> Norm:
     return Norm(config.norm, config.hidden_size, config.norm_epsilon)
 
@@ -530,6 +568,7 @@ def plain_norm(config: KrakenConfig) -> Norm:
 
 LAYERS: dict[str, type[KrakenLayer] | type[GPTLayer]] = {  # by architecture
     "kraken": KrakenLayer, "standard": StandardLayer, "parallel": ParallelLayer,
+    "ladder": LadderLayer,
 }  # fmt: skip
 
 

@@ -104,9 +104,12 @@ class ModelConfig(LayerSettings, ABC):
         require_choice("model.architecture", self.architecture, self.architectures)
         self.validate_layers()
         shared = {field.name for field in dataclasses.fields(LayerSettings)}
+        optional = {name for name, default in self.defaults().items() if default is None}
         for name in self.setting_names():
-            if name not in {"architecture", self.kv_heads_setting, *shared}:
-                require_positive(f"model.{name}", getattr(self, name))
+            value = getattr(self, name)
+            if name in {"architecture", self.kv_heads_setting, *shared} or (value is None and name in optional):
+                continue
+            require_positive(f"model.{name}", value)
         heads = f"model.{self.heads_setting}"
         if self.head_dim is None:
             require_divides(heads, self.heads, "model.hidden_size", self.hidden_size)

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, cast
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.kraken_config import KrakenConfig
+from kraken_train.model.ladder_config import LadderConfig
 
 if TYPE_CHECKING:
     from kraken_train.model.language_model import LanguageModel
     from kraken_train.parallel.communicator import Communicator
     from kraken_train.parallel.sharding import ModelRank, UnitRange
 
-ARCHITECTURES: dict[str, type[ModelConfig]] = {"kraken": KrakenConfig, "standard": GPTConfig, "parallel": GPTConfig}
+ARCHITECTURES: dict[str, type[ModelConfig]] = {
+    "kraken": KrakenConfig,
+    "standard": GPTConfig,
+    "parallel": GPTConfig,
+    "ladder": LadderConfig,
+}
 DEFAULT_ARCHITECTURE = "kraken"  # of settings that name none
 
 

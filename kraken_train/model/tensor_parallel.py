@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -23,7 +23,7 @@ from kraken_train.model.tensor_parallel_config import TensorParallelConfig
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 from kraken_train.parallel.tensor_parallel import ColumnParallelLinear, QKVLinear, RowParallelLinear
-from kraken_train.parallel.weight_role import WeightRole
+from kraken_train.parallel.weight_role import WeightRole, weight_role
 
 
 class TensorParallelModel(LanguageModel):
@@ -67,12 +67,54 @@ def qk_gains(layers: Sequence[Layer], config: ModelConfig, communicator: Communi
     return cast(Sequence[Tensor], copied.unflatten(0, (-1, 2)).unbind())
 
 
-class AddNorm(Norm):
-    """x and what is added to it, (B, T, D) each -> (x + added, norm(x + added))."""
+# Where each rank has its part of the gradient of the residual stream, a sum of `start_all_reduce` and `wait` is one of
+# gradients as well, and these are the other operations on it.
 
-    def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+
+def sum_of_ranks(communicator: Communicator, part: Tensor) -> Tensor:
+    """This rank's part of an output (B, T, D) -> the sum over the ranks, for which it waits, as for its gradient's."""
+    return communicator.wait(communicator.start_all_reduce(part[None]))
+
+
+def last_sum(communicator: Communicator, x: Tensor, part: Tensor) -> Tensor:
+    """x, equal on all ranks, and their parts (B, T, D) -> x + the sum of the parts, whose gradient all ranks have.
+
+    The first rank adds x, so that the gradient of x is a part on each rank, zero on the others.
+    """
+    place = communicator.model_rank
+    return communicator.all_reduce(part + (x if place.size == 1 else x * float(place.rank == 0)))
+
+
+def layer_gains(layers: Sequence[Layer], communicator: Communicator) -> list[dict[str, Tensor]]:
+    """Gains of all norms of each layer, by the name of the norm, as copied to the ranks.
+
+    All together they take one sum of gradients a model.
+    """
+    norms = [
+        {name: module for name, module in layer.named_modules() if weight_role(module) is WeightRole.NORM}
+        for layer in layers
+    ]
+    gains = [cast(Tensor, module.weight) for of_layer in norms for module in of_layer.values()]
+    copied = iter(communicator.copy_to_ranks(torch.cat(gains)).split([len(gain) for gain in gains]))
+    return [{name: next(copied) for name in of_layer} for of_layer in norms]
+
+
+def gains_of_heads(gains: Mapping[str, Tensor]) -> Tensor | None:
+    """Those of queries and keys in a layer's, (2, K); None where it has none."""
+    if "attention.q_norm" not in gains:
+        return None
+    return torch.stack([gains["attention.q_norm"], gains["attention.k_norm"]])
+
+
+class AddNorm(Norm):
+    """x and what is added to it, (B, T, D) each -> (x + added, norm(x + added)).
+
+    The gain is the weight, or `gain`, which is what ranks have copied of it.
+    """
+
+    def forward(self, x: Tensor, added: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         total = x + added
-        return total, super().forward(total)
+        return total, self.normalize(total, self.weight.shape, self.weight if gain is None else gain, eps=self.epsilon)
 
 
 class QKNorm(nn.Module):
