@@ -22,6 +22,7 @@ from forked import REPOSITORY, run_forked
 from checkpoints.exports.folder import write_export
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
@@ -62,6 +63,10 @@ def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, M
             **common, **MODERN,
         ),
         "ladder": LadderConfig(hidden_size=24, num_heads=3, **common),
+        "fal": FALConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **common),
+        "fal-modern": FALConfig(
+            hidden_size=24, num_heads=3, ffn_hidden_size=30, tie_embeddings=False, **common, **MODERN
+        ),
         "ladder-modern": LadderConfig(
             hidden_size=20, num_heads=6, num_kv_heads=3, head_dim=8, ffn_hidden_size=30, ladder_layers=2, **common,
             **MODERN,
@@ -83,6 +88,8 @@ def shareable_configs() -> dict[str, ModelConfig]:
             **common, **MODERN,
         ),
         "ladder": LadderConfig(hidden_size=48, num_heads=4, **common),
+        "fal": FALConfig(hidden_size=48, num_heads=4, **common),
+        "fal-modern": FALConfig(hidden_size=40, num_heads=4, head_dim=8, ffn_hidden_size=72, **common, **MODERN),
         "ladder-modern": LadderConfig(
             hidden_size=40, num_heads=8, num_kv_heads=4, head_dim=8, ffn_hidden_size=72, ladder_layers=2, **common,
             **MODERN,

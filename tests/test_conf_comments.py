@@ -30,6 +30,7 @@ from kraken_train.derive import DeriveConfig
 from kraken_train.evaluate import EvaluateConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import GPTConfig, KrakenConfig
+from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.plan import PlanConfig
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
@@ -59,6 +60,7 @@ COMMANDS = {
 GROUPS = {
     "acceptance/*": Preset,
     "engine/*": EngineConfig,
+    "model/base/fal": FALConfig,
     "model/base/gpt": GPTConfig,
     "model/base/kraken": KrakenConfig,
     "model/base/ladder": LadderConfig,

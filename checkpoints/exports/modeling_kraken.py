@@ -557,6 +557,38 @@ class LadderLayer(GPTLayer):
         return (after, self.ffn(self.ffn_norm(after if self.is_standard else x))), weights
 
 
+class FALLayer(GPTLayer):
+    """FAL (arXiv 2510.14614): x = x + MHA(LN1 x) + FFN(LN2 x + f), where f is the normed output of the first attention.
+
+    In the first layer a = MHA(LN1 x); x = x + a; f = LN_f a; x = x + FFN(LN2 x). x and f are (B, T, D).
+    """
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = plain_norm(config)
+        self.attention = GPTAttention(config, layer_idx)
+        self.output_norm = plain_norm(config) if layer_idx == 0 else None
+        self.ffn_norm = plain_norm(config)
+        self.ffn = GPTFFN(config)
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        return embedding, torch.zeros_like(embedding)
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        stream: Tensor = state[0]
+        return stream
+
+    def forward(self, state: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        x, first = state
+        attended, weights = self.attention(self.attention_norm(x), **kwargs)
+        if self.output_norm is None:
+            return (x + (attended + self.ffn(self.ffn_norm(x) + first)), first), weights
+        x = x + attended
+        return (x + self.ffn(self.ffn_norm(x)), self.output_norm(attended)), weights
+
+
 def plain_norm(config: KrakenConfig) -> Norm:
     return Norm(config.norm, config.hidden_size, config.norm_epsilon)
 
@@ -569,6 +601,7 @@ def plain_norm(config: KrakenConfig) -> Norm:
 LAYERS: dict[str, type[KrakenLayer] | type[GPTLayer]] = {  # by architecture
     "kraken": KrakenLayer, "standard": StandardLayer, "parallel": ParallelLayer,
     "ladder": LadderLayer,
+    "fal": FALLayer,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from kraken_train.model.architecture import ModelConfig
+from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.ladder_config import LadderConfig
@@ -20,6 +21,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "standard": GPTConfig,
     "parallel": GPTConfig,
     "ladder": LadderConfig,
+    "fal": FALConfig,
 }
 DEFAULT_ARCHITECTURE = "kraken"  # of settings that name none
 

@@ -27,6 +27,7 @@ from kraken_train.inference.ranks import on_all, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.ranks import Runtime
@@ -46,6 +47,7 @@ CONFIGS: dict[str, ModelConfig] = {
        for form in ("standard", "parallel") for kind, kv_heads in ATTENTION.items()},
     "kraken-6": KrakenConfig(6, hidden_size=16, heads_per_sub_layer=2, **COMMON),
     "ladder-gqa": LadderConfig(hidden_size=32, num_heads=8, num_kv_heads=2, **COMMON),
+    "fal-gqa": FALConfig(hidden_size=32, num_heads=8, num_kv_heads=2, **COMMON),
     "ladder-hybrid": LadderConfig(hidden_size=32, num_heads=8, ladder_layers=1, **COMMON),
     "small": small_configs(vocab_size=384, context_length=72)["kraken"],
 }  # fmt: skip
@@ -60,6 +62,7 @@ CASES: list[Case] = [  # one device is in test_inference_engine.py
     ("standard-mqa", (1.0, 1.0, 0.5)),
     *[("ladder-gqa", (1.0,) * devices) for devices in (2, 4)],
     ("ladder-hybrid", (1.0, 1.0, 0.5)),
+    *[("fal-gqa", (1.0,) * devices) for devices in (2, 4)],
     ("golden", (1.0, 1.0, 1.0)),
     ("golden", (1.0, 1.0, 1.0, 1.0)),
 ]  # fmt: skip

@@ -54,7 +54,8 @@ def test_number_of_collectives(report: Report, case: Case) -> None:
     """The sums of the layers, and one gathering of the logits."""
     form = "kraken" if case[0] == "golden" else case[0].split("-")[0]
     layers = Golden().config.num_layers if case[0] == "golden" else NUM_LAYERS
-    expected = [{"kraken": 1, "parallel": 1, "standard": 2, "ladder": 2}[form] * layers, 1]
+    sums = {"kraken": layers, "parallel": layers, "standard": 2 * layers, "ladder": 2 * layers, "fal": layers + 1}
+    expected = [sums[form], 1]
     found = report["cases"][0][case_name(case)]
     assert found["prefill"] == found["decode"] == expected
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kraken_train.common.errors import ConfigError
 from kraken_train.model.architecture import ATTENTION, FFN, ModelConfig
 from kraken_train.model.config import GPTConfig
+from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.flops import attention_flops_per_token, matrix_flops_per_token
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.registry import build_model, even_share
@@ -38,11 +39,26 @@ MODERN_LADDER = LadderConfig(
     **COMMON,
     **MODERN,
 )
+FAL = FALConfig(hidden_size=32, num_heads=4, **COMMON)
+MODERN_FAL = FALConfig(
+    hidden_size=20,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    ffn_hidden_size=30,
+    tie_embeddings=False,
+    **COMMON,
+    **MODERN,
+)
 CONFIGS: dict[str, ModelConfig] = {
     "ladder": LADDER,
     "ladder-modern": MODERN_LADDER,
     "ladder-hybrid": replace(LADDER, ladder_layers=2, num_kv_heads=1),
     "ladder-hybrid-modern": replace(MODERN_LADDER, ladder_layers=3),
+    "fal": FAL,
+    "fal-modern": MODERN_FAL,
+    "fal-mqa": replace(FAL, num_kv_heads=1),
+    "fal-single": replace(FAL, num_layers=1),
     "ladder-single": replace(LADDER, num_layers=1),
 }
 
@@ -131,7 +147,23 @@ def ladder(plain: Plain, x: Tensor) -> Tensor:
     return x
 
 
-FORMULAS = {"ladder": ladder}
+def fal(plain: Plain, x: Tensor) -> Tensor:
+    """x + MHA(LN1 x) + FFN(LN2 x + f), with the normed output f of the first attention; the first layer is standard."""
+    config, weights = plain.config, plain.weights
+    first = torch.zeros_like(x)
+    for layer in range(config.num_layers):
+        attended = plain.part(layer, "attention")(x)
+        if layer == 0:
+            first = normed(config, attended, weights["layers.0.output_norm.weight"])
+            x = x + attended
+            x = x + plain.part(0, "ffn")(x)
+        else:
+            reads = normed(config, x, weights[f"layers.{layer}.ffn_norm.weight"]) + first
+            x = x + attended + ffn(config, plain.of(f"layers.{layer}.ffn"), reads)
+    return x
+
+
+FORMULAS = {"ladder": ladder, "fal": fal}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -149,7 +181,10 @@ def test_formula(name: str) -> None:
     for parameter, weight in weights.items():
         gradient = model.get_parameter(parameter).grad
         assert gradient is not None
-        assert weight.grad is not None
+        if weight.grad is None:  # the first attention's output, which a single layer does not read
+            assert (config.architecture, config.num_layers) == ("fal", 1)
+            assert gradient.norm() == 0
+            continue
         error = (gradient - weight.grad).norm() / weight.grad.norm()
         assert error < (1e-10 if config.positions == "learned" else 1e-4), parameter
 
@@ -203,6 +238,13 @@ def test_settings_of_a_ladder() -> None:
     assert LADDER.num_parameters == standard.num_parameters
     names = [name for name, _ in build_model(standard).named_parameters()]
     assert [name for name, _ in build_model(LADDER).named_parameters()] == names
+
+
+def test_sums_of_fal() -> None:
+    """One a layer and one more for the first attention, all exposed."""
+    assert [(sums.behind, sums.count) for sums in FAL.all_reduces] == [(None, 2 * (4 + 1))]
+    standard = GPTConfig(hidden_size=32, num_heads=4, **COMMON)
+    assert FAL.num_parameters == standard.num_parameters + 32
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from parity.communicator_checks import DELAY
 
 LAYERS = MODELS["kraken-4"].num_layers
 PLACES = [(2, 2), (4, 2), (4, 4)]  # ranks, ranks of a copy
-RIVALS = ("ladder",)  # architectures whose residual stream has a part of its gradient on each rank
+RIVALS = ("ladder", "fal")  # architectures whose residual stream has a part of its gradient on each rank
 Launched = Callable[..., dict[str, Any]]
 
 

@@ -30,6 +30,7 @@ from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.sampling import Sampling
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.language_model import LanguageModel
 
@@ -46,6 +47,8 @@ CONFIGS: dict[str, ModelConfig] = {
         for kv in (None, 3, 1)
     },
     "ladder": LadderConfig(hidden_size=24, num_heads=6, **COMMON),
+    "fal": FALConfig(hidden_size=24, num_heads=6, **COMMON),
+    "fal-modern": FALConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **COMMON, **MODERN),
     "ladder-hybrid": LadderConfig(hidden_size=24, num_heads=6, num_kv_heads=3, ladder_layers=1, **COMMON, **MODERN),
 }
 WITH_TOKENIZER = {"kraken-4-2": 320, "standard-3": 384}  # vocabulary; the second has rows that are no tokens
