@@ -32,6 +32,7 @@ from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import GPTConfig, KrakenConfig
 from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 from kraken_train.plan import PlanConfig
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
@@ -64,6 +65,7 @@ GROUPS = {
     "model/base/gpt": GPTConfig,
     "model/base/kraken": KrakenConfig,
     "model/base/ladder": LadderConfig,
+    "model/base/track": TrackConfig,
     "optim/adamw": AdamWConfig,
     "optim/muon": MuonConfig,
     "parallel/*": ParallelConfig,

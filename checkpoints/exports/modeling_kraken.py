@@ -330,7 +330,7 @@ class StackedAttention(KrakenAttention):
 
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        count, width, epsilon = config.num_sub_layers, config.hidden_size, config.norm_epsilon
+        count, width, epsilon = config.streams, config.hidden_size, config.norm_epsilon
         self.norm = StackedNorm(count, config.norm, width, epsilon)
         self.qkv = StackedLinear(count, width, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.q_norm = StackedNorm(count, "rmsnorm", self.head_dim, epsilon) if config.qk_norm else None
@@ -356,7 +356,7 @@ class StackedFFN(nn.Module):
 
     def __init__(self, config: KrakenConfig) -> None:
         super().__init__()
-        count, width, inner = config.num_sub_layers, config.hidden_size, config.intermediate_size
+        count, width, inner = config.streams, config.hidden_size, config.intermediate_size
         self.norm = StackedNorm(count, config.norm, width, config.norm_epsilon)
         self.gate = StackedLinear(count, width, inner) if config.ffn == "swiglu" else None
         self.up = StackedLinear(count, width, inner)
@@ -401,6 +401,45 @@ class KrakenLayer(GradientCheckpointingLayer):
         total = streams[0] if self.is_first else streams.sum(dim=0)
         attended, weights = self.attention(streams, **kwargs)
         return self.ffn(streams, attended, total), weights
+
+
+class TrackLayer(KrakenLayer):
+    """Parallel Track (arXiv 2602.07306): x_i = x_i + MHA_i(LN1_i x_i); x_i = x_i + FFN_i(LN2_i x_i), (N, B, T, D).
+
+    Before it, every `sync_every` layers, y = y + sum_i (x_i - y), which is (B, T, D), and x_i = y.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {
+        "ffn_multiplier": 4, "num_tracks": 2, "sync_every": 4, "heads_per_track": 2, "kv_heads_per_track": None,
+    }  # fmt: skip
+    streams_setting: ClassVar[str | None] = "num_tracks"
+    has_conjunction: ClassVar[bool] = False
+    heads_setting: ClassVar[str] = "heads_per_track"
+    kv_heads_setting: ClassVar[str] = "kv_heads_per_track"
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.sums_before = layer_idx > 0 and layer_idx % config.sync_every == 0
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        return embedding.expand(config.streams, -1, -1, -1), embedding
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        tracks, begun = state
+        total: Tensor = begun + (tracks - begun).sum(dim=0)
+        return total
+
+    def forward(  # type: ignore[override]
+        self, state: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        tracks, begun = state
+        if self.sums_before:
+            begun = self.residual(state)
+            tracks = begun.expand(len(tracks), -1, -1, -1)
+        attended, weights = self.attention(tracks, **kwargs)
+        return (self.ffn(tracks, attended, tracks), begun), weights
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -600,6 +639,7 @@ def plain_norm(config: KrakenConfig) -> Norm:
 
 LAYERS: dict[str, type[KrakenLayer] | type[GPTLayer]] = {  # by architecture
     "kraken": KrakenLayer, "standard": StandardLayer, "parallel": ParallelLayer,
+    "track": TrackLayer,
     "ladder": LadderLayer,
     "fal": FALLayer,
 }  # fmt: skip

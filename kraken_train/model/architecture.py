@@ -92,6 +92,7 @@ class ModelConfig(LayerSettings, ABC):
     kv_heads_setting: ClassVar[str]
     # The setting that says for how many devices a model is made; None: for any number that divides its units.
     units_setting: ClassVar[str | None] = None
+    has_mup_rules: ClassVar[bool] = True  # whether `recipe.parametrization` knows how its sizes scale
     is_baseline: ClassVar[bool] = False  # whether `kraken_train.derive` takes it as a base
     # The first format_version of exports in which the weights are laid out as they are now.
     first_export_format: ClassVar[int] = 2

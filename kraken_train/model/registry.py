@@ -10,6 +10,7 @@ from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 
 if TYPE_CHECKING:
     from kraken_train.model.language_model import LanguageModel
@@ -22,6 +23,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "parallel": GPTConfig,
     "ladder": LadderConfig,
     "fal": FALConfig,
+    "track": TrackConfig,
 }
 DEFAULT_ARCHITECTURE = "kraken"  # of settings that name none
 

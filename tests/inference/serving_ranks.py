@@ -29,6 +29,7 @@ from kraken_train.inference.serving import start_engine
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.parallel.sharding import ModelRank
@@ -48,6 +49,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "kraken-6": KrakenConfig(6, hidden_size=16, heads_per_sub_layer=2, **COMMON),
     "ladder-gqa": LadderConfig(hidden_size=32, num_heads=8, num_kv_heads=2, **COMMON),
     "fal-gqa": FALConfig(hidden_size=32, num_heads=8, num_kv_heads=2, **COMMON),
+    "track-gqa": TrackConfig(4, hidden_size=16, heads_per_track=4, kv_heads_per_track=2, sync_every=1, **COMMON),
+    "track-2": TrackConfig(4, hidden_size=16, heads_per_track=2, sync_every=2, **COMMON),
     "ladder-hybrid": LadderConfig(hidden_size=32, num_heads=8, ladder_layers=1, **COMMON),
     "small": small_configs(vocab_size=384, context_length=72)["kraken"],
 }  # fmt: skip
@@ -62,6 +65,8 @@ CASES: list[Case] = [  # one device is in test_inference_engine.py
     ("standard-mqa", (1.0, 1.0, 0.5)),
     *[("ladder-gqa", (1.0,) * devices) for devices in (2, 4)],
     ("ladder-hybrid", (1.0, 1.0, 0.5)),
+    *[("track-gqa", (1.0,) * devices) for devices in (2, 4, 3)],
+    ("track-2", (1.0, 1.0)),
     *[("fal-gqa", (1.0,) * devices) for devices in (2, 4)],
     ("golden", (1.0, 1.0, 1.0)),
     ("golden", (1.0, 1.0, 1.0, 1.0)),

@@ -122,7 +122,7 @@ def compose_cluster() -> Any:
 
 
 def test_benchmarks(tmp_path: Path) -> None:
-    assert architectures() == ("kraken", "standard", "parallel", "ladder", "fal", NAME)
+    assert architectures() == ("kraken", "standard", "parallel", "ladder", "fal", "track", NAME)
     model = model_config(NAME, SIZES["tiny"], 2, 96, 64)
     assert isinstance(model, FFNFirstConfig)
     assert (model.hidden_size, model.heads) == (448, 8)

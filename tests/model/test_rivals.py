@@ -23,9 +23,12 @@ from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.flops import attention_flops_per_token, matrix_flops_per_token
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.registry import build_model, even_share
+from kraken_train.model.track_config import TrackConfig
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.sharding import ModelRank
 from kraken_train.planning.fake_trace import FakeGroup
+from kraken_train.recipe.optimizers import AdamWConfig
+from kraken_train.recipe.parametrization import parametrization_of
 
 COMMON: dict[str, Any] = {"num_layers": 4, "vocab_size": 96, "context_length": 24}
 LADDER = LadderConfig(hidden_size=32, num_heads=4, **COMMON)
@@ -50,6 +53,11 @@ MODERN_FAL = FALConfig(
     **COMMON,
     **MODERN,
 )
+TRACK = TrackConfig(4, hidden_size=16, heads_per_track=2, sync_every=2, **COMMON)
+MODERN_TRACK = TrackConfig(
+    4, hidden_size=20, heads_per_track=4, kv_heads_per_track=2, head_dim=6, ffn_hidden_size=28, sync_every=3,
+    tie_embeddings=False, **COMMON, **MODERN,
+)  # fmt: skip
 CONFIGS: dict[str, ModelConfig] = {
     "ladder": LADDER,
     "ladder-modern": MODERN_LADDER,
@@ -59,6 +67,12 @@ CONFIGS: dict[str, ModelConfig] = {
     "fal-modern": MODERN_FAL,
     "fal-mqa": replace(FAL, num_kv_heads=1),
     "fal-single": replace(FAL, num_layers=1),
+    "track-2": TRACK,
+    "track-4": replace(TRACK, sync_every=4, kv_heads_per_track=1),
+    "track-8": replace(TRACK, sync_every=8, num_layers=9),
+    "track-uneven": replace(TRACK, num_layers=5, num_tracks=2),
+    "track-modern": MODERN_TRACK,
+    "track-single": replace(TRACK, num_tracks=1, num_layers=1),
     "ladder-single": replace(LADDER, num_layers=1),
 }
 
@@ -163,7 +177,33 @@ def fal(plain: Plain, x: Tensor) -> Tensor:
     return x
 
 
-FORMULAS = {"ladder": ladder, "fal": fal}
+def track(plain: Plain, x: Tensor) -> Tensor:
+    """Each track by itself, in its block of layers; then what each has added is added to what they began with."""
+    config = plain.config
+    assert isinstance(config, TrackConfig)
+    for block in range(0, config.num_layers, config.sync_every):
+        added = torch.zeros_like(x)
+        for number in range(config.num_tracks):
+            own = x
+            for layer in range(block, min(block + config.sync_every, config.num_layers)):
+                for name, compute in (("attention", attention), ("ffn", ffn)):
+                    weights = {key: weight[number] for key, weight in plain.of(f"layers.{layer}.{name}").items()}
+                    if name == "attention":  # one matrix of queries, keys and values one after the other
+                        weights["qkv"] = in_groups(config, weights["qkv"])
+                    own = own + compute(config, weights, normed(config, own, weights["norm"]))
+            added = added + own - x
+        x = x + added
+    return x
+
+
+def in_groups(config: ModelConfig, qkv: Tensor) -> Tensor:
+    """(rows, D), all queries before all keys and values -> as `split_qkv` takes it, (G, rows of a group, D)."""
+    heads = [config.heads, config.kv_heads, config.kv_heads]
+    parts = qkv.split([count * config.head_size for count in heads])
+    return torch.cat([part.unflatten(0, (config.kv_heads, -1)) for part in parts], dim=1)
+
+
+FORMULAS = {"ladder": ladder, "fal": fal, "track": track}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -245,6 +285,23 @@ def test_sums_of_fal() -> None:
     assert [(sums.behind, sums.count) for sums in FAL.all_reduces] == [(None, 2 * (4 + 1))]
     standard = GPTConfig(hidden_size=32, num_heads=4, **COMMON)
     assert FAL.num_parameters == standard.num_parameters + 32
+
+
+@pytest.mark.parametrize(("layers", "sync_every", "sums"), [(16, 2, 8), (16, 4, 4), (16, 8, 2), (17, 8, 3), (3, 8, 1)])
+def test_sums_of_tracks(layers: int, sync_every: int, sums: int) -> None:
+    """One in a block of layers, exposed."""
+    config = replace(TRACK, num_layers=layers, sync_every=sync_every)
+    assert [(one.behind, one.count) for one in config.all_reduces] == [(None, 2 * sums)]
+
+
+def test_settings_of_tracks() -> None:
+    with pytest.raises(ConfigError, match=r"model.sync_every=0 must be greater than 0"):
+        replace(TRACK, sync_every=0)
+    optim = AdamWConfig(
+        lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0, parametrization="mup"
+    )
+    with pytest.raises(ConfigError, match=r"optim.parametrization=mup has no rules for model.architecture=track"):
+        parametrization_of(optim, TRACK)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.track_config import TrackConfig
 
 COMMON = {"num_layers": 2, "context_length": 24, "vocab_size": 96}
 CONFIGS: dict[str, ModelConfig] = {
@@ -49,6 +50,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "ladder": LadderConfig(hidden_size=24, num_heads=6, **COMMON),
     "fal": FALConfig(hidden_size=24, num_heads=6, **COMMON),
     "fal-modern": FALConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **COMMON, **MODERN),
+    "track": TrackConfig(4, hidden_size=16, heads_per_track=4, kv_heads_per_track=2, sync_every=1, **COMMON),
+    "track-modern": TrackConfig(2, hidden_size=16, heads_per_track=4, sync_every=4, **COMMON, **MODERN),
     "ladder-hybrid": LadderConfig(hidden_size=24, num_heads=6, num_kv_heads=3, ladder_layers=1, **COMMON, **MODERN),
 }
 WITH_TOKENIZER = {"kraken-4-2": 320, "standard-3": 384}  # vocabulary; the second has rows that are no tokens
