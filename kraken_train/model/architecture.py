@@ -308,6 +308,11 @@ class ModelConfig(LayerSettings, ABC):
         """Those of the layers and of what is between them and the head; not those of a sharded vocabulary."""
 
     @property
+    def copied_gains(self) -> int:
+        """Numbers whose gradients take a further all-reduce in each micro-batch: gains that each rank copies."""
+        return 0
+
+    @property
     def overlaps_communication(self) -> bool:
         """Whether anything is computed while an all-reduce is under way."""
         return any(all_reduces.behind is not None for all_reduces in self.all_reduces)

@@ -34,6 +34,11 @@ class FALConfig(TensorParallelConfig):
         return (AllReduces("attention with FFN, and their gradients", 2 * (self.num_layers + 1)),)
 
     @property
+    def copied_gains(self) -> int:
+        """Of all norms but the last."""
+        return self.norm_parameters - self.hidden_size
+
+    @property
     def introduction(self) -> str:
         return (
             f"A language model of the FAL architecture ([arXiv 2510.14614]({PAPER})) with {self.num_parameters:,} "

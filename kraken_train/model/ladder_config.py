@@ -62,6 +62,11 @@ class LadderConfig(TensorParallelConfig):
         return f"Ladder Residual{hybrid}"
 
     @property
+    def copied_gains(self) -> int:
+        """Of all norms but the last."""
+        return self.norm_parameters - self.hidden_size
+
+    @property
     def introduction(self) -> str:
         return (
             f"A language model of the Ladder Residual architecture ([arXiv 2501.06589]({PAPER})) with "
