@@ -37,6 +37,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "save:2,4",
         "resume:2",
         "uneven-vocabulary",
+        "other-architectures",
         "gradient-sums:1,2",
         "memory",
     ],
