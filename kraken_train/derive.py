@@ -1,5 +1,7 @@
 """Kraken with the parameters of a standard Transformer: python -m kraken_train.derive model=gpt2-124m num_sub_layers=4
 
+With `architecture=track` it finds Parallel Track Transformers, whose tracks take the place of sub-layers.
+
 Layers, vocabulary, context and what a layer is made of (norm, FFN, positions, ...) are those of the base.
 
 - By default the heads of a sub-layer are together as wide as its stream, as in the paper. The search is over the width
@@ -14,14 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
-from kraken_train.common.validation import require_positive
-from kraken_train.model.config import KrakenConfig, ModelConfig, ModelSettings, parse_model
+from kraken_train.common.validation import require_choice, require_positive
+from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
 from kraken_train.model.head_dims import (
     BEST,
     FASTEST_UP_TO,
@@ -33,6 +36,7 @@ from kraken_train.model.head_dims import (
     head_dims,
 )
 from kraken_train.model.layer_settings import LayerSettings
+from kraken_train.model.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
 
 BYTES_PER_VALUE = 2  # bf16
 ALIGNED = 64  # what widths are multiples of where they are free
@@ -45,7 +49,8 @@ class DeriveConfig:
     """See conf/derive.yaml."""
 
     model: ModelSettings
-    num_sub_layers: int  # sub-layers of the Kraken to find
+    architecture: str  # of the model to find: one that is made for a number of devices, kraken or track
+    num_sub_layers: int  # sub-layers of the Kraken to find, or tracks
     tolerance: float  # largest relative difference of the parameter counts
     # largest width of all heads of a layer relative to the base's, which decides the time of attention and the
     # key-value cache; null: heads as wide as the streams, as in the paper, 1.8 to 3.3 times the base's
@@ -53,6 +58,7 @@ class DeriveConfig:
 
     def validate(self) -> None:
         """Raises ConfigError."""
+        require_choice("architecture", self.architecture, made_for_devices())
         require_positive("num_sub_layers", self.num_sub_layers)
         if not 0 < self.tolerance < 1:
             raise ConfigError(
@@ -62,11 +68,16 @@ class DeriveConfig:
             require_positive("max_attention_cost", self.max_attention_cost)
 
 
+def made_for_devices() -> tuple[str, ...]:
+    """The architectures with a setting for the number of devices."""
+    return tuple(name for name, schema in ARCHITECTURES.items() if schema.units_setting is not None)
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A Kraken and the standard Transformer that it matches."""
+    """A Kraken, or another that is made for a number of devices, and the standard Transformer that it matches."""
 
-    config: KrakenConfig
+    config: ModelConfig
     base: ModelConfig
 
     @property
@@ -93,12 +104,12 @@ class Candidate:
     @property
     def base_cache_bytes(self) -> int:
         """The same for the base under N-way tensor parallelism, which splits it by whole heads."""
-        heads = math.ceil(self.base.kv_heads / self.config.num_sub_layers)
+        heads = math.ceil(self.base.kv_heads / self.config.num_streams)
         return cache_bytes(self.base.num_layers, heads * self.base.head_size)
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of an all-reduce for each token (bf16): one of them a layer. The base's are two, of its width."""
+        """Bytes of an all-reduce for each token (bf16). The base's are two a layer, of its width."""
         return self.config.hidden_size * BYTES_PER_VALUE
 
     @property
@@ -109,17 +120,19 @@ class Candidate:
     @property
     def overrides(self) -> str:
         """The command-line settings that train this model: all but those at their default, which conf/model has too."""
-        values = [(field.name, getattr(self.config, field.name), field.default) for field in fields(self.config)]
+        values = [
+            (field.name, getattr(self.config, field.name), field.default) for field in fields(cast(Any, self.config))
+        ]
         settings = [f"model.{name}={value}" for name, value, default in values if value != default]
-        return " ".join(["model=kraken-125m-4way", *settings])
+        return " ".join([f"model=base/{self.config.architecture}", *settings])
 
     @property
     def rank(self) -> tuple[float, ...]:
         """Smaller is better: sizes that fill matrix units, then closeness, then fewer heads."""
         if self.config.ffn_hidden_size is None:
-            return (self.config.head_size not in BEST, abs(self.difference), self.config.heads_per_sub_layer)
+            return (self.config.head_size not in BEST, abs(self.difference), self.config.heads)
         # Where the FFN is free, the one nearest to the paper's multiplier.
-        distance = abs(math.log(self.ffn_multiplier / KrakenConfig.ffn_multiplier))
+        distance = abs(math.log(self.ffn_multiplier / type(self.config).defaults()["ffn_multiplier"]))
         other_heads = self.config.head_size != self.base.head_size
         return (other_heads, distance)
 
@@ -129,9 +142,13 @@ def cache_bytes(num_layers: int, width: int) -> int:
 
 
 def derive(
-    base: ModelConfig, num_sub_layers: int, tolerance: float = 0.02, max_attention_cost: float | None = None
+    base: ModelConfig,
+    num_sub_layers: int,
+    tolerance: float = 0.02,
+    max_attention_cost: float | None = None,
+    architecture: str = DEFAULT_ARCHITECTURE,
 ) -> list[Candidate]:
-    """Krakens whose parameters differ from the base's by at most `tolerance` (a fraction), the best first.
+    """Models whose parameters differ from the base's by at most `tolerance` (a fraction), the best first.
 
     `max_attention_cost` as in `DeriveConfig`. Raises ConfigError if the base is not a standard or parallel Transformer,
     or if no width fits.
@@ -139,10 +156,11 @@ def derive(
     if not base.is_baseline:
         raise ConfigError(f"model.architecture={base.architecture} is no base to derive from; use model=gpt2-124m or "
                           "another standard Transformer")  # fmt: skip
+    like = Likeness(base, architecture, num_sub_layers)
     if max_attention_cost is None:
-        candidates = list(candidates_near(base, num_sub_layers, tolerance))
+        candidates = list(candidates_near(base, like, tolerance))
     else:
-        candidates = list(candidates_with_free_attention(base, num_sub_layers, max_attention_cost))
+        candidates = list(candidates_with_free_attention(base, like, max_attention_cost))
     fitting = [candidate for candidate in candidates if abs(candidate.difference) <= tolerance]
     if not fitting:
         nearest = min(candidates, key=lambda candidate: abs(candidate.difference))
@@ -159,22 +177,25 @@ def round_up(fraction: float) -> float:
     return math.ceil(fraction * 1000) / 1000
 
 
-def candidates_near(base: ModelConfig, num_sub_layers: int, tolerance: float) -> Iterator[Candidate]:
+def candidates_near(base: ModelConfig, like: Likeness, tolerance: float) -> Iterator[Candidate]:
     """Candidates of all widths from the smallest to the first with too many parameters, inclusive."""
     width, too_large = STEP, False
     while not too_large:
         for head_dim in good_head_dims(width):
-            candidate = Candidate(kraken_like(base, num_sub_layers, width, width // head_dim), base)
+            candidate = Candidate(like.model(width, width // head_dim), base)
             too_large = candidate.difference > tolerance
             yield candidate
         width += STEP
 
 
-def candidates_with_free_attention(base: ModelConfig, num_sub_layers: int, cost: float) -> Iterator[Candidate]:
+def candidates_with_free_attention(base: ModelConfig, like: Likeness, cost: float) -> Iterator[Candidate]:
     """Of each width and best head dimension, the FFN's width with which the parameters are nearest to the base's.
 
-    The FFN's multiplier is between 1 and 4. Raises ConfigError where not even one head a sub-layer is allowed.
+    The FFN's multiplier is between 1 and twice the usual one. Raises ConfigError where not even one head a sub-layer is
+    allowed.
     """
+    num_sub_layers = like.num_sub_layers
+    widest = 2 * ARCHITECTURES[like.architecture].defaults()["ffn_multiplier"]
     most = cost * base.attention_width / num_sub_layers  # width of the heads of a sub-layer
     smallest = min(BEST) if most >= min(BEST) else SMALLEST
     if most < smallest:
@@ -186,13 +207,13 @@ def candidates_with_free_attention(base: ModelConfig, num_sub_layers: int, cost:
     step = ALIGNED if base.hidden_size >= 8 * ALIGNED else STEP
     for width in range(step, 2 * base.hidden_size, step):
         for head_dim in [size for size in BEST if size <= most] or [smallest]:
-            like = kraken_like(base, num_sub_layers, width, int(most // head_dim), head_dim)
-            thin, thicker = (like.replace(ffn_hidden_size=size) for size in (ALIGNED, 2 * ALIGNED))
+            of_width = like.model(width, int(most // head_dim), head_dim)
+            thin, thicker = (of_width.replace(ffn_hidden_size=size) for size in (ALIGNED, 2 * ALIGNED))
             per_step = thicker.num_parameters - thin.num_parameters
             steps = 1 + round((base.num_parameters - thin.num_parameters) / per_step)
             if steps >= 1:
                 candidate = Candidate(thin.replace(ffn_hidden_size=steps * ALIGNED), base)
-                if 1 <= candidate.ffn_multiplier <= 4:
+                if 1 <= candidate.ffn_multiplier <= widest:
                     yield candidate
 
 
@@ -202,40 +223,44 @@ def good_head_dims(width: int) -> list[int]:
     return [size for size in possible if size in BEST] or sorted(possible, key=distance_to_best)[:1]
 
 
-def kraken_like(
-    base: ModelConfig, num_sub_layers: int, width: int, heads: int, head_dim: int | None = None
-) -> KrakenConfig:
-    """With the base's kind of layers, but heads and FFN of its own."""
-    shared = {field.name: getattr(base, field.name) for field in fields(LayerSettings)}
-    return KrakenConfig(
-        **{**shared, "head_dim": head_dim, "ffn_hidden_size": None},
-        num_sub_layers=num_sub_layers,
-        num_layers=base.num_layers,
-        hidden_size=width,
-        heads_per_sub_layer=heads,
-        vocab_size=base.vocab_size,
-        context_length=base.context_length,
-        norm_epsilon=base.norm_epsilon,
-    )
+@dataclass(frozen=True)
+class Likeness:
+    """Models with the base's kind of layers, of another architecture."""
+
+    base: ModelConfig
+    architecture: str
+    num_sub_layers: int
+
+    def model(self, width: int, heads: int, head_dim: int | None = None) -> ModelConfig:
+        """One with heads and FFN of its own."""
+        base, schema = self.base, ARCHITECTURES[self.architecture]
+        settings: dict[str, Any] = {field.name: getattr(base, field.name) for field in fields(LayerSettings)}
+        settings |= {"architecture": self.architecture, "head_dim": head_dim, "ffn_hidden_size": None}
+        settings |= {cast(str, schema.units_setting): self.num_sub_layers, schema.heads_setting: heads}
+        for name in ("num_layers", "vocab_size", "context_length", "norm_epsilon"):
+            settings[name] = getattr(base, name)
+        settings["hidden_size"] = width
+        return schema(**settings)
 
 
-def nearest_with_best_heads(base: ModelConfig, num_sub_layers: int) -> Candidate:
-    """The Kraken with heads of 64 or 128 whose parameters are nearest to the base's, at any distance."""
-    candidates = []
+def nearest_with_best_heads(
+    base: ModelConfig, num_sub_layers: int, architecture: str = DEFAULT_ARCHITECTURE
+) -> Candidate:
+    """The model with heads of 64 or 128 whose parameters are nearest to the base's, at any distance."""
+    like, candidates = Likeness(base, architecture, num_sub_layers), []
     for width in range(min(BEST), 4 * base.hidden_size, min(BEST)):
         head_dim = max(k for k in BEST if width % k == 0)
-        candidates.append(Candidate(kraken_like(base, num_sub_layers, width, width // head_dim), base))
+        candidates.append(Candidate(like.model(width, width // head_dim), base))
     return min(candidates, key=lambda candidate: abs(candidate.difference))
 
 
 def as_table(candidates: list[Candidate]) -> Table:
-    base, num_sub_layers = candidates[0].base, candidates[0].config.num_sub_layers
+    base, first = candidates[0].base, candidates[0].config
     table = Table(
-        title=f"{num_sub_layers}-way Kraken for {base.num_layers} layers of {base.hidden_size}, "
-        f"{base.num_parameters:,} parameters",
+        title=f"{first.title} for {base.num_layers} layers of {base.hidden_size}, {base.num_parameters:,} parameters",
         caption="attention: width of all heads relative to the base's. time: that of attention relative to the base's, "
         "by the kernels that take such heads. In bf16 on "
-        f"{num_sub_layers} devices: bytes per token and device of the key-value cache, the base's with tensor "
+        f"{first.num_streams} devices: bytes per token and device of the key-value cache, the base's with tensor "
         "parallelism; and bytes per token of a layer's all-reduce",
     )
     names = "hidden size, heads, head dim, FFN, parameters, difference, attention, time, cache, base's, message"
@@ -245,7 +270,7 @@ def as_table(candidates: list[Candidate]) -> Table:
         config = candidate.config
         table.add_row(
             str(config.hidden_size),
-            str(config.heads_per_sub_layer),
+            str(config.heads),
             str(config.head_size),
             str(config.ffn_size),
             f"{config.num_parameters:,}",
@@ -264,7 +289,7 @@ def print_candidates(config: DeriveConfig) -> None:
     if config.model.get("vocab_size") is None:
         raise ConfigError("model.vocab_size is not set, and the parameters depend on it; give model.vocab_size=NUMBER")
     base = parse_model(config.model)
-    candidates = derive(base, config.num_sub_layers, config.tolerance, config.max_attention_cost)
+    candidates = derive(base, config.num_sub_layers, config.tolerance, config.max_attention_cost, config.architecture)
     console = Console(width=None if Console().is_terminal else 120)
     console.print(as_table(candidates))
     print(f"to train the first: python -m kraken_train.train {candidates[0].overrides}")
@@ -273,7 +298,7 @@ def print_candidates(config: DeriveConfig) -> None:
         slower = f", and slower ones where they are larger than {FASTEST_UP_TO}" if size > FASTEST_UP_TO else ""
         print(f"attention kernels compute its heads of {size} as heads of {computed_size(size)}{slower}")
     if candidates[0].config.head_size not in BEST:
-        faster = nearest_with_best_heads(candidates[0].base, config.num_sub_layers)
+        faster = nearest_with_best_heads(candidates[0].base, config.num_sub_layers, config.architecture)
         needed = round_up(abs(faster.difference))
         if needed < 1:
             print(

@@ -121,14 +121,14 @@ def time_table(best: Prediction) -> Table:
 
 def traffic_table(traffic: tuple[Collective, ...]) -> Table:
     table = Table(title="Collectives of an optimizer step, those of at least 10 kB")
-    for name in ("what", "kind", "among", "number", "each", "behind attention"):
+    for name in ("what", "kind", "among", "number", "each", "hidden behind"):
         table.add_column(name, justify="right" if name in ("number", "each") else "left")
     for collective in traffic:
         if collective.size < 1e4:
             continue
         table.add_row(
             collective.purpose, collective.kind, collective.group, str(collective.count),
-            f"{collective.size / 1e6:,.2f} MB", "yes" if collective.hides else "no",
+            f"{collective.size / 1e6:,.2f} MB", collective.behind or "nothing",
         )  # fmt: skip
     return table
 

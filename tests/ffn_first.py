@@ -17,12 +17,12 @@ from kraken_train.model.architecture import (
     LayerPart,
     ModelConfig,
 )
-from kraken_train.model.gpt import FFN as GPTFFN
-from kraken_train.model.gpt import AddNorm, Attention, qk_gains
 from kraken_train.model.initialization import initialize
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.layers import AttentionScope, Layer
 from kraken_train.model.rotary import Rotary
+from kraken_train.model.tensor_parallel import FFN as GPTFFN
+from kraken_train.model.tensor_parallel import AddNorm, Attention, qk_gains
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
 from kraken_train.parallel.sharding import UnitRange, all_units
 

@@ -22,8 +22,11 @@ from forked import REPOSITORY, run_forked
 from checkpoints.exports.folder import write_export
 from data_prep.tokenizers import Tokenizer, TokenizerSettings, build_tokenizer
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
+from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
+from kraken_train.model.track_config import TrackConfig
 from kraken_train.parallel.ranks import free_port
 
 PATIENCE = 900.0  # seconds; only a wait that hangs takes so long, even on the slowest machine
@@ -60,6 +63,20 @@ def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, M
             architecture="parallel", hidden_size=24, num_heads=3, ffn_hidden_size=30, tie_embeddings=False,
             **common, **MODERN,
         ),
+        "ladder": LadderConfig(hidden_size=24, num_heads=3, **common),
+        "track": TrackConfig(3, hidden_size=16, heads_per_track=4, kv_heads_per_track=2, sync_every=2, **common),
+        "track-modern": TrackConfig(
+            3, hidden_size=20, heads_per_track=2, head_dim=8, ffn_hidden_size=28, sync_every=1, tie_embeddings=False,
+            **common, **MODERN,
+        ),
+        "fal": FALConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **common),
+        "fal-modern": FALConfig(
+            hidden_size=24, num_heads=3, ffn_hidden_size=30, tie_embeddings=False, **common, **MODERN
+        ),
+        "ladder-modern": LadderConfig(
+            hidden_size=20, num_heads=6, num_kv_heads=3, head_dim=8, ffn_hidden_size=30, ladder_layers=2, **common,
+            **MODERN,
+        ),
     }  # fmt: skip
 
 
@@ -75,6 +92,15 @@ def shareable_configs() -> dict[str, ModelConfig]:
         "standard-modern": GPTConfig(
             hidden_size=40, num_heads=8, num_kv_heads=4, head_dim=8, ffn_hidden_size=72, tie_embeddings=False,
             **common, **MODERN,
+        ),
+        "ladder": LadderConfig(hidden_size=48, num_heads=4, **common),
+        "track": TrackConfig(4, hidden_size=24, heads_per_track=2, sync_every=2, **common),
+        "track-modern": TrackConfig(4, hidden_size=28, heads_per_track=2, head_dim=8, sync_every=1, **common, **MODERN),
+        "fal": FALConfig(hidden_size=48, num_heads=4, **common),
+        "fal-modern": FALConfig(hidden_size=40, num_heads=4, head_dim=8, ffn_hidden_size=72, **common, **MODERN),
+        "ladder-modern": LadderConfig(
+            hidden_size=40, num_heads=8, num_kv_heads=4, head_dim=8, ffn_hidden_size=72, ladder_layers=2, **common,
+            **MODERN,
         ),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from helpers import split_qkv
 from torch import Tensor, nn
 
-from kraken_train.model.config import KrakenConfig, ModelConfig
+from kraken_train.model.config import ModelConfig
 from kraken_train.model.language_model import LanguageModel
 
 
@@ -77,7 +77,7 @@ def is_vocabulary(name: str) -> bool:
 
 def split(config: ModelConfig, name: str, weight: Tensor) -> list[Tensor]:
     """The matrices of a weight: of each sub-layer, and queries, keys and values apart."""
-    if not isinstance(config, KrakenConfig):
+    if config.units_setting is None:
         return split_qkv(weight, config.head_size) if "qkv" in name else [weight]
     found: list[Any] = []
     for of_sub_layer in weight:

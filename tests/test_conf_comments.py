@@ -30,6 +30,9 @@ from kraken_train.derive import DeriveConfig
 from kraken_train.evaluate import EvaluateConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import GPTConfig, KrakenConfig
+from kraken_train.model.fal_config import FALConfig
+from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 from kraken_train.plan import PlanConfig
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
@@ -60,8 +63,11 @@ COMMANDS = {
 GROUPS = {
     "acceptance/*": Preset,
     "engine/*": EngineConfig,
+    "model/base/fal": FALConfig,
     "model/base/gpt": GPTConfig,
     "model/base/kraken": KrakenConfig,
+    "model/base/ladder": LadderConfig,
+    "model/base/track": TrackConfig,
     "optim/adamw": AdamWConfig,
     "optim/muon": MuonConfig,
     "parallel/*": ParallelConfig,

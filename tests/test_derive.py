@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 from conf_models import conf_model
-from helpers import REPOSITORY, run_here
+from helpers import REPOSITORY, run_here, user_error
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.derive import Candidate, derive, nearest_with_best_heads
 from kraken_train.model.config import parse_model
+from kraken_train.model.track_config import TrackConfig
 
 
 @pytest.mark.parametrize("base_name", ["gpt2-124m", "gpt2-350m", "gpt2-760m-parallel"])
@@ -65,14 +66,37 @@ def test_time_of_attention_with_wide_heads() -> None:
     assert narrow.attention_time == narrow.attention_cost == 4 * 512 / 768
 
 
+@pytest.mark.parametrize("architecture", ["kraken", "track"])
 @pytest.mark.parametrize("norm_epsilon", [1e-5, 1e-6])
-def test_the_overrides_give_the_model(norm_epsilon: float) -> None:
-    best = derive(dataclasses.replace(conf_model("gpt2-124m"), norm_epsilon=norm_epsilon), 6)[0]
+def test_the_overrides_give_the_model(norm_epsilon: float, architecture: str) -> None:
+    base = dataclasses.replace(conf_model("gpt2-124m"), norm_epsilon=norm_epsilon)
+    best = derive(base, 6, tolerance=0.05, architecture=architecture)[0]
     wider = dataclasses.replace(best, config=dataclasses.replace(best.config, ffn_multiplier=3))
     for candidate in (best, wider):
         with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
             composed = compose("train", candidate.overrides.split())
         assert parse_model(OmegaConf.to_container(composed.model)) == candidate.config
+
+
+@pytest.mark.parametrize("base_name", ["gpt-125m-modern", "ladder-125m-modern", "fal-125m-modern"])
+def test_tracks(base_name: str) -> None:
+    """N tracks of width d: N L (4 d k h + 3 d F + 2 d) + V d + d, and norms of queries and keys."""
+    base = conf_model(base_name)
+    candidates = derive(base, 4, max_attention_cost=1.0, architecture="track")
+    assert candidates
+    for candidate in candidates:
+        config = candidate.config
+        assert isinstance(config, TrackConfig)
+        d, heads = config.hidden_size, config.heads_per_track * config.head_size
+        layer = 4 * d * heads + 3 * d * config.ffn_size + 2 * d + 2 * config.head_size
+        assert config.num_parameters == 4 * 12 * layer + 50304 * d + d
+        assert abs(config.num_parameters / base.num_parameters - 1) <= 0.02
+        assert 4 * heads <= 768
+
+
+def test_an_architecture_for_any_number_of_devices_is_refused() -> None:
+    error = user_error(run_here("kraken_train.derive", "num_sub_layers=4", "architecture=ladder"))
+    assert error == "architecture=ladder is not known; use kraken or track"
 
 
 def test_nearest_with_best_heads() -> None:

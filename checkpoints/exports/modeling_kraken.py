@@ -126,7 +126,7 @@ class KrakenConfig(PretrainedConfig):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether there are residual streams side by side, (N, B, T, D), which a conjunction joins."""
+        """Whether there are residual streams side by side, (N, B, T, D)."""
         return self.layer_class.streams_setting is not None
 
     @property
@@ -330,7 +330,7 @@ class StackedAttention(KrakenAttention):
 
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        count, width, epsilon = config.num_sub_layers, config.hidden_size, config.norm_epsilon
+        count, width, epsilon = config.streams, config.hidden_size, config.norm_epsilon
         self.norm = StackedNorm(count, config.norm, width, epsilon)
         self.qkv = StackedLinear(count, width, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.q_norm = StackedNorm(count, "rmsnorm", self.head_dim, epsilon) if config.qk_norm else None
@@ -356,7 +356,7 @@ class StackedFFN(nn.Module):
 
     def __init__(self, config: KrakenConfig) -> None:
         super().__init__()
-        count, width, inner = config.num_sub_layers, config.hidden_size, config.intermediate_size
+        count, width, inner = config.streams, config.hidden_size, config.intermediate_size
         self.norm = StackedNorm(count, config.norm, width, config.norm_epsilon)
         self.gate = StackedLinear(count, width, inner) if config.ffn == "swiglu" else None
         self.up = StackedLinear(count, width, inner)
@@ -375,6 +375,7 @@ class KrakenLayer(GradientCheckpointingLayer):
         "ffn_multiplier": 2, "num_sub_layers": 2, "heads_per_sub_layer": 2, "kv_heads_per_sub_layer": None,
     }  # fmt: skip
     streams_setting: ClassVar[str | None] = "num_sub_layers"
+    has_conjunction: ClassVar[bool] = True
     heads_setting: ClassVar[str] = "heads_per_sub_layer"
     kv_heads_setting: ClassVar[str] = "kv_heads_per_sub_layer"
 
@@ -384,11 +385,61 @@ class KrakenLayer(GradientCheckpointingLayer):
         self.attention = StackedAttention(config, layer_idx)
         self.ffn = StackedFFN(config)
 
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        """(B, T, D) -> what the first layer reads."""
+        return embedding.expand(config.streams, -1, -1, -1)
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        """What a layer hands to the next one -> (B, T, D)."""
+        total: Tensor = state.sum(dim=0)
+        return total
+
     def forward(self, streams: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         # All streams start as the embedding, and it counts once, not N times.
         total = streams[0] if self.is_first else streams.sum(dim=0)
         attended, weights = self.attention(streams, **kwargs)
         return self.ffn(streams, attended, total), weights
+
+
+class TrackLayer(KrakenLayer):
+    """Parallel Track (arXiv 2602.07306): x_i = x_i + MHA_i(LN1_i x_i); x_i = x_i + FFN_i(LN2_i x_i), (N, B, T, D).
+
+    Before it, every `sync_every` layers, y = y + sum_i (x_i - y), which is (B, T, D), and x_i = y.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {
+        "ffn_multiplier": 4, "num_tracks": 2, "sync_every": 4, "heads_per_track": 2, "kv_heads_per_track": None,
+    }  # fmt: skip
+    streams_setting: ClassVar[str | None] = "num_tracks"
+    has_conjunction: ClassVar[bool] = False
+    heads_setting: ClassVar[str] = "heads_per_track"
+    kv_heads_setting: ClassVar[str] = "kv_heads_per_track"
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.sums_before = layer_idx > 0 and layer_idx % config.sync_every == 0
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        return embedding.expand(config.streams, -1, -1, -1), embedding
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        tracks, begun = state
+        total: Tensor = begun + (tracks - begun).sum(dim=0)
+        return total
+
+    def forward(  # type: ignore[override]
+        self, state: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        tracks, begun = state
+        if self.sums_before:
+            begun = self.residual(state)
+            tracks = begun.expand(len(tracks), -1, -1, -1)
+        attended, weights = self.attention(tracks, **kwargs)
+        return (self.ffn(tracks, attended, tracks), begun), weights
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -455,10 +506,25 @@ class GPTFFN(nn.Module):
 class GPTLayer(GradientCheckpointingLayer):
     """A layer with one residual stream: what its architecture declares."""
 
+    attention: GPTAttention
+    ffn: GPTFFN
+
     settings: ClassVar[dict[str, Any]] = {"ffn_multiplier": 4, "num_heads": 4, "num_kv_heads": None}
     streams_setting: ClassVar[str | None] = None
+    has_conjunction: ClassVar[bool] = False
     heads_setting: ClassVar[str] = "num_heads"
     kv_heads_setting: ClassVar[str] = "num_kv_heads"
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        """(B, T, D) -> what the first layer reads."""
+        return embedding
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        """What a layer hands to the next one -> the residual stream (B, T, D)."""
+        stream: Tensor = state
+        return stream
 
 
 class StandardLayer(GPTLayer):
@@ -492,6 +558,76 @@ class ParallelLayer(GPTLayer):
         return x + (attended + self.ffn(normed)), weights
 
 
+class LadderLayer(GPTLayer):
+    """Ladder Residual (arXiv 2501.06589): a = MHA(LN1 x); f' = FFN(LN2 (x + f)); the next x is x + f + a, its f is f'.
+
+    x is the residual stream without the output f of the FFN before, (B, T, D) each. In the first layers of a hybrid,
+    which are standard, x has it.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {**GPTLayer.settings, "ladder_layers": None}
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        ladders = config.num_layers if config.ladder_layers is None else config.ladder_layers
+        self.is_standard = layer_idx < config.num_layers - ladders
+        self.attention_norm = plain_norm(config)
+        self.attention = GPTAttention(config, layer_idx)
+        self.ffn_norm = plain_norm(config)
+        self.ffn = GPTFFN(config)
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        return embedding, torch.zeros_like(embedding)
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        x, of_ffn = state
+        stream: Tensor = x + of_ffn
+        return stream
+
+    def forward(self, state: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        x, of_ffn = state
+        if self.is_standard:
+            x, of_ffn = x + of_ffn, torch.zeros_like(of_ffn)
+        attended, weights = self.attention(self.attention_norm(x), **kwargs)
+        x = x + of_ffn
+        after = x + attended
+        return (after, self.ffn(self.ffn_norm(after if self.is_standard else x))), weights
+
+
+class FALLayer(GPTLayer):
+    """FAL (arXiv 2510.14614): x = x + MHA(LN1 x) + FFN(LN2 x + f), where f is the normed output of the first attention.
+
+    In the first layer a = MHA(LN1 x); x = x + a; f = LN_f a; x = x + FFN(LN2 x). x and f are (B, T, D).
+    """
+
+    def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = plain_norm(config)
+        self.attention = GPTAttention(config, layer_idx)
+        self.output_norm = plain_norm(config) if layer_idx == 0 else None
+        self.ffn_norm = plain_norm(config)
+        self.ffn = GPTFFN(config)
+
+    @staticmethod
+    def begin(embedding: Tensor, config: KrakenConfig) -> Any:
+        return embedding, torch.zeros_like(embedding)
+
+    @staticmethod
+    def residual(state: Any) -> Tensor:
+        stream: Tensor = state[0]
+        return stream
+
+    def forward(self, state: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        x, first = state
+        attended, weights = self.attention(self.attention_norm(x), **kwargs)
+        if self.output_norm is None:
+            return (x + (attended + self.ffn(self.ffn_norm(x) + first)), first), weights
+        x = x + attended
+        return (x + self.ffn(self.ffn_norm(x)), self.output_norm(attended)), weights
+
+
 def plain_norm(config: KrakenConfig) -> Norm:
     return Norm(config.norm, config.hidden_size, config.norm_epsilon)
 
@@ -503,6 +639,9 @@ def plain_norm(config: KrakenConfig) -> Norm:
 
 LAYERS: dict[str, type[KrakenLayer] | type[GPTLayer]] = {  # by architecture
     "kraken": KrakenLayer, "standard": StandardLayer, "parallel": ParallelLayer,
+    "track": TrackLayer,
+    "ladder": LadderLayer,
+    "fal": FALLayer,
 }  # fmt: skip
 
 
@@ -536,7 +675,7 @@ class KrakenModel(PreTrainedModel):
         # that the class uses, without the source.
         layer_class = LAYERS[config.architecture]
         self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_layers))
-        if config.is_stacked:
+        if layer_class.has_conjunction:
             self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, config.hidden_size)
         self.final_norm = plain_norm(config)
         self.gradient_checkpointing = False
@@ -602,11 +741,12 @@ class KrakenModel(PreTrainedModel):
             position_ids = position_ids.to(inputs_embeds.device)
             rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, inputs_embeds.dtype)
 
-        streams = embedding.expand(self.config.streams, -1, -1, -1) if self.config.is_stacked else embedding
+        layer_class = self.config.layer_class
+        state = layer_class.begin(embedding, self.config)
         states, all_weights = [embedding], []
         for layer in self.layers:
-            streams, weights = layer(
-                streams,
+            state, weights = layer(
+                state,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
@@ -614,9 +754,10 @@ class KrakenModel(PreTrainedModel):
                 **kwargs,
             )
             if keep_states:
-                states.append(streams.sum(dim=0) if self.config.is_stacked else streams)
+                states.append(layer_class.residual(state))
             all_weights.append(weights)
-        last = self.final_norm(self.conjunction(streams).sum(dim=0) if self.config.is_stacked else streams)
+        joined = self.conjunction(state) if layer_class.has_conjunction else state
+        last = self.final_norm(layer_class.residual(joined))
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values if use_cache else None,
@@ -674,7 +815,7 @@ class KrakenModel(PreTrainedModel):
         elif isinstance(module, StackedLinear | QKVLinear | nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=INITIAL_STD)
         # A layer's parts come before the layer.
-        if isinstance(module, KrakenLayer | StandardLayer | ParallelLayer):
+        if isinstance(module, KrakenLayer | GPTLayer):
             depth = self.config.num_layers * self.config.streams
             for projection in (module.attention.out, module.ffn.down):
                 init.normal_(projection.weight, mean=0.0, std=INITIAL_STD / math.sqrt(2 * depth))

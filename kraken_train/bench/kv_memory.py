@@ -43,7 +43,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class KVMemoryConfig:
     """See conf/kv_memory.yaml."""
 
-    architectures: tuple[str, ...]  # kraken, standard, parallel
+    architectures: tuple[str, ...]  # values of model.architecture, which docs/models.md lists
     sizes: tuple[str, ...]  # tiny, 1.3b, 6.7b, 13b, 65b, 175b: of the standard Transformer that a Kraken matches
     attention: tuple[str, ...]  # multi-head, grouped-query, multi-query
     degrees: tuple[int, ...]  # devices that share a model, and sub-layers of the Kraken

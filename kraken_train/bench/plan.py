@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class Plan:
 def make_plan(models: Mapping[str, ModelConfig], degree: int, conditions: Conditions, usable: int) -> Plan:
     """The most that fits into `usable` bytes: all models together, each on its own, or two smaller depths of all.
 
-    Only on a GPU are depths scaled. Raises ConfigError where nothing fits.
+    Only on a GPU are depths scaled, and only to multiples of what repeats in all models. Raises ConfigError where
+    nothing fits.
     """
     num_layers = next(iter(models.values())).num_layers
     needs = [bytes_by_depth(config, degree, conditions) for config in models.values()]
@@ -39,13 +41,15 @@ def make_plan(models: Mapping[str, ModelConfig], degree: int, conditions: Condit
     largest = max(need(num_layers) for need in needs)
     if largest <= usable:
         return Plan(tuple((name,) for name in models), (num_layers,))
-    fitting = [depth for depth in range(2, min(DEEPEST_SCALED, num_layers - 1) + 1) if together[depth] <= usable]
+    period = math.lcm(*(config.layer_period for config in models.values()))
+    deepest = min(max(DEEPEST_SCALED, 2 * period), num_layers - 1)
+    fitting = [depth for depth in range(2 * period, deepest + 1, period) if together[depth] <= usable]
     if conditions.device.type != "cuda" or not fitting:
         raise ConfigError(
             f"the share of one of {degree} devices takes {largest / 1e9:.1f} GB, and {conditions.device.type} has "
             f"{usable / 1e9:.1f} GB for it; use smaller sizes (sizes=[tiny] fits everywhere) or more degrees"
         )
-    return Plan((tuple(models),), (max(1, fitting[-1] // 3), fitting[-1]))
+    return Plan((tuple(models),), (period * max(1, fitting[-1] // (3 * period)), fitting[-1]))
 
 
 def bytes_by_depth(config: ModelConfig, degree: int, conditions: Conditions) -> Callable[[int], int]:
@@ -54,7 +58,7 @@ def bytes_by_depth(config: ModelConfig, degree: int, conditions: Conditions) -> 
 
     def need(depth: int) -> int:
         memory = serving_memory(
-            config.replace(num_layers=depth),
+            config.at_depth(depth),
             ModelRank(0, degree).unit_range(units),
             conditions.batch_size,
             conditions.capacity,

@@ -38,7 +38,7 @@ DIMENSIONS = ("width", "depth", "sub-layers")
 class TransferConfig:
     """See conf/transfer.yaml."""
 
-    architecture: str  # kraken, standard, parallel
+    architecture: str  # values of model.architecture, which docs/models.md lists
     hidden_size: int  # of the small model
     num_layers: int  # of the small model, and of the base of muP
     num_sub_layers: int  # of the small model, and of the base of muP, if it is a Kraken

@@ -58,7 +58,7 @@ JSON_FILE, SPEED_UP_FILE, BREAKDOWN_FILE = "ttft.json", "speed_up.png", "breakdo
 class TTFTConfig:
     """See conf/ttft.yaml."""
 
-    architectures: tuple[str, ...]  # kraken, standard, parallel
+    architectures: tuple[str, ...]  # values of model.architecture, which docs/models.md lists
     sizes: tuple[str, ...]  # of the standard Transformer: tiny, 1.3b, 6.7b, 13b, 65b, 175b
     contexts: tuple[int, ...]  # tokens of the prompt
     # devices, and sub-layers of the Kraken; null: 4 and 8, or the number of ranks if there are several
@@ -171,7 +171,7 @@ def run(
     for group in plan.groups:
         at_depth = [
             compare(
-                {name: comparison.models[name].replace(num_layers=depth) for name in group},
+                {name: comparison.models[name].at_depth(depth) for name in group},
                 communicator,
                 comparison.conditions,
                 runtime,

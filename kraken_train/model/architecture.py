@@ -92,6 +92,7 @@ class ModelConfig(LayerSettings, ABC):
     kv_heads_setting: ClassVar[str]
     # The setting that says for how many devices a model is made; None: for any number that divides its units.
     units_setting: ClassVar[str | None] = None
+    has_mup_rules: ClassVar[bool] = True  # whether `recipe.parametrization` knows how its sizes scale
     is_baseline: ClassVar[bool] = False  # whether `kraken_train.derive` takes it as a base
     # The first format_version of exports in which the weights are laid out as they are now.
     first_export_format: ClassVar[int] = 2
@@ -104,9 +105,12 @@ class ModelConfig(LayerSettings, ABC):
         require_choice("model.architecture", self.architecture, self.architectures)
         self.validate_layers()
         shared = {field.name for field in dataclasses.fields(LayerSettings)}
+        optional = {name for name, default in self.defaults().items() if default is None}
         for name in self.setting_names():
-            if name not in {"architecture", self.kv_heads_setting, *shared}:
-                require_positive(f"model.{name}", getattr(self, name))
+            value = getattr(self, name)
+            if name in {"architecture", self.kv_heads_setting, *shared} or (value is None and name in optional):
+                continue
+            require_positive(f"model.{name}", value)
         heads = f"model.{self.heads_setting}"
         if self.head_dim is None:
             require_divides(heads, self.heads, "model.hidden_size", self.hidden_size)
@@ -133,6 +137,10 @@ class ModelConfig(LayerSettings, ABC):
     def replace(self: Config, **settings: Any) -> Config:
         """The same model with other settings. Raises ConfigError."""
         return cast(Config, dataclasses.replace(cast(Any, self), **settings))
+
+    def at_depth(self: Config, num_layers: int) -> Config:
+        """A model of so many of these layers, to measure what a layer takes."""
+        return self.replace(num_layers=num_layers)
 
     def with_heads(self: Config, hidden_size: int, heads: int) -> Config:
         return self.replace(**{"hidden_size": hidden_size, self.heads_setting: heads})
@@ -166,6 +174,11 @@ class ModelConfig(LayerSettings, ABC):
         return cls(**settings)
 
     # Sizes
+
+    @property
+    def layer_period(self) -> int:
+        """Layers after which what they compute and communicate repeats."""
+        return 1
 
     @property
     def num_streams(self) -> int:
@@ -293,6 +306,11 @@ class ModelConfig(LayerSettings, ABC):
     @abstractmethod
     def all_reduces(self) -> tuple[AllReduces, ...]:
         """Those of the layers and of what is between them and the head; not those of a sharded vocabulary."""
+
+    @property
+    def copied_gains(self) -> int:
+        """Numbers whose gradients take a further all-reduce in each micro-batch: gains that each rank copies."""
+        return 0
 
     @property
     def overlaps_communication(self) -> bool:

@@ -6,15 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from kraken_train.model.architecture import ModelConfig
+from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.kraken_config import KrakenConfig
+from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 
 if TYPE_CHECKING:
     from kraken_train.model.language_model import LanguageModel
     from kraken_train.parallel.communicator import Communicator
     from kraken_train.parallel.sharding import ModelRank, UnitRange
 
-ARCHITECTURES: dict[str, type[ModelConfig]] = {"kraken": KrakenConfig, "standard": GPTConfig, "parallel": GPTConfig}
+ARCHITECTURES: dict[str, type[ModelConfig]] = {
+    "kraken": KrakenConfig,
+    "standard": GPTConfig,
+    "parallel": GPTConfig,
+    "ladder": LadderConfig,
+    "fal": FALConfig,
+    "track": TrackConfig,
+}
 DEFAULT_ARCHITECTURE = "kraken"  # of settings that name none
 
 

@@ -2,12 +2,13 @@
 
 Fake tensors have shapes, types and lifetimes but no data. Counting those that are alive gives what autograd keeps and
 what each operation needs, for the code as it is and for any size, without formulas that could differ from the model.
-Three and four layers are traced; each further layer adds as much as the fourth.
+Three and four layers are traced; each further layer adds as much as the fourth. Where layers repeat after a period,
+two numbers of whole periods are traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
@@ -27,7 +28,7 @@ from kraken_train.parallel.sharding import ModelRank
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.live_bytes import LiveBytes
 
-SHALLOW, DEEP = 3, 4  # layers; with fewer, the largest sums fall elsewhere
+SHALLOW = 3  # layers; with fewer, the largest sums fall elsewhere
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class FakeTrace:
     embedding: int
 
     @classmethod
-    def through(cls, shallow: FakeTrace, deep: FakeTrace, num_layers: int) -> FakeTrace:
-        """Extrapolated linearly from the traces of SHALLOW and DEEP layers."""
-        more = (num_layers - SHALLOW) / (DEEP - SHALLOW)
+    def through(cls, traces: Mapping[int, FakeTrace], num_layers: int) -> FakeTrace:
+        """Extrapolated linearly from the traces of two numbers of layers."""
+        (fewer, shallow), (many, deep) = sorted(traces.items())
+        more = (num_layers - fewer) / (many - fewer)
         peaks = zip(astuple(shallow), astuple(deep), strict=True)
         return cls(*(round(first + more * (second - first)) for first, second in peaks))
 
@@ -63,12 +65,12 @@ def trace_micro_batch(config: ModelConfig, layout: TrainingLayout) -> FakeTrace:
     if layout.zero_stage == 1 and layout.accumulation_steps == 1:
         gradient_hook = None
     reduced = replace(layout, data_parallel_size=1, zero_stage=1, accumulation_steps=1)  # what has no influence
-    if config.num_layers <= DEEP:
+    period = config.layer_period
+    depths = [period * -(-depth // period) for depth in (SHALLOW, SHALLOW + period)]
+    if config.num_layers <= depths[-1]:
         return trace_all_layers(config, reduced, gradient_hook)
-    shallow, deep = (
-        trace_all_layers(config.replace(num_layers=depth), reduced, gradient_hook) for depth in (SHALLOW, DEEP)
-    )
-    return FakeTrace.through(shallow, deep, config.num_layers)
+    traces = {depth: trace_all_layers(config.at_depth(depth), reduced, gradient_hook) for depth in depths}
+    return FakeTrace.through(traces, config.num_layers)
 
 
 GradientHook = Callable[[Tensor], None]  # of a parameter whose gradient is complete

@@ -239,7 +239,7 @@ def reasons(plan: Plan, cluster: Cluster, config: ModelConfig) -> list[str]:
         )
     if size > 1:
         exposed, behind = 1e3 * time.exchange, 1e3 * time.hidden
-        sentences.append(f"P={size}: {behind:.1f} ms of communication hide behind attention, {exposed:.1f} ms do not")
+        sentences.append(f"P={size}: {behind:.1f} ms of communication hide behind computation, {exposed:.1f} ms do not")
     else:
         sentences.append("P=1: each device has the whole model, so a micro-batch needs no communication")
     others = [p for p in plan.ranked[1:] if p.layout.sub_layer_parallel_size != size]

@@ -76,6 +76,9 @@ def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collect
     for reduced in config.all_reduces:
         if reduced.count:
             yield Collective(reduced.purpose, "all-reduce", COPY, hidden, reduced.count * steps, reduced.behind)
+    if config.copied_gains:
+        gains = layout.width * config.copied_gains
+        yield Collective("gradients of the gains of norms", "all-reduce", COPY, gains, steps)
     if layout.vocab_parallel:
         yield Collective("embedding, and gradient of the head", "all-reduce", COPY, hidden, 2 * steps)
         chunks = loss_chunks(config, layout)

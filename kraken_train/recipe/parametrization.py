@@ -64,6 +64,10 @@ def parametrization_of(optim: AnyOptimizer, model: ModelConfig) -> Parametrizati
     """How many times larger `model` is than the base in `optim`. Raises ConfigError where a size of it is missing."""
     if not isinstance(optim, AdamWConfig) or optim.parametrization != "mup":
         return STANDARD
+    if not model.has_mup_rules:
+        raise ConfigError(
+            f"optim.parametrization=mup has no rules for model.architecture={model.architecture}; use standard"
+        )
     sizes = {"base_hidden_size": model.hidden_size, "base_num_layers": model.num_layers}
     if model.units_setting is not None:
         sizes["base_num_sub_layers"] = model.num_streams

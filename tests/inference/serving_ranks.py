@@ -27,6 +27,9 @@ from kraken_train.inference.ranks import on_all, started_ranks
 from kraken_train.inference.sampling import Sampling
 from kraken_train.inference.serving import start_engine
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
+from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 from kraken_train.parallel.distributed import DistributedCommunicator
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.parallel.sharding import ModelRank
@@ -44,8 +47,14 @@ CONFIGS: dict[str, ModelConfig] = {
     **{f"{form}-{kind}": GPTConfig(hidden_size=32, num_heads=8, num_kv_heads=kv_heads, architecture=form, **COMMON)
        for form in ("standard", "parallel") for kind, kv_heads in ATTENTION.items()},
     "kraken-6": KrakenConfig(6, hidden_size=16, heads_per_sub_layer=2, **COMMON),
+    "ladder-gqa": LadderConfig(hidden_size=32, num_heads=8, num_kv_heads=2, **COMMON),
+    "fal-gqa": FALConfig(hidden_size=32, num_heads=8, num_kv_heads=2, **COMMON),
+    "track-gqa": TrackConfig(4, hidden_size=16, heads_per_track=4, kv_heads_per_track=2, sync_every=1, **COMMON),
+    "track-2": TrackConfig(4, hidden_size=16, heads_per_track=2, sync_every=2, **COMMON),
+    "ladder-hybrid": LadderConfig(hidden_size=32, num_heads=8, ladder_layers=1, **COMMON),
     "small": small_configs(vocab_size=384, context_length=72)["kraken"],
 }  # fmt: skip
+SHARED = ("kraken-4-mha", "standard-mha", "ladder-gqa", "ladder-hybrid")  # whose sums are made without the library
 Case = tuple[str, tuple[float, ...]]  # a model and the speeds of the devices
 CASES: list[Case] = [  # one device is in test_inference_engine.py
     *[(f"kraken-4-{kind}", (1.0,) * devices) for kind in ATTENTION for devices in (2, 4, 3)],
@@ -54,6 +63,11 @@ CASES: list[Case] = [  # one device is in test_inference_engine.py
     ("kraken-6", (1.0, 1.0, 1.0, 1.0)),
     ("kraken-6", (1.0, 1.0, 0.5)),
     ("standard-mqa", (1.0, 1.0, 0.5)),
+    *[("ladder-gqa", (1.0,) * devices) for devices in (2, 4)],
+    ("ladder-hybrid", (1.0, 1.0, 0.5)),
+    *[("track-gqa", (1.0,) * devices) for devices in (2, 4, 3)],
+    ("track-2", (1.0, 1.0)),
+    *[("fal-gqa", (1.0,) * devices) for devices in (2, 4)],
     ("golden", (1.0, 1.0, 1.0)),
     ("golden", (1.0, 1.0, 1.0, 1.0)),
 ]  # fmt: skip
@@ -210,7 +224,7 @@ def check(folder: Path, runtime: Runtime) -> dict[str, Any]:
             cases[case_name(case)] = serve(folder, case, groups[len(case[1])])
     if runtime.is_first:
         print(f"{len(CASES)} cases: {time.monotonic() - started:.1f} s", flush=True)
-    shared = {name: serve_over_shared_memory(folder, name, groups[4]) for name in ("kraken-4-mha", "standard-mha")}
+    shared = {name: serve_over_shared_memory(folder, name, groups[4]) for name in SHARED}
     return {
         "shared": runtime.gather(shared),
         "cases": runtime.gather(cases),

@@ -17,6 +17,7 @@ from kraken_train.inference import loading
 from kraken_train.inference.loading import load_part, share_model
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.tensor_parallel_config import TensorParallelConfig
 from kraken_train.parallel.communicator import LocalCommunicator
 from kraken_train.parallel.sharding import all_units, sharded_dims, share_units
 
@@ -111,7 +112,7 @@ def test_each_device_reads_its_part(
         parts.append(load_part(export, units, LocalCommunicator(), torch.float64, torch.device("cpu")))
         assert {name: parameter.numel() for name, parameter in parts[-1].named_parameters()} == READ
         assert all(parameter.dtype == torch.float64 for parameter in parts[-1].parameters())
-    repeated = parts[0].cache_shape[1] * devices > whole.cache_shape[1] and isinstance(config, GPTConfig)
+    repeated = parts[0].cache_shape[1] * devices > whole.cache_shape[1] and isinstance(config, TensorParallelConfig)
     for name, cut in sharded_dims(parts[0]).items():
         tensors = [part.get_parameter(name) for part in parts]
         if cut is None:

@@ -54,7 +54,15 @@ def test_number_of_collectives(report: Report, case: Case) -> None:
     """The sums of the layers, and one gathering of the logits."""
     form = "kraken" if case[0] == "golden" else case[0].split("-")[0]
     layers = Golden().config.num_layers if case[0] == "golden" else NUM_LAYERS
-    expected = [{"kraken": 1, "parallel": 1, "standard": 2}[form] * layers, 1]
+    sums = {
+        "kraken": layers,
+        "parallel": layers,
+        "standard": 2 * layers,
+        "ladder": 2 * layers,
+        "fal": layers + 1,
+        "track": layers,
+    }
+    expected = [1 if case[0] == "track-2" else sums[form], 1]  # it sums every two layers
     found = report["cases"][0][case_name(case)]
     assert found["prefill"] == found["decode"] == expected
 
@@ -69,7 +77,15 @@ def test_most_likely_without_gathered_logits(report: Report, case: Case) -> None
         assert found["finite"] == [False] * 3
 
 
-@pytest.mark.parametrize(("name", "waited", "overlapped"), [("kraken-4-mha", 1, 1), ("standard-mha", 4, 0)])
+@pytest.mark.parametrize(
+    ("name", "waited", "overlapped"),
+    [
+        ("kraken-4-mha", 1, 1),
+        ("standard-mha", 4, 0),
+        ("ladder-gqa", 1, 3),
+        ("ladder-hybrid", 1, 3),
+    ],
+)
 def test_sums_without_the_library(report: Report, name: str, waited: int, overlapped: int) -> None:
     """Of two layers; then two gatherings, of logits and of the most likely tokens."""
     for rank in range(4):

@@ -122,7 +122,7 @@ def compose_cluster() -> Any:
 
 
 def test_benchmarks(tmp_path: Path) -> None:
-    assert architectures() == ("kraken", "standard", "parallel", NAME)
+    assert architectures() == ("kraken", "standard", "parallel", "ladder", "fal", "track", NAME)
     model = model_config(NAME, SIZES["tiny"], 2, 96, 64)
     assert isinstance(model, FFNFirstConfig)
     assert (model.hidden_size, model.heads) == (448, 8)
@@ -220,7 +220,6 @@ ALLOWED = {
     "kraken_train/bench/stages/parity.py": ({"GPTConfig", "KrakenConfig", "standard"}, "a model of each kind of layer"),
     "kraken_train/bench/stages/ttft_figures.py": ({"kraken"}, "the architecture that is compared with all others"),
     "kraken_train/bench/transfer_figure.py": ({"standard"}, "the standard parametrization"),
-    "kraken_train/derive.py": ({"KrakenConfig"}, "the command makes a Kraken for a baseline"),
     "kraken_train/parallel/mesh.py": ({"kraken"}, "the name of a dimension of the mesh"),
     "kraken_train/recipe/optimizers.py": ({"standard"}, "the name of a parametrization"),
     "kraken_train/reporting/model_card.py": ({"kraken"}, "the tag of this program's models on the Hub"),

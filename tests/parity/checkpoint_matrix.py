@@ -19,6 +19,7 @@ MORE_MODES: tuple[Mode, ...] = (  # in the slow tests
     ("bf16", 1, "muon"),
 )  # fmt: skip
 CONFIG = MODELS["kraken-4"]
+RIVALS = ("ladder-modern", "fal", "track")
 
 
 def make(runtime: Runtime, size: int, precision: str, zero_stage: int, optimizer: str) -> Engine:
@@ -52,4 +53,22 @@ def resume(runtime: Runtime, sizes: list[int], folder: Path) -> dict[str, Steps]
             engine.load_state(lambda tensors, checkpoint=checkpoint: fill_tensors(checkpoint, tensors), SAVED_AT)
             engine.verify_replicas()
             report[f"{saved.name} {here}"] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))
+    return report
+
+
+def other_architectures(runtime: Runtime, folder: Path) -> dict[str, dict[str, Steps]]:
+    """By model: steps after a checkpoint of two ranks a copy, uninterrupted and resumed by other numbers of ranks."""
+    report = {}
+    for name in RIVALS:
+        config, steps = MODELS[name], range(2, 2 + MORE_STEPS // 2)
+        engine = make_engine(config, runtime, 2)
+        run_steps(engine, config, range(2))
+        save_checkpoint(folder / name, 2, engine.state(), {}, 1, runtime)
+        report[name] = {"2": run_steps(engine, config, steps)}
+        checkpoint, _ = find_good_checkpoint(folder / name, runtime)
+        for size in (1, runtime.world_size):
+            engine = make_engine(config, runtime, size, zero_stage=2)
+            engine.load_state(lambda tensors, checkpoint=checkpoint: fill_tensors(checkpoint, tensors), 2)
+            engine.verify_replicas()
+            report[name][str(size)] = run_steps(engine, config, steps)
     return report

@@ -20,7 +20,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
+from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.registry import build_model, even_share
+from kraken_train.model.track_config import TrackConfig
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.planning.layout import TrainingLayout
@@ -33,6 +36,9 @@ from parity.common import make_mesh, settings
 COMMON = {"num_layers": 4, "context_length": 128, "vocab_size": 4096}
 KRAKEN = KrakenConfig(num_sub_layers=4, hidden_size=128, heads_per_sub_layer=2, **COMMON)
 STANDARD = GPTConfig(hidden_size=256, num_heads=4, **COMMON)
+LADDER = LadderConfig(hidden_size=256, num_heads=4, **COMMON)
+FAL = FALConfig(hidden_size=256, num_heads=4, **COMMON)
+TRACK = TrackConfig(4, hidden_size=128, heads_per_track=2, sync_every=2, **COMMON)
 PARALLEL = replace(STANDARD, architecture="parallel")
 SHORT = replace(KRAKEN, context_length=16)  # so that activations are next to nothing
 KINDS = {  # PyTorch's names
@@ -86,6 +92,11 @@ CASES = {
     "kraken-2-recompute-zero2": Case(KRAKEN, 2, 2, zero_stage=2, activation_checkpointing=True),
     "kraken-2-vocabulary": Case(KRAKEN, 2, 2, vocab_parallel=True, micro_batch_size=2),
     "standard-2": Case(STANDARD, 2, 2),
+    "ladder-2": Case(LADDER, 2, 2),
+    "ladder-hybrid-2-recompute": Case(replace(LADDER, ladder_layers=2), 2, 2, activation_checkpointing=True),
+    "fal-2": Case(FAL, 2, 2),
+    "track-2": Case(TRACK, 2, 2),
+    "track-2-recompute": Case(TRACK, 2, 2, activation_checkpointing=True),
     "standard-2-copies-zero2-fp32": Case(STANDARD, 2, 1, zero_stage=2, precision="fp32"),
     "standard-2-recompute": Case(STANDARD, 2, 2, activation_checkpointing=True),
     "parallel-2-recompute": Case(PARALLEL, 2, 2, activation_checkpointing=True),
@@ -121,6 +132,9 @@ QUICK = (
     "kraken-2-copies-zero2",
     "short-buckets",
     "standard-2-recompute",
+    "ladder-2",
+    "fal-2",
+    "track-2-recompute",
     "kraken-4-of-2-zero2",
     "muon-2-copies-zero2",
     "muon-parallel-4-of-2",

@@ -47,6 +47,9 @@ def main() -> None:
                 runtime, sizes, folder, checkpoint_matrix.MORE_MODES
             ),
             "resume": lambda sizes=sizes: checkpoint_matrix.resume(runtime, sizes, folder),
+            "other-architectures": lambda: checkpoint_matrix.other_architectures(
+                runtime, folder.with_name("checkpoints of other architectures")
+            ),
             "uneven-vocabulary": lambda: uneven_vocabulary.run(runtime, folder.with_name("uneven vocabulary")),
             "gradient-sums": lambda sizes=sizes: gradient_sums.run(runtime, sizes),
             "memory": lambda: memory_checks.run(runtime, quick=True),

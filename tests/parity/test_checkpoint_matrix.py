@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parity.checkpoint_matrix import MODES, MORE_MODES, MORE_STEPS
+from parity.checkpoint_matrix import MODES, MORE_MODES, MORE_STEPS, RIVALS
 
 SAVED = [(4, "4x1"), (4, "2x2"), (1, "1x1")]  # ranks of the launch, ranks of a copy x copies
 RESUMED = [(2, "2x1"), (2, "1x2"), (4, "2x2")]
@@ -48,6 +48,17 @@ def test_resumed_in_other_modes(launched: Launched, precision: str, zero_stage: 
         for resume_launch, resumed in RESUMED_SLOWLY:
             continued = launched(f"slow {resume_launch}")["resume"][f"{name} {resumed}"]
             compare(continued, uninterrupted, precision, optimizer, exact=saved == resumed)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_resumed_with_other_architectures(launched: Launched, name: str) -> None:
+    found = launched(4)["other-architectures"][name]
+    for size in ("1", "4"):
+        assert len(found[size]) == len(found["2"]) == MORE_STEPS // 2
+        for (loss, norm, applied), (expected_loss, expected_norm, _) in zip(found[size], found["2"], strict=True):
+            assert applied
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
 
 
 def compare(continued: list, uninterrupted: list, precision: str, optimizer: str, exact: bool) -> None:

@@ -12,6 +12,7 @@ from parity.communicator_checks import DELAY
 
 LAYERS = MODELS["kraken-4"].num_layers
 PLACES = [(2, 2), (4, 2), (4, 4)]  # ranks, ranks of a copy
+RIVALS = ("ladder", "fal")  # architectures whose residual stream has a part of its gradient on each rank
 Launched = Callable[..., dict[str, Any]]
 
 
@@ -68,16 +69,18 @@ def test_order_of_events(launched: Launched, ranks: int, size: int, apart: bool)
 @pytest.mark.parametrize(("ranks", "size"), PLACES)
 def test_number_of_collectives(launched: Launched, ranks: int, size: int) -> None:
     counted = launched(ranks)["exchange"][str(size)]["collectives"]
-    per_layer = {"kraken-4": 1, "parallel": 1, "standard": 2}
+    per_layer = {"kraken-4": 1, "parallel": 1, "standard": 2, "ladder": 2}
     for name, number in per_layer.items():
         for recompute in (False, True):
             assert counted[f"{name} forward recompute={recompute}"] == number * LAYERS
-            assert counted[f"{name} both recompute={recompute}"] == 2 * number * LAYERS
+            of_gains = 1 if name.startswith(RIVALS) else 0
+            assert counted[f"{name} both recompute={recompute}"] == 2 * number * LAYERS + of_gains
     for check, number in counted.items():  # of all models, as they declare it
         model = MODELS[check.split()[0]]
         declared = sum(all_reduces.count for all_reduces in model.all_reduces)
-        # The ranks of a baseline share the gains of the norms of queries and keys: one sum of all their gradients.
-        gains = 1 if model.qk_norm and model.is_baseline else 0
+        # Of gains that ranks share, those of queries and keys and in rivals all, the gradients take one sum.
+        of_all_norms = check.startswith(RIVALS)
+        gains = 1 if of_all_norms or (model.qk_norm and model.is_baseline) else 0
         assert number == (declared + gains if " both " in check else declared // 2), check
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import Golden
-from helpers import TEXTS, random_ids, rough_model, run_here, user_error
+from helpers import MODERN, TEXTS, random_ids, rough_model, run_here, user_error
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -30,7 +30,10 @@ from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.sampling import Sampling
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
+from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.track_config import TrackConfig
 
 COMMON = {"num_layers": 2, "context_length": 24, "vocab_size": 96}
 CONFIGS: dict[str, ModelConfig] = {
@@ -44,6 +47,12 @@ CONFIGS: dict[str, ModelConfig] = {
         for form in ("standard", "parallel")
         for kv in (None, 3, 1)
     },
+    "ladder": LadderConfig(hidden_size=24, num_heads=6, **COMMON),
+    "fal": FALConfig(hidden_size=24, num_heads=6, **COMMON),
+    "fal-modern": FALConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **COMMON, **MODERN),
+    "track": TrackConfig(4, hidden_size=16, heads_per_track=4, kv_heads_per_track=2, sync_every=1, **COMMON),
+    "track-modern": TrackConfig(2, hidden_size=16, heads_per_track=4, sync_every=4, **COMMON, **MODERN),
+    "ladder-hybrid": LadderConfig(hidden_size=24, num_heads=6, num_kv_heads=3, ladder_layers=1, **COMMON, **MODERN),
 }
 WITH_TOKENIZER = {"kraken-4-2": 320, "standard-3": 384}  # vocabulary; the second has rows that are no tokens
 LIMITS = {"loss": 1e-5, "gradients": 1e-5, "gradient checkpointing": 1e-9, "bf16": 0.02}
