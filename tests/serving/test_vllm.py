@@ -1,0 +1,267 @@
+"""Exports in vLLM itself, by the plugin: `make test-vllm`, which makes an environment for it in build/vllm.
+
+Greedy tokens are compared one by one with those of transformers and of our engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import PATIENCE, REPOSITORY, wait_until
+from served_models import CONFIGS, CONTEXT, of_our_engine, of_transformers, unequal_prompts, write_served
+
+from checkpoints.exports import modeling_kraken
+from data_prep.tokenizers import load_tokenizer
+from kraken_train.model.config import KrakenConfig
+from kraken_train.parallel.ranks import free_port
+
+PYTHON = REPOSITORY / "build/vllm/bin/python"
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed in build/vllm (see make test-vllm)"),
+]
+PROMPTS = unequal_prompts(20)
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": CONTEXT,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_num_seqs": 8,  # the others wait, and join when one ends
+    "max_num_batched_tokens": 48,  # longer prompts are read in pieces
+}
+OF_TWO_RANKS = ("kraken", "kraken-gqa", "kraken-modern", "standard-modern", "parallel-mqa")
+COMPILED = "kraken-modern"
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {name: write_served(folder / name, config) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(exports: dict[str, Path]) -> dict[str, list[list[int]]]:
+    """Of transformers."""
+    return {name: of_transformers(folder, PROMPTS) for name, folder in exports.items()}
+
+
+@pytest.fixture(scope="module")
+def one_rank(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All models by one process; the prompts twice, so that the second time their beginnings are cached."""
+    jobs = {name: job(folder) for name, folder in exports.items()}
+    jobs["compiled"] = job(exports[COMPILED], enforce_eager=False)
+    jobs["trusted"] = job(exports["kraken"], trust_remote_code=True)
+    jobs["bfloat16"] = job(exports["kraken"], dtype="bfloat16")
+    return in_vllm(jobs, tmp_path_factory.mktemp("jobs"), ranks=1)
+
+
+def job(folder: Path, **settings: Any) -> dict[str, Any]:
+    return {"settings": {**SETTINGS, "model": str(folder), **settings}, "calls": [PROMPTS, PROMPTS]}
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """Of a vLLM on a CPU; each rank has a core of its own, as far as there are so many."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def in_vllm(jobs: dict[str, Any], folder: Path, ranks: int) -> dict[str, Any]:
+    """The results of in_vllm.py for each job."""
+    asked, answered = folder / "jobs.json", folder / "results.json"
+    asked.write_text(json.dumps(list(jobs.values())))
+    command = [str(PYTHON), str(Path(__file__).with_name("in_vllm.py")), str(asked), str(answered)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(ranks))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return dict(zip(jobs, json.loads(answered.read_text()), strict=True))
+
+
+def require_tokens(result: dict[str, Any], expected: list[list[int]]) -> None:
+    assert "error" not in result, result["error"]
+    for call in result["calls"]:
+        assert [tokens for tokens, _ in call] == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_rank(name: str, one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
+    """With continuous batching, prompts in pieces and prompts whose beginning is cached."""
+    require_tokens(one_rank[name], expected[name])
+    again = zip(one_rank[name]["calls"][1], PROMPTS, strict=True)
+    assert all(cached > 0 for (_, cached), (prompt, _) in again if len(prompt) > SETTINGS["block_size"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_engine(name: str, exports: dict[str, Path], expected: dict[str, list[list[int]]]) -> None:
+    assert of_our_engine(exports[name], PROMPTS) == expected[name]
+
+
+def test_compiled(one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
+    require_tokens(one_rank["compiled"], expected[COMPILED])
+
+
+def test_trusting_remote_code_changes_nothing(one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
+    require_tokens(one_rank["trusted"], expected["kraken"])
+
+
+def test_bfloat16_serves(one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
+    first = [tokens[0] for tokens, _ in one_rank["bfloat16"]["calls"][0]]
+    wanted = [tokens[0] for tokens in expected["kraken"]]
+    assert sum(a == b for a, b in zip(first, wanted, strict=True)) > len(wanted) / 2  # few are rounded away
+
+
+@pytest.mark.parametrize("name", OF_TWO_RANKS)
+def test_two_ranks(name: str, exports: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    jobs = {name: job(exports[name], tensor_parallel_size=2)}
+    require_tokens(in_vllm(jobs, tmp_path, ranks=2)[name], expected[name])
+
+
+def test_two_ranks_compiled(exports: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    jobs = {"compiled": job(exports["kraken"], tensor_parallel_size=2, enforce_eager=False)}
+    require_tokens(in_vllm(jobs, tmp_path, ranks=2)["compiled"], expected["kraken"])
+
+
+def test_ranks_that_do_not_divide_the_sub_layers_are_refused(exports: dict[str, Path], tmp_path: Path) -> None:
+    jobs = {"kraken": job(exports["kraken"], tensor_parallel_size=3)}
+    error = in_vllm(jobs, tmp_path, ranks=3)["kraken"]["error"]
+    assert "--tensor-parallel-size 3 does not divide num_sub_layers=4" in error
+    assert "use 1, 2 or 4" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The server, and lm-evaluation-harness
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """320 tokens, and 64 rows of the embedding that are none."""
+    config = KrakenConfig(
+        2, hidden_size=64, heads_per_sub_layer=2, vocab_size=384, context_length=CONTEXT, num_layers=3
+    )
+    return write_served(tmp_path_factory.mktemp("with_tokenizer") / "export", config, tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def server(with_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a vLLM that serves it."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(with_tokenizer)]
+    command += ["--served-model-name", "kraken", "--port", str(port), "--host", "127.0.0.1"]
+    command += ["--dtype", "float32", "--enforce-eager"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(1))
+    address = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()[-8000:]
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{address}/health", timeout=10).status == 200
+        return False
+
+    try:
+        wait_until(answers)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def ask(address: str, **question: Any) -> str:
+    request = urllib.request.Request(
+        f"{address}/v1/completions",
+        json.dumps({"model": "kraken", "temperature": 0, **question}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        return answer.read().decode()
+
+
+def test_server_with_logprobs_and_streaming(server: str, with_tokenizer: Path) -> None:
+    prompt, tokens = "The river bends", 16
+    tokenizer = load_tokenizer(with_tokenizer / "tokenizer")
+    ids = list(tokenizer.encode(prompt))
+    model = modeling_kraken.KrakenForCausalLM.from_pretrained(with_tokenizer).eval()
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, eos_token_id=None, return_dict_in_generate=True,
+        output_scores=True,
+    )  # fmt: skip
+    new = output.sequences[0, len(ids) :].tolist()
+    assert max(new) < tokenizer.vocab_size
+
+    question = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "logprobs": 2, "return_token_ids": True}
+    answer = json.loads(ask(server, **question))["choices"][0]
+    assert answer["token_ids"] == new
+    wanted = [float(scores[0].log_softmax(-1).max()) for scores in output.scores]
+    assert answer["logprobs"]["token_logprobs"] == pytest.approx(wanted, abs=1e-4)
+
+    lines = ask(server, **question, stream=True).splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    pieces = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    assert len(pieces) > 1
+    assert "".join(piece["text"] for piece in pieces) == answer["text"]
+    assert [token for piece in pieces for token in piece["token_ids"]] == new
+
+
+TASK = """
+task: yes_or_no
+dataset_path: json
+dataset_kwargs: {data_files: {validation: DATA}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{passage}}\\nQuestion: {{question}}?\\nAnswer:"
+doc_to_choice: ["no", "yes"]
+doc_to_target: label
+metric_list: [{metric: acc}]
+"""
+
+
+def test_lm_eval_finds_what_it_finds_with_transformers(with_tokenizer: Path, tmp_path: Path) -> None:
+    """The questions have the form of SuperGLUE's BoolQ; both models of lm-evaluation-harness run in vLLM's process."""
+    data = tmp_path / "questions.jsonl"
+    words = ["mill", "kraken", "river", "ice", "wheel", "number"]
+    questions = [
+        {"passage": f"The {a} was near the {b}.", "question": f"was the {b} near the {a}", "label": (i + j) % 2}
+        for i, a in enumerate(words)
+        for j, b in enumerate(words)
+    ]
+    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "yes_or_no.yaml").write_text(TASK.replace("DATA", str(data)))
+    found = {}
+    for kind, arguments in {
+        "hf": f"pretrained={with_tokenizer},trust_remote_code=True,dtype=float32",
+        "vllm": f"pretrained={with_tokenizer},dtype=float32,enforce_eager=True,max_model_len={CONTEXT}",
+    }.items():
+        output = tmp_path / kind
+        command = [str(PYTHON), "-m", "lm_eval", "--model", kind, "--model_args", arguments, "--tasks", "yes_or_no"]
+        command += ["--include_path", str(tmp_path), "--output_path", str(output), "--log_samples", "--batch_size", "8"]
+        command += ["--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(1))
+        assert done.returncode == 0, done.stderr[-8000:]
+        (samples,) = output.rglob("samples_*.jsonl")
+        found[kind] = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda s: s["doc_id"])
+    assert len(found["hf"]) == len(questions)
+    assert [sample["acc"] for sample in found["vllm"]] == [sample["acc"] for sample in found["hf"]]
+    likelihoods = {
+        kind: [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
+        for kind, samples in found.items()
+    }
+    assert likelihoods["vllm"] == pytest.approx(likelihoods["hf"], abs=1e-3)
+    assert all(math.isfinite(value) for value in likelihoods["hf"])
