@@ -18,8 +18,8 @@ KRAKEN = models.KrakenConfig(6, hidden_size=16, heads_per_sub_layer=2, **COMMON)
 STANDARD = models.GPTConfig(hidden_size=48, num_heads=12, num_kv_heads=6, **COMMON)
 
 
-def test_it_serves_what_can_be_exported() -> None:
-    assert set(ARCHITECTURES) == set(LAYERS) == set(registry.ARCHITECTURES)
+def test_an_architecture_is_served_or_refused() -> None:
+    assert set(ARCHITECTURES) == set(LAYERS) <= set(registry.ARCHITECTURES)
     assert FORMAT_VERSION == folder.FORMAT_VERSION
 
 
