@@ -17,9 +17,9 @@ from checkpoints.exports.folder import describe
 from kraken_train.model.config import ModelConfig
 
 
-def plugin_config(config: ModelConfig) -> KrakenConfig:
+def plugin_config(config: ModelConfig, **more: Any) -> KrakenConfig:
     """As from the config.json of an export."""
-    return KrakenConfig(**describe(config, {}, torch.float32))
+    return KrakenConfig(**describe(config, {}, torch.float32), **more)
 
 
 class Attention(nn.Module):
@@ -91,7 +91,12 @@ class ThreadBackend:
 
 
 def hidden_on_ranks(
-    config: ModelConfig, weights: Mapping[str, Tensor], ids: Tensor, size: int, is_quantized: bool = False
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    ids: Tensor,
+    size: int,
+    is_quantized: bool = False,
+    overlap: bool = True,
 ) -> tuple[list[Tensor], list[list[str]]]:
     """Token ids (T,) -> what the head sees, (T, D), on each rank; and each rank's events."""
     exchange = Exchange(size)
@@ -100,7 +105,7 @@ def hidden_on_ranks(
 
     def run(rank: int) -> None:
         try:
-            decoder = Decoder(plugin_config(config), backends[rank]).double()
+            decoder = Decoder(plugin_config(config, overlap=overlap), backends[rank]).double()
             decoder.load((name, weight) for name, weight in weights.items() if name != "lm_head.weight")
             with torch.no_grad():
                 results[rank] = decoder(ids, torch.arange(len(ids)))

@@ -41,6 +41,9 @@ def test_all_ranks_compute_what_the_exported_model_does(name: str, size: int) ->
     with torch.no_grad():
         expected = model(ids)[0]
     found, _ = hidden_on_ranks(config, model.state_dict(), ids[0], size)
+    if size > 1:
+        waiting, _ = hidden_on_ranks(config, model.state_dict(), ids[0], size, overlap=False)
+        torch.testing.assert_close(waiting, found, rtol=0, atol=0)
     for hidden in found:
         torch.testing.assert_close(hidden @ model.head.weight.detach().t(), expected, rtol=0, atol=3e-7)
 
@@ -61,6 +64,8 @@ def test_the_attention_of_a_kraken_runs_while_its_sum_is_under_way() -> None:
     _, events = hidden_on_ranks(config, weights, ids, 2)
     later = ["start_sum", "attention", "add_sum"]
     assert events == [["attention", *later, *later, "all_reduce"]] * 2
+    _, waiting = hidden_on_ranks(config, weights, ids, 2, overlap=False)
+    assert waiting == [["attention", *["all_reduce", "attention"] * 2, "all_reduce"]] * 2
     _, alone = hidden_on_ranks(config, weights, ids, 1)
     assert alone == [["attention"] * 3 + ["all_reduce"]]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from served_models import CONFIGS, CONTEXT, of_our_engine, of_transformers, uneq
 
 from checkpoints.exports import modeling_kraken
 from data_prep.tokenizers import load_tokenizer
+from kraken_train.bench.vllm_jobs import Job, Outcome, environment, run_jobs
 from kraken_train.model.config import KrakenConfig
 from kraken_train.parallel.ranks import free_port
 
@@ -57,55 +57,35 @@ def expected(exports: dict[str, Path]) -> dict[str, list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def one_rank(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """All models by one process; the prompts twice, so that the second time their beginnings are cached."""
     jobs = {name: job(folder) for name, folder in exports.items()}
     jobs["compiled"] = job(exports[COMPILED], enforce_eager=False)
     jobs["trusted"] = job(exports["kraken"], trust_remote_code=True)
     jobs["bfloat16"] = job(exports["kraken"], dtype="bfloat16")
-    return in_vllm(jobs, tmp_path_factory.mktemp("jobs"), ranks=1)
+    return in_vllm(jobs, tmp_path_factory.mktemp("jobs"))
 
 
-def job(folder: Path, **settings: Any) -> dict[str, Any]:
-    return {"settings": {**SETTINGS, "model": str(folder), **settings}, "calls": [PROMPTS, PROMPTS]}
+def job(folder: Path, **settings: Any) -> Job:
+    return Job({**SETTINGS, "model": str(folder), **settings}, [PROMPTS, PROMPTS])
 
 
-def environment(ranks: int) -> dict[str, str]:
-    """Of a vLLM on a CPU; each rank has a core of its own, as far as there are so many."""
-    cores = sorted(os.sched_getaffinity(0))
-    return {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
+def in_vllm(jobs: dict[str, Job], folder: Path) -> dict[str, Outcome]:
+    return dict(zip(jobs, run_jobs(PYTHON, list(jobs.values()), folder), strict=True))
 
 
-def in_vllm(jobs: dict[str, Any], folder: Path, ranks: int) -> dict[str, Any]:
-    """The results of in_vllm.py for each job."""
-    asked, answered = folder / "jobs.json", folder / "results.json"
-    asked.write_text(json.dumps(list(jobs.values())))
-    command = [str(PYTHON), str(Path(__file__).with_name("in_vllm.py")), str(asked), str(answered)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(ranks))
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return dict(zip(jobs, json.loads(answered.read_text()), strict=True))
-
-
-def require_tokens(result: dict[str, Any], expected: list[list[int]]) -> None:
-    assert "error" not in result, result["error"]
-    for call in result["calls"]:
-        assert [tokens for tokens, _ in call] == expected
+def require_tokens(outcome: Outcome, expected: list[list[int]]) -> None:
+    assert outcome.error is None, outcome.error
+    for answer in outcome.answers:
+        assert answer.tokens == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_rank(name: str, one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
+def test_one_rank(name: str, one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]) -> None:
     """With continuous batching, prompts in pieces and prompts whose beginning is cached."""
     require_tokens(one_rank[name], expected[name])
-    again = zip(one_rank[name]["calls"][1], PROMPTS, strict=True)
-    assert all(cached > 0 for (_, cached), (prompt, _) in again if len(prompt) > SETTINGS["block_size"])
+    again = zip(one_rank[name].answers[1].cached, PROMPTS, strict=True)
+    assert all(cached > 0 for cached, (prompt, _) in again if len(prompt) > SETTINGS["block_size"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -113,16 +93,18 @@ def test_our_engine(name: str, exports: dict[str, Path], expected: dict[str, lis
     assert of_our_engine(exports[name], PROMPTS) == expected[name]
 
 
-def test_compiled(one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
+def test_compiled(one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]) -> None:
     require_tokens(one_rank["compiled"], expected[COMPILED])
 
 
-def test_trusting_remote_code_changes_nothing(one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
+def test_trusting_remote_code_changes_nothing(
+    one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]
+) -> None:
     require_tokens(one_rank["trusted"], expected["kraken"])
 
 
-def test_bfloat16_serves(one_rank: dict[str, Any], expected: dict[str, list[list[int]]]) -> None:
-    first = [tokens[0] for tokens, _ in one_rank["bfloat16"]["calls"][0]]
+def test_bfloat16_serves(one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]) -> None:
+    first = [tokens[0] for tokens in one_rank["bfloat16"].answers[0].tokens]
     wanted = [tokens[0] for tokens in expected["kraken"]]
     assert sum(a == b for a, b in zip(first, wanted, strict=True)) > len(wanted) / 2  # few are rounded away
 
@@ -130,17 +112,18 @@ def test_bfloat16_serves(one_rank: dict[str, Any], expected: dict[str, list[list
 @pytest.mark.parametrize("name", OF_TWO_RANKS)
 def test_two_ranks(name: str, exports: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     jobs = {name: job(exports[name], tensor_parallel_size=2)}
-    require_tokens(in_vllm(jobs, tmp_path, ranks=2)[name], expected[name])
+    require_tokens(in_vllm(jobs, tmp_path)[name], expected[name])
 
 
 def test_two_ranks_compiled(exports: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
     jobs = {"compiled": job(exports["kraken"], tensor_parallel_size=2, enforce_eager=False)}
-    require_tokens(in_vllm(jobs, tmp_path, ranks=2)["compiled"], expected["kraken"])
+    require_tokens(in_vllm(jobs, tmp_path)["compiled"], expected["kraken"])
 
 
 def test_ranks_that_do_not_divide_the_sub_layers_are_refused(exports: dict[str, Path], tmp_path: Path) -> None:
     jobs = {"kraken": job(exports["kraken"], tensor_parallel_size=3)}
-    error = in_vllm(jobs, tmp_path, ranks=3)["kraken"]["error"]
+    error = in_vllm(jobs, tmp_path)["kraken"].error
+    assert error is not None
     assert "--tensor-parallel-size 3 does not divide num_sub_layers=4" in error
     assert "use 1, 2 or 4" in error
 

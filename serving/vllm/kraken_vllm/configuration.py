@@ -70,6 +70,7 @@ class KrakenConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         format_version: int = FORMAT_VERSION,
+        overlap: bool = True,  # not in an export: whether a Kraken's sums run beside the attention; else ranks wait
         **kwargs: Any,
     ) -> None:
         if architecture not in ARCHITECTURES:
@@ -109,6 +110,7 @@ class KrakenConfig(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         self.format_version = format_version
+        self.overlap = overlap
         super().__init__(**kwargs)
 
     @property

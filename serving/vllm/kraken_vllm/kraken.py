@@ -85,7 +85,8 @@ class KrakenLayer(nn.Module):
         super().__init__()
         self.is_first = index == 0
         self.is_alone = backend.share.size == 1
-        self.start_sum, self.add_sum = backend.start_sum, backend.add_sum
+        self.overlap = config.overlap
+        self.all_reduce, self.start_sum, self.add_sum = backend.all_reduce, backend.start_sum, backend.add_sum
         self.attention = KrakenAttention(config, backend, f"{prefix}.attention")
         self.ffn = KrakenFFN(config, backend, f"{prefix}.ffn")
 
@@ -95,6 +96,10 @@ class KrakenLayer(nn.Module):
         if self.is_first or self.is_alone:
             attended = self.attention(streams, rotary)
             with_sum = attended + partial
+        elif not self.overlap:
+            total = self.all_reduce(partial)
+            attended = self.attention(streams, rotary)
+            with_sum = attended + total
         else:
             pending = self.start_sum(partial)
             attended = self.attention(streams, rotary)
