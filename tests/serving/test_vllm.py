@@ -180,7 +180,7 @@ def ask(address: str, **question: Any) -> str:
 def test_server_with_logprobs_and_streaming(server: str, with_tokenizer: Path) -> None:
     prompt, tokens = "The river bends", 16
     tokenizer = load_tokenizer(with_tokenizer / "tokenizer")
-    ids = list(tokenizer.encode(prompt))
+    (ids,) = map(list, tokenizer.encode_batch([prompt]))
     model = modeling_kraken.KrakenForCausalLM.from_pretrained(with_tokenizer).eval()
     output = model.generate(
         torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, eos_token_id=None, return_dict_in_generate=True,
