@@ -10,12 +10,11 @@ from helpers import MODERN
 
 from checkpoints.exports import modeling_kraken
 from checkpoints.exports.folder import read_export, write_export
+from kraken_train.bench.stages.vllm_tokens import lively_model
 from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.sampling import Sampling
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
-from kraken_train.model.language_model import LanguageModel
-from kraken_train.model.registry import build_model
 
 CONTEXT = 128
 COMMON = {"vocab_size": 131, "context_length": CONTEXT, "num_layers": 3}
@@ -41,18 +40,6 @@ CONFIGS: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 Call = list[tuple[list[int], int]]  # prompts, each with a number of new tokens
-
-
-def lively_model(config: ModelConfig) -> LanguageModel:
-    """With weights so large that the most likely token is far ahead of others, and differs from place to place."""
-    model = build_model(config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = 0.5 if "embedding" in name or "lm_head" in name else 1.5 / parameter.shape[-1] ** 0.5
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else scale * noise)
-    return model
 
 
 def write_served(folder: Path, config: ModelConfig, tokenizer_dir: Path | None = None) -> Path:

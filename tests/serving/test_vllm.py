@@ -6,11 +6,12 @@ Greedy tokens are compared one by one with those of transformers and of our engi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import subprocess
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SETTINGS: dict[str, Any] = {
 }
 OF_TWO_RANKS = ("kraken", "kraken-gqa", "kraken-modern", "standard-modern", "parallel-mqa")
 COMPILED = "kraken-modern"
+Expected = Callable[[str], list[list[int]]]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def expected(exports: dict[str, Path]) -> dict[str, list[list[int]]]:
-    """Of transformers."""
-    return {name: of_transformers(folder, PROMPTS) for name, folder in exports.items()}
+def expected(exports: dict[str, Path]) -> Expected:
+    """Of transformers, by name of the model."""
+    return functools.cache(lambda name: of_transformers(exports[name], PROMPTS))
 
 
 @pytest.fixture(scope="module")
@@ -81,43 +83,41 @@ def require_tokens(outcome: Outcome, expected: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_rank(name: str, one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]) -> None:
+def test_one_rank(name: str, one_rank: dict[str, Outcome], expected: Expected) -> None:
     """With continuous batching, prompts in pieces and prompts whose beginning is cached."""
-    require_tokens(one_rank[name], expected[name])
+    require_tokens(one_rank[name], expected(name))
     again = zip(one_rank[name].answers[1].cached, PROMPTS, strict=True)
     assert all(cached > 0 for cached, (prompt, _) in again if len(prompt) > SETTINGS["block_size"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_our_engine(name: str, exports: dict[str, Path], expected: dict[str, list[list[int]]]) -> None:
-    assert of_our_engine(exports[name], PROMPTS) == expected[name]
+def test_our_engine(name: str, exports: dict[str, Path], expected: Expected) -> None:
+    assert of_our_engine(exports[name], PROMPTS) == expected(name)
 
 
-def test_compiled(one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]) -> None:
-    require_tokens(one_rank["compiled"], expected[COMPILED])
+def test_compiled(one_rank: dict[str, Outcome], expected: Expected) -> None:
+    require_tokens(one_rank["compiled"], expected(COMPILED))
 
 
-def test_trusting_remote_code_changes_nothing(
-    one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]
-) -> None:
-    require_tokens(one_rank["trusted"], expected["kraken"])
+def test_trusting_remote_code_changes_nothing(one_rank: dict[str, Outcome], expected: Expected) -> None:
+    require_tokens(one_rank["trusted"], expected("kraken"))
 
 
-def test_bfloat16_serves(one_rank: dict[str, Outcome], expected: dict[str, list[list[int]]]) -> None:
+def test_bfloat16_serves(one_rank: dict[str, Outcome], expected: Expected) -> None:
     first = [tokens[0] for tokens in one_rank["bfloat16"].answers[0].tokens]
-    wanted = [tokens[0] for tokens in expected["kraken"]]
+    wanted = [tokens[0] for tokens in expected("kraken")]
     assert sum(a == b for a, b in zip(first, wanted, strict=True)) > len(wanted) / 2  # few are rounded away
 
 
 @pytest.mark.parametrize("name", OF_TWO_RANKS)
-def test_two_ranks(name: str, exports: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_two_ranks(name: str, exports: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     jobs = {name: job(exports[name], tensor_parallel_size=2)}
-    require_tokens(in_vllm(jobs, tmp_path)[name], expected[name])
+    require_tokens(in_vllm(jobs, tmp_path)[name], expected(name))
 
 
-def test_two_ranks_compiled(exports: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path) -> None:
+def test_two_ranks_compiled(exports: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     jobs = {"compiled": job(exports["kraken"], tensor_parallel_size=2, enforce_eager=False)}
-    require_tokens(in_vllm(jobs, tmp_path)["compiled"], expected["kraken"])
+    require_tokens(in_vllm(jobs, tmp_path)["compiled"], expected("kraken"))
 
 
 def test_ranks_that_do_not_divide_the_sub_layers_are_refused(exports: dict[str, Path], tmp_path: Path) -> None:

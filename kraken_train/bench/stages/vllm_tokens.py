@@ -21,7 +21,7 @@ from kraken_train.bench.stages.program import Measured
 from kraken_train.bench.stages.stage import Figures
 from kraken_train.bench.vllm_jobs import Call, Job, require_vllm, run_jobs
 from kraken_train.common.errors import ConfigError
-from kraken_train.model.config import KrakenConfig
+from kraken_train.model.config import KrakenConfig, ModelConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
 
@@ -76,13 +76,13 @@ def token_figures(sizes: VllmSizes, python: Path) -> Figures:
     return {same_tokens(way): "left out" for way in WAYS} | figures
 
 
-def lively_model(config: KrakenConfig) -> LanguageModel:
+def lively_model(config: ModelConfig) -> LanguageModel:
     """With weights so large that the most likely token is far ahead of others, and differs from place to place."""
     model = build_model(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            scale = 0.5 if "embedding" in name else 1.5 / parameter.shape[-1] ** 0.5
+            scale = 0.5 if "embedding" in name or "lm_head" in name else 1.5 / parameter.shape[-1] ** 0.5
             parameter.copy_(1 + 0.1 * noise if "norm" in name else scale * noise)
     return model
