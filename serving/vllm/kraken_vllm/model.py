@@ -16,7 +16,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -59,6 +59,18 @@ class VllmBackend:
         )
 
 
+def require_quantized(model: nn.Module, quantization: str) -> None:
+    """Raises ValueError unless the method quantizes linear maps, and that while it loads them."""
+    maps = [module for module in model.modules() if isinstance(module, LinearBase)]
+    if not all(hasattr(one, "weight") for one in maps):
+        reason = "reads weights that were quantized before, and an export has none"
+    elif all(isinstance(one.quant_method, UnquantizedLinearMethod) for one in maps):
+        reason = "leaves all linear maps of this model as they are"
+    else:
+        return
+    raise ValueError(f"--quantization {quantization} {reason}; use fp8_per_tensor or fp8_per_channel")
+
+
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
 class KrakenModel(Decoder):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -75,8 +87,11 @@ class KrakenForCausalLM(nn.Module):
         self.config = config = vllm_config.model_config.hf_config
         size = get_tensor_model_parallel_world_size()
         require_servable(config, size)
+        quantization = vllm_config.model_config.quantization
         at = f"{prefix}." if prefix else ""
         self.model = KrakenModel(vllm_config=vllm_config, prefix=f"{at}model")
+        if quantization is not None:
+            require_quantized(self.model, quantization)
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
