@@ -7,6 +7,7 @@ Below the entry points there is no `DictConfig`. A class here says what its sett
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +29,7 @@ AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
 MOST_CTAS = 64  # NCCL's own limit
 MOST_SPARED = 64  # multiprocessors; an A100 has 108, an H100 132
+SET_NAME = re.compile(r"[\w.-]+")  # part of the name of a metric
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
@@ -165,6 +167,14 @@ class ValidationConfig:
     samples: int  # samples, from the start of the validation split
     # tokens, as in 100M, in place of every: the step that reaches a multiple is validated; 0: never; null: every counts
     every_tokens: Tokens | None = None
+    # further prepared folders, by a name for each: {books: DIR, code: DIR}; measured on their validation splits, with
+    # so many samples each; null: none
+    sets: dict[str, FilePath] | None = None
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Of the further sets."""
+        return {name: Path(folder).expanduser() for name, folder in (self.sets or {}).items()}
 
     @property
     def interval(self) -> Length:
@@ -177,6 +187,12 @@ class ValidationConfig:
     def validate(self) -> None:
         self.interval.validate(minimum=0)
         require_positive("validation.samples", self.samples)
+        for name, folder in (self.sets or {}).items():
+            if not SET_NAME.fullmatch(name) or not folder:
+                raise ConfigError(
+                    f"validation.sets: {name or 'an empty name'}={folder} must be a name of letters, digits, '.', '_' "
+                    "and '-' with the folder of prepared data, as in 'validation.sets={books: data/books}'"
+                )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import KrakenError, RankLostError
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import TrainingData
+from kraken_train.data.validation_set import validation_sets
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.health.stack_dump import stacks_on_signal
 from kraken_train.health.watchdog import Watchdog
@@ -51,6 +52,7 @@ def train(config: TrainConfig) -> None:
         data.require_ends_of_documents()
     model_config = parse_model(config.model, data.vocab_size)
     config.require_fits(model_config)
+    validated = validation_sets(data, config.validation.folders, config.validation.samples)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
 
@@ -85,7 +87,7 @@ def train(config: TrainConfig) -> None:
             write_environment(run.start, runtime)
             if runtime.is_first:
                 print(precision.describe(), flush=True)
-            trainer = Trainer(config, model_config, data, samples, run, runtime, stop, watchdog)
+            trainer = Trainer(config, model_config, data, samples, validated, run, runtime, stop, watchdog)
             trainer.restore()
             with stop.on_signals():  # not before: until there is a step, there is nothing to save
                 trainer.train()

@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,12 @@ def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {root_message(error)}") from error
 
 
-def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
-    """The weights of a run's newest undamaged checkpoint, or of the one at `step`. Raises CheckpointError."""
+def read_weights(run_dir: Path, step: int | None = None, average: int = 1) -> TrainedWeights:
+    """The weights of a run's newest undamaged checkpoint, or of the one at `step`.
+
+    With `average` they are the mean over so many checkpoints, that one and the undamaged ones before it. Raises
+    CheckpointError, also where there are fewer.
+    """
     folder = run_dir / "checkpoints"
     if step is None:
         checkpoint, skipped = find_good_checkpoint(folder)
@@ -164,10 +169,41 @@ def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
         if str(step) not in available:
             raise CheckpointError(f"step={step} is not in {folder}; available steps: {', '.join(available) or 'none'}")
         checkpoint, skipped = verify_checkpoint(folder / f"step-{step:08d}"), []
-    names = [name for name in stored_tensors(checkpoint) if name.startswith(WEIGHT_PREFIX)]
-    weights = {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in load_tensors(checkpoint, names).items()}
     metadata = {"step": checkpoint.step, **checkpoint.metadata}
-    return TrainedWeights(model_of(checkpoint), weights, metadata, skipped)
+    if average == 1:
+        return TrainedWeights(model_of(checkpoint), stored_weights(checkpoint), metadata, skipped)
+    averaged = [checkpoint]
+    while len(averaged) < average:
+        try:
+            earlier, problems = find_good_checkpoint(folder, before=averaged[-1].step)
+        except CheckpointError as error:
+            steps = ", ".join(str(each.step) for each in averaged)
+            raise CheckpointError(
+                f"average={average} is more than the undamaged checkpoints in {folder} (steps {steps}); average "
+                f"{len(averaged)}, or train with checkpoint.keep={average}"
+            ) from error
+        averaged.append(earlier)
+        skipped = [*skipped, *problems]
+    metadata["averaged_steps"] = sorted(each.step for each in averaged)
+    return TrainedWeights(model_of(checkpoint), mean_of_weights(averaged), metadata, skipped)
+
+
+def stored_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The fp32 weights by global name."""
+    names = [name for name in stored_tensors(checkpoint) if name.startswith(WEIGHT_PREFIX)]
+    return {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in load_tensors(checkpoint, names).items()}
+
+
+def mean_of_weights(checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """Summed in float64, with one checkpoint in memory at a time. Raises CheckpointError for those of several runs."""
+    first = checkpoints[0]
+    sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in stored_weights(first).items()}
+    for checkpoint in checkpoints:
+        if checkpoint.metadata.get("run_id") != first.metadata.get("run_id"):
+            raise CheckpointError(f"{checkpoint.path} is of another run than {first.path}; move it away")
+        for name, tensor in stored_weights(checkpoint).items():
+            sums[name] += tensor
+    return {name: (total / len(checkpoints)).float() for name, total in sums.items()}
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import Samples, TrainingData
 from kraken_train.data.loader import BatchLoader, ranges_of_rank
-from kraken_train.evaluation.perplexity import perplexity
+from kraken_train.data.validation_set import ValidationSet
 from kraken_train.health.loss_monitor import LossMonitor, Trouble
 from kraken_train.health.shutdown import Interrupted, StopRequest
 from kraken_train.health.stragglers import Stragglers, describe_change, describe_ranks
@@ -42,7 +42,7 @@ from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.step_metrics import StepMetrics
 from kraken_train.training.summary import summary_lines
-from kraken_train.training.validation import validation_loss
+from kraken_train.training.validation import validate
 
 
 class Trainer:
@@ -54,6 +54,7 @@ class Trainer:
         model_config: ModelConfig,
         data: TrainingData,
         samples: Samples,
+        validation_sets: Sequence[ValidationSet],
         run: RunFolder,
         runtime: Runtime,
         stop: StopRequest,
@@ -63,6 +64,7 @@ class Trainer:
         self.model_config = model_config
         self.data = data
         self.samples = samples
+        self.validation_sets = validation_sets
         self.run = run
         self.runtime = runtime
         self.stop = stop
@@ -130,7 +132,14 @@ class Trainer:
         self.runtime.on_first(self.open_metrics)
         with self.metrics or nullcontext():
             for line in summary_lines(
-                self.config, self.model_config, self.data, self.mesh, self.runtime, self.position, self.hosts
+                self.config,
+                self.model_config,
+                self.data,
+                self.validation_sets,
+                self.mesh,
+                self.runtime,
+                self.position,
+                self.hosts,
             ):
                 self.print_rank0(line)
             self.step_metrics = StepMetrics(
@@ -200,7 +209,7 @@ class Trainer:
 
     def is_validated(self, step: Step) -> bool:
         validation = self.config.validation
-        if not (self.data.has_validation and validation.enabled):
+        if not (self.validation_sets and validation.enabled):
             return False
         return self.is_last(step) or validation.interval.is_reached_by(step)
 
@@ -222,9 +231,8 @@ class Trainer:
         return list(zip(steps, results, records, strict=True))
 
     def validate(self) -> Record:
-        loss = validation_loss(self.engine.model, self.data, self.config, self.mesh, self.runtime)
-        self.watchdog.report_progress()
-        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+        batch_size, progress = self.config.micro_batch_size, self.watchdog.report_progress
+        return validate(self.engine.model, self.validation_sets, batch_size, self.mesh, self.runtime, progress)
 
     def stop_early(self) -> None:
         """Wait for the save and raise Interrupted."""

@@ -56,6 +56,35 @@ def test_weights_and_training_of_a_step(run_dir: Path, tmp_path: Path, settings:
     assert text.stdout.startswith("The"), text.stderr
 
 
+def test_the_mean_of_checkpoints(run_dir: Path, tmp_path: Path) -> None:
+    """In float64: the mean of two float32 is rounded once."""
+    base = ["checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}"]
+    assert "average=3 is more than the undamaged checkpoints in" in user_error(run_here(*base, "average=3"))
+    assert "average=0" in user_error(run_here(*base, "average=0"))
+    result = run_here(*base, "average=2")
+    assert result.returncode == 0, result.stderr
+    assert "exported the mean of steps 5, 10, " in result.stdout
+    export = read_export(tmp_path / "e")
+    assert export.training["averaged_steps"] == [5, 10]
+    assert "mean of the weights of steps" in (tmp_path / "e" / "README.md").read_text()
+    pairs = {name: (tensor.double(), weights(10)[name].double()) for name, tensor in weights(5).items()}
+    loaded = export.load_model().state_dict()
+    assert all(torch.equal(loaded[name], ((a + b) / 2).float()) for name, (a, b) in pairs.items())
+
+
+def test_a_damaged_checkpoint_is_not_averaged(run_dir: Path, tmp_path: Path) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in weights(20).items()}
+    save_checkpoint(run_dir / "checkpoints", 20, tensors, {"model": to_dict(CONFIG)}, 3, Runtime(0, 0, 1, 1))
+    damaged = max((run_dir / "checkpoints" / "step-00000010").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    base = ["checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}"]
+    result = run_here(*base, "average=2")
+    assert result.returncode == 0, result.stderr
+    assert "passed over a damaged checkpoint" in result.stdout
+    assert "exported the mean of steps 5, 20, " in result.stdout
+    assert read_export(tmp_path / "e").training["step"] == 20
+
+
 def test_a_note_on_slow_head_sizes(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, hidden_size=18)  # heads of 9
     tensors = {f"model.{name}": tensor for name, tensor in rough_model(config, torch.float32).state_dict().items()}

@@ -21,6 +21,7 @@ from checkpoints.training.manifest import content_sha256
 from checkpoints.training.store import find_good_checkpoint, read_weights
 from integration.training import STEPS, learned, overrides, records, start_stopping
 from kraken_train.data.dataset import TrainingData
+from kraken_train.data.validation_set import validation_sets
 from kraken_train.model.registry import build_model
 
 
@@ -92,7 +93,8 @@ def test_attention_within_documents(data: Path, tmp_path: Path) -> None:
     model = build_model(trained.model_config)
     model.load_state_dict(trained.weights)
     nats = apart = 0.0
-    for window in TrainingData({data: 1}).validation_windows(32, 1, 5):
+    (validated,) = validation_sets(TrainingData({data: 1}), {}, 5)
+    for window in validated.windows(32, 1):
         tokens = torch.from_numpy(window)[0]
         nats += float(model.token_losses(tokens[None, :-1], tokens[None, 1:]).sum())
         starts = sorted({0, *(tokens[:-1] == end).nonzero().flatten().tolist()})
