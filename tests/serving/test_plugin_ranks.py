@@ -77,7 +77,7 @@ def test_the_configuration_is_that_of_the_export(name: str) -> None:
     ours, theirs = plugin_config(config), modeling_kraken.KrakenConfig(**description)
     names = {key for key in theirs.to_dict() if key not in {"transformers_version", "use_cache"}}
     assert {key: getattr(ours, key) for key in names} == {key: getattr(theirs, key) for key in names}
-    for key in ("streams", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
+    for key in ("is_stacked", "streams", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
         assert getattr(ours, key) == getattr(theirs, key), key
     assert ours.num_attention_heads == config.num_streams * config.heads
     assert ours.intermediate_size == config.ffn_size

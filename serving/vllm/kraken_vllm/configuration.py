@@ -118,6 +118,10 @@ class KrakenConfig(PretrainedConfig):
         return ARCHITECTURES[self.architecture]
 
     @property
+    def is_stacked(self) -> bool:
+        return self.form.is_stacked
+
+    @property
     def streams(self) -> int:
         return 1 if self.form.streams is None else int(getattr(self, self.form.streams))
 
@@ -146,7 +150,7 @@ class KrakenConfig(PretrainedConfig):
         width = int(self.ffn_multiplier * self.hidden_size)
         if self.ffn == "gelu":
             return width
-        step = 64 if self.form.is_stacked else math.lcm(64, self.num_attention_heads)
+        step = 64 if self.is_stacked else math.lcm(64, self.num_attention_heads)
         return max(1, round(2 * width / 3 / step)) * step
 
     @property

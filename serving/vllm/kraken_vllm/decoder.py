@@ -32,7 +32,7 @@ class Decoder(nn.Module):
         super().__init__()
         share, width = backend.share, config.hidden_size
         self.config = config
-        self.is_stacked = config.form.is_stacked
+        self.is_stacked = config.is_stacked
         self.count = share.of(config.streams) if self.is_stacked else 1
         self.all_reduce = backend.all_reduce
         self.token_embedding = Embedding(config.vocab_size, width)

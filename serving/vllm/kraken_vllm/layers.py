@@ -77,6 +77,9 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_batched:
             return torch.bmm(x, self.weight.transpose(1, 2))
+        if len(self.maps) == 1:
+            only: Tensor = self.maps[0](x[0])
+            return only[None]
         return torch.stack([one(x[index]) for index, one in enumerate(self.maps)])
 
 

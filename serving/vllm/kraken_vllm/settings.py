@@ -17,7 +17,7 @@ class KrakenSettings(VerifyAndUpdateConfig):
         """Raises ValueError. On GPUs a Kraken of several ranks has CUDA graphs of whole decode steps by default."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         require_servable(model.hf_config, parallel.tensor_parallel_size, model.max_model_len)
-        if not model.hf_config.form.is_stacked or parallel.tensor_parallel_size == 1:
+        if not model.hf_config.is_stacked or parallel.tensor_parallel_size == 1:
             return
         if parallel.use_ubatching:
             raise ValueError(
