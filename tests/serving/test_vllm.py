@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PATIENCE, REPOSITORY, wait_until
+from helpers import PATIENCE, REPOSITORY, run_here, wait_until
 from served_models import CONFIGS, CONTEXT, of_our_engine, of_transformers, unequal_prompts, write_served
 
 from checkpoints.exports import modeling_kraken
@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
 }
 OF_TWO_RANKS = ("kraken", "kraken-gqa", "kraken-modern", "standard-modern", "parallel-mqa")
 COMPILED = "kraken-modern"
+QUANTIZED = ("kraken", "standard")
 Expected = Callable[[str], list[list[int]]]
 
 
@@ -64,7 +65,10 @@ def one_rank(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     jobs = {name: job(folder) for name, folder in exports.items()}
     jobs["compiled"] = job(exports[COMPILED], enforce_eager=False)
     jobs["trusted"] = job(exports["kraken"], trust_remote_code=True)
-    jobs["bfloat16"] = job(exports["kraken"], dtype="bfloat16")
+    for name in QUANTIZED:
+        jobs[f"{name}, bf16"] = job(exports[name], dtype="bfloat16")
+        jobs[f"{name}, fp8"] = job(exports[name], dtype="bfloat16", quantization="fp8_per_tensor")
+    jobs["int8"] = job(exports["kraken"], dtype="bfloat16", quantization="int8_per_channel_weight_only")
     return in_vllm(jobs, tmp_path_factory.mktemp("jobs"))
 
 
@@ -103,10 +107,21 @@ def test_trusting_remote_code_changes_nothing(one_rank: dict[str, Outcome], expe
     require_tokens(one_rank["trusted"], expected("kraken"))
 
 
-def test_bfloat16_serves(one_rank: dict[str, Outcome], expected: Expected) -> None:
-    first = [tokens[0] for tokens in one_rank["bfloat16"].answers[0].tokens]
-    wanted = [tokens[0] for tokens in expected("kraken")]
-    assert sum(a == b for a, b in zip(first, wanted, strict=True)) > len(wanted) / 2  # few are rounded away
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_rounded_weights(name: str, kind: str, one_rank: dict[str, Outcome], expected: Expected) -> None:
+    """The first token of each prompt, of 131, is mostly that of exact weights."""
+    outcome = one_rank[f"{name}, {kind}"]
+    assert outcome.error is None, outcome.error
+    first = [tokens[0] for tokens in outcome.answers[0].tokens]
+    wanted = [tokens[0] for tokens in expected(name)]
+    assert sum(a == b for a, b in zip(first, wanted, strict=True)) > len(wanted) / 2
+
+
+def test_a_quantization_that_changes_nothing_is_refused(one_rank: dict[str, Outcome]) -> None:
+    error = one_rank["int8"].error
+    assert error is not None
+    assert "--quantization int8_per_channel_weight_only leaves all linear maps of this model as they are" in error
 
 
 @pytest.mark.parametrize("name", OF_TWO_RANKS)
@@ -248,3 +263,25 @@ def test_lm_eval_finds_what_it_finds_with_transformers(with_tokenizer: Path, tmp
     }
     assert likelihoods["vllm"] == pytest.approx(likelihoods["hf"], abs=1e-3)
     assert all(math.isfinite(value) for value in likelihoods["hf"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The benchmark
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_times_of_a_kraken_with_and_without_overlap(tmp_path: Path) -> None:
+    settings = ["sizes=[tiny]", "architectures=[kraken]", "degrees=[2]", "contexts=[16]", "output_tokens=3"]
+    settings += [
+        "repeats=2",
+        "vocab_size=128",
+        "dtype=fp32",
+        "eager=true",
+        f"output_dir={tmp_path}",
+        f"python={PYTHON}",
+    ]
+    result = run_here("kraken_train.bench.vllm", *settings)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "vllm.json").read_text())["results"]
+    assert [times["overlap"] for times in found] == [True, False]
+    assert all(times[kind]["seconds"] > 0 for times in found for kind in ("ttft", "time_per_output_token"))
