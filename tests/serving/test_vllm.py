@@ -148,13 +148,18 @@ def test_ranks_that_do_not_divide_the_sub_layers_are_refused(exports: dict[str, 
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def write_with_tokenizer(folder: Path, tokenizer_dir: Path, vocab_size: int) -> Path:
+    """With a tokenizer of 320 tokens."""
+    config = KrakenConfig(
+        2, hidden_size=64, heads_per_sub_layer=2, vocab_size=vocab_size, context_length=CONTEXT, num_layers=3
+    )
+    return write_served(folder, config, tokenizer_dir)
+
+
 @pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    """320 tokens, and 64 rows of the embedding that are none."""
-    config = KrakenConfig(
-        2, hidden_size=64, heads_per_sub_layer=2, vocab_size=384, context_length=CONTEXT, num_layers=3
-    )
-    return write_served(tmp_path_factory.mktemp("with_tokenizer") / "export", config, tokenizer_dir)
+    """With 64 rows of the embedding that are no tokens."""
+    return write_with_tokenizer(tmp_path_factory.mktemp("with_tokenizer") / "export", tokenizer_dir, 384)
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +236,9 @@ metric_list: [{metric: acc}]
 """
 
 
-def test_lm_eval_finds_what_it_finds_with_transformers(with_tokenizer: Path, tmp_path: Path) -> None:
-    """The questions have the form of SuperGLUE's BoolQ; both models of lm-evaluation-harness run in vLLM's process."""
+def test_lm_eval_finds_what_it_finds_with_transformers(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The questions have the form of SuperGLUE's BoolQ; lm-evaluation-harness runs in vLLM's environment."""
+    export = write_with_tokenizer(tmp_path / "export", tokenizer_dir, 320)
     data = tmp_path / "questions.jsonl"
     words = ["mill", "kraken", "river", "ice", "wheel", "number"]
     questions = [
@@ -244,8 +250,8 @@ def test_lm_eval_finds_what_it_finds_with_transformers(with_tokenizer: Path, tmp
     (tmp_path / "yes_or_no.yaml").write_text(TASK.replace("DATA", str(data)))
     found = {}
     for kind, arguments in {
-        "hf": f"pretrained={with_tokenizer},trust_remote_code=True,dtype=float32",
-        "vllm": f"pretrained={with_tokenizer},dtype=float32,enforce_eager=True,max_model_len={CONTEXT}",
+        "hf": f"pretrained={export},trust_remote_code=True,dtype=float32",
+        "vllm": f"pretrained={export},dtype=float32,enforce_eager=True,max_model_len={CONTEXT}",
     }.items():
         output = tmp_path / kind
         command = [str(PYTHON), "-m", "lm_eval", "--model", kind, "--model_args", arguments, "--tasks", "yes_or_no"]
