@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from checkpoints.training.retention import Retention
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.token_counts import Tokens
@@ -149,6 +150,13 @@ class CheckpointConfig:
     asynchronous: bool  # write in the background while training continues
     # tokens, as in 100M, in place of every: the step that reaches a multiple is saved; null: every counts
     every_tokens: Tokens | None = None
+    # steps; the first checkpoint at or after each multiple of it also stays; null: none
+    keep_every: int | None = None
+    keep_hours: float = 0  # checkpoints that are younger than so many hours also stay
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep, self.keep_every, 3600 * self.keep_hours)
 
     @property
     def interval(self) -> Length:
@@ -159,6 +167,9 @@ class CheckpointConfig:
         if self.every_tokens is not None:
             require_positive("checkpoint.every_tokens", self.every_tokens)
         require_positive("checkpoint.keep", self.keep)
+        if self.keep_every is not None:
+            require_positive("checkpoint.keep_every", self.keep_every)
+        require_at_least("checkpoint.keep_hours", self.keep_hours, 0)
 
 
 @dataclass(frozen=True)
@@ -229,6 +240,24 @@ class HealthConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of optimizer steps, see `kraken_train.training.profiler`."""
+
+    # [FIRST, LAST]: optimizer steps of which PyTorch's profiler writes a trace to RUN_DIR/starts/NUMBER/profiles; []:
+    # none; `echo 5 > RUN_DIR/profile` traces the next 5 steps of a running job
+    steps: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)  # that write one
+    memory: bool = False  # also a snapshot of the GPU's memory over these steps, for https://pytorch.org/memory_viz
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
+            raise ConfigError(f"profile.steps={list(self.steps)} must be the first and the last step, as in [100,110]")
+        if any(rank < 0 for rank in self.ranks):
+            raise ConfigError(f"profile.ranks={list(self.ranks)} must be numbers of ranks, as in [0,7]; [] traces none")
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """A copy of the run's metrics and events in Weights & Biases or TensorBoard."""
 
@@ -291,6 +320,10 @@ class TrainConfig:
     health: HealthConfig
     # tokens to train on, as in 2B, in place of max_steps: the step that reaches them is the last; null: max_steps count
     max_tokens: Tokens | None = None
+    # keep an exponential average of the weights too: after each update, average = d average + (1 - d) weights with this
+    # d, such as 0.999; `checkpoints.export weights=ema` exports it; null: none
+    ema_decay: float | None = None
+    profile: ProfileConfig = ProfileConfig()
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
@@ -299,6 +332,11 @@ class TrainConfig:
         if self.max_tokens is not None:
             require_positive("max_tokens", self.max_tokens)
         validate_batch_size(self.global_batch_size)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(
+                f"ema_decay={self.ema_decay} must be between 0 and 1, such as 0.999, which averages over the last 1000 "
+                "updates or so; or null for no average"
+            )
         for name in ("data_dir", "run_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
@@ -311,7 +349,7 @@ class TrainConfig:
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.loss, self.checkpoint, self.validation,
-            self.tracking, self.health,
+            self.tracking, self.health, self.profile,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

@@ -32,6 +32,7 @@ from kraken_train.tracking.ready import require_ready
 from kraken_train.training.engine import start_processes, stop_processes
 from kraken_train.training.open_run import open_run_folder
 from kraken_train.training.precision import choose_precision, has_native_bf16
+from kraken_train.training.profiler import require_usable
 from kraken_train.training.recorded_choices import RecordedChoices, leaves_choices, recorded_choices
 from kraken_train.training.trainer import Trainer
 
@@ -47,6 +48,7 @@ def train(config: TrainConfig) -> None:
     """
     runtime = read_runtime()
     choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING)  # refuses what cannot be had here
+    require_usable(config.profile, runtime)
     data = TrainingData(config.data_shares)
     if config.attention_within_documents:
         data.require_ends_of_documents()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.exports.initial import export_reader, open_initial_export
 from checkpoints.training.manifest import Checkpoint
-from checkpoints.training.store import fill_tensors
+from checkpoints.training.store import EMA_PREFIX, fill_tensors, stored_tensors
 from checkpoints.training.writer import CheckpointWriter, delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
@@ -38,6 +38,7 @@ from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
 from kraken_train.training.precision import reduce_dtype
+from kraken_train.training.profiler import StepProfiler
 from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.step_metrics import StepMetrics
@@ -84,7 +85,7 @@ class Trainer:
         self.engine = Engine(model, config, self.mesh, runtime, self.timer, parametrization)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
-            config.checkpoint.keep,
+            config.checkpoint.retention,
             runtime,
             config.checkpoint.asynchronous,
             on_saved=lambda step: self.log_event("saved", step=step),
@@ -145,9 +146,14 @@ class Trainer:
             self.step_metrics = StepMetrics(
                 self.config, self.model_config, self.runtime, self.engine.model.end_of_document
             )
-            with self.checkpoints, self.open_batches() as self.batches:
+            with (
+                StepProfiler(self.config.profile, self.run, self.runtime) as profiler,
+                self.checkpoints,
+                self.open_batches() as self.batches,
+            ):
                 while self.step < self.last_step:
-                    self.train_step()
+                    with profiler.of_step(self.step + 1, may_begin=self.step % self.config.log_every == 0):
+                        self.train_step()
 
     def train_step(self) -> None:
         """Do one optimizer step and, if its results are needed, act on those of all steps since the last time.
@@ -271,7 +277,8 @@ class Trainer:
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Load the state that `save` has written. Raises CheckpointError."""
         metadata = checkpoint.metadata
-        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
+        with_average = any(name.startswith(EMA_PREFIX) for name in stored_tensors(checkpoint))
+        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"], with_average)
         self.position = position_of(checkpoint)
         self.updates = metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
