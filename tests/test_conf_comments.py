@@ -23,6 +23,7 @@ from kraken_train.bench.stages.preset import Preset
 from kraken_train.bench.throughput_config import ThroughputConfig
 from kraken_train.bench.transfer import TransferConfig
 from kraken_train.bench.ttft import TTFTConfig
+from kraken_train.bench.vllm import VllmConfig
 from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.setting_docs import describe, with_comments
 from kraken_train.config import EngineConfig, ParallelConfig, TrackingConfig, TrainConfig
@@ -59,6 +60,7 @@ COMMANDS = {
     "train": TrainConfig,
     "transfer": TransferConfig,
     "ttft": TTFTConfig,
+    "vllm": VllmConfig,
 }
 GROUPS = {
     "acceptance/*": Preset,

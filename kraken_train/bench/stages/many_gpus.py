@@ -1,4 +1,4 @@
-"""The stages for several GPUs of one machine: 24 minutes on eight H100."""
+"""The stages for several GPUs of one machine: 24 minutes on eight H100, and 12 more where vLLM is installed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from kraken_train.bench.stages.ttft_figures import (
     compared,
     real_over_simulated,
 )
+from kraken_train.bench.stages.vllm_times import LEAST_GAIN
+from kraken_train.bench.stages.vllm_tokens import WAYS, same_tokens
 
 REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which deterministic products of cuBLAS need
 
@@ -174,5 +176,15 @@ STAGES = (
         "one_visible", 1, "training where each rank sees its own GPU only",
         one_visible, of_program("one_visible"),
         {"all ranks succeed": Goal("docs/clusters.md", at_least=True, on_cpu=True)},
+    ),
+    Stage(
+        "vllm_tokens", 6, "a Kraken in vLLM: tokens of one rank and of several",
+        lambda place: [place.program("vllm_tokens", place.preset.vllm)], of_program("vllm_tokens"),
+        {same_tokens(way): Goal("docs/serving.md", at_least=True, on_cpu=True) for way in WAYS},
+    ),
+    Stage(
+        "vllm_times", 6, "a Kraken in vLLM: times with and without overlap",
+        lambda place: [place.program("vllm_times", place.preset.vllm)], of_program("vllm_times"),
+        {LEAST_GAIN: Goal("what the overlap is for", at_least=1.0)},
     ),
 )  # fmt: skip

@@ -59,6 +59,16 @@ class RunRequest:
 
 
 @dataclass(frozen=True)
+class VllmSizes:
+    python: str  # interpreter of an environment with vLLM and serving/vllm; where there is none, the figures say so
+    ranks: int  # and sub-layers of the Krakens
+    num_layers: int  # of the Kraken whose tokens are compared
+    hidden_size: int  # of it, a multiple of 64
+    compiled: bool  # also compare it compiled and with CUDA graphs
+    times: tuple[str, ...]  # settings of kraken_train.bench.vllm: what is timed
+
+
+@dataclass(frozen=True)
 class Preset:
     """See conf/acceptance/one_gpu.yaml."""
 
@@ -87,6 +97,7 @@ class Preset:
     curve: CurveSizes
     parity: ParitySizes
     overlap: StepSizes
+    vllm: VllmSizes
 
     def validate(self) -> None:
         """Raises ConfigError."""

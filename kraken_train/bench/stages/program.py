@@ -16,7 +16,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kraken_train.bench.stages.preset import CPU, CurveSizes, MachineSizes, ParitySizes, RunRequest, StepSizes
+from kraken_train.bench.stages.preset import (
+    CPU,
+    CurveSizes,
+    MachineSizes,
+    ParitySizes,
+    RunRequest,
+    StepSizes,
+    VllmSizes,
+)
 from kraken_train.bench.stages.stage import Figures
 from kraken_train.common.files import replace_synced
 from kraken_train.common.settings import from_dict
@@ -31,6 +39,8 @@ PROGRAMS: dict[str, type] = {
     "overlap": StepSizes,
     "lost_rank": RunRequest,
     "one_visible": RunRequest,
+    "vllm_tokens": VllmSizes,
+    "vllm_times": VllmSizes,
 }
 
 

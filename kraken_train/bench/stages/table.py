@@ -29,6 +29,8 @@ class Row:
 def verdict(goal: Goal, value: Any, on_cpu: bool) -> str:
     if value is None:
         return NOT_MEASURED
+    if isinstance(value, str):  # why there is no figure
+        return UNJUDGED if on_cpu else NOT_MEASURED
     if goal.at_least is None and goal.at_most is None:
         return NO_GOAL
     if on_cpu and not goal.on_cpu:

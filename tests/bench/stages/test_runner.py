@@ -133,9 +133,9 @@ def test_pieces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("which", "preset"), [(ONE_GPU, "one_gpu"), (MANY_GPUS, "eight_gpus")])
 def test_declared_stages(which: str, preset: str, tmp_path: Path) -> None:
-    """They should take 24 minutes, their limits fit into pieces of 9, and each has commands for GPUs."""
+    """They take 24 minutes without those of vLLM, their limits fit into pieces of 9, and each has commands for GPUs."""
     stages = STAGES[which]
-    assert sum(each.minutes for each in stages) == 24
+    assert sum(each.minutes for each in stages if not each.name.startswith("vllm")) == 24
     place = Workplace(load_preset(preset), tmp_path, tmp_path / "data")
     assert max(place.preset.minutes(each.minutes) for each in stages) < 9
     for each in stages:

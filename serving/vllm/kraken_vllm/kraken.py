@@ -1,0 +1,108 @@
+"""A layer of a Kraken: each of P ranks holds N / P whole sub-layers. Imports no vLLM.
+
+Shapes: n = N / P sub-layers of this rank, T tokens, D hidden size, H heads of a sub-layer, G key-value heads of it,
+K head dimension as the attention kernel has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kraken_vllm.backend import Backend
+from kraken_vllm.layers import Heads, Rotary, StackedLinear, StackedNorm, ffn_inner
+
+
+class KrakenAttention(nn.Module):
+    """MHA_i(LN1_i(x_i)) of the rank's sub-layers, (n, T, D) -> (n, T, D), as n H heads of one attention."""
+
+    def __init__(self, config: Any, backend: Backend, prefix: str) -> None:
+        super().__init__()
+        share, width, epsilon = backend.share, config.hidden_size, config.norm_epsilon
+        count = share.of(config.streams)
+        heads, kv_heads = config.heads_per_stream, config.kv_heads_per_stream
+        self.split = (heads, kv_heads, kv_heads)
+        self.heads = Heads(config, backend, count * heads, count * kv_heads, f"{prefix}.heads")
+        padding, head_dim = self.heads.padding, self.heads.head_dim
+        self.norm = StackedNorm(count, config.norm, width, epsilon, share.along)
+        self.qkv = StackedLinear(
+            backend, count, width, sum(self.split) * head_dim, f"{prefix}.qkv",
+            lambda full: padding.pad(share.along(full), 1),
+        )  # fmt: skip
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                StackedNorm(
+                    count, "rmsnorm", head_dim, self.heads.qk_epsilon, lambda full: padding.pad(share.along(full), 1)
+                )
+                for _ in range(2)
+            )
+        self.out = StackedLinear(
+            backend, count, heads * head_dim, width, f"{prefix}.out", lambda full: padding.pad(share.along(full), 2)
+        )
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        count, tokens, _ = x.shape
+        by_head = self.qkv(self.norm(x)).view(count, tokens, sum(self.split), -1)
+        query, key, value = by_head.split(self.split, dim=2)  # (n, T, H, K), the others (n, T, G, K)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (part.transpose(0, 1).flatten(1, 2) for part in (query, key, value))
+        mixed = self.heads(query, key, value, rotary)
+        result: Tensor = self.out(mixed.view(tokens, count, -1).transpose(0, 1))
+        return result
+
+
+class KrakenFFN(nn.Module):
+    """FFN_i(LN2_i(z_i)), (n, T, D) -> (n, T, D)."""
+
+    def __init__(self, config: Any, backend: Backend, prefix: str) -> None:
+        super().__init__()
+        share, width, inner = backend.share, config.hidden_size, config.intermediate_size
+        count = share.of(config.streams)
+
+        def linear(in_features: int, out_features: int, name: str) -> StackedLinear:
+            return StackedLinear(backend, count, in_features, out_features, f"{prefix}.{name}", share.along)
+
+        self.norm = StackedNorm(count, config.norm, width, config.norm_epsilon, share.along)
+        self.gate = linear(width, inner, "gate") if config.ffn == "swiglu" else None
+        self.up = linear(width, inner, "up")
+        self.down = linear(inner, width, "down")
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(ffn_inner(self.norm(x), self.gate, self.up))
+        return result
+
+
+class KrakenLayer(nn.Module):
+    """a_i = MHA_i(LN1_i(x_i)); x_i = x_i + a_i + FFN_i(LN2_i(a_i + sum_j x_j)), (n, T, D) -> (n, T, D).
+
+    The sum over the sub-layers of all ranks is under way while the attention computes (arXiv 2408.07802, section 3).
+    """
+
+    def __init__(self, config: Any, backend: Backend, prefix: str, index: int) -> None:
+        super().__init__()
+        self.is_first = index == 0
+        self.is_alone = backend.share.size == 1
+        self.overlap = config.overlap
+        self.all_reduce, self.start_sum, self.add_sum = backend.all_reduce, backend.start_sum, backend.add_sum
+        self.attention = KrakenAttention(config, backend, f"{prefix}.attention")
+        self.ffn = KrakenFFN(config, backend, f"{prefix}.ffn")
+
+    def forward(self, streams: Tensor, rotary: Rotary | None) -> Tensor:
+        # All streams start as the embedding, and it counts once, not N times.
+        partial = streams[0] if self.is_first else streams.sum(dim=0)
+        if self.is_first or self.is_alone:
+            attended = self.attention(streams, rotary)
+            with_sum = attended + partial
+        elif not self.overlap:
+            total = self.all_reduce(partial)
+            attended = self.attention(streams, rotary)
+            with_sum = attended + total
+        else:
+            pending = self.start_sum(partial)
+            attended = self.attention(streams, rotary)
+            with_sum = self.add_sum(partial, pending, attended)
+        result: Tensor = streams + attended + self.ffn(with_sum)
+        return result
