@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from checkpoints.exports.folder import require_unused, write_export
 from checkpoints.exports.native import require_native
-from checkpoints.training.store import read_weights
+from checkpoints.training.store import EMA_PREFIX, WEIGHT_PREFIX, read_weights
 from data_prep.manifest import TOKENIZER_FOLDER
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.common.free_text import FilePath, Name
-from kraken_train.common.validation import require_at_least, require_choice
+from kraken_train.common.validation import require_at_least, require_choice, require_positive
 from kraken_train.model.head_dims import head_size_note
 from kraken_train.reporting.model_card import Training, write_card
 from kraken_train.run.exports import record_export
@@ -24,7 +25,8 @@ from kraken_train.tracking.artifact import log_artifact, read_wandb_run
 from kraken_train.training.precision import DTYPES
 
 FORMATS = ("kraken", "native")
-EXPORTED_METADATA = ("step", "consumed_samples", "tokens", "data_fingerprint")
+WEIGHTS = {"last": WEIGHT_PREFIX, "ema": EMA_PREFIX}
+EXPORTED_METADATA = ("step", "averaged_steps", "consumed_samples", "tokens", "data_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class ExportConfig:
     run_dir: FilePath  # folder of the training run
     output_dir: FilePath  # folder to create
     step: int | None  # optimizer step of the checkpoint; null: the newest undamaged one
+    weights: str  # last | ema: their exponential average, which a run with ema_decay keeps
+    average: int  # export the mean of the weights of so many checkpoints, that one and those before it
     # kraken: for this program, and for transformers with trust_remote_code | native: a standard Transformer with
     # RMSNorm, SwiGLU and RoPE as a Llama, or with qk_norm as a Qwen3, for transformers and servers without code of ours
     format: str
@@ -43,6 +47,7 @@ class ExportConfig:
 
     def validate(self) -> None:
         require_choice("format", self.format, FORMATS)
+        require_choice("weights", self.weights, tuple(WEIGHTS))
         require_choice("dtype", self.dtype, tuple(DTYPES))
         for name in ("run_dir", "output_dir"):
             if not getattr(self, name):
@@ -51,6 +56,7 @@ class ExportConfig:
             raise ConfigError("log_artifact=true logs exports of format=kraken; leave it out with format=native")
         if self.step is not None:
             require_at_least("step", self.step, 0)
+        require_positive("average", self.average)
 
 
 def export(config: ExportConfig) -> None:
@@ -60,7 +66,7 @@ def export(config: ExportConfig) -> None:
         raise CheckpointError(f"run_dir={run_dir} is not a folder; give the run_dir of a training run")
     require_unused(output_dir)
     tracked = read_wandb_run(run_dir) if config.log_artifact else None
-    trained = read_weights(run_dir, config.step)
+    trained = read_weights(run_dir, config.step, config.average, WEIGHTS[config.weights])
     identity = read_identity(run_dir)
     if identity is not None and trained.metadata["run_id"] != identity["id"]:
         raise CheckpointError(
@@ -79,7 +85,7 @@ def export(config: ExportConfig) -> None:
         trained.model_config,
         trained.weights,
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
-        metadata={key: trained.metadata[key] for key in EXPORTED_METADATA if key in trained.metadata},
+        metadata=exported_metadata(trained.metadata, config.weights),
         dtype=DTYPES[config.dtype],
         native=config.format == "native",
     )
@@ -92,10 +98,18 @@ def export(config: ExportConfig) -> None:
     if config.format == "kraken":
         write_card(output_dir, training, config.license)
         record(run_dir, output_dir, step)
-    print(f"exported step {trained.metadata.get('step')}, {parameters:,} parameters in {config.dtype}, to {output_dir}")
+    steps = trained.metadata.get("averaged_steps")
+    source = f"step {step}" if steps is None else f"the mean of steps {', '.join(map(str, steps))}"
+    source = source if config.weights == "last" else f"the {config.weights} of {source}"
+    print(f"exported {source}, {parameters:,} parameters in {config.dtype}, to {output_dir}")
     if tracked is not None:
         log_artifact(tracked, output_dir, {"step": step, "num_parameters": parameters, "dtype": config.dtype})
         print(f"logged as an artifact of run {tracked.run_id} in project {tracked.tracking.project}")
+
+
+def exported_metadata(metadata: dict[str, Any], weights: str) -> dict[str, Any]:
+    exported = {key: metadata[key] for key in EXPORTED_METADATA if key in metadata}
+    return exported if weights == "last" else {**exported, "weights": weights}
 
 
 def record(run_dir: Path, output_dir: Path, step: int) -> None:

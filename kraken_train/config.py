@@ -7,11 +7,13 @@ Below the entry points there is no `DictConfig`. A class here says what its sett
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from checkpoints.training.retention import Retention
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.token_counts import Tokens
@@ -28,6 +30,7 @@ AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
 MOST_CTAS = 64  # NCCL's own limit
 MOST_SPARED = 64  # multiprocessors; an A100 has 108, an H100 132
+SET_NAME = re.compile(r"[\w.-]+")  # part of the name of a metric
 LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
@@ -147,6 +150,13 @@ class CheckpointConfig:
     asynchronous: bool  # write in the background while training continues
     # tokens, as in 100M, in place of every: the step that reaches a multiple is saved; null: every counts
     every_tokens: Tokens | None = None
+    # steps; the first checkpoint at or after each multiple of it also stays; null: none
+    keep_every: int | None = None
+    keep_hours: float = 0  # checkpoints that are younger than so many hours also stay
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep, self.keep_every, 3600 * self.keep_hours)
 
     @property
     def interval(self) -> Length:
@@ -157,6 +167,9 @@ class CheckpointConfig:
         if self.every_tokens is not None:
             require_positive("checkpoint.every_tokens", self.every_tokens)
         require_positive("checkpoint.keep", self.keep)
+        if self.keep_every is not None:
+            require_positive("checkpoint.keep_every", self.keep_every)
+        require_at_least("checkpoint.keep_hours", self.keep_hours, 0)
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,14 @@ class ValidationConfig:
     samples: int  # samples, from the start of the validation split
     # tokens, as in 100M, in place of every: the step that reaches a multiple is validated; 0: never; null: every counts
     every_tokens: Tokens | None = None
+    # further prepared folders, by a name for each: {books: DIR, code: DIR}; measured on their validation splits, with
+    # so many samples each; null: none
+    sets: dict[str, FilePath] | None = None
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Of the further sets."""
+        return {name: Path(folder).expanduser() for name, folder in (self.sets or {}).items()}
 
     @property
     def interval(self) -> Length:
@@ -177,6 +198,12 @@ class ValidationConfig:
     def validate(self) -> None:
         self.interval.validate(minimum=0)
         require_positive("validation.samples", self.samples)
+        for name, folder in (self.sets or {}).items():
+            if not SET_NAME.fullmatch(name) or not folder:
+                raise ConfigError(
+                    f"validation.sets: {name or 'an empty name'}={folder} must be a name of letters, digits, '.', '_' "
+                    "and '-' with the folder of prepared data, as in 'validation.sets={books: data/books}'"
+                )
 
 
 @dataclass(frozen=True)
@@ -210,6 +237,24 @@ class HealthConfig:
         require_at_least("health.spike_window", self.spike_window, 2)
         require_positive("health.spike_steps", self.spike_steps)
         require_positive("health.max_rollbacks", self.max_rollbacks)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of optimizer steps, see `kraken_train.training.profiler`."""
+
+    # [FIRST, LAST]: optimizer steps of which PyTorch's profiler writes a trace to RUN_DIR/starts/NUMBER/profiles; []:
+    # none; `echo 5 > RUN_DIR/profile` traces the next 5 steps of a running job
+    steps: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)  # that write one
+    memory: bool = False  # also a snapshot of the GPU's memory over these steps, for https://pytorch.org/memory_viz
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
+            raise ConfigError(f"profile.steps={list(self.steps)} must be the first and the last step, as in [100,110]")
+        if any(rank < 0 for rank in self.ranks):
+            raise ConfigError(f"profile.ranks={list(self.ranks)} must be numbers of ranks, as in [0,7]; [] traces none")
 
 
 @dataclass(frozen=True)
@@ -275,6 +320,10 @@ class TrainConfig:
     health: HealthConfig
     # tokens to train on, as in 2B, in place of max_steps: the step that reaches them is the last; null: max_steps count
     max_tokens: Tokens | None = None
+    # keep an exponential average of the weights too: after each update, average = d average + (1 - d) weights with this
+    # d, such as 0.999; `checkpoints.export weights=ema` exports it; null: none
+    ema_decay: float | None = None
+    profile: ProfileConfig = ProfileConfig()
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
@@ -283,6 +332,11 @@ class TrainConfig:
         if self.max_tokens is not None:
             require_positive("max_tokens", self.max_tokens)
         validate_batch_size(self.global_batch_size)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(
+                f"ema_decay={self.ema_decay} must be between 0 and 1, such as 0.999, which averages over the last 1000 "
+                "updates or so; or null for no average"
+            )
         for name in ("data_dir", "run_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
@@ -295,7 +349,7 @@ class TrainConfig:
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.loss, self.checkpoint, self.validation,
-            self.tracking, self.health,
+            self.tracking, self.health, self.profile,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

@@ -17,6 +17,7 @@ from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import KrakenError, RankLostError
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import TrainingData
+from kraken_train.data.validation_set import validation_sets
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.health.stack_dump import stacks_on_signal
 from kraken_train.health.watchdog import Watchdog
@@ -31,6 +32,7 @@ from kraken_train.tracking.ready import require_ready
 from kraken_train.training.engine import start_processes, stop_processes
 from kraken_train.training.open_run import open_run_folder
 from kraken_train.training.precision import choose_precision, has_native_bf16
+from kraken_train.training.profiler import require_usable
 from kraken_train.training.recorded_choices import RecordedChoices, leaves_choices, recorded_choices
 from kraken_train.training.trainer import Trainer
 
@@ -46,11 +48,13 @@ def train(config: TrainConfig) -> None:
     """
     runtime = read_runtime()
     choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING)  # refuses what cannot be had here
+    require_usable(config.profile, runtime)
     data = TrainingData(config.data_shares)
     if config.attention_within_documents:
         data.require_ends_of_documents()
     model_config = parse_model(config.model, data.vocab_size)
     config.require_fits(model_config)
+    validated = validation_sets(data, config.validation.folders, config.validation.samples)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
 
@@ -85,7 +89,7 @@ def train(config: TrainConfig) -> None:
             write_environment(run.start, runtime)
             if runtime.is_first:
                 print(precision.describe(), flush=True)
-            trainer = Trainer(config, model_config, data, samples, run, runtime, stop, watchdog)
+            trainer = Trainer(config, model_config, data, samples, validated, run, runtime, stop, watchdog)
             trainer.restore()
             with stop.on_signals():  # not before: until there is a step, there is nothing to save
                 trainer.train()

@@ -9,6 +9,7 @@ from checkpoints.exports.initial import open_initial_export
 from kraken_train.common.cli import compose_command
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import TrainingData
+from kraken_train.data.validation_set import validation_sets
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.training.open_run import check_run_folder
 
@@ -36,6 +37,7 @@ def check_training(config: TrainConfig, ranks: int, future_data: Collection[Path
     data = TrainingData(config.data_shares)
     model = parse_model(config.model, data.vocab_size)
     config.require_fits(model)
+    validation_sets(data, config.validation.folders, config.validation.samples)
     check_run_folder(config, model, data.fingerprint)
     if config.init_from is not None:
         open_initial_export(Path(config.init_from), model, data.tokenizer_files)

@@ -1,4 +1,4 @@
-"""The stages on the command line of `launch.submit`, each checked as its own command would check it.
+"""The stages on the command line of `launch.submit` and `launch.sweep`, each checked as its own command would check it.
 
     -- OVERRIDES...                                  a training
     -- prepare ... -- train ... -- evaluate ...      a chain, in which each stage runs after the one before
@@ -62,7 +62,7 @@ def split_stages(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     stages = [(group[0], group[1:]) if group and group[0] in STAGES else (TRAIN, group) for group in groups]
     names = [name for name, _ in stages]
     if not names:
-        raise ConfigError("there is nothing to submit; give -- and the settings of a training, as in -- "
+        raise ConfigError("there is nothing to run; give -- and the settings of a training, as in -- "
                           "experiment=NAME data_dir=DATA run_dir=RUN")  # fmt: skip
     if names != [name for name in STAGES if name in names]:
         raise ConfigError(f"the stages are {', '.join(names)}; use each once at most, in the order {', '.join(STAGES)}")

@@ -37,6 +37,7 @@ from kraken_train.plan import PlanConfig
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
 from launch.slurm.config import SubmitConfig
+from launch.sweep import SweepConfig
 
 COMMANDS = {
     "acceptance": AcceptanceConfig,
@@ -53,6 +54,7 @@ COMMANDS = {
     "prepare": PrepareConfig,
     "push": PushConfig,
     "submit": SubmitConfig,
+    "sweep": SweepConfig,
     "throughput": ThroughputConfig,
     "train": TrainConfig,
     "transfer": TransferConfig,

@@ -43,6 +43,11 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
 
+def step_of(folder: Path) -> int:
+    """Of one of `step_folders`."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def read_manifest(path: Path) -> Checkpoint:
     """The checkpoint in `path` as its manifest describes it; no other file is read. Raises CheckpointError."""
     try:

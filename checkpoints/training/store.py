@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders
+from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders, step_of
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.ranks import Runtime
 
 WEIGHT_PREFIX = "model."
+EMA_PREFIX = "optimizer.ema."  # of the average of the weights
 SINGLE_PROCESS = Runtime(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 # A single process saves and loads without a process group. The filter is set here and not around the calls, because a
@@ -57,7 +59,7 @@ def find_good_checkpoint(
     runtime = runtime or SINGLE_PROCESS
     problems: list[str] = []
     for path in reversed(runtime.on_first(lambda: step_folders(folder))):
-        if before is not None and int(path.name.removeprefix("step-")) >= before:
+        if before is not None and step_of(path) >= before:
             continue
         try:
             return verify_checkpoint(path, runtime), problems
@@ -154,20 +156,61 @@ def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {root_message(error)}") from error
 
 
-def read_weights(run_dir: Path, step: int | None = None) -> TrainedWeights:
-    """The weights of a run's newest undamaged checkpoint, or of the one at `step`. Raises CheckpointError."""
+def read_weights(
+    run_dir: Path, step: int | None = None, average: int = 1, prefix: str = WEIGHT_PREFIX
+) -> TrainedWeights:
+    """The weights of a run's newest undamaged checkpoint, or of the one at `step`.
+
+    With `average` they are the mean over so many checkpoints, that one and the undamaged ones before it; `prefix` says
+    which of its tensors are the weights. Raises CheckpointError, also where there are fewer checkpoints.
+    """
     folder = run_dir / "checkpoints"
     if step is None:
         checkpoint, skipped = find_good_checkpoint(folder)
     else:
-        available = [str(int(path.name.removeprefix("step-"))) for path in step_folders(folder)]
+        available = [str(step_of(path)) for path in step_folders(folder)]
         if str(step) not in available:
             raise CheckpointError(f"step={step} is not in {folder}; available steps: {', '.join(available) or 'none'}")
         checkpoint, skipped = verify_checkpoint(folder / f"step-{step:08d}"), []
-    names = [name for name in stored_tensors(checkpoint) if name.startswith(WEIGHT_PREFIX)]
-    weights = {name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in load_tensors(checkpoint, names).items()}
     metadata = {"step": checkpoint.step, **checkpoint.metadata}
-    return TrainedWeights(model_of(checkpoint), weights, metadata, skipped)
+    if average == 1:
+        return TrainedWeights(model_of(checkpoint), stored_weights(checkpoint, prefix), metadata, skipped)
+    averaged = [checkpoint]
+    while len(averaged) < average:
+        try:
+            earlier, problems = find_good_checkpoint(folder, before=averaged[-1].step)
+        except CheckpointError as error:
+            steps = ", ".join(str(each.step) for each in averaged)
+            raise CheckpointError(
+                f"average={average} is more than the undamaged checkpoints in {folder} (steps {steps}); average "
+                f"{len(averaged)}, or train with checkpoint.keep={average}"
+            ) from error
+        averaged.append(earlier)
+        skipped = [*skipped, *problems]
+    metadata["averaged_steps"] = sorted(each.step for each in averaged)
+    return TrainedWeights(model_of(checkpoint), mean_of_weights(averaged, prefix), metadata, skipped)
+
+
+def stored_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """The fp32 weights by global name. Raises CheckpointError if there are none of this prefix."""
+    names = [name for name in stored_tensors(checkpoint) if name.startswith(prefix)]
+    if not names and prefix == EMA_PREFIX:
+        raise CheckpointError(f"{checkpoint.path} holds no average of the weights; train with ema_decay=0.999")
+    return {name.removeprefix(prefix): tensor for name, tensor in load_tensors(checkpoint, names).items()}
+
+
+def mean_of_weights(checkpoints: Sequence[Checkpoint], prefix: str) -> dict[str, Tensor]:
+    """Summed in float64, with one checkpoint in memory at a time. Raises CheckpointError for those of several runs."""
+    first = checkpoints[0]
+    sums = {
+        name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in stored_weights(first, prefix).items()
+    }
+    for checkpoint in checkpoints:
+        if checkpoint.metadata.get("run_id") != first.metadata.get("run_id"):
+            raise CheckpointError(f"{checkpoint.path} is of another run than {first.path}; move it away")
+        for name, tensor in stored_weights(checkpoint, prefix).items():
+            sums[name] += tensor
+    return {name: (total / len(checkpoints)).float() for name, total in sums.items()}
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints.training.manifest import FORMAT_VERSION, MANIFEST, POINTER, Checkpoint, content_sha256, step_folders
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import read_index, root_message
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256, replace_synced, sync_folder, write_synced
@@ -46,7 +48,7 @@ class CheckpointWriter:
     with those of training. At most one save is in progress. All ranks must call `save` and `finish` in the same order.
     As a context manager it calls `finish` when the block ends:
 
-        with CheckpointWriter(folder, keep=3, runtime=runtime, asynchronous=True) as writer:
+        with CheckpointWriter(folder, Retention(keep=3), runtime, asynchronous=True) as writer:
             writer.save(step, tensors, metadata)
 
     An error that ends the block is raised; an error of a save is then only printed. The thread does not keep the
@@ -57,13 +59,13 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: Path,
-        keep: int,
+        retention: Retention,
         runtime: Runtime,
         asynchronous: bool,
         on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.folder = folder
-        self.keep = keep
+        self.retention = retention
         self.asynchronous = asynchronous
         if asynchronous and runtime.world_size > 1:
             runtime = replace(runtime, group=dist.new_group(backend="gloo"))
@@ -80,7 +82,7 @@ class CheckpointWriter:
         self.finish()
 
         def save() -> None:
-            save_checkpoint(self.folder, step, tensors, metadata, self.keep, self.runtime)
+            save_checkpoint(self.folder, step, tensors, metadata, self.retention, self.runtime)
             if self.runtime.is_first:
                 self.on_saved(step)
 
@@ -146,19 +148,24 @@ class BackgroundSave(threading.Thread):
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any], keep: int, runtime: Runtime
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    retention: Retention,
+    runtime: Runtime,
 ) -> None:
-    """Write `tensors` and `metadata` as the checkpoint of `step`, then delete all but the newest `keep`. A collective.
+    """Write `tensors` and `metadata` as the checkpoint of `step`, then delete what `retention` does not keep.
 
-    Each name is a plain tensor on exactly one rank, or a DTensor on the ranks of its mesh; ranks may have different
-    names. Raises CheckpointError with the same message on all ranks if one of them cannot write; the previous
+    A collective. Each name is a plain tensor on exactly one rank, or a DTensor on the ranks of its mesh; ranks may have
+    different names. Raises CheckpointError with the same message on all ranks if one of them cannot write; the previous
     checkpoints are not changed then.
     """
     temporary = folder / f".step-{step:08d}.tmp"
     runtime.on_first(lambda: make_empty(temporary))
     parts = runtime.gather(write_part(tensors, temporary, runtime))
     runtime.on_first(lambda: publish(folder, temporary, step, metadata, parts))
-    runtime.on_first(lambda: delete_old(folder, keep))
+    runtime.on_first(lambda: delete_old(folder, retention))
 
 
 def write_part(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> WrittenPart:
@@ -228,9 +235,9 @@ def require_all_parts(temporary: Path, written: dict[str, dict[str, Any]]) -> No
             )
 
 
-def delete_old(folder: Path, keep: int) -> None:
+def delete_old(folder: Path, retention: Retention) -> None:
     try:
-        for path in step_folders(folder)[:-keep]:
+        for path in retention.superfluous(step_folders(folder), time.time()):
             discard(path)
     except OSError as error:
         raise CheckpointError(f"old checkpoints in {folder} cannot be removed: {error}") from error

@@ -52,8 +52,8 @@ def run_entry(
         CONF_DIR / f"{config_name}.yaml",
     )
     if {"-m", "--multirun"} & set(sys.argv[1:]):
-        exit_with_message("sweeps (--multirun) are not supported: start the command once per value, each with its own "
-                          "folder")  # fmt: skip
+        exit_with_message("sweeps (--multirun) are not supported; launch.sweep runs one on this machine, launch.submit "
+                          "on a cluster")  # fmt: skip
     sys.argv[1:] = quote_arguments(sys.argv[1:], schema)
     # Hydra would otherwise print a shortened traceback and exit by itself; the message is ours to write.
     os.environ["HYDRA_FULL_ERROR"] = "1"

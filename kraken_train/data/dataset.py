@@ -40,8 +40,8 @@ class TrainingData:
         self.manifests = {folder: verify_quick(folder) for folder in shares}
         self.shares = dict(shares)
         self.folder = next(iter(shares))  # the first one: the tokenizer is that of all
-        for folder in shares:
-            require_same_tokenizer(self.folder, self._tokenizer(self.folder), folder, self._tokenizer(folder))
+        for folder, manifest in self.manifests.items():
+            self.require_same_tokenizer("data_dir", folder, manifest)
 
     def _tokenizer(self, folder: Path) -> TokenizerEntry:
         return self.manifests[folder].tokenizer
@@ -71,27 +71,14 @@ class TrainingData:
             return content[0][0]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
-    @property
-    def has_validation(self) -> bool:
-        return any("validation" in manifest.splits for manifest in self.manifests.values())
+    def require_same_tokenizer(self, setting: str, folder: Path, manifest: Manifest) -> None:
+        """Raises DataError unless a token id means the same in this folder, which `setting` names."""
+        require_same_tokenizer(self.folder, self._tokenizer(self.folder), setting, folder, manifest.tokenizer)
 
     def samples(self, context_length: int, seed: int) -> Samples:
         """Those of the training splits, in the order of the run. Raises DataError if one is too short."""
         streams = [open_split(folder, "train", manifest) for folder, manifest in self.manifests.items()]
         return Samples(streams, context_length, seed, list(self.shares.values()))
-
-    def validation_windows(self, context_length: int, batch_size: int, samples: int) -> Iterator[NDArray[np.int64]]:
-        """The first windows of each validation split, as `sequential` gives them; `samples` of them in all.
-
-        They are divided among the folders that have such a split by their shares in the training.
-        """
-        shares = {f: share for f, share in self.shares.items() if "validation" in self.manifests[f].splits}
-        for folder, count in zip(shares, Blend(list(shares.values())).counts(samples), strict=True):
-            stream = open_split(folder, "validation", self.manifests[folder])
-            for first, windows in zip(
-                range(0, count, batch_size), sequential(stream, context_length, batch_size), strict=False
-            ):
-                yield windows[: count - first]
 
     def require_ends_of_documents(self) -> None:
         """Raises DataError if documents of one folder do not end with the end-of-document token, by the first ones."""
@@ -127,7 +114,9 @@ class TrainingData:
         return f"{tokens:,} training tokens ({', '.join(parts)})"
 
 
-def require_same_tokenizer(first: Path, expected: TokenizerEntry, folder: Path, found: TokenizerEntry) -> None:
+def require_same_tokenizer(
+    first: Path, expected: TokenizerEntry, setting: str, folder: Path, found: TokenizerEntry
+) -> None:
     """Raises DataError unless a token id means the same in both folders.
 
     A tokenizer that one folder has trained and the other was given by file differs only in the file that says so.
@@ -140,8 +129,9 @@ def require_same_tokenizer(first: Path, expected: TokenizerEntry, folder: Path, 
         if getattr(expected, name) != getattr(found, name)
     ] + [f"file {name}" for name in sorted(files - {description})]
     if differing:
+        other = folder if setting == "data_dir" else f"{setting}={folder}"
         raise DataError(
-            f"data_dir={first} and {folder} were prepared with different tokenizers ({differing[0]}); prepare both "
+            f"data_dir={first} and {other} were prepared with different tokenizers ({differing[0]}); prepare both "
             f"with one, such as that in {first / TOKENIZER_FOLDER}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def draw_loss(axes: Axes, run: Run, color: str, several: bool) -> None:
     steps, values = run.series("validation_loss")
     if steps:
         axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=f"{prefix}validation {values[-1]:.3f}")
+    sets = sorted({key for record in run.records for key in record if key.startswith("validation_loss/")})
+    for key, style in zip(sets, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))), strict=False):
+        steps, values = run.series(key)
+        label = f"{prefix}{key.partition('/')[2]} {values[-1]:.3f}"
+        axes.plot(steps, values, color=color, linestyle=style, linewidth=1, label=label)
 
 
 def finish(axes: Axes, title: str, legend: bool) -> None:

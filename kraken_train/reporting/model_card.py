@@ -141,6 +141,8 @@ def training_facts(export: Export, training: Training | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "tokens seen": f"{known['tokens']:,}" if "tokens" in known else None,
         "optimizer steps": f"{known['step']:,}" if "step" in known else None,
+        "mean of the weights of steps": ", ".join(map(str, known.get("averaged_steps", []))) or None,
+        "weights": "exponential average" if known.get("weights") == "ema" else None,
         "data fingerprint": known.get("data_fingerprint"),
     }
     if training is not None:

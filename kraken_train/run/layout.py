@@ -10,6 +10,8 @@ EVENTS_FILE = "events.jsonl"
 LOCK_FILE = ".lock"
 LOCK_TOUCH_SECONDS = 10.0  # between touches of the lock's file, while a start is alive
 ENVIRONMENT_FILE, LOGS, ERRORS = "environment.json", "logs", "errors"  # in the folder of a start
+PROFILES = "profiles"  # too
+PROFILE_REQUEST = "profile"  # written by the user
 LAUNCH_COMMAND = "KRAKEN_LAUNCH_COMMAND"  # environment variable: the command line of launch.deepspeed
 
 

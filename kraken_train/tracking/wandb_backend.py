@@ -15,7 +15,7 @@ from kraken_train.tracking.backend import event_line, numbers, only_writer
 from kraken_train.tracking.run_info import RunInfo
 from kraken_train.tracking.wandb_files import end_at_last_record, last_step, wandb_files
 
-LOSSES = ("loss", "validation_loss")
+LOSSES = ("loss", "validation_loss", "validation_loss/*")
 
 
 class WandbBackend:

@@ -42,7 +42,7 @@ from kraken_train.training.deepspeed_internals import (
     set_optimizer_state,
 )
 from kraken_train.training.deepspeed_settings import deepspeed_settings
-from kraken_train.training.optim import make_optimizer, parameter_groups, reduce_bucket_elements, state_names
+from kraken_train.training.optim import EMA, make_optimizer, parameter_groups, reduce_bucket_elements, state_names
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,11 @@ class Engine:
         groups = parameter_groups(model, config.optim.weight_decay, with_muon, parametrization)
         self.shared_groups = [index for index, group in enumerate(groups) if group["shared"]]
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self.states = {names[parameter]: state_names(group) for group in groups for parameter in group["params"]}
+        self.ema_decay = config.ema_decay
+        average = () if config.ema_decay is None else (EMA,)
+        self.states = {
+            names[parameter]: (*state_names(group), *average) for group in groups for parameter in group["params"]
+        }
         sizes = [parameter.numel() for parameter in names]
         bucket_elements = reduce_bucket_elements(sizes, config.engine.zero_stage)
         optimizer = make_optimizer(config.optim, groups, mesh.place, runtime.group)
@@ -191,6 +195,18 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self.deepspeed.step()
+        if self.ema_decay is not None:
+            self.average_weights(1 - self.ema_decay, optimizer.found_inf)
+
+    def average_weights(self, weight: float, skipped: Tensor) -> None:
+        """Move the average of this rank's weights towards them, unless the update was `skipped` (1, else 0).
+
+        The average is one of the optimizer's states: it is divided over the copies, saved and resharded as these are.
+        """
+        optimizer = self.deepspeed.optimizer.optimizer
+        for group in optimizer.param_groups:
+            for part in group["params"]:
+                optimizer.state[part][EMA].lerp_(part, weight * (1 - skipped))
 
     def average_gradients(self) -> None:
         """Of flat gradients, over the copies: each gets the mean of the part that it updates.
@@ -263,25 +279,36 @@ class Engine:
                 assigned.add(name)
         return assigned
 
-    def load_state(self, fill: Callable[[dict[str, Tensor]], None], optimizer_steps: int) -> None:
+    def load_state(
+        self, fill: Callable[[dict[str, Tensor]], None], optimizer_steps: int, with_average: bool = True
+    ) -> None:
         """Load the state after `optimizer_steps` updates.
 
-        `fill` puts values into tensors of the names that `state` gives and of any sharding.
+        `fill` puts values into tensors of the names that `state` gives and of any sharding; if not `with_average`, it
+        has no average of the weights, which then begins as they are.
         """
         self.set_optimizer_steps(optimizer_steps)
         for name, parameter in self.model.named_parameters():
-            keys = [f"model.{name}", *(f"optimizer.{kept}.{name}" for kept in self.states[name])]
+            states = [kept for kept in self.states[name] if with_average or kept != EMA]
+            keys = [f"model.{name}", *(f"optimizer.{kept}.{name}" for kept in states)]
             parts = {key: torch.empty(parameter.shape, dtype=torch.float32) for key in keys}
             fill({key: self.mesh.as_global(part, self.sharded_dims[name]) for key, part in parts.items()})
             weight, *kept_values = [part.to(self.device) for part in parts.values()]
-            set_weight(parameter, weight)
-            for kept, value in zip(self.states[name], kept_values, strict=True):
+            self.set_weight(parameter, weight)
+            for kept, value in zip(states, kept_values, strict=True):
                 set_optimizer_state(parameter, value, kept)
 
     def load_weights(self, read: Callable[[str, ShardedDim | None], Tensor]) -> None:
         """Load the weights only; `read` gives this rank's part of the one of a name."""
         for name, parameter in self.model.named_parameters():
-            set_weight(parameter, read(name, self.sharded_dims[name]).to(self.device, torch.float32))
+            self.set_weight(parameter, read(name, self.sharded_dims[name]).to(self.device, torch.float32))
+
+    def set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """What the optimizer changes, in fp32, and what the model computes with; an average begins anew."""
+        set_master_weight(parameter, weight)
+        parameter.data.copy_(weight)
+        if self.ema_decay is not None:
+            set_optimizer_state(parameter, weight, EMA)
 
     def verify_replicas(self) -> None:
         """Check that weights which several ranks hold are the same bits there. A collective. Raises ReplicaError."""
@@ -312,6 +339,8 @@ class Engine:
             group.update(lr=lr, weight_decay=weight_decay)
             for partition in group["params"]:
                 partition.grad = None
+                if self.ema_decay is not None:
+                    optimizer.state[partition][EMA] = partition.detach().clone()
         deepspeed_internals.link_optimizer_state(zero)
         self.set_optimizer_steps(0)
 
@@ -319,12 +348,6 @@ class Engine:
         for state in self.deepspeed.optimizer.optimizer.state.values():
             if "step" in state:  # of AdamW, which corrects its moments by it
                 state["step"].fill_(steps)
-
-
-def set_weight(parameter: nn.Parameter, weight: Tensor) -> None:
-    """Both what the optimizer changes, in fp32, and what the model computes with, bf16 or fp32."""
-    set_master_weight(parameter, weight)
-    parameter.data.copy_(weight)
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:

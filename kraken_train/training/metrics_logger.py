@@ -21,6 +21,7 @@ from kraken_train.run.layout import LOGS
 from kraken_train.tracking.process import start_follower
 
 Record = dict[str, float | int]
+VALIDATION_LOSS = "validation_loss"
 
 
 class PipeSafeConsole(Console):
@@ -73,7 +74,7 @@ class MetricsLogger:
         line = describe(record)
         if self.progress is not None:
             self.progress.update(self.task, completed=int(record["step"]), description=line)
-        if self.progress is None or "validation_loss" in record:
+        if self.progress is None or any(name.startswith(VALIDATION_LOSS) for name in record):
             self.print_line(line)
 
     def sync(self) -> None:
@@ -114,6 +115,10 @@ def describe(record: Record) -> str:
         "data_wait": "data wait {:.1%}",
     }
     parts += [text.format(record[name]) for name, text in formats.items() if name in record]
+    prefix = f"{VALIDATION_LOSS}/"
+    sets = [f"{name.removeprefix(prefix)} {record[name]:.4f}" for name in record if name.startswith(prefix)]
+    if sets:
+        parts.append(f"validation loss of {', '.join(sets)}")
     return " | ".join(parts)
 
 

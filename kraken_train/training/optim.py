@@ -77,6 +77,9 @@ def make_optimizer(
     return Muon(groups, config.momentum, config.ns_steps, **adamw)
 
 
+EMA = "ema"  # the name of the average of the weights, which is kept as a state of the optimizer
+
+
 def state_names(group: dict[str, Any]) -> tuple[str, ...]:
     """The tensors that an optimizer keeps for each parameter of a group."""
     return ("momentum_buffer",) if MATRICES in group else ("exp_avg", "exp_avg_sq")

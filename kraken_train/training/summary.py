@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from kraken_train.common.token_counts import format_tokens
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import TrainingData
+from kraken_train.data.validation_set import ValidationSet
 from kraken_train.model.config import ModelConfig
 from kraken_train.model.head_dims import head_size_note
 from kraken_train.parallel.mesh import ParallelMesh
@@ -19,6 +20,7 @@ def summary_lines(
     config: TrainConfig,
     model: ModelConfig,
     data: TrainingData,
+    validation_sets: Sequence[ValidationSet],
     mesh: ParallelMesh,
     runtime: Runtime,
     position: Position,
@@ -55,7 +57,7 @@ def summary_lines(
         )
     if spread := describe_spread(hosts, size):
         yield f"note: {spread}"
-    if config.validation.enabled and not data.has_validation:
+    if config.validation.enabled and not validation_sets:
         yield "no validation: the data were prepared without a validation split"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from checkpoints.exports.initial import export_reader, open_initial_export
 from checkpoints.training.manifest import Checkpoint
-from checkpoints.training.store import fill_tensors
+from checkpoints.training.store import EMA_PREFIX, fill_tensors, stored_tensors
 from checkpoints.training.writer import CheckpointWriter, delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import Samples, TrainingData
 from kraken_train.data.loader import BatchLoader, ranges_of_rank
-from kraken_train.evaluation.perplexity import perplexity
+from kraken_train.data.validation_set import ValidationSet
 from kraken_train.health.loss_monitor import LossMonitor, Trouble
 from kraken_train.health.shutdown import Interrupted, StopRequest
 from kraken_train.health.stragglers import Stragglers, describe_change, describe_ranks
@@ -38,11 +38,12 @@ from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
 from kraken_train.training.precision import reduce_dtype
+from kraken_train.training.profiler import StepProfiler
 from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.step_metrics import StepMetrics
 from kraken_train.training.summary import summary_lines
-from kraken_train.training.validation import validation_loss
+from kraken_train.training.validation import validate
 
 
 class Trainer:
@@ -54,6 +55,7 @@ class Trainer:
         model_config: ModelConfig,
         data: TrainingData,
         samples: Samples,
+        validation_sets: Sequence[ValidationSet],
         run: RunFolder,
         runtime: Runtime,
         stop: StopRequest,
@@ -63,6 +65,7 @@ class Trainer:
         self.model_config = model_config
         self.data = data
         self.samples = samples
+        self.validation_sets = validation_sets
         self.run = run
         self.runtime = runtime
         self.stop = stop
@@ -82,7 +85,7 @@ class Trainer:
         self.engine = Engine(model, config, self.mesh, runtime, self.timer, parametrization)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
-            config.checkpoint.keep,
+            config.checkpoint.retention,
             runtime,
             config.checkpoint.asynchronous,
             on_saved=lambda step: self.log_event("saved", step=step),
@@ -130,15 +133,27 @@ class Trainer:
         self.runtime.on_first(self.open_metrics)
         with self.metrics or nullcontext():
             for line in summary_lines(
-                self.config, self.model_config, self.data, self.mesh, self.runtime, self.position, self.hosts
+                self.config,
+                self.model_config,
+                self.data,
+                self.validation_sets,
+                self.mesh,
+                self.runtime,
+                self.position,
+                self.hosts,
             ):
                 self.print_rank0(line)
             self.step_metrics = StepMetrics(
                 self.config, self.model_config, self.runtime, self.engine.model.end_of_document
             )
-            with self.checkpoints, self.open_batches() as self.batches:
+            with (
+                StepProfiler(self.config.profile, self.run, self.runtime) as profiler,
+                self.checkpoints,
+                self.open_batches() as self.batches,
+            ):
                 while self.step < self.last_step:
-                    self.train_step()
+                    with profiler.of_step(self.step + 1, may_begin=self.step % self.config.log_every == 0):
+                        self.train_step()
 
     def train_step(self) -> None:
         """Do one optimizer step and, if its results are needed, act on those of all steps since the last time.
@@ -200,7 +215,7 @@ class Trainer:
 
     def is_validated(self, step: Step) -> bool:
         validation = self.config.validation
-        if not (self.data.has_validation and validation.enabled):
+        if not (self.validation_sets and validation.enabled):
             return False
         return self.is_last(step) or validation.interval.is_reached_by(step)
 
@@ -222,9 +237,8 @@ class Trainer:
         return list(zip(steps, results, records, strict=True))
 
     def validate(self) -> Record:
-        loss = validation_loss(self.engine.model, self.data, self.config, self.mesh, self.runtime)
-        self.watchdog.report_progress()
-        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+        batch_size, progress = self.config.micro_batch_size, self.watchdog.report_progress
+        return validate(self.engine.model, self.validation_sets, batch_size, self.mesh, self.runtime, progress)
 
     def stop_early(self) -> None:
         """Wait for the save and raise Interrupted."""
@@ -263,7 +277,8 @@ class Trainer:
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Load the state that `save` has written. Raises CheckpointError."""
         metadata = checkpoint.metadata
-        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"])
+        with_average = any(name.startswith(EMA_PREFIX) for name in stored_tensors(checkpoint))
+        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"], with_average)
         self.position = position_of(checkpoint)
         self.updates = metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]

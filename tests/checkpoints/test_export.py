@@ -11,6 +11,7 @@ import torch
 from helpers import rough_model, run_here, small_configs, user_error
 
 from checkpoints.exports.folder import read_export
+from checkpoints.training.retention import Retention
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.common.settings import to_dict
 from kraken_train.parallel.ranks import Runtime
@@ -37,7 +38,7 @@ def run_dir(tmp_path: Path, tokenizer_dir: Path) -> Path:
             "data_fingerprint": "abc",
             "world_size": 1,
         }
-        save_checkpoint(run / "checkpoints", step, tensors, metadata, 3, Runtime(0, 0, 1, 1))
+        save_checkpoint(run / "checkpoints", step, tensors, metadata, Retention(3), Runtime(0, 0, 1, 1))
     return run
 
 
@@ -56,10 +57,57 @@ def test_weights_and_training_of_a_step(run_dir: Path, tmp_path: Path, settings:
     assert text.stdout.startswith("The"), text.stderr
 
 
+def test_the_mean_of_checkpoints(run_dir: Path, tmp_path: Path) -> None:
+    """In float64: the mean of two float32 is rounded once."""
+    base = ["checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}"]
+    assert "average=3 is more than the undamaged checkpoints in" in user_error(run_here(*base, "average=3"))
+    assert "average=0" in user_error(run_here(*base, "average=0"))
+    result = run_here(*base, "average=2")
+    assert result.returncode == 0, result.stderr
+    assert "exported the mean of steps 5, 10, " in result.stdout
+    export = read_export(tmp_path / "e")
+    assert export.training["averaged_steps"] == [5, 10]
+    assert "mean of the weights of steps" in (tmp_path / "e" / "README.md").read_text()
+    pairs = {name: (tensor.double(), weights(10)[name].double()) for name, tensor in weights(5).items()}
+    loaded = export.load_model().state_dict()
+    assert all(torch.equal(loaded[name], ((a + b) / 2).float()) for name, (a, b) in pairs.items())
+
+
+def test_the_exponential_average(run_dir: Path, tmp_path: Path) -> None:
+    base = ["checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}", "weights=ema"]
+    assert "holds no average of the weights; train with ema_decay" in user_error(run_here(*base))
+    tensors = {f"model.{name}": tensor for name, tensor in weights(20).items()}
+    tensors |= {f"optimizer.ema.{name}": tensor for name, tensor in weights(7).items()}
+    save_checkpoint(run_dir / "checkpoints", 20, tensors, {"model": to_dict(CONFIG)}, Retention(3), Runtime(0, 0, 1, 1))
+    result = run_here(*base)
+    assert result.returncode == 0, result.stderr
+    assert "exported the ema of step 20, " in result.stdout
+    export = read_export(tmp_path / "e")
+    assert export.training["weights"] == "ema"
+    assert "exponential average" in (tmp_path / "e" / "README.md").read_text()
+    loaded = export.load_model().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(7).items())
+
+
+def test_a_damaged_checkpoint_is_not_averaged(run_dir: Path, tmp_path: Path) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in weights(20).items()}
+    save_checkpoint(run_dir / "checkpoints", 20, tensors, {"model": to_dict(CONFIG)}, Retention(3), Runtime(0, 0, 1, 1))
+    damaged = max((run_dir / "checkpoints" / "step-00000010").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    base = ["checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}"]
+    result = run_here(*base, "average=2")
+    assert result.returncode == 0, result.stderr
+    assert "passed over a damaged checkpoint" in result.stdout
+    assert "exported the mean of steps 5, 20, " in result.stdout
+    assert read_export(tmp_path / "e").training["step"] == 20
+
+
 def test_a_note_on_slow_head_sizes(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, hidden_size=18)  # heads of 9
     tensors = {f"model.{name}": tensor for name, tensor in rough_model(config, torch.float32).state_dict().items()}
-    save_checkpoint(tmp_path / "run" / "checkpoints", 5, tensors, {"model": to_dict(config)}, 3, Runtime(0, 0, 1, 1))
+    save_checkpoint(
+        tmp_path / "run" / "checkpoints", 5, tensors, {"model": to_dict(config)}, Retention(3), Runtime(0, 0, 1, 1)
+    )
     result = run_here("checkpoints.export", f"run_dir={tmp_path / 'run'}", f"output_dir={tmp_path / 'e'}")
     assert result.returncode == 0, result.stderr
     assert "note: model.hidden_size=18 with model.heads_per_sub_layer=2 makes heads of 9, and" in result.stdout

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import run_here, user_error
 
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import SINGLE_PROCESS, mark_newer_as_damaged, verify_checkpoint
 from checkpoints.training.writer import save_checkpoint
 
@@ -40,7 +41,7 @@ def run(tmp_path: Path) -> Path:
 def save(run_dir: Path, step: int, metadata: dict[str, Any]) -> None:
     weights = {"model.a": torch.zeros(50, 30), "model.b": torch.zeros(7)}
     moments = {f"optimizer.{name}.a": torch.zeros(50, 30) for name in ("exp_avg", "exp_avg_sq")}
-    save_checkpoint(run_dir / "checkpoints", step, weights | moments, metadata, 9, SINGLE_PROCESS)
+    save_checkpoint(run_dir / "checkpoints", step, weights | moments, metadata, Retention(9), SINGLE_PROCESS)
 
 
 def inspect(folder: Path) -> dict[str, str]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
@@ -9,39 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.prepared_set import write_set
 
-from data_prep.indexed import ShardWriter, bin_path
-from data_prep.manifest import TOKENIZER_FOLDER, Manifest, ShardEntry, SplitEntry, TokenizerEntry, probe_sha256
+from data_prep.manifest import TOKENIZER_FOLDER, Manifest
 from kraken_train.common.errors import DataError
-from kraken_train.common.files import file_sha256
 from kraken_train.data.dataset import TrainingData, open_split, sequential
-
-VOCABULARY = "the pieces"
-
-
-def write_set(
-    folder: Path,
-    tokens: dict[str, int],
-    first: int = 0,
-    dtype: str = "<u2",
-    tokenizer: str = VOCABULARY,
-    size: int = 500,
-) -> Path:
-    """A prepared folder whose splits count up from `first`; `tokenizer` is the content of its file."""
-    (folder / TOKENIZER_FOLDER).mkdir(parents=True)
-    (folder / TOKENIZER_FOLDER / "tokenizer.model").write_text(tokenizer)
-    (folder / TOKENIZER_FOLDER / "kraken_tokenizer.json").write_text(folder.name)  # may differ
-    splits = {}
-    for split, count in tokens.items():
-        writer = ShardWriter(folder / f"{split}_00000", np.dtype(dtype))
-        writer.append(np.arange(count) % 200 + first)
-        written = writer.close()
-        probe = probe_sha256(bin_path(writer.prefix))
-        entry = ShardEntry(name=writer.prefix.name, **dataclasses.asdict(written), bin_probe_sha256=probe)
-        splits[split] = SplitEntry([entry], 0)
-    files = {path.name: file_sha256(path) for path in (folder / TOKENIZER_FOLDER).iterdir()}
-    Manifest(TokenizerEntry(folder.name, size, 1, files), np.dtype(dtype).name, splits, {}, {}).save(folder)
-    return folder
+from kraken_train.data.validation_set import validation_sets
 
 
 @pytest.fixture
@@ -86,7 +58,8 @@ def test_validation_windows(web: Path, books: Path, tmp_path: Path) -> None:
 
     def check(shares: dict[Path, int], samples: int, counts: dict[Path, int]) -> None:
         for batch_size in (1, 3):
-            batches = list(TrainingData(shares).validation_windows(8, batch_size, samples))
+            sets = validation_sets(TrainingData(shares), {}, samples)
+            batches = [batch for chosen in sets for batch in chosen.windows(8, batch_size)]
             rows = [row.tolist() for batch in batches for row in batch]
             assert rows == [window[0].tolist() for f, count in counts.items() for window in expected[f][:count]]
             assert all(len(batch) <= batch_size for batch in batches)
@@ -97,7 +70,7 @@ def test_validation_windows(web: Path, books: Path, tmp_path: Path) -> None:
     check({web: 1, books: 3}, 40, {web: 10, books: 12})
     unvalidated = write_set(tmp_path / "unvalidated", {"train": 100})
     check({web: 1, unvalidated: 8, books: 1}, 6, {web: 3, books: 3})
-    assert not TrainingData({unvalidated: 1}).has_validation
+    assert validation_sets(TrainingData({unvalidated: 1}), {}, 7) == []
 
 
 @pytest.mark.parametrize("way", [os.symlink, shutil.copytree])

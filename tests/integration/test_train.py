@@ -18,9 +18,10 @@ from helpers import launch_ranks, run_here, run_module, user_error, wait_for_sto
 from torch.nn.functional import cross_entropy
 
 from checkpoints.training.manifest import content_sha256
-from checkpoints.training.store import find_good_checkpoint, read_weights
+from checkpoints.training.store import EMA_PREFIX, find_good_checkpoint, read_weights
 from integration.training import STEPS, learned, overrides, records, start_stopping
 from kraken_train.data.dataset import TrainingData
+from kraken_train.data.validation_set import validation_sets
 from kraken_train.model.registry import build_model
 
 
@@ -76,6 +77,28 @@ def test_z_loss_is_logged_apart(data: Path, reference: Path, tmp_path: Path) -> 
     assert "changed since the checkpoint: loss.z_loss: 0.01 -> 0" in continued.stdout
 
 
+def test_an_average_of_the_weights(data: Path, tmp_path: Path) -> None:
+    """Begun when a run continues, it starts from the weights of then; it is exact over a resumption."""
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    settings = ("checkpoint.every=1", "checkpoint.keep=6", "schedule=constant", "validation.every=0")
+    assert train(data, run, *settings, "max_steps=2").returncode == 0
+    result = train(data, run, *settings, "max_steps=4", "ema_decay=0.9")
+    assert result.returncode == 0, result.stderr
+    shutil.copytree(run, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000004")
+    result = train(data, resumed, *settings, "max_steps=4", "ema_decay=0.9")
+    assert "resumed from" in result.stdout
+
+    expected = read_weights(run, 2).weights
+    for step in (3, 4):
+        weights = read_weights(run, step).weights
+        expected = {name: 0.9 * mean + 0.1 * weights[name] for name, mean in expected.items()}
+        found = read_weights(run, step, prefix=EMA_PREFIX).weights
+        assert all(torch.allclose(found[name], mean, rtol=0, atol=5e-7) for name, mean in expected.items())
+    of_resumed = read_weights(resumed, prefix=EMA_PREFIX).weights
+    assert all(torch.equal(of_resumed[name], tensor) for name, tensor in found.items())
+
+
 def test_attention_within_documents(data: Path, tmp_path: Path) -> None:
     """Resumed to the bit, and validated as documents one by one."""
     run, resumed = tmp_path / "run", tmp_path / "resumed"
@@ -92,7 +115,8 @@ def test_attention_within_documents(data: Path, tmp_path: Path) -> None:
     model = build_model(trained.model_config)
     model.load_state_dict(trained.weights)
     nats = apart = 0.0
-    for window in TrainingData({data: 1}).validation_windows(32, 1, 5):
+    (validated,) = validation_sets(TrainingData({data: 1}), {}, 5)
+    for window in validated.windows(32, 1):
         tokens = torch.from_numpy(window)[0]
         nats += float(model.token_losses(tokens[None, :-1], tokens[None, 1:]).sum())
         starts = sorted({0, *(tokens[:-1] == end).nonzero().flatten().tolist()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import fill_tensors, find_good_checkpoint
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.parallel.ranks import Runtime
@@ -34,7 +35,7 @@ def save(runtime: Runtime, sizes: list[int], folder: Path, modes: tuple[Mode, ..
             name = f"{size}x{runtime.world_size // size}-{precision}-zero{zero_stage}-{optimizer}"
             engine = make(runtime, size, precision, zero_stage, optimizer)
             run_steps(engine, CONFIG, range(SAVED_AT))
-            save_checkpoint(folder / name, SAVED_AT, engine.state(), {}, 1, runtime)
+            save_checkpoint(folder / name, SAVED_AT, engine.state(), {}, Retention(1), runtime)
             report[name] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))
     return report
 

@@ -70,6 +70,7 @@ def settings(
     muon: bool = False,
     attention_within_documents: bool = False,
     mup: bool = False,
+    ema_decay: float | None = None,
 ) -> TrainConfig:
     optim: dict[str, Any] = {
         "lr": RATE, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": MAX_GRAD_NORM,
@@ -99,6 +100,7 @@ def settings(
         checkpoint=CheckpointConfig(every=1, keep=1, asynchronous=False),
         validation=ValidationConfig(every=0, samples=1),
         tracking=TrackingConfig("wandb", "off", "", None, None, None, tags=(), notes=None, finish_seconds=0),
+        ema_decay=ema_decay,
         health=HealthConfig(0, 0, "stop", "ignore", spike_factor=10, spike_window=64, spike_steps=3, max_rollbacks=3),
     )
 

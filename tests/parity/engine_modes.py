@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kraken_train.model.registry import build_model
@@ -22,6 +23,7 @@ MODES_AT = {
     2: [("fp32", 2, "adamw"), ("bf16", 1, "adamw"), ("fp32", 2, "muon"), ("bf16", 1, "muon")],
 }
 STEPS = 6
+EMA_DECAY = 0.8
 SIZES = (24, 24, 36, 12, 36, 24)  # samples of each step: one, two or three micro-batches of each rank
 CONFIG = MODELS["kraken-4"]
 
@@ -36,19 +38,23 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
 
 def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int, optimizer: str) -> dict[str, Any]:
     def engine() -> Engine:
-        muon = optimizer == "muon"
-        return make_engine(CONFIG, runtime, size, precision=precision, zero_stage=zero_stage, muon=muon)
+        layout = {"precision": precision, "zero_stage": zero_stage, "muon": optimizer == "muon"}
+        return make_engine(CONFIG, runtime, size, **layout, ema_decay=EMA_DECAY)
 
     whole = engine()
     untouched = whole_state(whole)
+    average = get_ema_multi_avg_fn(EMA_DECAY)  # of PyTorch, of the weights after each step
+    averaged = {name: untouched[f"model.{name}"].clone() for name, _ in whole.model.named_parameters()}
     initial = {f"model.{name}": weight.detach() for name, weight in build_model(CONFIG).named_parameters()}
     if precision == "bf16":  # DeepSpeed makes the masters from the bf16 weights
         initial = {name: weight.bfloat16().float() for name, weight in initial.items()}
     uninterrupted = run_steps(whole, CONFIG, range(STEPS), sizes=SIZES)
 
     first = engine()
-    run_steps(first, CONFIG, range(3), sizes=SIZES)
-    saved = whole_state(first)
+    for step in range(3):
+        run_steps(first, CONFIG, range(step, step + 1), sizes=SIZES)
+        saved = whole_state(first)
+        average(list(averaged.values()), [saved[f"model.{name}"] for name in averaged], None)
     resumed = engine()
 
     def fill(tensors: dict[str, torch.Tensor]) -> None:
@@ -69,6 +75,9 @@ def run_mode(runtime: Runtime, size: int, precision: str, zero_stage: int, optim
     whole.verify_replicas()
     return {
         "initial_weights_kept": same(initial, {name: untouched[name] for name in initial}),
+        "average_differs_by": max(
+            (saved[f"optimizer.ema.{name}"] - expected).abs().max().item() for name, expected in averaged.items()
+        ),
         "steps": uninterrupted,
         "resumed": continued,
         "same_end": same(whole_state(whole), whole_state(resumed)),

@@ -44,6 +44,7 @@ def test_mode(
         assert norm == pytest.approx(expected_norm, rel=tolerance * 2)
     assert mode["initial_weights_kept"], "creating the optimizer state has changed a weight"
 
+    assert mode["average_differs_by"] < 1e-7, "the average of the weights is not torch.optim's"
     assert mode["resumed"] == mode["steps"][3:], "resumed losses and norms differ"
     assert mode["same_end"], "resumed weights or moments differ at the end"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import fill_tensors, find_good_checkpoint, load_tensors
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.parallel.ranks import Runtime
@@ -30,7 +31,7 @@ def run(runtime: Runtime, folder: Path) -> dict[str, Any]:
     for saved in SIZES:
         run_steps(engines[saved], CONFIG, range(STEPS))
         expected = whole_state(engines[saved])
-        save_checkpoint(folder / str(saved), STEPS, engines[saved].state(), {}, 1, runtime)
+        save_checkpoint(folder / str(saved), STEPS, engines[saved].state(), {}, Retention(1), runtime)
         checkpoint, _ = find_good_checkpoint(folder / str(saved), runtime)
         report[f"{saved}, read whole"] = same(load_tensors(checkpoint), expected)
         for loaded, engine in engines.items():

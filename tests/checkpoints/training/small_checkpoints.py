@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from checkpoints.training.manifest import POINTER
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import SINGLE_PROCESS
 from checkpoints.training.writer import save_checkpoint
 
@@ -22,7 +23,7 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, step: int, keep: int = 3) -> None:
-    save_checkpoint(folder, step, tensors(step), {"updates": step}, keep, SINGLE_PROCESS)
+    save_checkpoint(folder, step, tensors(step), {"updates": step}, Retention(keep), SINGLE_PROCESS)
 
 
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

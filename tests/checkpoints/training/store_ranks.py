@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints.training import store, writer
 from checkpoints.training.manifest import step_folders
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import fill_tensors, find_good_checkpoint
 from checkpoints.training.writer import CheckpointWriter
 from kraken_train.common.errors import CheckpointError
@@ -100,7 +101,7 @@ def collectives(runtime: Runtime) -> dict[str, Any]:
 def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
     """Save step 1 synchronously, step 2 in the background during collectives, step 3 with an error after it."""
     with recorded_hashes() as hashed:
-        CheckpointWriter(folder, 9, runtime, asynchronous=False).save(
+        CheckpointWriter(folder, Retention(9), runtime, asynchronous=False).save(
             1, tensors_of_rank(1, runtime, mesh), {"tokens": 1}
         )
     allowed = threading.Event()
@@ -110,7 +111,7 @@ def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
         return WRITE_TENSORS(*arguments)
 
     with (
-        CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves,
+        CheckpointWriter(folder, Retention(9), runtime, asynchronous=True) as saves,
         mock.patch.object(writer, "write_tensors", slow_write),
     ):
         saves.save(2, tensors_of_rank(2, runtime, mesh), {"tokens": 2})
@@ -122,7 +123,7 @@ def save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
         saves.finish()
         after_finish = [path.name for path in step_folders(folder)]
     try:
-        with CheckpointWriter(folder, 9, runtime, asynchronous=True) as saves:
+        with CheckpointWriter(folder, Retention(9), runtime, asynchronous=True) as saves:
             saves.save(3, tensors_of_rank(3, runtime, mesh), {"tokens": 3})
             raise ArithmeticError("training has failed")
     except ArithmeticError:
@@ -143,7 +144,7 @@ def fail_to_save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, 
     last = runtime.rank == runtime.world_size - 1
     found: dict[str, Any] = {}
     for asynchronous in (False, True):
-        saves = CheckpointWriter(folder, 9, runtime, asynchronous)
+        saves = CheckpointWriter(folder, Retention(9), runtime, asynchronous)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if last:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))

@@ -16,6 +16,7 @@ from small_checkpoints import equal, files, save, tensors
 
 from checkpoints.training import store
 from checkpoints.training.manifest import MANIFEST, Checkpoint, content_sha256
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import (
     SINGLE_PROCESS,
     fill_tensors,
@@ -154,7 +155,7 @@ def test_unreadable_file_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monkey
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of checkpoints, and the report of each rank; see store_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
-    save_checkpoint(folder / "one process", 7, store_ranks.unsharded_tensors(7), {}, 1, SINGLE_PROCESS)
+    save_checkpoint(folder / "one process", 7, store_ranks.unsharded_tensors(7), {}, Retention(1), SINGLE_PROCESS)
     launch_ranks(2, str(store_ranks.__file__), str(folder), "2")
     reports = json.loads((folder / "report.json").read_text())
     assert len(reports) == 2

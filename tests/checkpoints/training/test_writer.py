@@ -17,6 +17,7 @@ from helpers import REPOSITORY
 from small_checkpoints import equal, files, save, tensors
 
 from checkpoints.training import writer
+from checkpoints.training.retention import Retention
 from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, load_tensors, verify_checkpoint
 from checkpoints.training.writer import CheckpointWriter
 from kraken_train.common.errors import CheckpointError
@@ -77,7 +78,7 @@ class SlowWrite:
 
 def test_background_save_equals_a_synchronous_one(tmp_path: Path) -> None:
     for name, asynchronous in (("now", False), ("later", True)):
-        with CheckpointWriter(tmp_path / name, 2, SINGLE_PROCESS, asynchronous) as saves:
+        with CheckpointWriter(tmp_path / name, Retention(2), SINGLE_PROCESS, asynchronous) as saves:
             for step in (1, 2, 3):
                 saves.save(step, tensors(step), {"updates": step})
     now, later = ({path.name: path for path in files(tmp_path / name)} for name in ("now", "later"))
@@ -142,7 +143,7 @@ def test_background_save_waits_for_no_stream_of_training(tmp_path: Path, monkeyp
         return real(*arguments)
 
     monkeypatch.setattr(writer, "write_tensors", write_tensors)
-    with CheckpointWriter(tmp_path, 2, runtime, asynchronous=True) as saves:
+    with CheckpointWriter(tmp_path, Retention(2), runtime, asynchronous=True) as saves:
         saves.save(1, tensors(1), {})
     assert [stream.device for stream in streams] == [torch.device("cuda", 2)]
     assert streams[0] not in cuda.default
@@ -158,7 +159,7 @@ def test_background_save_beside_a_busy_gpu(tmp_path: Path) -> None:
     done = torch.cuda.Event()
     torch.cuda._sleep(20_000_000_000)  # cycles: 10 s or more
     done.record()
-    with CheckpointWriter(tmp_path, 2, SINGLE_PROCESS, asynchronous=True) as saves:
+    with CheckpointWriter(tmp_path, Retention(2), SINGLE_PROCESS, asynchronous=True) as saves:
         saves.save(1, tensors(1), {})
     assert not done.query(), "the save has waited for the training"
     torch.cuda.synchronize()
@@ -167,7 +168,7 @@ def test_background_save_beside_a_busy_gpu(tmp_path: Path) -> None:
 def test_background_save_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     slow = SlowWrite(monkeypatch)
-    saves = CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True)
+    saves = CheckpointWriter(tmp_path, Retention(3), SINGLE_PROCESS, asynchronous=True)
     saves.save(2, tensors(2), {})
     slow.started.wait()
     assert find_good_checkpoint(tmp_path)[0].step == 1, "step 2 is not complete yet"
@@ -179,7 +180,7 @@ def test_background_save_does_not_block(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowWrite(monkeypatch)
-    saves = CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True)
+    saves = CheckpointWriter(tmp_path, Retention(3), SINGLE_PROCESS, asynchronous=True)
     saves.save(1, tensors(1), {})
     assert saves.under_way is not None
     join = saves.under_way.join
@@ -193,7 +194,7 @@ def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_failed_background_save_raises_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
-    saves = CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True)
+    saves = CheckpointWriter(tmp_path, Retention(3), SINGLE_PROCESS, asynchronous=True)
     expected = r"step 2 could not be written.*No space left.*step-00000001"
 
     def full(*arguments: object) -> None:
@@ -218,7 +219,7 @@ def test_an_error_of_training_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(step: int) -> None:
-        with CheckpointWriter(tmp_path, 3, SINGLE_PROCESS, asynchronous=True) as saves:
+        with CheckpointWriter(tmp_path, Retention(3), SINGLE_PROCESS, asynchronous=True) as saves:
             saves.save(step, tensors(step), {})
             raise ArithmeticError("training has failed")
 
@@ -237,8 +238,9 @@ import sys, threading
 from pathlib import Path
 import torch
 from checkpoints.training import store, writer
+from checkpoints.training.retention import Retention
 folder = Path(sys.argv[1])
-saves = writer.CheckpointWriter(folder, 3, store.SINGLE_PROCESS, asynchronous=True)
+saves = writer.CheckpointWriter(folder, Retention(3), store.SINGLE_PROCESS, asynchronous=True)
 saves.save(1, {"model.a": torch.ones(3)}, {})
 saves.finish()
 written, real = threading.Event(), writer.write_tensors

@@ -1,0 +1,12 @@
+"""Trains a model of the study: python -m studies.quality.train, with the settings of kraken_train.train.
+
+`+model.NAME=VALUE` sets what `variant_config` adds, with model.architecture=kraken-variant.
+"""
+
+from __future__ import annotations
+
+import studies.quality.variant_config  # noqa: F401 (first, since it adds the architecture)
+from kraken_train.train import main
+
+if __name__ == "__main__":
+    main()

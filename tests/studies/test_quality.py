@@ -1,0 +1,100 @@
+"""The quality study: what its variants compute and communicate, and whether its comparisons are fair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MODERN, random_ids
+from thread_ranks import compare_two_ranks
+
+from kraken_train.common.cli import compose_command
+from kraken_train.common.errors import ConfigError
+from kraken_train.config import TrainConfig
+from kraken_train.model.config import parse_model
+from kraken_train.model.kraken_config import KrakenConfig
+from kraken_train.model.registry import build_model
+from studies.quality import ledger
+from studies.quality.arms import Run, read_questions
+from studies.quality.run import missing
+from studies.quality.variant_config import VariantConfig
+
+SIZES = {"num_sub_layers": 4, "num_layers": 3, "hidden_size": 16, "heads_per_sub_layer": 2, "vocab_size": 48,
+         "context_length": 20}  # fmt: skip
+CHANGES = [
+    {"sum_start": 0.5, "own_start": 1.0, "late_start": 0.3, "residual_start": 0.1},
+    {"sum_start": 0.25, "learned_gains": False},
+    {"separate_norms": True, "own_start": 1.0},
+    {"concatenated": True, "late_start": 0.0},
+    {"outer_size": 24, "own_start": 1.0},
+    {"stream_maps": True, "tie_embeddings": False},
+    {"shared_attention_layers": 1},
+]
+
+
+def test_without_changes_it_is_a_kraken() -> None:
+    config = VariantConfig(**SIZES, **MODERN)
+    plain = build_model(KrakenConfig(**SIZES, **MODERN), seed=2).double()
+    variant = build_model(config, seed=2).double()
+    ids = random_ids(config, 2, 20)
+    assert torch.equal(plain(ids), variant(ids))
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_ranks_and_parameters(changes: dict[str, object]) -> None:
+    """Two ranks compute what one does, with a Kraken's collectives: no change but two adds one."""
+    config = VariantConfig(**SIZES, **MODERN, **changes)  # type: ignore[arg-type]
+    assert config.num_parameters == sum(weight.numel() for weight in build_model(config).parameters())
+    error, calls = compare_two_ranks(config)
+    assert error < 1e-12
+    expected = sum(reduces.count for reduces in config.all_reduces)
+    # Streams that differ from the start are summed in the first layer, too, behind its attention.
+    assert calls == expected + 2 * ("shared_attention_layers" in changes) + 2 * config.has_maps
+
+
+def test_formula() -> None:
+    """The gains, by hand: LN1_i(x_i + g s') and x_i + a_i + FFN_i(LN2_i(a_i + g s + g x_i)) + g s."""
+    starts = {"sum_start": 0.5, "own_start": 2.0, "late_start": 0.3, "residual_start": 0.1}
+    model = build_model(VariantConfig(**SIZES, **MODERN, **starts)).double()  # type: ignore[arg-type]
+    layer = model.layers[1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 5, 16, generator=generator, dtype=torch.float64)
+    late = torch.randn(2, 5, 16, generator=generator, dtype=torch.float64)
+    plain = KrakenConfig(**SIZES, **MODERN)
+    kraken = build_model(plain).double().layers[1]
+    kraken.load_state_dict({k: v for k, v in layer.state_dict().items() if "gain" not in k})
+    s = x.sum(dim=0)
+    a = kraken.attention(x + 0.3 * late)
+    expected = kraken.ffn(torch.zeros_like(x), a + 2.0 * x, 0.5 * s) - 2.0 * x + x + 0.1 * s
+    found, used = layer(x, None, late, None, None)
+    assert torch.allclose(found, expected, atol=1e-12, rtol=0)
+    assert torch.equal(used, s)
+
+
+def test_comparisons_are_fair() -> None:
+    """All arms can be trained, and those of one question have the same parameters and tokens within 1%."""
+    sizes: dict[str, tuple[int, object]] = {}
+    for question in read_questions():
+        for arm in question.arms:
+            if arm not in sizes:
+                settings = [*Run(arm, 0).overrides, "data_dir=data", "run_dir=run"]
+                config = compose_command(settings, TrainConfig, "train")
+                tokens = (config.max_steps, config.max_tokens, config.global_batch_size)
+                sizes[arm] = parse_model(config.model, 4096).num_parameters, tokens
+        base, tokens = sizes[question.arms[0]]
+        assert {arm: sizes[arm] for arm in question.arms if abs(sizes[arm][0] / base - 1) > 0.01} == {}
+        assert {sizes[arm][1] for arm in question.arms} == {tokens}
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no model gpt-4m; use one of gpt-3m"):
+        _ = Run("gpt-4m", 0).overrides
+    with pytest.raises(ConfigError, match="there is no question 99-none"):
+        missing(["99-none"], tmp_path)
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    assert ledger.as_percent([0.01, 0.01]) == "+1.0% ± 0.0%"
+    assert ledger.error([1.0, 1.0, 2.0, 4.0]) == " ± 0.7071"
+    assert ledger.error([1.0]) == ""
