@@ -63,7 +63,7 @@ def other_architectures(runtime: Runtime, folder: Path) -> dict[str, dict[str, S
         config, steps = MODELS[name], range(2, 2 + MORE_STEPS // 2)
         engine = make_engine(config, runtime, 2)
         run_steps(engine, config, range(2))
-        save_checkpoint(folder / name, 2, engine.state(), {}, 1, runtime)
+        save_checkpoint(folder / name, 2, engine.state(), {}, Retention(1), runtime)
         report[name] = {"2": run_steps(engine, config, steps)}
         checkpoint, _ = find_good_checkpoint(folder / name, runtime)
         for size in (1, runtime.world_size):
