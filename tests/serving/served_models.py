@@ -58,9 +58,27 @@ def unequal_prompts(count: int) -> Call:
     return [(prompt, 1 + (5 * index) % 32) for index, prompt in enumerate([*fresh, *begun])]
 
 
-def of_transformers(folder: Path, call: Call) -> list[list[int]]:
+def rounded_to_fp8(values: torch.Tensor) -> torch.Tensor:
+    """With a scale for each row, by which its largest value is the largest of the type."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / largest
+    return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
+
+
+def round_products(model: torch.nn.Module) -> None:
+    """Weights of all linear maps but the head, and what goes into them."""
+    for name, module in model.named_modules():
+        kinds = (modeling_kraken.StackedLinear, modeling_kraken.QKVLinear, torch.nn.Linear)
+        if isinstance(module, kinds) and name != "lm_head":
+            module.weight.data = rounded_to_fp8(module.weight.data)
+            module.register_forward_pre_hook(lambda _, inputs: tuple(map(rounded_to_fp8, inputs)))
+
+
+def of_transformers(folder: Path, call: Call, in_fp8: bool = False) -> list[list[int]]:
     """The most likely tokens, each prompt alone."""
     model = modeling_kraken.KrakenForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if in_fp8:
+        round_products(model)
     answers = []
     for prompt, tokens in call:
         ids = torch.tensor([prompt])
