@@ -58,7 +58,7 @@ def require_vllm(python: Path) -> str:
             f"python={python} does not exist; give the interpreter of an environment with vLLM and serving/vllm, such "
             "as build/vllm/bin/python after make test-vllm"
         )
-    asked = subprocess.run([str(python), "-c", VERSION], check=False, capture_output=True, text=True)
+    asked = subprocess.run([str(python), "-c", VERSION], check=False, capture_output=True, text=True, encoding="utf-8")
     if asked.returncode:
         raise ConfigError(f"python={python} has not both vLLM and the plugin; pip install vllm==0.32.0 ./serving/vllm")
     return asked.stdout.strip()
@@ -75,7 +75,9 @@ def run_jobs(python: Path, jobs: Sequence[Job], folder: Path) -> list[Outcome]:
         json.dumps([{"settings": dict(job.settings), "calls": job.calls} for job in jobs]), encoding="utf-8"
     )
     command = [str(python), "-m", "kraken_vllm.jobs", str(asked), str(answered)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(ranks))
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", check=False, env=environment(ranks)
+    )
     if done.returncode:
         raise RuntimeError(f"vLLM ended with exit code {done.returncode}\n{done.stdout[-END:]}{done.stderr[-END:]}")
     return [
