@@ -21,6 +21,8 @@ STANDARD = models.GPTConfig(hidden_size=48, num_heads=12, num_kv_heads=6, **COMM
 def test_an_architecture_is_served_or_refused() -> None:
     assert set(ARCHITECTURES) == set(LAYERS) <= set(registry.ARCHITECTURES)
     assert FORMAT_VERSION == folder.FORMAT_VERSION
+    with pytest.raises(ValueError, match=r"architecture=ladder in config.json is not known .* kraken_train.generate"):
+        KrakenConfig(architecture="ladder")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

@@ -76,7 +76,8 @@ class KrakenConfig(PretrainedConfig):
         if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"architecture={architecture} in config.json is not known to this kraken-vllm, which serves "
-                f"{', '.join(ARCHITECTURES)}; install the version that belongs to the program that made the export"
+                f"{', '.join(ARCHITECTURES)}; serve it with kraken_train.generate or with transformers, or install the "
+                "kraken-vllm of a later kraken-train"
             )
         form = ARCHITECTURES[architecture]
         if not form.first_format <= format_version <= FORMAT_VERSION:
