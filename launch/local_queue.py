@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -127,6 +128,15 @@ class Pool:
             self.is_stopping = True
             for process in list(self.running):
                 process.terminate()
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM raise KeyboardInterrupt, as SIGINT does where the program was not started in the background."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def environment(place: Place) -> dict[str, str]:

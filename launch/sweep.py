@@ -10,7 +10,6 @@ On a cluster, `launch.submit` makes a job array of the same arguments.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from kraken_train.common.cli import FAULT_EXIT_CODE, exit_with_message, run_entr
 from kraken_train.common.errors import ConfigError
 from kraken_train.run.events import FINISHED
 from kraken_train.run.state import read_state
-from launch.local_queue import Job, places, python, run_jobs, usable_cores, visible_gpus
+from launch.local_queue import Job, interrupt_on_sigterm, places, python, run_jobs, usable_cores, visible_gpus
 from launch.stages import EVALUATE, PREPARE, TRAIN, Training, check_stages, split_stages
 
 COMMANDS = {EVALUATE: "launch.export_and_evaluate"}
@@ -60,7 +59,7 @@ def sweep(config: SweepConfig, arguments: Sequence[str]) -> None:
             jobs.append(Job(folder.name, tuple(commands), folder.with_name(f"{folder.name}.log")))
         else:
             print(f"{folder.name} is finished")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt_on_sigterm()
     failed = run_jobs(jobs, at, lambda line: print(line, flush=True))
     if failed:
         exit_with_message(

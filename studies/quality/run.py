@@ -5,7 +5,6 @@ Runs that are finished stay as they are, and others continue, so the same comman
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.common.help import make_parser
 from kraken_train.run.events import FINISHED
 from kraken_train.run.state import read_state
-from launch.local_queue import Job, places, python, run_jobs, usable_cores, visible_gpus
+from launch.local_queue import Job, interrupt_on_sigterm, places, python, run_jobs, usable_cores, visible_gpus
 from studies.quality.arms import Question, Run, read_questions
 
 
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with user_errors(options.runs_dir):
         at = places(options.workers, usable_cores(), visible_gpus())
         jobs = [job_of(run, options.data_dir, options.runs_dir) for run in missing(options.questions, options.runs_dir)]
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        interrupt_on_sigterm()
         try:
             failed = run_jobs(jobs, at, lambda line: print(line, flush=True))
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from helpers import run_here, run_module, user_error
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.run.metrics import read_run
-from launch.local_queue import Job, Place, places, run_jobs
+from launch.local_queue import Job, Place, interrupt_on_sigterm, places, run_jobs
 
 ANYWHERE = [Place(()), Place(())]
 
@@ -82,10 +83,15 @@ def test_cores_and_gpu_of_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_interrupt_ends_the_running_and_starts_no_further(tmp_path: Path) -> None:
     lines: list[str] = []
     waits = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit()))\n"
-    asks = f"{waits}import os\nos.kill({os.getpid()}, signal.SIGINT)\nsignal.pause()"
+    asks = f"{waits}import os\nos.kill({os.getpid()}, signal.SIGTERM)\nsignal.pause()"
     jobs = [job(tmp_path, "first", asks), job(tmp_path, "second", "print('ran')")]
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(jobs, ANYWHERE[:1], lines.append)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        interrupt_on_sigterm()
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs(jobs, ANYWHERE[:1], lines.append)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert jobs[0].log.read_text() == "saved\n"
     assert not jobs[1].log.exists()
     assert lines == ["started first (1 of 2)"]
