@@ -57,7 +57,7 @@ def seconds(result: dict[str, Any], name: str, kind: str) -> float:
     return figure["seconds"]
 
 
-@pytest.mark.parametrize("layers", ["paper", "modern"])
+@pytest.mark.parametrize("layers", ["paper", pytest.param("modern", marks=pytest.mark.slow)])
 def test_simulated(layers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock on which attention takes 10 ms, a collective 25 ms and nothing else any time."""
     clock, attend = pretend(monkeypatch), F.scaled_dot_product_attention

@@ -219,6 +219,7 @@ ALLOWED = {
     "kraken_train/bench/grid.py": ({"standard"}, "what the benchmarks compare with"),
     "kraken_train/bench/stages/parity.py": ({"GPTConfig", "KrakenConfig", "standard"}, "a model of each kind of layer"),
     "kraken_train/bench/stages/ttft_figures.py": ({"kraken"}, "the architecture that is compared with all others"),
+    "kraken_train/bench/stages/vllm_tokens.py": ({"KrakenConfig"}, "what vLLM is checked with: sums beside attention"),
     "kraken_train/bench/transfer_figure.py": ({"standard"}, "the standard parametrization"),
     "kraken_train/parallel/mesh.py": ({"kraken"}, "the name of a dimension of the mesh"),
     "kraken_train/recipe/optimizers.py": ({"standard"}, "the name of a parametrization"),

@@ -20,7 +20,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "modes:1,2",
         "trajectories:kraken-4/2/plain,kraken-6/2/plain,kraken-4/2/compile,kraken-4/2/compile-recompute-bf16,"
         "kraken-4/2/z-loss-vocab,uneven-vocabulary/2/vocab-by-default,uneven-vocabulary/2/muon-bf16-vocab,kraken-4/2/mup,kraken-4/1/mup-bf16-zero2-vocab,kraken-4/2/compile-recompute-apart,"
-        "standard/2/compile,ladder/2/compile,fal/2/compile,track/2/compile,parallel/2/zero2-recompute-vocab,kraken-6/2/muon-bf16,standard/1/muon-zero2-recompute-vocab",
+        "standard/2/compile,parallel/2/zero2-recompute-vocab,kraken-6/2/muon-bf16,standard/1/muon-zero2-recompute-vocab",
         "exchange:2",
         "overlap:2",
         "resume:1,2",
@@ -30,14 +30,13 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
     4: [
         "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
         "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
-        "uneven-vocabulary/4/bf16-vocab,kraken-4/4/apart,standard/4/plain,ladder/4/plain,fal/4/plain,track/4/plain,track-modern/2/muon-bf16,fal-modern/2/muon-bf16,ladder-modern/2/bf16-zero2-recompute-fp32sums,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab,"
+        "uneven-vocabulary/4/bf16-vocab,kraken-4/4/apart,standard/4/plain,ladder/4/plain,fal/4/plain,track/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab,"
         "kraken-4/1/muon,kraken-4/2/muon-zero2-recompute-vocab,kraken-4/4/muon-bf16-zero2,"
         "standard-modern/2/muon,standard/4/muon-bf16,parallel/2/muon-bf16-zero2,parallel/4/muon",
         "exchange:2,4",
         "save:2,4",
         "resume:2",
         "uneven-vocabulary",
-        "other-architectures",
         "gradient-sums:1,2",
         "memory",
     ],
@@ -51,6 +50,14 @@ SLOW = {  # the other half of the checkpoint matrix; and an attention that compu
     "slow 4": (4, ["save-more:2,4", "resume:2,4"]),
     "slow 2": (2, ["resume:1,2", "busy-overlap:2"]),
     "slow resume at 1": (1, ["resume:1"]),
+    "slow rivals": (
+        4,
+        [
+            "trajectories:track-modern/2/muon-bf16,fal-modern/2/muon-bf16,ladder-modern/2/bf16-zero2-recompute-fp32sums,"
+            "ladder/2/compile,fal/2/compile,track/2/compile",
+            "other-architectures",
+        ],
+    ),
     **{f"slow memory {ranks}": (ranks, ["more-memory"]) for ranks in (1, 2, 4)},
 }
 LAUNCHES = {**{ranks: (ranks, checks) for ranks, checks in GRIDS.items()}, **SLOW}

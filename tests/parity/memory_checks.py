@@ -133,8 +133,6 @@ QUICK = (
     "short-buckets",
     "standard-2-recompute",
     "ladder-2",
-    "fal-2",
-    "track-2-recompute",
     "kraken-4-of-2-zero2",
     "muon-2-copies-zero2",
     "muon-parallel-4-of-2",

@@ -50,9 +50,10 @@ def test_resumed_in_other_modes(launched: Launched, precision: str, zero_stage: 
             compare(continued, uninterrupted, precision, optimizer, exact=saved == resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIVALS)
 def test_resumed_with_other_architectures(launched: Launched, name: str) -> None:
-    found = launched(4)["other-architectures"][name]
+    found = launched("slow rivals")["other-architectures"][name]
     for size in ("1", "4"):
         assert len(found[size]) == len(found["2"]) == MORE_STEPS // 2
         for (loss, norm, applied), (expected_loss, expected_norm, _) in zip(found[size], found["2"], strict=True):

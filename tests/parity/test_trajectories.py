@@ -9,12 +9,12 @@ import pytest
 
 from kraken_train.recipe.parametrization import parametrization_of
 from parity.common import END_OF_DOCUMENT, MODELS, Z_LOSS, plain_training, settings
-from parity.conftest import GRIDS, SLOW_RANKS
+from parity.conftest import LAUNCHES, SLOW, SLOW_RANKS
 from parity.trajectories import SHORT, STEPS
 
 CASES = [
-    pytest.param(ranks, case, marks=[pytest.mark.slow] * (ranks == SLOW_RANKS))
-    for ranks, checks in GRIDS.items()
+    pytest.param(launch, case, marks=[pytest.mark.slow] * (launch in (SLOW_RANKS, *SLOW)))
+    for launch, (_, checks) in LAUNCHES.items()
     for check in checks
     if check.startswith("trajectories:")
     for case in check.removeprefix("trajectories:").split(",")
@@ -43,10 +43,12 @@ def twins() -> Twins:
     }
 
 
-@pytest.mark.parametrize(("ranks", "case"), CASES)
-def test_same_losses_and_norms(launched: Callable[..., dict[str, Any]], twins: Twins, ranks: int, case: str) -> None:
+@pytest.mark.parametrize(("launch", "case"), CASES)
+def test_same_losses_and_norms(
+    launched: Callable[..., dict[str, Any]], twins: Twins, launch: int | str, case: str
+) -> None:
     model, _, variant = case.split("/")
-    steps = launched(ranks)["trajectories"][case]
+    steps = launched(launch)["trajectories"][case]
     kind = next((kind for kind in ("muon", "mup", "z-loss", "apart") if kind in variant), "plain")
     loss_tolerance, norm_tolerance = TOLERANCES["bf16" if "bf16" in variant else "muon" if kind == "muon" else "fp32"]
     assert len(steps) == (STEPS if variant == "plain" else SHORT)

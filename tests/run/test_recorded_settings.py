@@ -14,6 +14,7 @@ from kraken_train.common.cli import compose_command
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.settings import setting_names, to_dict
 from kraken_train.config import TrainConfig
+from kraken_train.model.registry import DEFAULT_ARCHITECTURE
 from kraken_train.run.recorded_settings import OF_THE_RUN, recorded_settings
 from kraken_train.training.open_run import require_same_run
 from kraken_train.training.resume import changed_settings
@@ -78,7 +79,8 @@ def test_the_model_of_an_older_program(config: Any) -> None:
 
     model = to_dict(config)
     for field in dataclasses.fields(config):
-        if model[field.name] == field.default and (field.name, model[field.name]) != ("architecture", "standard"):
+        is_default = model[field.name] == (DEFAULT_ARCHITECTURE if field.name == "architecture" else field.default)
+        if is_default:
             require_same_run(Path("run"), identity(without(model, field.name)), identity(model))
         other = model | {field.name: 7}
         with pytest.raises(CheckpointError, match=rf"model.{field.name} is .* there and 7 here"):
