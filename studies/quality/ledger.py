@@ -19,6 +19,7 @@ from kraken_train.run.folder import read_identity
 from kraken_train.run.metrics import read_run
 from studies.quality.arms import FOLDER, Question, Run, read_questions
 from studies.quality.run import is_finished
+from studies.quality.variant_config import register
 
 HEADER = ("arm", "parameters", "tokens", "validation loss", "perplexity", "against the first arm")
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs_dir", type=Path, metavar="RUNS", help="folder with the runs of studies.quality.run")
     options = parser.parse_args(arguments)
     output = FOLDER / "ledger.md"
+    register()
     with user_errors(output):
         parts = [
             "# Ledger of the quality study",

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import studies.quality.variant_config  # noqa: F401 (first, since it adds the architecture)
 from kraken_train.train import main
+from studies.quality.variant_config import register
 
 if __name__ == "__main__":
+    register()
     main()

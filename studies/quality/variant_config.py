@@ -66,4 +66,6 @@ class VariantConfig(KrakenConfig):
         return total + self.vocab_size * (outer - d) * (1 if self.tie_embeddings else 2)
 
 
-ARCHITECTURES["kraken-variant"] = VariantConfig  # a program that trains imports this file before all others of ours
+def register() -> None:
+    """Add the architecture to those that the programs of this process know."""
+    ARCHITECTURES["kraken-variant"] = VariantConfig

@@ -14,7 +14,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.config import TrainConfig
 from kraken_train.model.config import parse_model
 from kraken_train.model.kraken_config import KrakenConfig
-from kraken_train.model.registry import build_model
+from kraken_train.model.registry import ARCHITECTURES, build_model
 from studies.quality import ledger
 from studies.quality.arms import Run, read_questions
 from studies.quality.run import missing
@@ -31,6 +31,12 @@ CHANGES = [
     {"stream_maps": True, "tie_embeddings": False},
     {"shared_attention_layers": 1},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by `register`, since other tests go through all architectures."""
+    monkeypatch.setitem(ARCHITECTURES, "kraken-variant", VariantConfig)
 
 
 def test_without_changes_it_is_a_kraken() -> None:
