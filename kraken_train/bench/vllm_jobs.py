@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kraken_train.common.errors import ConfigError
+from kraken_train.common.errors import ConfigError, KrakenError
 
 Call = Sequence[tuple[Sequence[int], int]]  # prompts of token ids, each with the number of new tokens
 END = 4000  # characters of an output
@@ -65,7 +65,7 @@ def require_vllm(python: Path) -> str:
 
 
 def run_jobs(python: Path, jobs: Sequence[Job], folder: Path) -> list[Outcome]:
-    """By one process of `python`, with files in `folder`. Raises RuntimeError where it fails otherwise than in loading.
+    """By one process of `python`, with files in `folder`. Raises KrakenError where it fails otherwise than in loading.
 
     All jobs are for the same number of ranks.
     """
@@ -79,7 +79,7 @@ def run_jobs(python: Path, jobs: Sequence[Job], folder: Path) -> list[Outcome]:
         command, capture_output=True, text=True, encoding="utf-8", check=False, env=environment(ranks)
     )
     if done.returncode:
-        raise RuntimeError(f"vLLM ended with exit code {done.returncode}\n{done.stdout[-END:]}{done.stderr[-END:]}")
+        raise KrakenError(f"vLLM ended with exit code {done.returncode}\n{done.stdout[-END:]}{done.stderr[-END:]}")
     return [
         Outcome([Answer(**answer) for answer in result.get("calls", [])], result.get("error"))
         for result in json.loads(answered.read_text(encoding="utf-8"))

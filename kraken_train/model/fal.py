@@ -27,9 +27,8 @@ from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.layers import AttentionScope, Layer
 from kraken_train.model.rotary import Rotary
 from kraken_train.model.tensor_parallel import (
-    FFN,
     AddNorm,
-    Attention,
+    LayerOfTwoNorms,
     TensorParallelModel,
     gains_of_heads,
     last_sum,
@@ -64,16 +63,8 @@ class FALModel(TensorParallelModel):
 State = tuple[Tensor, Tensor, Tensor]
 
 
-class FALLayer(Layer):
+class FALLayer(LayerOfTwoNorms):
     """What all layers have; subclasses define `forward`."""
-
-    def __init__(self, config: FALConfig, groups: UnitRange, communicator: Communicator) -> None:
-        super().__init__()
-        self.communicator = communicator
-        self.attention_norm = AddNorm(config)
-        self.attention = Attention(config, groups)
-        self.ffn_norm = AddNorm(config)
-        self.ffn = FFN(config, groups)
 
     @staticmethod
     def residual(output: State) -> Tensor:

@@ -18,7 +18,14 @@ from torch import Tensor
 from kraken_train.model.gpt_config import GPTConfig
 from kraken_train.model.layers import AttentionScope, Layer
 from kraken_train.model.rotary import Rotary
-from kraken_train.model.tensor_parallel import FFN, AddNorm, Attention, TensorParallelModel, qk_gains
+from kraken_train.model.tensor_parallel import (
+    FFN,
+    AddNorm,
+    Attention,
+    LayerOfTwoNorms,
+    TensorParallelModel,
+    qk_gains,
+)
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange
 
@@ -44,16 +51,8 @@ class GPTModel(TensorParallelModel):
 # the two. Both are (B, T, D).
 
 
-class StandardLayer(Layer):
+class StandardLayer(LayerOfTwoNorms):
     """x = x + MHA(LN1 x);  x = x + FFN(LN2 x)"""
-
-    def __init__(self, config: GPTConfig, groups: UnitRange, communicator: Communicator) -> None:
-        super().__init__()
-        self.communicator = communicator
-        self.attention_norm = AddNorm(config)
-        self.attention = Attention(config, groups)
-        self.ffn_norm = AddNorm(config)
-        self.ffn = FFN(config, groups)
 
     def forward(
         self, x: Tensor, added: Tensor, rotary: Rotary | None, scope: AttentionScope | None, qk_gains: Tensor | None

@@ -27,17 +27,13 @@ from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.layers import AttentionScope, Layer
 from kraken_train.model.rotary import Rotary
 from kraken_train.model.tensor_parallel import (
-    FFN,
-    AddNorm,
-    Attention,
+    LayerOfTwoNorms,
     TensorParallelModel,
     gains_of_heads,
     last_sum,
     layer_gains,
     sum_of_ranks,
 )
-from kraken_train.parallel.communicator import Communicator
-from kraken_train.parallel.sharding import UnitRange
 
 
 class LadderModel(TensorParallelModel):
@@ -65,16 +61,8 @@ class LadderModel(TensorParallelModel):
 State = tuple[Tensor, Tensor, Tensor | None]
 
 
-class LadderLayer(Layer):
+class LadderLayer(LayerOfTwoNorms):
     """a = MHA(LN1 (x - f)), f being the FFN before;  f = FFN(LN2 x);  x = x + a + f"""
-
-    def __init__(self, config: LadderConfig, groups: UnitRange, communicator: Communicator) -> None:
-        super().__init__()
-        self.communicator = communicator
-        self.attention_norm = AddNorm(config)
-        self.attention = Attention(config, groups)
-        self.ffn_norm = AddNorm(config)
-        self.ffn = FFN(config, groups)
 
     def forward(
         self,

@@ -170,3 +170,15 @@ class FFN(nn.Module):
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         part: Tensor = self.down(ffn_inner(x, self.gate, self.up))
         return part if attended is None else attended + part
+
+
+class LayerOfTwoNorms(Layer):
+    """What layers have whose attention and FFN each have a norm of their own; subclasses define `forward`."""
+
+    def __init__(self, config: TensorParallelConfig, groups: UnitRange, communicator: Communicator) -> None:
+        super().__init__()
+        self.communicator = communicator
+        self.attention_norm = AddNorm(config)
+        self.attention = Attention(config, groups)
+        self.ffn_norm = AddNorm(config)
+        self.ffn = FFN(config, groups)
