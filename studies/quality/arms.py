@@ -35,6 +35,10 @@ class Question:
     seeds: tuple[int, ...]
     decision: str | None  # None: not answered yet
 
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(arm, seed) for arm in self.arms for seed in self.seeds]
+
 
 @dataclass(frozen=True)
 class Run:

@@ -1,4 +1,6 @@
-"""Writes the study's ledger, studies/quality/ledger.md, from its runs: python -m studies.quality.ledger RUNS
+"""Writes the study's ledger, studies/quality/ledger.md: python -m studies.quality.ledger RUNS
+
+Finished runs in RUNS are first added to `results.jsonl`, so that RUNS can be removed.
 
 Losses are those of the validation after the last step, in nats per token, with standard errors over seeds. Differences
 are taken seed by seed, since runs of one seed have the same samples in the same order.
@@ -8,17 +10,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kraken_train.common.cli import user_errors
 from kraken_train.common.help import make_parser
 from kraken_train.evaluation.results import markdown_table
-from kraken_train.model.config import parse_model
-from kraken_train.run.folder import read_identity
-from kraken_train.run.metrics import read_run
 from studies.quality.arms import FOLDER, Question, Run, read_questions
-from studies.quality.run import is_finished
+from studies.quality.results import Result, Results
 from studies.quality.variant_config import register
 
 HEADER = ("arm", "parameters", "tokens", "validation loss", "perplexity", "against the first arm")
@@ -35,25 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "# Ledger of the quality study",
             "Made by `python -m studies.quality.ledger`; see [README](README.md).",
         ]
-        parts += [section(question, options.runs_dir) for question in read_questions()]
+        questions = read_questions()
+        results = Results(options.runs_dir).add([run for question in questions for run in question.runs])
+        parts += [section(question, results) for question in questions]
         output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         print(f"wrote {output}")
 
 
-def section(question: Question, runs_dir: Path) -> str:
-    losses = [losses_of(arm, question.seeds, runs_dir) for arm in question.arms]
+def section(question: Question, results: Mapping[Run, Result]) -> str:
+    found = [{run.seed: results[run] for run in question.runs if run.arm == arm and run in results}
+             for arm in question.arms]  # fmt: skip
+    first = {seed: result.validation_loss for seed, result in found[0].items()}
     rows = []
-    for arm, of_arm in zip(question.arms, losses, strict=True):
+    for arm, of_arm in zip(question.arms, found, strict=True):
         if not of_arm:
             rows.append((f"`{arm}`", "-", "-", "not run", "-", "-"))
             continue
-        last = Run(arm, next(iter(of_arm)))
-        parameters, tokens = size_of(runs_dir / last.name)
-        mean = statistics.mean(of_arm.values())
-        shared = [of_arm[seed] - losses[0][seed] for seed in of_arm if seed in losses[0]]
-        difference = "" if of_arm is losses[0] or not shared else as_percent(shared)
-        rows.append((f"`{arm}`", parameters, tokens, f"{mean:.4f}{error(list(of_arm.values()))}",
-                     f"{math.exp(mean):.2f}", difference))  # fmt: skip
+        losses = {seed: result.validation_loss for seed, result in of_arm.items()}
+        size = next(iter(of_arm.values()))
+        mean = statistics.mean(losses.values())
+        shared = [loss - first[seed] for seed, loss in losses.items() if seed in first]
+        difference = "" if of_arm is found[0] or not shared else as_percent(shared)
+        rows.append((f"`{arm}`", f"{size.parameters:,}", f"{size.tokens / 1e6:.2f}M",
+                     f"{mean:.4f}{error(list(losses.values()))}", f"{math.exp(mean):.2f}", difference))  # fmt: skip
     return "\n\n".join(
         [
             f"## {question.name}\n\n**{question.question}**",
@@ -62,24 +65,6 @@ def section(question: Question, runs_dir: Path) -> str:
             f"Decision: {question.decision.strip() if question.decision else 'open'}",
         ]
     )
-
-
-def losses_of(arm: str, seeds: Sequence[int], runs_dir: Path) -> dict[int, float]:
-    """The last validation loss of each seed whose run is finished."""
-    losses = {}
-    for seed in seeds:
-        folder = runs_dir / Run(arm, seed).name
-        if is_finished(folder):
-            losses[seed] = read_run(folder).series("validation_loss")[1][-1]
-    return losses
-
-
-def size_of(folder: Path) -> tuple[str, str]:
-    """Parameters and training tokens."""
-    run = read_run(folder)
-    identity = read_identity(folder)
-    parameters = "-" if identity is None else f"{parse_model(identity['model']).num_parameters:,}"
-    return parameters, f"{run.series('tokens')[1][-1] / 1e6:.2f}M"
 
 
 def as_percent(differences: Sequence[float]) -> str:

@@ -1,6 +1,7 @@
 """Trains what the questions of the study need: python -m studies.quality.run DATA RUNS [QUESTION...] [--workers 2]
 
-Runs that are finished stay as they are, and others continue, so the same command goes on after an interruption.
+Runs that are finished, here or in `results.jsonl`, stay as they are, and others continue, so the same command goes on
+after an interruption.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from pathlib import Path
 from kraken_train.common.cli import FAULT_EXIT_CODE, exit_with_message, user_errors
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.help import make_parser
-from kraken_train.run.events import FINISHED
-from kraken_train.run.state import read_state
 from launch.local_queue import Job, interrupt_on_sigterm, places, python, run_jobs, usable_cores, visible_gpus
-from studies.quality.arms import Question, Run, read_questions
+from studies.quality.arms import Run, read_questions
+from studies.quality.results import Results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with user_errors(options.runs_dir):
         at = places(options.workers, usable_cores(), visible_gpus())
-        jobs = [job_of(run, options.data_dir, options.runs_dir) for run in missing(options.questions, options.runs_dir)]
+        results = Results(options.runs_dir)
+        jobs = [job_of(run, options.data_dir, results) for run in missing(options.questions, results)]
         interrupt_on_sigterm()
         try:
             failed = run_jobs(jobs, at, lambda line: print(line, flush=True))
@@ -37,27 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exit_with_message(f"{len(failed)} of {len(jobs)} runs failed", FAULT_EXIT_CODE)
 
 
-def missing(names: Sequence[str], runs_dir: Path) -> list[Run]:
-    """The runs of these questions that are not finished: the first seed of all arms, then the second."""
+def missing(names: Sequence[str], results: Results) -> list[Run]:
+    """The runs of these questions that are not finished: the first seed of all arms, then the second.
+
+    Raises ConfigError for an unknown question, and for a run that was started with other settings.
+    """
     questions = read_questions()
     unknown = set(names) - {question.name for question in questions}
     if unknown:
         raise ConfigError(f"there is no question {', '.join(sorted(unknown))}")
     chosen = [question for question in questions if not names or question.name in names]
-    runs = sorted({run for question in chosen for run in runs_of(question)}, key=lambda run: (run.seed, run.arm))
-    return [run for run in runs if not is_finished(runs_dir / run.name)]
+    runs = sorted({run for question in chosen for run in question.runs}, key=lambda run: (run.seed, run.arm))
+    return [run for run in runs if not results.is_known(run)]
 
 
-def runs_of(question: Question) -> list[Run]:
-    return [Run(arm, seed) for arm in question.arms for seed in question.seeds]
-
-
-def is_finished(folder: Path) -> bool:
-    return folder.is_dir() and read_state(folder).state == FINISHED
-
-
-def job_of(run: Run, data_dir: Path, runs_dir: Path) -> Job:
-    folder = runs_dir / run.name
+def job_of(run: Run, data_dir: Path, results: Results) -> Job:
+    folder = results.runs_dir / run.name
+    results.runs_dir.mkdir(parents=True, exist_ok=True)
+    results.settings_file(run).write_text("".join(f"{line}\n" for line in run.overrides), encoding="utf-8")
     command = python("studies.quality.train", [*run.overrides, f"data_dir={data_dir}", f"run_dir={folder}"])
     return Job(run.name, (command,), folder.with_name(f"{folder.name}.log"))
 

@@ -1,0 +1,113 @@
+"""What finished runs of the study have given, in `results.jsonl`: it stays in the repository when the runs do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.files import replace_synced
+from kraken_train.model.config import parse_model
+from kraken_train.run.events import FINISHED
+from kraken_train.run.folder import read_identity
+from kraken_train.run.metrics import read_run
+from kraken_train.run.state import read_state
+from studies.quality.arms import FOLDER, Run
+
+RECORD = FOLDER / "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one run: `validation_loss` is that after the last step, in nats per token."""
+
+    arm: str
+    seed: int
+    validation_loss: float
+    parameters: int
+    tokens: int
+    data_fingerprint: str
+    settings: tuple[str, ...]
+
+    @property
+    def run(self) -> Run:
+        return Run(self.arm, self.seed)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Those that are recorded, and the folder of runs that are not."""
+
+    runs_dir: Path
+    record: Path = RECORD
+
+    @cached_property
+    def recorded(self) -> dict[Run, Result]:
+        if not self.record.is_file():
+            return {}
+        lines = self.record.read_text(encoding="utf-8").splitlines()
+        results = [Result(**{**entries, "settings": tuple(entries["settings"])}) for entries in map(json.loads, lines)]
+        return {result.run: result for result in results}
+
+    def is_known(self, run: Run) -> bool:
+        """Whether it is finished. Raises ConfigError where it has, or was started with, other settings than now."""
+        found = self.recorded.get(run)
+        if found is not None:
+            require_same_settings(run, found.settings, self.record)
+            return True
+        folder = self.runs_dir / run.name
+        if not folder.is_dir():
+            return False
+        file = self.settings_file(run)
+        if file.is_file():
+            require_same_settings(run, tuple(file.read_text(encoding="utf-8").splitlines()), folder)
+        return read_state(folder).state == FINISHED
+
+    def settings_file(self, run: Run) -> Path:
+        """Of a run that has been started: its settings, a line each, without folders."""
+        return self.runs_dir / f"{run.name}.settings"
+
+    def add(self, runs: list[Run]) -> dict[Run, Result]:
+        """Record those of `runs` that are finished; all recorded ones."""
+        results = dict(self.recorded)
+        for run in runs:
+            if run not in results and self.is_known(run):
+                results[run] = self.read(run)
+        if len({result.data_fingerprint for result in results.values()}) > 1:
+            raise ConfigError(
+                f"runs in {self.runs_dir} were trained on other data than those in {self.record}, so that their losses "
+                "cannot be compared; prepare the data as studies/quality/README.md says, from the same text"
+            )
+        if len(results) > len(self.recorded):
+            ordered = sorted(results.values(), key=lambda result: (result.arm, result.seed))
+            replace_synced(self.record, "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in ordered))
+        return results
+
+    def read(self, run: Run) -> Result:
+        folder = self.runs_dir / run.name
+        metrics, identity = read_run(folder), read_identity(folder)
+        if identity is None:
+            raise ConfigError(f"{folder} has no run.json with its parameters; remove it to train it anew")
+        return Result(
+            run.arm,
+            run.seed,
+            metrics.series("validation_loss")[1][-1],
+            parse_model(identity["model"]).num_parameters,
+            int(metrics.series("tokens")[1][-1]),
+            identity["data_fingerprint"],
+            tuple(run.overrides),
+        )
+
+
+def require_same_settings(run: Run, settings: tuple[str, ...], where: Path) -> None:
+    """Raises ConfigError where `settings.yaml` or the arm has changed since: only equal settings can be compared."""
+    before, now = set(settings), set(run.overrides)
+    if before != now:
+        raise ConfigError(
+            f"{where}: the run {run.name} has {', '.join(sorted(before - now)) or 'no further settings'}, but the "
+            f"study now asks for {', '.join(sorted(now - before)) or 'none of them'}; undo the change of settings, or "
+            "remove this run, which is then trained anew"
+        )
