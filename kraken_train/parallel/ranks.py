@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,7 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from kraken_train.common.errors import ConfigError, KrakenError
+from kraken_train.common.errors import ConfigError, KrakenError, TrainingError
 from kraken_train.common.lost_peer import tells_of_lost_peer
 
 Result = TypeVar("Result")
@@ -29,6 +31,7 @@ LAUNCHER_VARIABLES = {
     "world_size": ("WORLD_SIZE",),
     "local_world_size": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
 }
+PORTS = range(15000, 32768)  # that free_port chooses from
 # Set by srun for each task; the variables of the job itself are also there in a batch script, which is no task.
 SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
 
@@ -213,6 +216,13 @@ def another_rank_ended(error: Exception) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free on all addresses of this host, at random.
+
+    It is below those that Linux gives out by itself (net.ipv4.ip_local_port_range), so that no other program gets it
+    before it is used.
+    """
+    for _ in range(1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", secrets.choice(PORTS)))
+            return int(probe.getsockname()[1])
+    raise TrainingError(f"none of 1000 ports from {PORTS.start} to {PORTS.stop - 1} is free on this host")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kraken_train.common.errors import ConfigError, RendezvousError
-from kraken_train.parallel import rendezvous
+from kraken_train.common.errors import ConfigError, RendezvousError, TrainingError
+from kraken_train.parallel import ranks, rendezvous
 from kraken_train.parallel.ranks import Runtime, free_port, read_runtime
 from kraken_train.parallel.rendezvous import Meeting, describe_ranks
 
@@ -259,3 +260,13 @@ def test_sums_go_where_the_group_can_communicate(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Runtime, "device", torch.device("meta"))
     with pytest.raises(ReachedError, match=device):
         Runtime(0, 0, 2, 2).sum([1.0])
+
+
+def test_a_free_port_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is none of those that Linux by default gives to a socket that asks for any, and nothing listens on it."""
+    assert all(1024 <= free_port() < 32768 for _ in range(50))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(ranks, "PORTS", range(port, port + 1))
+        with pytest.raises(TrainingError, match=f"none of 1000 ports from {port} to {port} is free"):
+            free_port()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from helpers import launch_ranks
 
 from parity import run_ranks
@@ -30,7 +32,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
     4: [
         "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
         "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
-        "uneven-vocabulary/4/bf16-vocab,kraken-4/4/apart,standard/4/plain,ladder/4/plain,fal/4/plain,track/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab,"
+        "uneven-vocabulary/4/bf16-vocab,kraken-4/4/apart,standard/4/plain,ladder/4/short,fal/4/short,track/4/short,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab,"
         "kraken-4/1/muon,kraken-4/2/muon-zero2-recompute-vocab,kraken-4/4/muon-bf16-zero2,"
         "standard-modern/2/muon,standard/4/muon-bf16,parallel/2/muon-bf16-zero2,parallel/4/muon",
         "exchange:2,4",
@@ -72,8 +74,13 @@ RESUMES_FROM: dict[int | str, tuple[int | str, ...]] = {
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
-    """`launched(name)`: what the ranks of one of LAUNCHES found."""
-    folder = tmp_path_factory.mktemp("parity")
+    """`launched(name)`: what the ranks of one of LAUNCHES found.
+
+    The processes of `pytest -n 2` share the launches: the first that needs one makes it, and the others wait for it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
+    folder.mkdir(exist_ok=True)
     reports: dict[int | str, Report | Exception] = {}
 
     def launch(what: int | str) -> Report:
@@ -92,10 +99,12 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
         for before in RESUMES_FROM.get(what, ()):
             launch(before)
         ranks, checks = LAUNCHES[what]
-        checkpoints = folder / ("slow checkpoints" if what in SLOW else "checkpoints")
-        checkpoints.mkdir(exist_ok=True)
         output = folder / f"{what}.json"
-        launch_ranks(ranks, str(run_ranks.__file__), str(output), str(checkpoints), *checks)
+        with FileLock(folder / f"{what}.lock"):
+            if not output.is_file():
+                checkpoints = folder / ("slow checkpoints" if what in SLOW else "checkpoints")
+                checkpoints.mkdir(exist_ok=True)
+                launch_ranks(ranks, str(run_ranks.__file__), str(output), str(checkpoints), *checks)
         report = json.loads(output.read_text())
         assert report["world_size"] == ranks
         return report
