@@ -21,6 +21,7 @@ from kraken_train.bench.documents import DocumentsConfig
 from kraken_train.bench.kv_memory import KVMemoryConfig
 from kraken_train.bench.stages.preset import Preset
 from kraken_train.bench.throughput_config import ThroughputConfig
+from kraken_train.bench.topology import TopologyConfig
 from kraken_train.bench.transfer import TransferConfig
 from kraken_train.bench.ttft import TTFTConfig
 from kraken_train.bench.vllm import VllmConfig
@@ -51,6 +52,7 @@ COMMANDS = {
     "import_reference": ImportReferenceConfig,
     "import_transformers": ImportTransformersConfig,
     "kv_memory": KVMemoryConfig,
+    "topology": TopologyConfig,
     "plan": PlanConfig,
     "prepare": PrepareConfig,
     "push": PushConfig,

@@ -1,0 +1,44 @@
+"""The figure of `kraken_train.bench.topology`: times relative to one architecture's over the context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from kraken_train.bench.topology_row import QUANTITIES, Place, Row
+
+
+def draw(
+    places: Mapping[Place, Mapping[str, Row]],
+    colors: Mapping[str, str],
+    reference: str,
+    title: str,
+    path: Path,
+) -> None:
+    """A row of panels per quantity, a column per interconnect, a line per architecture in `colors`."""
+    interconnects = list(dict.fromkeys(place.interconnect for place in places))
+    figure = Figure(figsize=(3.6 * len(interconnects) + 1, 2.6 * len(QUANTITIES) + 1), layout="constrained")
+    panels = figure.subplots(len(QUANTITIES), len(interconnects), squeeze=False, sharex=True, sharey="row")
+    for line, (quantity, name) in zip(panels, QUANTITIES.items(), strict=True):
+        for panel, interconnect in zip(line, interconnects, strict=True):
+            of_link = {place.context: rows for place, rows in places.items() if place.interconnect == interconnect}
+            contexts = sorted(of_link)
+            for architecture, color in colors.items():
+                ratios = [
+                    of_link[context][architecture].seconds(quantity) / of_link[context][reference].seconds(quantity)
+                    for context in contexts
+                ]
+                panel.plot(contexts, ratios, color=color, marker="o", markersize=3, label=architecture)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(contexts, [f"{context:,}" for context in contexts])
+            panel.grid(alpha=0.3)
+            panel.set_title(interconnect, fontsize=10)
+        line[0].set_ylabel(f"{name},\nrelative to {reference}", fontsize=9)
+    for panel in panels[-1]:
+        panel.set_xlabel("context, tokens")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)

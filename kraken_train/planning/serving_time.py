@@ -1,0 +1,84 @@
+"""Seconds of a forward pass in serving, from the figures that the roofline of training uses.
+
+A pass computes `new_tokens` of each sequence, with `cached` ones before them: a prompt, or one further token. As in
+`kraken_train.planning.roofline`, a part takes as long as its arithmetic or its bytes, whichever is longer. Not counted
+are the launches of kernels, which CUDA graphs hide, and the choice of the next token.
+
+Shapes: B sequences, T new tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kraken_train.model.architecture import ATTENTION, Matrix, ModelConfig
+from kraken_train.model.head_dims import attention_work
+from kraken_train.planning.cluster import Cluster, known
+from kraken_train.planning.layout import TrainingLayout
+from kraken_train.planning.roofline import Product, widths
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a pass computes."""
+
+    sequences: int
+    new_tokens: int  # of each sequence
+    cached: int = 0  # tokens of each sequence before these
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds on each device."""
+
+    computed: float
+    exposed: float  # communication for which the devices wait
+    hidden: float  # communication during computation, not part of the total
+
+    @property
+    def total(self) -> float:
+        return self.computed + self.exposed
+
+
+def predict_pass(config: ModelConfig, ranks: int, load: Load, cluster: Cluster, precision: str) -> PassTime:
+    """Of a model that `ranks` devices share, its heads, FFNs and vocabulary evenly."""
+    layout = TrainingLayout(ranks, 1, load.sequences, 1, vocab_parallel=True, precision=precision)
+    tokens = load.sequences * load.new_tokens
+
+    def of(matrices: Sequence[Matrix], rows: int) -> float:
+        return sum(
+            Product(rows, matrix.in_features, matrix.out_features, matrix.count).seconds(cluster, layout)
+            for matrix in matrices
+        )
+
+    parts = {}
+    for name, part in config.layer_parts(ranks).items():
+        element_wise = widths(config, layout)[name][0] * layout.width * tokens / cluster.bandwidth
+        parts[name] = of(part.matrices, tokens) + element_wise
+    parts[ATTENTION] += score_seconds(config, layout, load, cluster)
+    # The head is computed for the last token of each sequence.
+    head = Matrix(config.hidden_size, layout.vocabulary_rows(config.vocab_size))
+    computed = config.num_layers * sum(parts.values()) + of(config.last_matrices(ranks), tokens)
+    computed += of([head], load.sequences)
+    if ranks == 1:
+        return PassTime(computed, 0.0, 0.0)
+    link = cluster.interconnect(ranks, 1)
+    one = link.all_reduce_seconds(tokens * config.hidden_size * layout.width, ranks)
+    exposed, hidden = link.all_gather_seconds(load.sequences * config.vocab_size * layout.width, ranks), 0.0
+    for reduced in config.all_reduces:
+        behind = 0.0 if reduced.behind is None else min(one, parts[reduced.behind])
+        exposed += reduced.count / 2 * (one - behind)  # the other half belongs to the backward pass
+        hidden += reduced.count / 2 * behind
+    return PassTime(computed, exposed, hidden)
+
+
+def score_seconds(config: ModelConfig, layout: TrainingLayout, load: Load, cluster: Cluster) -> float:
+    """A layer's scores and weighted sums on one device: their arithmetic, or reading the keys and values."""
+    ranks = layout.sub_layer_parallel_size
+    width = attention_work(config, cluster.wide_head_fraction) / ranks
+    seen = load.cached + load.new_tokens / 2  # of a new token, on average
+    rate = cluster.peak_flops(layout.precision) * known("attention_fraction", cluster.attention_fraction)
+    flops = 4.0 * load.sequences * load.new_tokens * seen * width
+    read = load.sequences * (load.cached + load.new_tokens) * config.cache_width / ranks * layout.width
+    return max(flops / rate, read / cluster.bandwidth)
