@@ -126,19 +126,17 @@ def collectives(models: Sequence[ModelConfig], title: str) -> Table:
     for heading in ("architecture", "all-reduces", "behind computation", "waited for", "values per token"):
         table.add_column(heading, justify="right")
     for model in models:
-        hidden, total = (
-            sum(reduced.count // 2 for reduced in model.all_reduces if reduced.behind is not None or not hides)
-            for hides in (True, False)
-        )
+        total = sum(reduced.count for reduced in model.all_reduces) // 2  # the other half is in the backward pass
+        hidden = sum(reduced.count for reduced in model.all_reduces if reduced.behind is not None) // 2
         table.add_row(model.architecture, str(total), str(hidden), str(total - hidden), str(model.hidden_size))
     return table
 
 
 def compare(config: TopologyConfig) -> None:
-    output_dir = Path(config.output_dir)
-    open_output(output_dir)
     cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
     rows = compute(config, cluster)
+    output_dir = Path(config.output_dir)
+    open_output(output_dir)
     console = Console(width=None if Console().is_terminal else 200)
     for size, degree in itertools.product(config.sizes, config.degrees):
         console.print(collectives(config.models(size, degree), f"{size}, {degree} devices"))
@@ -152,11 +150,8 @@ def compare(config: TopologyConfig) -> None:
     colors = {model.architecture: model.color for model in config.models(config.sizes[0], config.degrees[0])}
     reference = REFERENCE if REFERENCE in colors else config.architectures[0]
     for size, degree, batch_size in itertools.product(config.sizes, config.degrees, config.batch_sizes):
-        chosen = [
-            row
-            for row in rows
-            if (row.place.size, row.place.degree, row.place.batch_size) == (size, degree, batch_size)
-        ]
+        group = (size, degree, batch_size)
+        chosen = [row for row in rows if (row.place.size, row.place.degree, row.place.batch_size) == group]
         path = output_dir / f"topology-{size}-{degree}-devices-batch-{batch_size}.png"
         title = f"{size} on {degree} x {cluster.device or cluster.name}, batch {batch_size}, predicted"
         draw(by_place(chosen), colors, reference, title, path)

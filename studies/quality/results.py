@@ -46,11 +46,18 @@ class Results:
 
     @cached_property
     def recorded(self) -> dict[Run, Result]:
+        """By run. Raises ConfigError for a damaged line."""
         if not self.record.is_file():
             return {}
-        lines = self.record.read_text(encoding="utf-8").splitlines()
-        results = [Result(**{**entries, "settings": tuple(entries["settings"])}) for entries in map(json.loads, lines)]
-        return {result.run: result for result in results}
+        results = {}
+        for number, line in enumerate(self.record.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                entries = json.loads(line)
+                result = Result(**{**entries, "settings": tuple(entries["settings"])})
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{self.record}:{number} is no result of a run; restore the file") from error
+            results[result.run] = result
+        return results
 
     def is_known(self, run: Run) -> bool:
         """Whether it is finished. Raises ConfigError where it has, or was started with, other settings than now."""

@@ -138,6 +138,9 @@ def test_results_outlive_their_runs(tmp_path: Path) -> None:
     results.record.write_text(results.record.read_text().replace("optim.lr=0.008", "optim.lr=0.004"))
     with pytest.raises(ConfigError, match=r"has optim.lr=0.004, but the study now asks for optim.lr=0.008"):
         missing(["01-noise"], Results(tmp_path / "runs", tmp_path / "results.jsonl"))
+    results.record.write_text("<<<<<<< HEAD\n")
+    with pytest.raises(ConfigError, match=r"results.jsonl:1 is no result of a run; restore the file"):
+        missing(["01-noise"], Results(tmp_path / "runs", tmp_path / "results.jsonl"))
 
 
 def test_a_started_run_keeps_its_settings(tmp_path: Path) -> None:
