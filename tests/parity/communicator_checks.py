@@ -32,10 +32,10 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
                 f"{name}, vocab_parallel={vocab_parallel}, apart={apart}": against_whole(
                     runtime, name, size, vocab_parallel, apart
                 )
-                for name in models_of(runtime, size)
+                for name in shared_by(size)
                 for vocab_parallel, apart in ((False, False), (True, False), (True, True))
             },
-            "leaks": {name: leak(runtime, name, size) for name in models_of(runtime, size)},
+            "leaks": {name: leak(runtime, name, size) for name in shared_by(size)},
             "events": {
                 f"recompute={recompute}, apart={apart}": events(runtime, size, recompute, apart)
                 for recompute in (False, True)
@@ -54,11 +54,6 @@ def run(runtime: Runtime, sizes: list[int]) -> dict[str, Any]:
 def shared_by(size: int) -> list[str]:
     """The models that so many ranks can share."""
     return [name for name, config in MODELS.items() if config.parallel_units[1] % size == 0]
-
-
-def models_of(runtime: Runtime, size: int) -> list[str]:
-    """All that `size` ranks can share; where there are several copies, which compute as one does, the paper's forms."""
-    return shared_by(size) if runtime.world_size == size else ["kraken-4", "standard", "parallel"]
 
 
 def golden(runtime: Runtime, size: int) -> dict[str, float]:
@@ -185,7 +180,7 @@ def events(runtime: Runtime, size: int, recompute: bool, apart: bool = False) ->
 def collectives(runtime: Runtime, size: int) -> dict[str, int]:
     """All-reduces of one forward and backward pass by architecture, with and without recomputation."""
     counted = {}
-    for name in models_of(runtime, size):
+    for name in shared_by(size):
         for recompute in (False, True):
             count = 0
 

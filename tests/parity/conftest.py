@@ -32,7 +32,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
     4: [
         "trajectories:kraken-4/1/plain,kraken-4/2/plain,kraken-4/4/plain,kraken-4/2/zero2-recompute-vocab,"
         "kraken-4/4/bf16-vocab,kraken-4/2/bf16-zero2-recompute-fp32sums,"
-        "uneven-vocabulary/4/bf16-vocab,kraken-4/4/apart,standard/4/plain,ladder/4/short,fal/4/short,track/4/short,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab,"
+        "uneven-vocabulary/4/bf16-vocab,kraken-4/4/apart,standard/4/plain,ladder/4/plain,fal/4/plain,track/4/plain,standard/2/bf16-vocab,parallel/2/plain,parallel/4/zero2-recompute-vocab,"
         "kraken-4/1/muon,kraken-4/2/muon-zero2-recompute-vocab,kraken-4/4/muon-bf16-zero2,"
         "standard-modern/2/muon,standard/4/muon-bf16,parallel/2/muon-bf16-zero2,parallel/4/muon",
         "exchange:2,4",

@@ -69,7 +69,7 @@ def test_order_of_events(launched: Launched, ranks: int, size: int, apart: bool)
 @pytest.mark.parametrize(("ranks", "size"), PLACES)
 def test_number_of_collectives(launched: Launched, ranks: int, size: int) -> None:
     counted = launched(ranks)["exchange"][str(size)]["collectives"]
-    per_layer = {"kraken-4": 1, "parallel": 1, "standard": 2, **({"ladder": 2} if ranks == size else {})}
+    per_layer = {"kraken-4": 1, "parallel": 1, "standard": 2, "ladder": 2}
     for name, number in per_layer.items():
         for recompute in (False, True):
             assert counted[f"{name} forward recompute={recompute}"] == number * LAYERS

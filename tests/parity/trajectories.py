@@ -12,8 +12,7 @@ SHORT = 6
 
 # What else can be combined with a degree of parallelism: name -> settings.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},  # and long
-    "short": {},
+    "plain": {},
     "zero2-recompute-vocab": {"zero_stage": 2, "activation_checkpointing": True, "vocab_parallel": True},
     "vocab-by-default": {"vocab_parallel": None},
     "muon-bf16-vocab": {"muon": True, "precision": "bf16", "vocab_parallel": True},
