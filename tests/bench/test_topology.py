@@ -13,6 +13,8 @@ from kraken_train.bench.grid import architectures
 from kraken_train.bench.topology import TopologyConfig, compute, crossings
 from kraken_train.bench.topology_row import QUANTITIES, Place, Row
 from kraken_train.planning.cluster import load_cluster
+from kraken_train.planning.layout import TrainingLayout
+from kraken_train.planning.prediction import predict
 from kraken_train.planning.serving_time import PassTime
 
 SETTINGS = TopologyConfig(
@@ -49,6 +51,21 @@ def test_the_interconnect_decides() -> None:
             assert slow["fal"].exposed < slow["standard"].exposed
             assert slow["ladder"].total < slow["standard"].total
             assert min(slow, key=lambda name: slow[name].total) == "track"
+
+
+def test_times_of_a_row() -> None:
+    """The step is that of a plan, and a further token reads what the context has left in the cache."""
+    config = replace(SETTINGS, interconnects=("pcie4",), architectures=("kraken",))
+    short, long = compute(config, config.cluster)
+    for row in (short, long):
+        model = config.models("1.3b", 4)[0].replace(context_length=row.place.context)
+        connected = replace(config.cluster, intra_node="pcie4", devices_per_node=4)
+        plan = predict(model, TrainingLayout(4, 1, 1, 1, vocab_parallel=True), connected)
+        assert row.step.total == pytest.approx(plan.time.total)
+        assert row.step.exposed == plan.time.exchange > 0
+    more = (long.place.context - short.place.context) * model.cache_width * 2 / 4 * model.num_layers
+    read = more / config.cluster.bandwidth
+    assert long.next_token.computed - short.next_token.computed == pytest.approx(read)
 
 
 def test_crossings() -> None:
