@@ -38,8 +38,8 @@ TWO = lines({"text": "one\n"}, {"text": "two 🦑", "id": 3})
         ("marked and blank.jsonl", b"\xef\xbb\xbf\n" + TWO + b"\xef\xbb\xbf"),
         ("blank.jsonl", TWO.replace(b"}\n", b"}\r\n\n")),
         ("no end.jsonl", TWO.rstrip()),
-        ("a.jsonl.gz", gzip.compress(TWO)),
-        ("two members.jsonl.gz", b"".join(gzip.compress(line) for line in TWO.splitlines(keepends=True))),
+        ("a.jsonl.gz", gzip.compress(TWO, mtime=0)),
+        ("two members.jsonl.gz", b"".join(gzip.compress(line, mtime=0) for line in TWO.splitlines(keepends=True))),
         ("a.jsonl.zst", zstandard.compress(TWO)),
         ("two frames.jsonl.zst", b"".join(zstandard.compress(line) for line in TWO.splitlines(keepends=True))),
     ],
@@ -145,7 +145,7 @@ def test_parquet_without_the_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_compressed_file_cut_off(tmp_path: Path, suffix: str) -> None:
     content = lines(*({"text": f"document {i}"} for i in range(50_000)))
-    whole = gzip.compress(content) if suffix == ".jsonl.gz" else zstandard.compress(content)
+    whole = gzip.compress(content, mtime=0) if suffix == ".jsonl.gz" else zstandard.compress(content)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=rf"a{suffix}:\d+: .*the file is damaged; copy it again"):
