@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from checkpoints.training.retention import Retention
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath, Name
-from kraken_train.common.token_counts import Tokens
+from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
+from kraken_train.data.shares import whole_shares
 from kraken_train.model.config import ModelConfig, ModelSettings
 from kraken_train.recipe.batch_ramp import BatchRamp, BatchSize, describe_batch_size, validate_batch_size
 from kraken_train.recipe.lengths import Length
 from kraken_train.recipe.optimizers import AnyOptimizer
 from kraken_train.recipe.parametrization import parametrization_of
+from kraken_train.recipe.phases import Phase, run_length, validate_phases
 from kraken_train.recipe.schedules import AnySchedule
 from kraken_train.recipe.step_plan import StepPlan
 
@@ -31,7 +34,6 @@ PRECISIONS = (AUTO, "bf16", "fp32")
 MOST_CTAS = 64  # NCCL's own limit
 MOST_SPARED = 64  # multiprocessors; an A100 has 108, an H100 132
 SET_NAME = re.compile(r"[\w.-]+")  # part of the name of a metric
-LARGEST_PERIOD = 1_000_000  # samples after which a blend of data repeats: half a second and 16 MB to schedule
 
 
 @dataclass(frozen=True)
@@ -320,6 +322,10 @@ class TrainConfig:
     health: HealthConfig
     # tokens to train on, as in 2B, in place of max_steps: the step that reaches them is the last; null: max_steps count
     max_tokens: Tokens | None = None
+    # in place of max_tokens, as in [{until: 8B}, {until: 10B, data_dir: {web: 0.3, books: 0.7}, schedule: decay}]; each
+    # ends with the step that reaches its tokens, the last one ends the run. data_dir: null is that of the phase
+    # before. schedule: continue, or decay: linear to 0 at the end of the run. null: none
+    phases: tuple[Phase, ...] | None = None
     # keep an exponential average of the weights too: after each update, average = d average + (1 - d) weights with this
     # d, such as 0.999; `checkpoints.export weights=ema` exports it; null: none
     ema_decay: float | None = None
@@ -331,6 +337,9 @@ class TrainConfig:
             require_positive(name, getattr(self, name))
         if self.max_tokens is not None:
             require_positive("max_tokens", self.max_tokens)
+        if self.phases is not None:
+            validate_phases(self.phases)
+            self.validate_beside_phases(self.phases)
         validate_batch_size(self.global_batch_size)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(
@@ -340,7 +349,7 @@ class TrainConfig:
         for name in ("data_dir", "run_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
-        self.data_shares  # noqa: B018 (checks the weights)
+        self.data_phases  # noqa: B018 (checks the weights)
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:
@@ -360,10 +369,24 @@ class TrainConfig:
         if isinstance(context_length, int):
             self.step_plan(context_length)
 
+    def validate_beside_phases(self, phases: Sequence[Phase]) -> None:
+        """Raises ConfigError where a setting of the run says something else than its phases."""
+        end, first = phases[-1].until, phases[0].data_dir
+        if self.max_tokens not in (None, end):
+            raise ConfigError(
+                f"max_tokens={format_tokens(self.max_tokens)} is not the end of the last of the phases, "
+                f"{format_tokens(end)}; leave max_tokens out"
+            )
+        if first is not None and whole_shares(first, "phases[0].data_dir") != whole_shares(self.data_dir):
+            raise ConfigError(
+                f"phases[0].data_dir={first} is not data_dir={self.data_dir}, with which a run begins; give it as "
+                "data_dir alone"
+            )
+
     @property
     def length(self) -> Length:
         """Of the run."""
-        return Length("max_steps", self.max_steps, "max_tokens", self.max_tokens)
+        return run_length(self.max_steps, self.max_tokens, self.phases or ())
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -373,7 +396,8 @@ class TrainConfig:
 
     def step_plan(self, context_length: int) -> StepPlan:
         """Raises ConfigError where the run is too short for its schedule."""
-        plan = StepPlan(self.length, self.schedule, BatchRamp(self.global_batch_size, context_length))
+        ramp = BatchRamp(self.global_batch_size, context_length)
+        plan = StepPlan(self.length, self.schedule, ramp, self.phases or ())
         plan.require_fits()
         return plan
 
@@ -384,10 +408,24 @@ class TrainConfig:
         parametrization_of(self.optim, model)
 
     @property
-    def data_shares(self) -> dict[Path, int]:
-        """The prepared folders and how many samples each gives of `sum(shares)`: the weights as whole numbers."""
-        weights = {self.data_dir: 1} if isinstance(self.data_dir, str) else self.data_dir
-        return whole_shares(weights)
+    def data_phases(self) -> dict[int, dict[Path, int]]:
+        """What the run reads, by the tokens after which it begins to.
+
+        Of each phase the prepared folders and how many samples each gives of `sum(shares)`: the weights as whole
+        numbers.
+        """
+        shares = whole_shares(self.data_dir)
+        phases = {0: shares}
+        for number, (before, phase) in enumerate(pairwise(self.phases or ()), 1):
+            if phase.data_dir is not None:
+                shares = whole_shares(phase.data_dir, f"phases[{number}].data_dir")
+            phases[before.until] = shares
+        return phases
+
+    @property
+    def data_folders(self) -> set[Path]:
+        """All that the run reads for training."""
+        return {folder for shares in self.data_phases.values() for folder in shares}
 
     def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches per rank and optimizer step, at most. Raises ConfigError where a batch does not divide."""
@@ -404,30 +442,3 @@ class TrainConfig:
                     f"use {'global_batch_size=' if alone else ''}{would}, or another micro_batch_size"
                 )
         return max(self.batch_sizes) // samples
-
-
-def whole_shares(weights: dict[str, Any]) -> dict[Path, int]:
-    """Decimal weights as the smallest whole numbers in the same ratio: 0.75 and 0.25 are 3 and 1.
-
-    Raises ConfigError for what is no weight, and where the numbers sum up to more than LARGEST_PERIOD.
-    """
-    for folder, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ConfigError(
-                f"data_dir: the weight {weight} of {folder} must be a number greater than 0, as in "
-                "'data_dir={data/web: 0.7, data/books: 0.3}'"
-            )
-    fractions = [Fraction(str(weight)) for weight in weights.values()]  # what was typed, not its binary neighbour
-    denominator = math.lcm(*(fraction.denominator for fraction in fractions))
-    shares = [int(fraction * denominator) for fraction in fractions]
-    shares = [share // math.gcd(*shares) for share in shares]
-    if sum(shares) > LARGEST_PERIOD:
-        raise ConfigError(
-            f"data_dir: the weights {', '.join(map(str, weights.values()))} are in the ratio "
-            f"{':'.join(map(str, shares))}, but the numbers may sum up to {LARGEST_PERIOD} at most so that they can "
-            "be kept exactly; round the weights, or give whole numbers such as 2 and 1"
-        )
-    folders = {Path(folder).expanduser(): share for folder, share in zip(weights, shares, strict=True)}
-    if len(folders) < len(weights):
-        raise ConfigError(f"data_dir names a folder twice ({', '.join(weights)}); give it once, with one weight")
-    return folders

@@ -93,6 +93,8 @@ def describe(state: RunState) -> list[tuple[str, str]]:
         lines.append(("job", state.job))
     if state.max_steps is not None:
         lines.append(("step", f"{state.step} of {state.max_steps} ({state.step / state.max_steps:.1%})"))
+    if state.phase is not None and state.phase < len(state.phases):
+        lines.append(("phase", f"{state.phase + 1} of {len(state.phases)}: {state.phases[state.phase]}"))
     if state.precision is not None:
         lines.append(("precision", state.precision))
     if state.loss is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import KrakenError, RankLostError
 from kraken_train.config import TrainConfig
-from kraken_train.data.dataset import TrainingData
+from kraken_train.data.phases import RunData
 from kraken_train.data.validation_set import validation_sets
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted, StopRequest
 from kraken_train.health.stack_dump import stacks_on_signal
@@ -49,12 +49,12 @@ def train(config: TrainConfig) -> None:
     runtime = read_runtime()
     choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING)  # refuses what cannot be had here
     require_usable(config.profile, runtime)
-    data = TrainingData(config.data_shares)
+    data = RunData(config.data_phases)
     if config.attention_within_documents:
         data.require_ends_of_documents()
-    model_config = parse_model(config.model, data.vocab_size)
+    model_config = parse_model(config.model, data.first.vocab_size)
     config.require_fits(model_config)
-    validated = validation_sets(data, config.validation.folders, config.validation.samples)
+    validated = validation_sets(data.first, config.validation.folders, config.validation.samples, data.later_manifests)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
 
@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> None:
             )
             stack.enter_context(watchdog)
             run = runtime.on_first(
-                lambda: open_run_folder(config, model_config, data.tokenizer_dir, data.fingerprint, stack)
+                lambda: open_run_folder(config, model_config, data.first.tokenizer_dir, data.fingerprints, stack)
             )
             watchdog.log = stack.enter_context(recorded(run.start, runtime))
             watchdog.on_end = record_end_by_watchdog(run, runtime, watchdog)

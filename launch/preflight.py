@@ -8,7 +8,7 @@ from pathlib import Path
 from checkpoints.exports.initial import open_initial_export
 from kraken_train.common.cli import compose_command
 from kraken_train.config import TrainConfig
-from kraken_train.data.dataset import TrainingData
+from kraken_train.data.phases import RunData
 from kraken_train.data.validation_set import validation_sets
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.training.open_run import check_run_folder
@@ -29,16 +29,16 @@ def check_training(config: TrainConfig, ranks: int, future_data: Collection[Path
     """
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(ranks))
     future = {folder.resolve() for folder in future_data}
-    if any(folder.resolve() in future for folder in config.data_shares):
+    if any(folder.resolve() in future for folder in config.data_folders):
         has_vocab_size = config.model.get("vocab_size") is not None
         model = parse_model(config.model, None if has_vocab_size else PLACEHOLDER_VOCAB_SIZE)
         config.require_fits(model)
         return model
-    data = TrainingData(config.data_shares)
-    model = parse_model(config.model, data.vocab_size)
+    data = RunData(config.data_phases)
+    model = parse_model(config.model, data.first.vocab_size)
     config.require_fits(model)
-    validation_sets(data, config.validation.folders, config.validation.samples)
-    check_run_folder(config, model, data.fingerprint)
+    validation_sets(data.first, config.validation.folders, config.validation.samples, data.later_manifests)
+    check_run_folder(config, model, data.fingerprints)
     if config.init_from is not None:
-        open_initial_export(Path(config.init_from), model, data.tokenizer_files)
+        open_initial_export(Path(config.init_from), model, data.first.tokenizer_files)
     return model

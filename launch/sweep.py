@@ -74,7 +74,7 @@ def sweep(config: SweepConfig, arguments: Sequence[str]) -> None:
 def is_finished(training: Training) -> bool:
     """Whether the run has come to the end that its settings give. If in doubt its own command finds out."""
     folder = Path(training.config.run_dir).expanduser()
-    if not folder.is_dir() or training.config.max_tokens is not None:
+    if not folder.is_dir() or training.config.length.tokens is not None:
         return False
     state = read_state(folder)
     return state.state == FINISHED and state.step >= training.config.max_steps

@@ -89,7 +89,7 @@ class ModelInTraining:
         before = torch.cuda.memory_allocated() if on_gpu else 0
         with self.tracked():
             self.engine = self.make_engine(entry, config, mesh)
-            self.batches = BatchLoader(samples, ranges_of_rank(config, mesh), runtime.device).__enter__()
+            self.batches = BatchLoader(reads_of_rank(samples, config, mesh), runtime.device).__enter__()
             self.step()  # the first one may create the optimizer's state
         with self.tracked():  # from here on the peak is that of a step
             self.step()
@@ -230,10 +230,10 @@ def make_samples(model: ModelConfig, data: TrainingData | None) -> Samples:
     return Samples([TokenStream([tokens.astype(np.int32)], "random tokens")], model.context_length, seed=0)
 
 
-def ranges_of_rank(config: ThroughputConfig, mesh: ParallelMesh) -> Iterator[range]:
+def reads_of_rank(samples: Samples, config: ThroughputConfig, mesh: ParallelMesh) -> Iterator[tuple[Samples, range]]:
     """The samples of each micro-batch of this rank's copy, without end."""
     for number in count(mesh.data_rank, mesh.data_size):
-        yield range(number * config.micro_batch_size, (number + 1) * config.micro_batch_size)
+        yield samples, range(number * config.micro_batch_size, (number + 1) * config.micro_batch_size)
 
 
 def fit_together(entries: Sequence[Entry], config: ThroughputConfig, usable: int) -> bool:

@@ -50,7 +50,7 @@ def type_name(kind: Any) -> str:
     arguments = get_args(kind)
     if get_origin(kind) is tuple:
         return "list of " + " and ".join(dict.fromkeys(type_name(part) for part in arguments if part is not ...))
-    if get_origin(kind) is dict:
+    if get_origin(kind) is dict or dataclasses.is_dataclass(kind):
         return "mapping"
     if (
         get_origin(kind) is not None

@@ -58,6 +58,8 @@ def from_dict(settings: dict[str, Any], schema: type[Schema], prefix: str = "") 
     for key, kind in field_types(schema).items():
         if choices_of(kind) and isinstance(settings.get(key), dict):
             settings = {**settings, key: from_dict(settings[key], kind, dot + key)}
+        elif (item := item_schema(kind)) and settings.get(key) is not None:
+            settings = {**settings, key: from_list(settings[key], item, dot + key)}
     try:
         parsed = TypeAdapter(schema).validate_python(settings)
     except ValidationError as error:
@@ -73,6 +75,25 @@ def choices_of(kind: Any) -> dict[str, type]:
     if len(parts) < 2:
         return {}
     return {get_args(get_type_hints(part)["name"])[0]: part for part in parts}  # type: ignore[misc]
+
+
+def item_schema(kind: Any) -> type | None:
+    """The dataclass of the items, where the type of a setting is a tuple of such, or that or null."""
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is tuple and dataclasses.is_dataclass(get_args(part)[0]):
+            return get_args(part)[0]  # type: ignore[no-any-return]
+    return None
+
+
+def from_list(items: Any, schema: type[Schema], name: str) -> list[Schema]:
+    """Groups of settings as `from_dict` reads each; `name[0]` is the first. Raises ConfigError."""
+    keys = ", ".join(f"{key}: ..." for key in field_types(schema))
+    if not isinstance(items, list):
+        raise ConfigError(f"{name}={items} must be a list of groups of settings, as in [{{{keys}}}]")
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise ConfigError(f"{name}[{number}]={item} must be a group of settings, as in {{{keys}}}")
+    return [from_dict(item, schema, f"{name}[{number}]") for number, item in enumerate(items)]
 
 
 def choose(settings: dict[str, Any], choices: dict[str, type], group: str) -> tuple[type, dict[str, Any]]:

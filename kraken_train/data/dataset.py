@@ -14,6 +14,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,12 @@ BLOCK = 4096  # samples whose places are computed together, which costs hardly m
 class TrainingData:
     """The prepared folders of a run, opened and checked, with the share of the samples that each gives.
 
-    Raises DataError if a folder is damaged, or if the tokens of two do not mean the same.
+    `opened` are the manifests of folders that were checked before. Raises DataError if a folder is damaged, or if the
+    tokens of two do not mean the same.
     """
 
-    def __init__(self, shares: Mapping[Path, int]) -> None:
-        self.manifests = {folder: verify_quick(folder) for folder in shares}
+    def __init__(self, shares: Mapping[Path, int], opened: Mapping[Path, Manifest] = MappingProxyType({})) -> None:
+        self.manifests = {folder: opened.get(folder) or verify_quick(folder) for folder in shares}
         self.shares = dict(shares)
         self.folder = next(iter(shares))  # the first one: the tokenizer is that of all
         for folder, manifest in self.manifests.items():
@@ -192,13 +194,21 @@ class TokenStream:
 
 
 class Samples:
-    """The samples of one or several streams in the order of a run; `shares` are whole numbers, see `Blend`.
+    """The samples of one or several streams in the order of a run, or of a phase of it.
 
-    Raises DataError if a stream is shorter than one sample.
+    `shares` are whole numbers, see `Blend`. Of each stream, `numbers` tells its order from those of the run's other
+    streams (None: 0, 1, ...), and `read` is how many samples of it the run has read before (None: none). Raises
+    DataError if a stream is shorter than one sample.
     """
 
     def __init__(
-        self, streams: Sequence[TokenStream], context_length: int, seed: int, shares: Sequence[int] = (1,)
+        self,
+        streams: Sequence[TokenStream],
+        context_length: int,
+        seed: int,
+        shares: Sequence[int] = (1,),
+        numbers: Sequence[int] | None = None,
+        read: Sequence[int] | None = None,
     ) -> None:
         for stream in streams:
             require_one_sample(stream, context_length)
@@ -206,13 +216,15 @@ class Samples:
         self.stream = TokenStream([shard for stream in streams for shard in stream.shards])
         self.begins = np.cumsum([0, *(len(stream) for stream in streams[:-1])])  # of each in the joint stream
         self.orders = [
-            ShuffledOrder((len(stream) - 1) // context_length, seed, number) for number, stream in enumerate(streams)
+            ShuffledOrder((len(stream) - 1) // context_length, seed, number)
+            for stream, number in zip(streams, numbers or range(len(streams)), strict=True)
         ]
+        self.read = np.array(read or [0] * len(streams), np.int64)
         self.blend = Blend(shares)
         self._block, self._block_starts = -1, [0]
 
     def batch(self, numbers: Sequence[int] | range) -> NDArray[np.int64]:
-        """(len(numbers), context_length + 1) tokens: samples of the run by number, across epochs too."""
+        """(len(numbers), context_length + 1) tokens: samples by their numbers in this order, across epochs too."""
         return self.stream.read_rows([self._start(k) for k in numbers], self.context_length + 1)
 
     def _start(self, k: int) -> int:
@@ -224,8 +236,9 @@ class Samples:
         return self._block_starts[index]
 
     def starts(self, k: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,) samples of the run -> (n,) their positions in the joint stream."""
+        """(n,) samples by number -> (n,) their positions in the joint stream."""
         sets, reads = self.blend.locate(k)
+        reads += self.read[sets]
         starts = self.begins[sets]
         for number, order in enumerate(self.orders):
             of_set = sets == number

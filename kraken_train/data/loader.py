@@ -18,21 +18,19 @@ BATCHES_AHEAD = 4
 class BatchLoader:
     """Iterates over the inputs and targets, (micro_batch_size, context_length) int64 on `device`, of one rank.
 
-    `ranges` are the samples of each batch. At most BATCHES_AHEAD batches are held, in pinned memory where the device
-    is a GPU. An error of the thread is raised by `next` where its batch would have come. Leaving the context ends
-    the thread.
+    `reads` are the samples of each batch, by number. At most BATCHES_AHEAD batches are held, in pinned memory where
+    the device is a GPU. An error of the thread is raised by `next` where its batch would have come. Leaving the context
+    ends the thread.
     """
 
-    def __init__(self, samples: Samples, ranges: Iterator[range], device: torch.device) -> None:
-        self.samples = samples
-        self.ranges = ranges
+    def __init__(self, reads: Iterator[tuple[Samples, range]], device: torch.device) -> None:
+        self.reads = reads
         self.device = device
         self._thread = ThreadPoolExecutor(1, "batches", initializer=self._choose_device)
         self._ahead: deque[Future[Tensor]] = deque()
 
     def __enter__(self) -> BatchLoader:
-        for _ in range(BATCHES_AHEAD):
-            self._read_ahead()
+        self.go_on_with(self.reads)
         return self
 
     def __exit__(
@@ -52,17 +50,26 @@ class BatchLoader:
         self._read_ahead()
         return tokens[:, :-1], tokens[:, 1:]
 
+    def go_on_with(self, reads: Iterator[tuple[Samples, range]]) -> None:
+        """The next batch is the first of these; what was read ahead is dropped."""
+        for batch in self._ahead:
+            batch.cancel()
+        self._ahead.clear()
+        self.reads = reads
+        for _ in range(BATCHES_AHEAD):
+            self._read_ahead()
+
     def _choose_device(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # pinning would otherwise open the first GPU in each process
 
     def _read_ahead(self) -> None:
-        numbers = next(self.ranges, None)
-        if numbers is not None:
-            self._ahead.append(self._thread.submit(self._read, numbers))
+        read = next(self.reads, None)
+        if read is not None:
+            self._ahead.append(self._thread.submit(self._read, *read))
 
-    def _read(self, numbers: range) -> Tensor:
-        tokens = torch.from_numpy(self.samples.batch(numbers))
+    def _read(self, samples: Samples, numbers: range) -> Tensor:
+        tokens = torch.from_numpy(samples.batch(numbers))
         return tokens.pin_memory() if self.device.type == "cuda" else tokens
 
 

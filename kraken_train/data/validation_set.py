@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class ValidationSet:
     folder: Path
     manifest: Manifest
     samples: int
-    is_source: bool  # of the training, and so part of the run's own validation loss
+    is_source: bool  # of the first phase, and so part of the run's own validation loss
 
     @property
     def bytes_per_token(self) -> float:
@@ -42,23 +43,37 @@ class ValidationSet:
             yield windows[: self.samples - first]
 
 
-def validation_sets(data: TrainingData, further: Mapping[str, Path], samples: int) -> list[ValidationSet]:
+def validation_sets(
+    data: TrainingData,
+    further: Mapping[str, Path],
+    samples: int,
+    later: Mapping[Path, Manifest] = MappingProxyType({}),
+) -> list[ValidationSet]:
     """The sources of a run that have a validation split, and the `further` sets, each opened and checked.
 
-    The sources have `samples` windows in all, by their shares in the training; each further set has as many. Raises
-    DataError for a folder that is damaged, has no such split or another tokenizer, and ConfigError for a name that two
-    sets have.
+    The sources are the `data` of the first phase. They have `samples` windows in all, by their shares in the training;
+    each further set, and each folder that only `later` phases read, has as many. So the run's own loss means the same
+    in all phases. Raises DataError for a folder that is damaged, has no such split or another tokenizer, and
+    ConfigError for a name that two sets have.
     """
-    names = dict(zip(data.manifests, names_of([*data.manifests]), strict=True))
+    folders = [*data.manifests, *later]
+    names = dict(zip(folders, names_of(folders), strict=True))
     sources = [folder for folder, manifest in data.manifests.items() if VALIDATION in manifest.splits]
     counts = Blend([data.shares[folder] for folder in sources]).counts(samples) if sources else []
     sets = [
         ValidationSet(names[folder], folder, data.manifests[folder], count, is_source=True)
         for folder, count in zip(sources, counts, strict=True)
     ]
+    sets += [
+        ValidationSet(names[folder], folder, manifest, samples, is_source=False)
+        for folder, manifest in later.items()
+        if VALIDATION in manifest.splits
+    ]
     for name, folder in further.items():
         if name in names.values():
-            raise ConfigError(f"validation.sets.{name} has the name of a folder of data_dir; give it another name")
+            raise ConfigError(
+                f"validation.sets.{name} has the name of a folder that the run trains on; give it another name"
+            )
         manifest = verify_quick(folder)
         if VALIDATION not in manifest.splits:
             raise DataError(

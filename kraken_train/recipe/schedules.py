@@ -97,9 +97,7 @@ class WSDSchedule(DecayingSchedule):
         self.decay.validate(minimum=1)
 
     def after_warmup(self, peak: float, begin: float, lengths: ScheduleLengths) -> float:
-        floor = self.min_ratio * peak
-        remaining = max(0, lengths.total - begin)
-        return floor + (peak - floor) * min(1.0, remaining / lengths.decay)
+        return linear_decay(peak, self.min_ratio * peak, lengths.total - begin, lengths.decay)
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,11 @@ class ConstantSchedule(Schedule):
 
     def after_warmup(self, peak: float, begin: float, lengths: ScheduleLengths) -> float:
         return peak
+
+
+def linear_decay(highest: float, lowest: float, remaining: float, length: float) -> float:
+    """The rate of a step with which `remaining` begins, where the decay of this `length` ends with the run."""
+    return lowest + (highest - lowest) * min(1.0, max(0, remaining) / length)
 
 
 AnySchedule = CosineSchedule | WSDSchedule | ConstantSchedule

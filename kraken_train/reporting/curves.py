@@ -33,6 +33,8 @@ def fill_curves(figure: Figure | SubFigure, runs: Sequence[Run]) -> None:
         rate.plot(*run.series("lr"), color=color, label=run.label)
         norm.plot(*run.series("grad_norm"), color=color, label=run.label, linewidth=0.8)
         speed.plot(*run.series("tokens_per_second"), color=color, label=run.label)
+        for axes, step in itertools.product((rate, norm, speed), run.phase_begins()):
+            draw_border(axes, step, color)
     for axes, title in (
         (loss, "loss (nats per token)"),
         (rate, "learning rate"),
@@ -64,11 +66,18 @@ def draw_loss(axes: Axes, run: Run, color: str, several: bool) -> None:
     steps, values = run.series("validation_loss")
     if steps:
         axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=f"{prefix}validation {values[-1]:.3f}")
+    for step in run.phase_begins():
+        draw_border(axes, step, color)
     sets = sorted({key for record in run.records for key in record if key.startswith("validation_loss/")})
     for key, style in zip(sets, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))), strict=False):
         steps, values = run.series(key)
         label = f"{prefix}{key.partition('/')[2]} {values[-1]:.3f}"
         axes.plot(steps, values, color=color, linestyle=style, linewidth=1, label=label)
+
+
+def draw_border(axes: Axes, step: int, color: str) -> None:
+    """Of two phases, before the first step of the second."""
+    axes.axvline(step - 0.5, color=color, linestyle=":", linewidth=1)
 
 
 def finish(axes: Axes, title: str, legend: bool) -> None:

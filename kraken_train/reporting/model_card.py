@@ -21,6 +21,7 @@ from kraken_train.common.files import replace_synced
 from kraken_train.common.settings import to_dict
 from kraken_train.evaluation.results import Results, markdown, markdown_table, read_results
 from kraken_train.recipe.batch_ramp import describe_batch_size
+from kraken_train.recipe.phases import describe_phases, recorded_phases
 from kraken_train.reporting.curves import draw_loss_curve
 from kraken_train.run.metrics import METRICS_FILE, Run, read_run
 
@@ -29,7 +30,7 @@ PROJECT_TAG = "kraken"  # of all models of this program on the Hub
 LOSS_CURVE_FILE = "loss.png"
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 # Settings that describe the training; the others describe places and machines.
-TRAINING_SETTINGS = ("optim", "schedule", "max_steps", "max_tokens", "global_batch_size", "precision", "seed")
+TRAINING_SETTINGS = ("optim", "schedule", "max_steps", "max_tokens", "phases", "global_batch_size", "precision", "seed")
 METRIC_TYPES = {"acc": "accuracy", "acc_norm": "accuracy", "f1": "f1", "perplexity": "perplexity"}
 
 
@@ -155,6 +156,8 @@ def training_facts(export: Export, training: Training | None) -> dict[str, Any]:
             value = training.settings.get(name)
             if name == "global_batch_size" and value is not None:
                 value = describe_batch_size(value)
+            elif name == "phases" and value is not None:
+                value = describe_phases(recorded_phases(training.settings))
             facts |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     facts = {name: value for name, value in facts.items() if value is not None}
     return facts or {"training": "unknown"}

@@ -69,9 +69,12 @@ def find_exports(run: Path) -> tuple[list[Export], list[str]]:
 
 
 def data_folders(config: dict[str, Any], folder: str | None) -> list[Path]:
-    """The data of the run's settings. `folder` is the one that its command ran in."""
-    data = config.get("data_dir") or ()
-    return [Path(folder or ".", path) for path in ([data] if isinstance(data, str) else data)]
+    """The data of the run's settings, of all phases. `folder` is the one that its command ran in."""
+    found: list[Path] = []
+    for group in (config, *(config.get("phases") or ())):
+        data = group.get("data_dir") or ()
+        found += [Path(folder or ".", path) for path in ([data] if isinstance(data, str) else data)]
+    return list(dict.fromkeys(found))
 
 
 def missing_inputs(config: dict[str, Any], folder: str | None, has_checkpoint: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ class Run:
         """(steps, values) of the steps that logged a finite `key`."""
         points = [(r["step"], r[key]) for r in self.records if is_finite(r.get(key))]
         return [step for step, _ in points], [value for _, value in points]
+
+    def phase_begins(self) -> list[int]:
+        """The first logged step of each phase after the first; empty for a run without phases."""
+        pairs = pairwise(record for record in self.records if "phase" in record)
+        return [after["step"] for before, after in pairs if before["phase"] != after["phase"]]
 
 
 def is_finite(value: object) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from checkpoints.training.manifest import MANIFEST, find_complete_checkpoint
 from kraken_train.common.errors import DataError
 from kraken_train.common.files import try_lock
+from kraken_train.recipe.phases import describe_phase, recorded_phases
 from kraken_train.run.events import FAILED, Event, read_events
 from kraken_train.run.inventory import (
     Export,
@@ -68,6 +69,8 @@ class RunState:
     reason: str | None
     step: int
     max_steps: int | None  # with which it ends
+    phase: int | None  # number, from 0, of that of the last logged step; None: there are no phases, or no step
+    phases: tuple[str, ...]  # as the settings have them
     precision: str | None  # of the newest start
     loss: float | None
     validation_loss: float | None
@@ -128,6 +131,8 @@ def read_state(path: Path) -> RunState:
         reason=reason,
         step=step,
         max_steps=max_steps,
+        phase=last.get("phase"),
+        phases=tuple(describe_phase(phase) for phase in recorded_phases(config)),
         precision=config.get("precision"),
         loss=last.get("loss"),
         validation_loss=next((r["validation_loss"] for r in reversed(records) if "validation_loss" in r), None),
@@ -242,12 +247,13 @@ def end_of(config: dict[str, Any], events: list[Event]) -> tuple[int | None, int
 
     The newest start has written both. Older programs have not, and all their steps were in the settings.
     """
+    in_tokens = config.get("max_tokens") is not None or bool(config.get("phases"))
     for event in reversed(events):
         if event["event"] == "started":
-            if "last_step" in event and config.get("max_tokens") is not None:
+            if "last_step" in event and in_tokens:
                 return event["last_step"], event.get("last_tokens")
             return config.get("max_steps"), event.get("last_tokens")
-    return None if config.get("max_tokens") is not None else config.get("max_steps"), None
+    return None if in_tokens else config.get("max_steps"), None
 
 
 def seconds_left(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from checkpoints.training.manifest import find_complete_checkpoint, has_checkpoints
+from checkpoints.training.manifest import Checkpoint, find_complete_checkpoint, has_checkpoints
 from checkpoints.training.store import find_good_checkpoint
 from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from kraken_train.common.errors import CheckpointError
@@ -21,24 +22,25 @@ from kraken_train.run.exports import is_export
 from kraken_train.run.folder import SUBMISSIONS, RunFolder, locked, read_identity, system_errors
 from kraken_train.run.layout import EVENTS_FILE, IDENTITY_FILE, start_folders
 from kraken_train.run.recorded_settings import recorded_model, recorded_settings
+from kraken_train.training.started_phases import require_same_phases
 
 
 def open_run_folder(
-    config: TrainConfig, model: ModelConfig, tokenizer_dir: Path, fingerprint: str, held: ExitStack
+    config: TrainConfig, model: ModelConfig, tokenizer_dir: Path, fingerprints: Sequence[str], held: ExitStack
 ) -> RunFolder:
     """Create the run's folder, or open it to continue, as `config.resume` says.
 
-    It stays locked against other processes until `held` is closed. Raises CheckpointError, with nothing changed,
-    where it holds something else, where `resume=must` finds no checkpoint, and where `resume=never` would overwrite
-    a run.
+    `fingerprints` are those of the data of each phase. It stays locked against other processes until `held` is closed.
+    Raises CheckpointError, with nothing changed, where it holds something else, where `resume=must` finds no
+    checkpoint, and where `resume=never` would overwrite a run.
     """
     path = Path(config.run_dir)
-    check_run_folder(config, model, fingerprint)
+    check_run_folder(config, model, fingerprints)
     with system_errors(f"run_dir={path} cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(path))
     # Another start may have been faster, and this one has waited for its end.
-    identity, existing = check_run_folder(config, model, fingerprint)
+    identity, existing = check_run_folder(config, model, fingerprints)
     run_id = existing["id"] if existing else uuid.uuid4().hex[:8]
     with system_errors(f"run_dir={path} cannot be written"):
         if not (path / IDENTITY_FILE).exists():
@@ -51,7 +53,7 @@ def open_run_folder(
 
 
 def check_run_folder(
-    config: TrainConfig, model: ModelConfig, fingerprint: str
+    config: TrainConfig, model: ModelConfig, fingerprints: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What identifies the run, and what identifies the one that is in its folder already (None: there is none).
 
@@ -59,7 +61,7 @@ def check_run_folder(
     """
     path = Path(config.run_dir)
     checkpoints = path / "checkpoints"
-    identity = {"model": to_dict(model), "data_fingerprint": fingerprint, "seed": config.seed}
+    identity = {"model": to_dict(model), "data_fingerprint": fingerprints[0], "seed": config.seed}
     with system_errors(f"run_dir={path} cannot be read"):
         existing = read_identity(path) or identity_of_checkpoints(checkpoints)
         if existing is None and path.exists() and any(not may_precede_a_run(entry) for entry in path.iterdir()):
@@ -78,7 +80,10 @@ def check_run_folder(
                 "resume=auto to continue it"
             )
         require_same_run(path, existing, identity)
-        require_same_optimizer(config, checkpoints)
+        checkpoint, _ = find_complete_checkpoint(checkpoints)
+        if checkpoint is not None:
+            require_same_optimizer(config, checkpoint)
+            require_same_phases(config, fingerprints, checkpoint)
     return identity, existing
 
 
@@ -111,7 +116,10 @@ def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
 
 
 def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, Any]) -> None:
-    """The model, the data and the seed of a run are fixed. Raises CheckpointError naming what differs."""
+    """The model, the data of the first phase and the seed of a run are fixed.
+
+    Raises CheckpointError naming what differs.
+    """
     there, here = recorded_model(existing["model"]), identity["model"]
     for name in [*here, *(name for name in there if name not in here)]:
         if there.get(name) != here.get(name):
@@ -132,11 +140,8 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
         )
 
 
-def require_same_optimizer(config: TrainConfig, checkpoints: Path) -> None:
+def require_same_optimizer(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """An optimizer cannot continue with the state of another one. Raises CheckpointError."""
-    checkpoint, _ = find_complete_checkpoint(checkpoints)
-    if checkpoint is None:
-        return
     there, here = recorded_settings(checkpoint.metadata["config"])["optim"]["name"], config.optim.name
     if there != here:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.recipe.batch_ramp import Position, describe_batch_size
+from kraken_train.recipe.phases import describe_phases, recorded_phases
 from kraken_train.run.folder import RunFolder
 from kraken_train.run.recorded_settings import recorded_settings
 from kraken_train.training.optim import describe_jump
@@ -22,12 +23,13 @@ LEARNING_SETTINGS = (
     "schedule",
     "max_steps",
     "max_tokens",
+    "phases",
     "global_batch_size",
     "precision",
     "loss",
     "attention_within_documents",
 )
-LENGTHS = ("max_steps", "max_tokens")  # of these, those that may change where no step is left to do
+LENGTHS = ("max_steps", "max_tokens", "phases")  # of these, those that may change where no step is left to do
 
 
 def find_checkpoint_to_resume(
@@ -41,8 +43,8 @@ def find_checkpoint_to_resume(
     """The newest good checkpoint of `run`; newer, damaged ones are renamed. A collective.
 
     `print_line` gets what deserves a line on the console: damaged checkpoints and changed settings. Raises
-    CheckpointError where there is no good checkpoint, where it belongs to another run, model or data, or where
-    `max_steps` or `max_tokens` leaves no step to do.
+    CheckpointError where there is no good checkpoint, where it belongs to another run, model or data (those of the
+    first phase), or where `max_steps`, `max_tokens` or `phases` leave no step to do.
     """
     checkpoint, problems = find_good_checkpoint(run.checkpoints, runtime)
     for problem in problems:
@@ -74,7 +76,7 @@ def check_settings(
         if (jump := describe_jump(before, now, position, context_length)) is not None:
             print_line(f"note: {jump}")
     elif others or plan.is_beyond(position):
-        done = f"{position.step} steps" if config.max_tokens is None else f"{position.tokens:,} tokens"
+        done = f"{position.step} steps" if config.length.tokens is None else f"{position.tokens:,} tokens"
         raise CheckpointError(
             f"run_dir={config.run_dir} holds a run that has done {done}"
             f"{f' with other settings ({others})' if others else ''}, and {config.length}; "
@@ -95,6 +97,8 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = before[group], now[group]
         if group == "global_batch_size":
             old, new = describe_batch_size(old), describe_batch_size(new)
+        elif group == "phases":
+            old, new = (describe_phases(recorded_phases(settings)) for settings in (before, now))
         pairs = {f"{group}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {group: (old, new)}
         found += [f"{name}: {then} -> {today}" for name, (then, today) in pairs.items() if then != today]
     return found

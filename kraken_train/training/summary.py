@@ -6,20 +6,21 @@ from collections.abc import Iterator, Sequence
 
 from kraken_train.common.token_counts import format_tokens
 from kraken_train.config import TrainConfig
-from kraken_train.data.dataset import TrainingData
+from kraken_train.data.phases import RunData
 from kraken_train.data.validation_set import ValidationSet
 from kraken_train.model.config import ModelConfig
 from kraken_train.model.head_dims import head_size_note
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.recipe.batch_ramp import Position
+from kraken_train.recipe.phases import DECAY
 from kraken_train.recipe.step_plan import StepPlan
 
 
 def summary_lines(
     config: TrainConfig,
     model: ModelConfig,
-    data: TrainingData,
+    data: RunData,
     validation_sets: Sequence[ValidationSet],
     mesh: ParallelMesh,
     runtime: Runtime,
@@ -28,15 +29,16 @@ def summary_lines(
 ) -> Iterator[str]:
     """One line about the training from `position` on, then one for each note. `hosts` are those of the ranks."""
     plan = config.step_plan(model.context_length)
-    end = plan.end(position)
+    end, phase = plan.end(position), plan.phase_at(position)
     yield (
         f"{model.architecture}, {model.num_parameters:,} parameters, "
         f"{mesh.data_size} x {mesh.model_rank.size} {runtime.device.type} ranks (model copies x "
         f"ranks of a copy), {config.precision}, "
-        f"ZeRO-{config.engine.zero_stage}; {data.describe()}; {end.step - position.step} steps to go of "
+        f"ZeRO-{config.engine.zero_stage}; {data.phases[phase].describe()}; {end.step - position.step} steps to go of "
         f"{describe_sizes(config, plan, position, mesh.data_size)}"
-        f"{f', to {end.tokens:,} tokens ({config.length})' if config.max_tokens is not None else ''}"
+        f"{f', to {end.tokens:,} tokens ({config.length})' if config.length.tokens is not None else ''}"
     )
+    yield from describe_phases(config, plan, data, position)
     for note in data.repetitions():
         yield f"note: {note}"
     if plan.ends_within_warmup:
@@ -59,6 +61,20 @@ def summary_lines(
         yield f"note: {spread}"
     if config.validation.enabled and not validation_sets:
         yield "no validation: the data were prepared without a validation split"
+
+
+def describe_phases(config: TrainConfig, plan: StepPlan, data: RunData, position: Position) -> Iterator[str]:
+    """A line for each phase that has steps to go, and what the validation loss is measured on in all of them."""
+    for number, phase in enumerate(config.phases or ()):
+        begin, end = plan.phase_begins[number], plan.ramp.reaching(phase.until, position)
+        steps = end.step - plan.ramp.reaching(begin, position).step
+        if number < plan.phase_at(position):
+            continue
+        decay = ", learning rate decaying to 0" if phase.schedule == DECAY else ""
+        yield f"phases[{number}]: {steps} steps, to step {end.step}: {data.phases[number].describe()}{decay}"
+    if config.phases and config.validation.enabled:
+        sources = ", ".join(map(str, data.first.shares))
+        yield f"validation_loss is measured on the data of phases[0] in all phases: {sources}"
 
 
 def describe_sizes(config: TrainConfig, plan: StepPlan, position: Position, copies: int) -> str:
@@ -95,7 +111,10 @@ def describe_spread(hosts: Sequence[str], size: int) -> str | None:
 def describe_rounding(config: TrainConfig, plan: StepPlan, position: Position) -> str | None:
     """Which tokens after `position` are no whole number of steps, and what they are rounded up to; None: none."""
     ramp = plan.ramp
-    marks = {} if config.max_tokens is None else {str(config.length): config.max_tokens}
+    marks = {f"phases[{number}].until={format_tokens(phase.until)}": phase.until
+             for number, phase in enumerate(config.phases or ())}  # fmt: skip
+    if config.max_tokens is not None and not config.phases:
+        marks = {str(config.length): config.max_tokens}
     marks |= {f"the batch of {samples} from {format_tokens(begin)}": begin for begin, samples in ramp.sizes.items()}
     rounded = [f"{name}: {at.tokens:,} ({at.step:,} steps)" for name, tokens in marks.items()
                if tokens > position.tokens and (at := ramp.reaching(tokens, position)).tokens != tokens]  # fmt: skip

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from checkpoints.exports.initial import export_reader, open_initial_export
 from checkpoints.training.manifest import Checkpoint
@@ -17,8 +14,9 @@ from checkpoints.training.store import EMA_PREFIX, fill_tensors, stored_tensors
 from checkpoints.training.writer import CheckpointWriter, delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
-from kraken_train.data.dataset import Samples, TrainingData
+from kraken_train.data.dataset import Samples
 from kraken_train.data.loader import BatchLoader, ranges_of_rank
+from kraken_train.data.phases import PhaseSamples, RunData
 from kraken_train.data.validation_set import ValidationSet
 from kraken_train.health.loss_monitor import LossMonitor, Trouble
 from kraken_train.health.shutdown import Interrupted, StopRequest
@@ -41,6 +39,7 @@ from kraken_train.training.precision import reduce_dtype
 from kraken_train.training.profiler import StepProfiler
 from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
+from kraken_train.training.started_phases import phase_records, started_phases
 from kraken_train.training.step_metrics import StepMetrics
 from kraken_train.training.summary import summary_lines
 from kraken_train.training.validation import validate
@@ -53,8 +52,8 @@ class Trainer:
         self,
         config: TrainConfig,
         model_config: ModelConfig,
-        data: TrainingData,
-        samples: Samples,
+        data: RunData,
+        samples: Sequence[PhaseSamples],
         validation_sets: Sequence[ValidationSet],
         run: RunFolder,
         runtime: Runtime,
@@ -79,7 +78,7 @@ class Trainer:
         shares_vocabulary = config.parallel.shares_vocabulary(model_config.vocab_size)
         units, vocabulary = even_share(model_config, self.mesh.model_rank, shares_vocabulary)
         model = build_model(model_config, config.seed, units, communicator, vocabulary)
-        model.end_of_document = data.end_of_document if config.attention_within_documents else None
+        model.end_of_document = data.first.end_of_document if config.attention_within_documents else None
         parametrization = parametrization_of(config.optim, model_config)
         scale_initial_weights(model, lambda kind: parametrization.multipliers(kind).initial)
         self.engine = Engine(model, config, self.mesh, runtime, self.timer, parametrization)
@@ -97,6 +96,7 @@ class Trainer:
 
         # The state that checkpoints keep, beside the engine's.
         self.position = START  # optimizer steps done and their tokens, skipped ones included
+        self.phase = 0  # number of the phase of the last of them
         self.updates = 0  # of these, those that changed the weights
         self.consumed_samples = 0  # the position in the data; not counted are steps whose results were not read yet
 
@@ -107,7 +107,7 @@ class Trainer:
         self.hosts: list[str] = []  # by rank
         self.metrics: MetricsLogger | None = None  # on rank 0
         self.step_metrics: StepMetrics
-        self.batches: Iterator[tuple[Tensor, Tensor]]
+        self.batches: BatchLoader
 
     @property
     def step(self) -> int:
@@ -124,7 +124,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train to `max_steps`, or to `max_tokens`.
+        """Train to `max_steps`, or to `max_tokens`, or to the end of the last of `phases`.
 
         Raises TrainingError for losses with which training cannot continue, and Interrupted after a request to stop.
         """
@@ -149,7 +149,7 @@ class Trainer:
             with (
                 StepProfiler(self.config.profile, self.run, self.runtime) as profiler,
                 self.checkpoints,
-                self.open_batches() as self.batches,
+                BatchLoader(self.reads_of_rank(), self.runtime.device) as self.batches,
             ):
                 while self.step < self.last_step:
                     with profiler.of_step(self.step + 1, may_begin=self.step % self.config.log_every == 0):
@@ -165,6 +165,7 @@ class Trainer:
             self.engine.verify_replicas()
         step = self.plan.step_at(self.position)
         self.timer.active = self.is_logged(step)
+        self.phase = self.plan.phase_at(self.position)
 
         # Gradients of the micro-batches, then the update.
         lr = self.plan.learning_rate(config.optim.lr, self.position)
@@ -222,16 +223,23 @@ class Trainer:
     def is_saved(self, step: Step) -> bool:
         return self.config.checkpoint.interval.is_reached_by(step)
 
-    def open_batches(self) -> BatchLoader:
-        """The micro-batches of this rank's model copy from here on, without an end, since a rollback takes more."""
+    def reads_of_rank(self) -> Iterator[tuple[Samples, range]]:
+        """The samples of each micro-batch of this rank's model copy, from here on if nothing is skipped."""
         size, mesh = self.config.micro_batch_size, self.mesh
-        ranges = ranges_of_rank(self.consumed_samples, sys.maxsize, size, mesh.data_rank, mesh.data_size)
-        return BatchLoader(self.samples, ranges, self.runtime.device)
+        position, first = self.position, self.consumed_samples
+        while True:  # without an end, since a rollback takes more
+            step, phase = self.plan.step_at(position), self.samples[self.plan.phase_at(position)]
+            for numbers in ranges_of_rank(first, first + step.samples, size, mesh.data_rank, mesh.data_size):
+                yield phase.samples, phase.numbers(numbers)
+            position, first = step.after, first + step.samples
 
     def count_steps(self, results: list[StepResult]) -> list[tuple[Step, StepResult, Record]]:
         """Count the steps of these results as done -> (step, result, metrics) of each."""
         steps, self.unread = self.unread, []
         records = self.step_metrics.take(steps, results, self.consumed_samples)
+        if self.config.phases:
+            for step, record in zip(steps, records, strict=True):
+                record["phase"] = self.plan.phase_at(step.before)
         self.consumed_samples += sum(step.samples for step in steps)
         self.updates += sum(result.applied for result in results)
         return list(zip(steps, results, records, strict=True))
@@ -258,7 +266,7 @@ class Trainer:
             self.load_initial_weights()
             return
         checkpoint = find_checkpoint_to_resume(
-            self.run, self.config, self.model_config, self.data.fingerprint, self.runtime, self.print_rank0
+            self.run, self.config, self.model_config, self.data.first.fingerprint, self.runtime, self.print_rank0
         )
         self.load_checkpoint(checkpoint)
         self.watchdog.report_progress()
@@ -269,7 +277,7 @@ class Trainer:
         """Load the weights of `init_from`, if it is set, as those of step 0."""
         if self.config.init_from is None:
             return
-        export = open_initial_export(Path(self.config.init_from), self.model_config, self.data.tokenizer_files)
+        export = open_initial_export(Path(self.config.init_from), self.model_config, self.data.first.tokenizer_files)
         with export_reader(export) as read:
             self.engine.load_weights(read)
         self.print_rank0(f"starting with the weights of {export.folder}")
@@ -280,6 +288,7 @@ class Trainer:
         with_average = any(name.startswith(EMA_PREFIX) for name in stored_tensors(checkpoint))
         self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"], with_average)
         self.position = position_of(checkpoint)
+        self.phase = len(started_phases(metadata)) - 1
         self.updates = metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
         self.loss_monitor.continue_from(metadata.get("recent_losses", ()))  # which older programs did not keep
@@ -295,7 +304,8 @@ class Trainer:
         metadata = {
             "model": to_dict(self.model_config),
             "config": to_dict(self.config),
-            "data_fingerprint": self.data.fingerprint,
+            "data_fingerprint": self.data.first.fingerprint,
+            "phases": phase_records(self.config, self.data.fingerprints)[: self.phase + 1],
             "run_id": self.run.run_id,
             "updates": self.updates,
             "consumed_samples": self.consumed_samples,
@@ -326,6 +336,7 @@ class Trainer:
         step, consumed = self.step, self.consumed_samples
         self.load_checkpoint(checkpoint)
         self.consumed_samples, skipped = consumed, consumed - self.consumed_samples
+        self.batches.go_on_with(self.reads_of_rank())
         self.engine.verify_replicas()
         self.runtime.on_first(lambda: delete_newer_checkpoints(checkpoint))
         if self.metrics is not None:

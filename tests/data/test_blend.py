@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.config import whole_shares
 from kraken_train.data.blend import Blend
+from kraken_train.data.shares import whole_shares
 
 SHARES = st.lists(st.integers(1, 400), min_size=1, max_size=8)
 

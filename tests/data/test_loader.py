@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -16,9 +17,13 @@ def make_samples(tokens: int = 500) -> Samples:
     return Samples([TokenStream([np.arange(tokens, dtype=np.uint16)])], 8, seed=3)
 
 
+def load(samples: Samples, ranges: Iterable[range], device: torch.device = CPU) -> BatchLoader:
+    return BatchLoader(((samples, numbers) for numbers in ranges), device)
+
+
 def test_batches_are_the_samples_in_order() -> None:
     samples, ranges = make_samples(), [range(0, 4), range(8, 12), range(1000, 1003)]
-    with BatchLoader(make_samples(), iter(ranges), CPU) as loader:
+    with load(make_samples(), ranges) as loader:
         batches = list(loader)
     assert len(batches) == 3
     for (inputs, targets), numbers in zip(batches, ranges, strict=True):
@@ -41,7 +46,7 @@ def test_it_reads_ahead_but_not_far(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, read = make_samples(), []
     batch = samples.batch
     monkeypatch.setattr(samples, "batch", lambda numbers: (read.append(numbers), batch(numbers))[1])
-    with BatchLoader(samples, ranges_of_rank(0, 1000, 2, 0, 1), CPU) as loader:
+    with load(samples, ranges_of_rank(0, 1000, 2, 0, 1)) as loader:
         for taken in range(5):
             loader._thread.submit(lambda: None).result()  # all that it was to read before is read
             assert len(read) == taken + BATCHES_AHEAD
@@ -58,11 +63,23 @@ def test_an_error_is_raised_where_its_batch_would_come(monkeypatch: pytest.Monke
         return batch(numbers)
 
     monkeypatch.setattr(samples, "batch", fail_at_third)
-    with BatchLoader(samples, ranges_of_rank(0, 20, 2, 0, 1), CPU) as loader:
+    with load(samples, ranges_of_rank(0, 20, 2, 0, 1)) as loader:
         next(loader)
         next(loader)
         with pytest.raises(OSError, match="Input/output error"):
             next(loader)
+
+
+def test_it_goes_on_with_other_batches() -> None:
+    """As after a rollback: what was read ahead does not come."""
+    samples, others = make_samples(), make_samples(300)
+    with load(samples, [range(0, 4), range(4, 8)]) as loader:
+        next(loader)
+        loader.go_on_with(iter([(others, range(6, 9)), (samples, range(0, 2))]))
+        batches = [inputs for inputs, _ in loader]
+    assert len(batches) == 2
+    assert torch.equal(batches[0], torch.from_numpy(others.batch(range(6, 9)))[:, :-1])
+    assert torch.equal(batches[1], torch.from_numpy(samples.batch(range(0, 2)))[:, :-1])
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
@@ -71,7 +88,7 @@ def test_the_thread_ends_with_the_context(error: type[BaseException] | None) -> 
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
     try:
-        with BatchLoader(make_samples(), ranges_of_rank(0, 10**9, 2, 0, 1), CPU) as loader:
+        with load(make_samples(), ranges_of_rank(0, 10**9, 2, 0, 1)) as loader:
             next(loader)
             assert len(threads()) == 1
             if error:
@@ -85,7 +102,7 @@ def test_the_thread_ends_with_the_context(error: type[BaseException] | None) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_reach_the_gpu() -> None:
     device = torch.device("cuda", torch.cuda.device_count() - 1)
-    with BatchLoader(make_samples(), ranges_of_rank(0, 40, 4, 0, 1), device) as loader:
+    with load(make_samples(), ranges_of_rank(0, 40, 4, 0, 1), device) as loader:
         assert loader._ahead[0].result().is_pinned()
         for first, (inputs, targets) in enumerate(loader):
             windows = torch.from_numpy(make_samples().batch(range(4 * first, 4 * first + 4)))

@@ -35,7 +35,7 @@ def test_sets_that_cannot_be_used(tmp_path: Path) -> None:
     other = write_set(tmp_path / "other", {"train": 100, "validation": 90}, tokenizer="other pieces")
     data = TrainingData({web: 1})
     for further, error, message in (
-        ({"web": web}, ConfigError, "validation.sets.web has the name of a folder of data_dir"),
+        ({"web": web}, ConfigError, "validation.sets.web has the name of a folder that the run trains on"),
         ({"b": bare}, DataError, f"validation.sets.b={bare} has no validation split"),
         ({"c": other}, DataError, f"data_dir={web} and validation.sets.c={other} were prepared with different tokeniz"),
         ({"d": tmp_path / "none"}, DataError, "none"),

@@ -129,7 +129,7 @@ def hang_in_data(trainer: Trainer) -> None:
     def read_for_ever(numbers: object) -> None:
         time.sleep(1000)
 
-    trainer.samples.batch = read_for_ever  # type: ignore[assignment, method-assign]
+    trainer.samples[0].samples.batch = read_for_ever  # type: ignore[assignment, method-assign]
 
 
 def before_bad_data(when: int, action: Callable[[Trainer], None], bad_steps: int = BAD_STEPS) -> None:

@@ -40,7 +40,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
 
         def open_folder(path: Path, held: ExitStack | None = None, **changes: Any) -> RunFolder:
             config = dataclasses.replace(settings(), run_dir=str(path), **changes)
-            return open_run.open_run_folder(config, small_configs()["kraken"], tokenizer, "f", held or until_the_end)
+            return open_run.open_run_folder(config, small_configs()["kraken"], tokenizer, ["f"], held or until_the_end)
 
         yield open_folder
 
