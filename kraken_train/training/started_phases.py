@@ -12,13 +12,13 @@ from kraken_train.config import TrainConfig
 from kraken_train.recipe.phases import CONTINUE
 from kraken_train.training.resume import position_of
 
-Record = dict[str, Any]  # until (None: the run has no phases), schedule and data_fingerprint
+Record = dict[str, Any]  # until (None: by max_steps), schedule and data_fingerprint
 
 
 def phase_records(config: TrainConfig, fingerprints: Sequence[str]) -> list[Record]:
-    """Of all phases; a run without phases has one. `fingerprints` are those of the data of each."""
+    """Of all phases; a run without phases has one, which ends with it. `fingerprints` are those of the data of each."""
     if not config.phases:
-        return [record(None, CONTINUE, fingerprints[0])]
+        return [record(config.max_tokens, CONTINUE, fingerprints[0])]
     return [
         record(phase.until, phase.schedule, fingerprint)
         for phase, fingerprint in zip(config.phases, fingerprints, strict=True)
@@ -31,7 +31,7 @@ def record(until: int | None, schedule: str, fingerprint: str) -> Record:
 
 def started_phases(metadata: dict[str, Any]) -> list[Record]:
     """Those of which a step was done, from the metadata of a checkpoint; older programs had no phases."""
-    only = record(None, CONTINUE, metadata["data_fingerprint"])
+    only = record(metadata["config"].get("max_tokens"), CONTINUE, metadata["data_fingerprint"])
     found: list[Record] = metadata.get("phases", [only])
     return found
 

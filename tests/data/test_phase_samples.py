@@ -38,7 +38,7 @@ def read_one_by_one(phases: Phases, last: int) -> list[NDArray[np.int64]]:
     """Samples 0 to `last` of a run whose phases end exactly at their tokens, which are whole samples."""
     streams, numbers, read = {}, {}, Counter[Path]()
     rows = []
-    ends = [begin // CONTEXT for begin in phases][1:] + [last]
+    ends = [*(begin // CONTEXT for begin in list(phases)[1:]), last]
     for shares, end in zip(phases.values(), ends, strict=True):
         for folder in shares:
             numbers.setdefault(folder, len(numbers))
@@ -56,7 +56,7 @@ def rows_of(phases: Mapping[int, dict[Path, int]], last: int) -> list[NDArray[np
     """The same by RunData."""
     found: list[NDArray[np.int64]] = []
     parts = RunData(phases).samples(CONTEXT, SEED)
-    ends = [part.first for part in parts][1:] + [last]
+    ends = [*(part.first for part in parts[1:]), last]
     for part, end in zip(parts, ends, strict=True):
         assert part.first == len(found)
         found += list(part.samples.batch(part.numbers(range(part.first, end))))
@@ -113,7 +113,7 @@ def test_a_phase_that_begins_within_a_sample(folders: list[Path]) -> None:
 
 
 def test_refused(folders: list[Path], tmp_path: Path) -> None:
-    web, books, _ = folders
+    web = folders[0]
     other = write_set(tmp_path / "other", {"train": 300}, size=700, tokenizer="other pieces")
     with pytest.raises(DataError, match=r"data_dir=.*web and phases\[1\]\.data_dir=.*other were prepared with differ"):
         RunData({0: {web: 1}, 800: {other: 1}})

@@ -77,9 +77,10 @@ def test_the_schedule_is_over_where_the_decay_begins() -> None:
 
 def test_without_a_decay_the_phases_only_give_the_length() -> None:
     common = ["schedule=wsd", "schedule.decay_tokens=400", "schedule.warmup_tokens=200", RAMP]
-    plans = [compose(length, *common).step_plan(CONTEXT) for length in ("max_tokens=1.5k", "phases=[{until: 1k}, {until: 1.5k}]")]  # fmt: skip
-    assert rates_of(plans[0]) == rates_of(plans[1])
-    assert plans[0].end(START) == plans[1].end(START)
+    one = compose("max_tokens=1.5k", *common).step_plan(CONTEXT)
+    other = compose("phases=[{until: 1k}, {until: 1.5k}]", *common).step_plan(CONTEXT)
+    assert rates_of(one) == rates_of(other)
+    assert one.end(START) == other.end(START)
 
 
 def test_settings_as_they_are_typed_and_recorded() -> None:
