@@ -42,19 +42,24 @@ def require_same_phases(config: TrainConfig, fingerprints: Sequence[str], checkp
     A phase that has begun keeps its data, its schedule and, once it is over, its end.
     """
     started, now = started_phases(checkpoint.metadata), phase_records(config, fingerprints)
-    done = position_of(checkpoint).tokens
-    for number, before in enumerate(started):
-        is_last = number == len(started) - 1
-        problem = difference(f"phases[{number}]", before, now[number] if number < len(now) else None, is_last, done)
-        if problem is not None:
-            raise CheckpointError(
-                f"run_dir={config.run_dir} holds a run that has done {done:,} tokens and has begun "
-                f"phases[{len(started) - 1}], but {problem}; change only what comes later, or use another run_dir"
-            )
+    done, last = position_of(checkpoint).tokens, len(started) - 1
+    problems = [
+        difference(f"phases[{number}]", before, now[number] if number < len(now) else None, is_over=number < last)
+        for number, before in enumerate(started)
+    ]
+    if config.phases and last < len(now):
+        then, today = started[last]["until"], now[last]["until"]
+        if today != then and today < done:
+            problems.append(f"phases[{last}].until={format_tokens(today)} is less than that now")
+    for problem in filter(None, problems):
+        raise CheckpointError(
+            f"run_dir={config.run_dir} holds a run that has done {done:,} tokens and has begun phases[{last}], but "
+            f"{problem}; change only what comes later, or use another run_dir"
+        )
 
 
-def difference(name: str, before: Record, now: Record | None, is_last: bool, done: int) -> str | None:
-    """How a phase that has begun differs now from what it was `before`; None: it may be so."""
+def difference(name: str, before: Record, now: Record | None, is_over: bool) -> str | None:
+    """How a phase that has begun differs now from what it was `before`; None: it does not."""
     if now is None:
         return f"there is no {name} now"
     if before["data_fingerprint"] != now["data_fingerprint"]:
@@ -64,11 +69,9 @@ def difference(name: str, before: Record, now: Record | None, is_last: bool, don
         )
     if before["schedule"] != now["schedule"]:
         return f"{name}.schedule was {before['schedule']} and is {now['schedule']} now"
-    then, today = before["until"], now["until"]
-    if is_last:  # it is under way, and may end elsewhere
-        too_early = today not in (None, then) and today < done
-        return f"{name}.until={format_tokens(today)} is less than that now" if too_early else None
-    return None if then == today else f"{name}.until was {format_tokens(then)} and is {describe_end(today)} now"
+    if is_over and before["until"] != now["until"]:
+        return f"{name}.until was {format_tokens(before['until'])} and is {describe_end(now['until'])} now"
+    return None
 
 
 def describe_end(until: int | None) -> str:

@@ -221,7 +221,7 @@ def test_what_may_change(data: Path, books: Path, phased: Path, tmp_path: Path) 
         ((first, third), "the data of phases[1] or their weights are others now"),
         ((first, f"{second}, schedule: decay", third), "phases[1].schedule was continue and is decay now"),
         (("until: 3k",), "phases[0].until was 450 and is 3k now"),
-        ((), "phases[0].until was 450 and is the end of the run now"),
+        ((), "phases[0].until was 450 and is 3k now"),
     ]:
         if words is None:
             check(*parts)
