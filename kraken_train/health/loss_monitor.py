@@ -5,8 +5,9 @@ A loss is suspicious if it is above
     median + spike_factor * max(median absolute deviation, SMALLEST_DEVIATION * median)
 
 of the last `spike_window` losses that were not suspicious, once there are so many. `spike_steps` suspicious losses in a
-row are a spike. The loss of a step is computed before its update, so it evaluates the weights after the previous step:
-a checkpoint is known to be good once the loss of the next step is good.
+row are a spike. A phase of the run begins without losses to compare with. The loss of a step is computed before its
+update, so it evaluates the weights after the previous step: a checkpoint is known to be good once the loss of the next
+step is good.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class LossMonitor:
         self.health = health
         self.max_nonfinite_steps = max_nonfinite_steps
         self.recent: deque[float] = deque(maxlen=health.spike_window)
+        self.phase = 0  # of the run, whose losses these are
         self.skipped = 0  # in a row
         self.suspicious = 0  # in a row; skipped steps between them are not counted
         self.first = 0  # the first step of the current trouble
@@ -79,6 +81,12 @@ class LossMonitor:
         self.furthest = max(self.furthest, step)
         return Trouble(self.first, step, not self.skipped, reason)
 
+    def enter(self, phase: int) -> None:
+        """The next step is of this phase. Losses of another one, with other data, do not say what is usual in it."""
+        if phase != self.phase:
+            self.phase, self.suspicious = phase, 0
+            self.recent.clear()
+
     def is_suspicious(self, loss: float) -> bool:
         health = self.health
         if health.loss_spike == "ignore" or len(self.recent) < health.spike_window:
@@ -87,8 +95,9 @@ class LossMonitor:
         deviation = statistics.median(abs(value - median) for value in self.recent)
         return loss > median + health.spike_factor * max(deviation, SMALLEST_DEVIATION * median)
 
-    def continue_from(self, recent: Iterable[float]) -> None:
-        """Continue from a checkpoint with these recent losses."""
+    def continue_from(self, recent: Iterable[float], phase: int = 0) -> None:
+        """Continue from a checkpoint with these recent losses, of a phase of the run."""
+        self.phase = phase
         self.recent.clear()
         self.recent.extend(recent)
         self.skipped = self.suspicious = 0

@@ -193,6 +193,7 @@ class Trainer:
             if self.is_validated(step):
                 record.update(self.validate())
             self.log_step(step, record, result)
+            self.loss_monitor.enter(self.plan.phase_at(step.before))
             trouble = self.loss_monitor.observe(step.number, result.loss, result.applied, last=self.is_last(step))
             if trouble is not None:
                 self.roll_back(trouble)
@@ -291,7 +292,7 @@ class Trainer:
         self.phase = len(started_phases(metadata)) - 1
         self.updates = metadata["updates"]
         self.consumed_samples = metadata["consumed_samples"]
-        self.loss_monitor.continue_from(metadata.get("recent_losses", ()))  # which older programs did not keep
+        self.loss_monitor.continue_from(metadata.get("recent_losses", ()), self.phase)  # older programs kept none
         self.save_due = False
 
     def save(self) -> None:

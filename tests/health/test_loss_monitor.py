@@ -50,6 +50,29 @@ def test_what_is_suspicious_does_not_become_usual() -> None:
     assert list(seen.recent) == [*USUAL[1:], 3.2]
 
 
+def test_a_phase_with_higher_losses_is_no_spike() -> None:
+    """Once it has losses of its own, its spikes are found; a run that continues in it goes on with those it had."""
+    seen, _ = watch(9.0)
+    seen.enter(1)
+    higher = [loss + 5 for loss in USUAL]
+    for step, loss in enumerate(higher, 7):
+        seen.enter(1)
+        assert seen.observe(step, loss, applied=True) is None
+    assert list(seen.recent) == higher
+    continued = LossMonitor(HEALTH, max_nonfinite_steps=2)
+    continued.continue_from(seen.recent, phase=1)
+    for monitor in (seen, continued):
+        monitor.enter(1)
+        found = [monitor.observe(step, 20.0, applied=True) for step in (12, 13, 14)]
+        assert [trouble is not None for trouble in found] == [False, False, True]
+
+
+def test_steps_that_are_not_finite_are_counted_across_phases() -> None:
+    seen, _ = watch(math.nan)
+    seen.enter(1)
+    assert seen.observe(7, math.nan, applied=False) is not None
+
+
 def test_nothing_is_saved_while_a_loss_is_suspicious() -> None:
     calm = []
     for losses in ((3.0,), (9.0,), (9.0, 9.0), (9.0, 3.0), (math.nan,), (math.nan, 3.0), (9.0, math.nan, 9.0)):
