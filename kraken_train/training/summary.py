@@ -38,7 +38,7 @@ def summary_lines(
         f"{describe_sizes(config, plan, position, mesh.data_size)}"
         f"{f', to {end.tokens:,} tokens ({config.length})' if config.length.tokens is not None else ''}"
     )
-    yield from describe_phases(config, plan, data, position)
+    yield from phase_lines(config, plan, data, position)
     for note in data.repetitions():
         yield f"note: {note}"
     if plan.ends_within_warmup:
@@ -59,12 +59,15 @@ def summary_lines(
         )
     if spread := describe_spread(hosts, size):
         yield f"note: {spread}"
+    sources = [str(chosen.folder) for chosen in validation_sets if chosen.is_source]
+    if config.phases and config.validation.enabled and sources:
+        yield f"validation_loss is measured on the data of phases[0] in all phases: {', '.join(sources)}"
     if config.validation.enabled and not validation_sets:
         yield "no validation: the data were prepared without a validation split"
 
 
-def describe_phases(config: TrainConfig, plan: StepPlan, data: RunData, position: Position) -> Iterator[str]:
-    """A line for each phase that has steps to go, and what the validation loss is measured on in all of them."""
+def phase_lines(config: TrainConfig, plan: StepPlan, data: RunData, position: Position) -> Iterator[str]:
+    """A line for each phase that is not over."""
     for number, phase in enumerate(config.phases or ()):
         begin, end = plan.phase_begins[number], plan.ramp.reaching(phase.until, position)
         steps = end.step - plan.ramp.reaching(begin, position).step
@@ -72,9 +75,6 @@ def describe_phases(config: TrainConfig, plan: StepPlan, data: RunData, position
             continue
         decay = ", learning rate decaying to 0" if phase.schedule == DECAY else ""
         yield f"phases[{number}]: {steps} steps, to step {end.step}: {data.phases[number].describe()}{decay}"
-    if config.phases and config.validation.enabled:
-        sources = ", ".join(map(str, data.first.shares))
-        yield f"validation_loss is measured on the data of phases[0] in all phases: {sources}"
 
 
 def describe_sizes(config: TrainConfig, plan: StepPlan, position: Position, copies: int) -> str:
