@@ -240,17 +240,17 @@ def test_what_may_change(data: Path, books: Path, phased: Path, tmp_path: Path) 
 def test_a_rollback_over_a_border(data: Path, books: Path, tmp_path: Path) -> None:
     """A spike in the second phase leads back into the first, which ends after the same tokens as without."""
     run = tmp_path / "run"
-    more = ["global_batch_size=4", "checkpoint.every=3", "health.spike_window=4", "health.loss_spike=rollback",
-            "phases=[{until: 900}, {until: 1.5k, data_dir: " + str(books) + "}]", "tracking.mode=off"]  # fmt: skip
+    more = ["global_batch_size=4", "checkpoint.every=7", "health.spike_window=4", "health.loss_spike=rollback",
+            "phases=[{until: 900}, {until: 2.3k, data_dir: " + str(books) + "}]", "tracking.mode=off"]  # fmt: skip
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environment = {**os.environ, **ranks, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ["-m", "integration.faulty_train", "spikes", "0", "9", *overrides(data, run, *COMMON, *more)]
+    command = ["-m", "integration.faulty_train", "spikes", "0", "13", *overrides(data, run, *COMMON, *more)]
     subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True)
     rolled = [event for event in map(json.loads, (run / "events.jsonl").open()) if event["event"] == "rolled_back"]
-    assert [event["to_step"] for event in rolled] == [6]
-    assert rolled[0]["step"] > 8  # in the second phase
+    assert [event["to_step"] for event in rolled] == [7]
+    assert rolled[0]["step"] == 15  # in the second phase, after the 4 losses by which a spike is recognized in it
     found = records(run)
-    assert [record["phase"] for record in found] == [0] * 8 + [1] * 4  # 8 x 128 tokens reach 900
-    assert found[-1]["tokens"] == 1536 + rolled[0]["skipped_samples"] * 32
+    assert [record["phase"] for record in found] == [0] * 8 + [1] * 10  # 8 x 128 tokens reach 900
+    assert found[-1]["tokens"] == 18 * 128 + rolled[0]["skipped_samples"] * 32
     assert Counter(record["step"] for record in found).most_common(1)[0][1] == 1
