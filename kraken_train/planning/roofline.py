@@ -89,28 +89,17 @@ def predict_time(
     steps, layers = layout.accumulation_steps, config.num_layers
     tokens = layout.micro_batch_size * config.context_length
     parts, once = products(config, layout)
-
-    def of(some: Sequence[Product]) -> float:
-        return sum(product.seconds(cluster, layout) for product in some)
-
-    # Backward, each product becomes two of the same size; fused attention computes its scores again, 5 for 2.
-    of_part = {name: of(some) for name, some in parts.items()}
-    matrices = 3 * (layers * sum(of_part.values()) + of(once))
+    # Backward, each product becomes two of the same size.
+    matrices = 3 * sum(product.seconds(cluster, layout) for product in once)
+    matrices += 3 * layers * sum(product.seconds(cluster, layout) for some in parts.values() for product in some)
     attend = attention_seconds(config, layout, cluster)
-    # By part: (forward, backward)
-    passes = {
-        name: [values * layout.width * tokens / cluster.bandwidth for values in both]
-        for name, both in widths(config, layout).items()
-    }
-    recomputed = sum(of_part.values()) + attend[0]
-    for one_forward, _ in passes.values():
-        recomputed += one_forward
+    passes = pass_seconds(config, layout, cluster)
+    of_parts = part_seconds(config, layout, cluster)
+    recomputed = sum(forward for forward, _ in of_parts.values()) if layout.activation_checkpointing else 0.0
 
-    def both_ways(part: str) -> tuple[float, float]:
-        """Of one part of a layer, forward and backward."""
-        scores = attend if part == ATTENTION else (0.0, 0.0)
-        forward = of_part[part] + scores[0] + passes[part][0]
-        backward = 2 * of_part[part] + scores[1] + passes[part][1]
+    def beside(part: str) -> tuple[float, float]:
+        """Computation of a part that hides a sum, forward and backward."""
+        forward, backward = of_parts[part]
         return forward, backward + (forward if layout.activation_checkpointing else 0.0)
 
     exchange, hidden, reduction = 0.0, 0.0, 0.0
@@ -121,7 +110,7 @@ def predict_time(
         elif collective.behind is None:
             exchange += collective.count * one
         else:  # as many forward as backward
-            exposed = sum(max(0.0, one - computed) for computed in both_ways(collective.behind))
+            exposed = sum(max(0.0, one - computed) for computed in beside(collective.behind))
             exchange += collective.count / 2 * exposed
             hidden += collective.count / 2 * (2 * one - exposed)
     return StepTime(
@@ -129,12 +118,22 @@ def predict_time(
         attention=steps * layers * sum(attend),
         element_wise=steps * layers * sum(seconds for both in passes.values() for seconds in both),
         loss=steps * loss_bytes(config, layout) / cluster.bandwidth,
-        recomputation=steps * layers * recomputed if layout.activation_checkpointing else 0.0,
+        recomputation=steps * layers * recomputed,
         exchange=exchange,
         reduction=reduction,
         update=update_bytes(config, layout) / cluster.bandwidth + orthogonalization_seconds(config, layout, cluster),
         hidden=hidden,
     )
+
+
+def part_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> dict[str, tuple[float, float]]:
+    """Each part of a layer on one device, forward and backward, where activations are kept."""
+    found = {}
+    for name, (forward, backward) in pass_seconds(config, layout, cluster).items():
+        matrices = sum(product.seconds(cluster, layout) for product in products(config, layout)[0][name])
+        scores = attention_seconds(config, layout, cluster) if name == ATTENTION else (0.0, 0.0)
+        found[name] = (matrices + scores[0] + forward, 2 * matrices + scores[1] + backward)
+    return found
 
 
 def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, list[Product]], list[Product]]:
@@ -150,12 +149,21 @@ def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, lis
 
 
 def attention_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> tuple[float, float]:
-    """Forward and backward of a layer's scores and weighted sums on one device."""
+    """Of a layer's scores and weighted sums on one device, forward and backward.
+
+    Fused attention computes its scores again in the backward pass: 5 products for 2.
+    """
     width = attention_work(config, cluster.wide_head_fraction) / layout.sub_layer_parallel_size
     flops = 2.0 * layout.micro_batch_size * config.context_length**2 * width  # the causal half of two products
     fraction = known("attention_fraction", cluster.attention_fraction)
     rate = cluster.peak_flops(layout.precision) * fraction
     return flops / rate, 2.5 * flops / rate
+
+
+def pass_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> dict[str, tuple[float, float]]:
+    """Of the element-wise operations of a layer on one device, by part: forward and backward."""
+    one = layout.micro_batch_size * config.context_length * layout.width / cluster.bandwidth
+    return {name: (one * forward, one * backward) for name, (forward, backward) in widths(config, layout).items()}
 
 
 def widths(config: ModelConfig, layout: TrainingLayout) -> dict[str, tuple[float, float]]:
