@@ -59,6 +59,11 @@ class GPTConfig(TensorParallelConfig):
         return (AllReduces("attention and FFN, and their gradients", 2 * self.form.all_reduces * self.num_layers),)
 
     @property
+    def copied_gains(self) -> int:
+        """Of the norms of queries and keys."""
+        return self.norm_parameters - self.hidden_norms * self.hidden_size
+
+    @property
     def title(self) -> str:
         return f"{self.architecture} GPT"
 

@@ -87,7 +87,6 @@ def predict_time(
 ) -> StepTime:
     """`traffic` is that of `predict_traffic`."""
     steps, layers = layout.accumulation_steps, config.num_layers
-    tokens = layout.micro_batch_size * config.context_length
     parts, once = products(config, layout)
     # Backward, each product becomes two of the same size.
     matrices = 3 * sum(product.seconds(cluster, layout) for product in once)

@@ -43,24 +43,14 @@ class PassTime:
 
 def predict_pass(config: ModelConfig, ranks: int, load: Load, cluster: Cluster, precision: str) -> PassTime:
     """Of a model that `ranks` devices share, its heads, FFNs and vocabulary evenly."""
-    layout = TrainingLayout(ranks, 1, load.sequences, 1, vocab_parallel=True, precision=precision)
+    layout = serving_layout(ranks, load, precision)
     tokens = load.sequences * load.new_tokens
-
-    def of(matrices: Sequence[Matrix], rows: int) -> float:
-        return sum(
-            Product(rows, matrix.in_features, matrix.out_features, matrix.count).seconds(cluster, layout)
-            for matrix in matrices
-        )
-
-    parts = {}
-    for name, part in config.layer_parts(ranks).items():
-        element_wise = widths(config, layout)[name][0] * layout.width * tokens / cluster.bandwidth
-        parts[name] = of(part.matrices, tokens) + element_wise
-    parts[ATTENTION] += score_seconds(config, layout, load, cluster)
+    parts = serving_part_seconds(config, ranks, load, cluster, precision)
     # The head is computed for the last token of each sequence.
     head = Matrix(config.hidden_size, layout.vocabulary_rows(config.vocab_size))
-    computed = config.num_layers * sum(parts.values()) + of(config.last_matrices(ranks), tokens)
-    computed += of([head], load.sequences)
+    computed = config.num_layers * sum(parts.values())
+    computed += seconds_of(config.last_matrices(ranks), tokens, cluster, layout)
+    computed += seconds_of([head], load.sequences, cluster, layout)
     if ranks == 1:
         return PassTime(computed, 0.0, 0.0)
     link = cluster.interconnect(ranks, 1)
@@ -71,6 +61,31 @@ def predict_pass(config: ModelConfig, ranks: int, load: Load, cluster: Cluster, 
         exposed += reduced.count / 2 * (one - behind)  # the other half belongs to the backward pass
         hidden += reduced.count / 2 * behind
     return PassTime(computed, exposed, hidden)
+
+
+def serving_part_seconds(
+    config: ModelConfig, ranks: int, load: Load, cluster: Cluster, precision: str
+) -> dict[str, float]:
+    """Each part of a layer on one device."""
+    layout, tokens = serving_layout(ranks, load, precision), load.sequences * load.new_tokens
+    parts = {}
+    for name, part in config.layer_parts(ranks).items():
+        element_wise = widths(config, layout)[name][0] * layout.width * tokens / cluster.bandwidth
+        parts[name] = seconds_of(part.matrices, tokens, cluster, layout) + element_wise
+    parts[ATTENTION] += score_seconds(config, layout, load, cluster)
+    return parts
+
+
+def serving_layout(ranks: int, load: Load, precision: str) -> TrainingLayout:
+    return TrainingLayout(ranks, 1, load.sequences, 1, vocab_parallel=True, precision=precision)
+
+
+def seconds_of(matrices: Sequence[Matrix], rows: int, cluster: Cluster, layout: TrainingLayout) -> float:
+    """Of `rows` tokens times each matrix."""
+    return sum(
+        Product(rows, matrix.in_features, matrix.out_features, matrix.count).seconds(cluster, layout)
+        for matrix in matrices
+    )
 
 
 def score_seconds(config: ModelConfig, layout: TrainingLayout, load: Load, cluster: Cluster) -> float:

@@ -25,6 +25,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "standard/2/compile,parallel/2/zero2-recompute-vocab,kraken-6/2/muon-bf16,standard/1/muon-zero2-recompute-vocab",
         "exchange:2",
         "overlap:2",
+        "late-sums",
         "resume:1,2",
         "gradient-sums:1",
         "memory",

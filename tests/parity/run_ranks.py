@@ -17,6 +17,7 @@ from parity import (
     communicator_checks,
     engine_modes,
     gradient_sums,
+    late_sums,
     memory_checks,
     trajectories,
     uneven_vocabulary,
@@ -42,6 +43,7 @@ def main() -> None:
             },
             "overlap": lambda sizes=sizes: communicator_checks.run_overlap(runtime, sizes[0], busy=False),
             "busy-overlap": lambda sizes=sizes: communicator_checks.run_overlap(runtime, sizes[0], busy=True),
+            "late-sums": lambda: late_sums.run(runtime),
             "save": lambda sizes=sizes: checkpoint_matrix.save(runtime, sizes, folder, checkpoint_matrix.MODES),
             "save-more": lambda sizes=sizes: checkpoint_matrix.save(
                 runtime, sizes, folder, checkpoint_matrix.MORE_MODES
