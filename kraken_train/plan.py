@@ -19,7 +19,7 @@ from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.config import AUTO, PRECISIONS, EngineConfig
 from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
-from kraken_train.planning.cluster import Cluster, measured
+from kraken_train.planning.cluster import THIS, Cluster, measured
 from kraken_train.planning.figure import draw
 from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import GB, Constraints, Plan, describe, reasons, search, why_slower
@@ -148,7 +148,7 @@ def print_plan(config: PlanConfig) -> None:
     if config.output is not None:
         open_output(Path(config.output).parent, "folder of output")
     model = config.model_config()
-    cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
+    cluster = measured(config.cluster) if config.cluster.name == THIS else config.cluster
     plan = search(model, cluster, config.nodes, config.global_batch_size, config.constraints(cluster))
     devices = plan.best.layout.devices
     title = f"{model.num_parameters:,} parameters on {devices} devices of {cluster.name}"

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from kraken_train.common.cli import compose_choice
 from kraken_train.common.errors import ConfigError
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.registry import ARCHITECTURES
 
+LAYERS = PAPER, MODERN = ("paper", "modern")
 REFERENCE = "standard"  # the architecture that the others are compared with
 TOLERANCE = 0.03  # of parameters per layer
 HEAD_DIM_STEP = 16
@@ -50,6 +53,11 @@ SIZES = {
 def architectures() -> tuple[str, ...]:
     """The names of all architectures, which can be compared."""
     return tuple(ARCHITECTURES)
+
+
+def layer_settings(layers: str) -> dict[str, Any]:
+    """What one of `LAYERS` changes in a model: nothing, or what conf/model/base/modern.yaml says."""
+    return {} if layers == PAPER else compose_choice("model/base", layers)
 
 
 def model_config(

@@ -58,6 +58,9 @@ class Conditions:
     repeats: int  # rounds that count
     fused_kernels: bool | None = False
 
+    def at(self, batch_size: int, context: int) -> Conditions:
+        return replace(self, batch_size=batch_size, context=context)
+
     @property
     def capacity(self) -> int:
         """Tokens that the key-value cache has room for."""
@@ -173,19 +176,24 @@ def time_once(timed_model: TimedModel, variant: str, runtime: Runtime) -> tuple[
 
 
 def seconds_of(work: Callable[[], object], timed_model: TimedModel, runtime: Runtime) -> float:
-    """From the moment that all ranks have arrived to the end of `work` on this one.
+    """From the moment that all ranks have arrived to the end of `work` on this one."""
+    return seconds_on(timed_model.conditions.device, work, before=lambda: synchronize_ranks(timed_model, runtime))
+
+
+def seconds_on(device: torch.device, work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """From the end of `before` to that of `work`.
 
     On a GPU that is the device's time, without the start in Python: the first kernels are launched while the device is
     kept busy. Where launching is slower than the kernels, as without CUDA graphs, the time of the launches counts.
     """
-    if timed_model.conditions.device.type != "cuda":
-        synchronize_ranks(timed_model, runtime)
+    if device.type != "cuda":
+        before()
         begin = time.perf_counter()
         work()
         return time.perf_counter() - begin
     begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    synchronize_ranks(timed_model, runtime)
+    before()
     torch.cuda._sleep(HEAD_START_CYCLES)
     begin_event.record()
     work()

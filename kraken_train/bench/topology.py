@@ -2,33 +2,49 @@
 
 For each architecture at equal size: the time of a training step, to the first token, and per further token, over
 interconnects, numbers of devices, contexts and batches. All come from one roofline and from what the architectures
-declare about their collectives, so they are estimates: `kraken_train.bench.ttft` and `kraken_train.bench.throughput`
-measure.
+declare about their collectives, so they are estimates. With `measure=true cluster=this` each is also measured: one
+rank's share of each model on the device of this machine, with collectives that take the interconnect's time.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from rich.table import Table
 
-from kraken_train.bench.grid import REFERENCE, SIZES, architectures, model_config, require_axis
+from kraken_train.bench.grid import (
+    LAYERS,
+    PAPER,
+    REFERENCE,
+    SIZES,
+    architectures,
+    layer_settings,
+    model_config,
+    require_axis,
+)
+from kraken_train.bench.simulated_communicator import make_link
+from kraken_train.bench.timing import Conditions
 from kraken_train.bench.topology_figure import draw
-from kraken_train.bench.topology_row import QUANTITIES, Place, Row, by_place, fastest
+from kraken_train.bench.topology_measure import Bench, measure
+from kraken_train.bench.topology_row import QUANTITIES, Place, Row, by_place, training_layout
+from kraken_train.bench.topology_tables import agreement, as_table, collectives, comparison, crossings
 from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.model.architecture import ModelConfig
-from kraken_train.planning.cluster import INTERCONNECTS, Cluster, measured
-from kraken_train.planning.layout import TrainingLayout
+from kraken_train.parallel.ranks import read_runtime
+from kraken_train.planning.cluster import INTERCONNECTS, THIS, Cluster, load_interconnect, measured
 from kraken_train.planning.prediction import predict
 from kraken_train.planning.serving_time import Load, PassTime, predict_pass
+from kraken_train.training.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,12 @@ class TopologyConfig:
     batch_sizes: tuple[int, ...]  # sequences at once
     vocab_size: int  # rows of the embedding
     output_dir: FilePath  # folder for topology.json and a figure of each size, number of devices and batch
+    layers: str = PAPER  # paper: those of GPT-2 | modern: those of conf/model/base/modern.yaml, in all architectures
+    # also measure, with cluster=this: one rank's share on this machine's device, with simulated collectives
+    measure: bool = False
+    output_tokens: int = 8  # decoded after a prompt where they are measured
+    repeats: int = 10  # rounds over all that is measured in a place; times are medians
+    simulated_blocks: int = 16  # multiprocessors that a simulated collective occupies on a GPU
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -57,31 +79,74 @@ class TopologyConfig:
             require_axis(name, getattr(self, name))
             for value in getattr(self, name):
                 require_positive(name, value)
-        require_positive("vocab_size", self.vocab_size)
+        require_choice("layers", self.layers, LAYERS)
+        for name in ("vocab_size", "output_tokens", "repeats", "simulated_blocks"):
+            require_positive(name, getattr(self, name))
+        if self.measure and self.cluster.name != THIS:
+            raise ConfigError(
+                f"measure=true measures the device of this machine, and cluster={self.cluster.name} is another one; "
+                "use cluster=this"
+            )
 
     def models(self, size: str, degree: int) -> list[ModelConfig]:
         """Those that are compared. Raises ConfigError where so many devices cannot share one."""
         most = max(self.contexts)
-        return [model_config(name, SIZES[size], degree, self.vocab_size, most) for name in self.architectures]
+        layers = layer_settings(self.layers)
+        return [
+            model_config(name, SIZES[size], degree, self.vocab_size, most).replace(**layers)
+            for name in self.architectures
+        ]
+
+    def places(self) -> list[Place]:
+        axes = (self.sizes, self.degrees, self.interconnects, self.batch_sizes, self.contexts)
+        return [Place(*values) for values in itertools.product(*axes)]
+
+    def conditions(self, device: torch.device, precision: str) -> Conditions:
+        """Those of measuring. On a GPU as the models run best: compiled, and in serving as CUDA graphs."""
+        on_gpu = device.type == "cuda"
+        return Conditions(
+            device=device,
+            dtype=DTYPES[precision],
+            compile=on_gpu,
+            cuda_graphs=on_gpu,
+            batch_size=self.batch_sizes[0],
+            context=self.contexts[0],
+            output_tokens=self.output_tokens,
+            repeats=self.repeats,
+            fused_kernels=None,
+        )
 
 
 def compute(config: TopologyConfig, cluster: Cluster) -> list[Row]:
     """A row for each architecture and place. Raises ConfigError where the devices cannot share a model."""
-    rows = []
-    for size, degree in itertools.product(config.sizes, config.degrees):
-        models = config.models(size, degree)
-        for interconnect, batch_size, context in itertools.product(
-            config.interconnects, config.batch_sizes, config.contexts
-        ):
-            place = Place(size, degree, interconnect, batch_size, context)
-            connected = replace(cluster, intra_node=interconnect, devices_per_node=degree)
-            rows += [predict_row(model, place, connected) for model in models]
+    return [
+        predict_row(model, place, replace(cluster, intra_node=place.interconnect, devices_per_node=place.degree))
+        for place in config.places()
+        for model in config.models(place.size, place.degree)
+    ]
+
+
+def measure_all(config: TopologyConfig, precision: str) -> list[Row]:
+    """The same rows, measured. Raises ConfigError."""
+    runtime = read_runtime()
+    if runtime.world_size > 1:
+        raise ConfigError(
+            f"measure=true runs in one process, which simulates the others, and {runtime.world_size} were started; "
+            "kraken_train.bench.ttft and kraken_train.bench.throughput measure with several"
+        )
+    device, rows = runtime.device, []
+    bench = Bench(make_link(device, config.simulated_blocks), runtime, config.conditions(device, precision))
+    places = config.places()
+    for number, place in enumerate(places, start=1):
+        models = {model.architecture: model for model in config.models(place.size, place.degree)}
+        rows += measure(models, place, load_interconnect(place.interconnect), bench)
+        print(f"measured {number}/{len(places)}: {place.without_context}, {place.context} tokens", flush=True)
     return rows
 
 
 def predict_row(model: ModelConfig, place: Place, cluster: Cluster) -> Row:
     precision = cluster.faster_precision
-    layout = TrainingLayout(place.degree, 1, place.batch_size, 1, vocab_parallel=place.degree > 1, precision=precision)
+    layout = training_layout(place, precision)
     step = predict(model.replace(context_length=place.context), layout, cluster).time
     prompt, further = Load(place.batch_size, place.context), Load(place.batch_size, 1, place.context)
     return Row(
@@ -93,47 +158,9 @@ def predict_row(model: ModelConfig, place: Place, cluster: Cluster) -> Row:
     )
 
 
-def as_table(rows: Sequence[Row], quantity: str) -> Table:
-    """A line for each place: the times of the architectures in ms, and which is fastest."""
-    places = by_place(rows)
-    names = list(dict.fromkeys(row.architecture for row in rows))
-    table = Table(title=f"Predicted {QUANTITIES[quantity]}, ms (exposed communication in %)")
-    for heading in ("size", "devices", "interconnect", "batch", "context", *names, "fastest"):
-        table.add_column(heading, justify="right")
-    for place, of_place in places.items():
-        times = [getattr(of_place[name], quantity) for name in names]
-        cells = [f"{1e3 * time.total:.4g} ({time.exposed / time.total:.0%})" for time in times]
-        where = (place.size, str(place.degree), place.interconnect, str(place.batch_size), str(place.context))
-        table.add_row(*where, *cells, fastest(of_place, quantity))
-    return table
-
-
-def crossings(rows: Sequence[Row], quantity: str) -> list[str]:
-    """A line for each place but its context: which architecture is fastest from which context on."""
-    lines: dict[str, list[str]] = {}
-    last: dict[str, str] = {}
-    for place, of_place in sorted(by_place(rows).items(), key=lambda item: item[0].context):
-        name, where = fastest(of_place, quantity), place.without_context
-        if last.get(where) != name:
-            lines.setdefault(where, []).append(f"{name} from {place.context} tokens")
-            last[where] = name
-    return [f"{where}: {', '.join(found)}" for where, found in lines.items()]
-
-
-def collectives(models: Sequence[ModelConfig], title: str) -> Table:
-    """What each architecture sums over the devices in a forward pass."""
-    table = Table(title=f"{title}: all-reduces of a forward pass")
-    for heading in ("architecture", "all-reduces", "behind computation", "waited for", "values per token"):
-        table.add_column(heading, justify="right")
-    for model in models:
-        total = sum(reduced.count for reduced in model.all_reduces) // 2  # the other half is in the backward pass
-        hidden = sum(reduced.count for reduced in model.all_reduces if reduced.behind is not None) // 2
-        table.add_row(model.architecture, str(total), str(hidden), str(total - hidden), str(model.hidden_size))
-    return table
-
-
 def compare(config: TopologyConfig) -> None:
-    cluster = measured(config.cluster) if config.cluster.name == "this" else config.cluster
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds' profiler reports each of its starts and stops
+    cluster = measured(config.cluster) if config.cluster.name == THIS else config.cluster
     rows = compute(config, cluster)
     output_dir = Path(config.output_dir)
     open_output(output_dir)
@@ -145,17 +172,30 @@ def compare(config: TopologyConfig) -> None:
     for quantity, title in QUANTITIES.items():
         print(f"\nFastest by predicted {title}:")
         print("\n".join(crossings(rows, quantity)))
-    record = {"cluster": asdict(cluster), "rows": [asdict(row) for row in rows]}
+    reference = REFERENCE if REFERENCE in config.architectures else config.architectures[0]
+    found = measure_all(config, cluster.faster_precision) if config.measure else []
+    if found:
+        for quantity in QUANTITIES:
+            console.print(comparison(rows, found, quantity, reference))
+        print("\n".join(agreement(rows, found, quantity, reference) for quantity in QUANTITIES))
+    record = {
+        "cluster": asdict(cluster),
+        "rows": [asdict(row) for row in rows],
+        "measured": [asdict(row) for row in found],
+    }
     (output_dir / "topology.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     colors = {model.architecture: model.color for model in config.models(config.sizes[0], config.degrees[0])}
-    reference = REFERENCE if REFERENCE in colors else config.architectures[0]
+    kind = "predicted (points: measured)" if found else "predicted"
     for size, degree, batch_size in itertools.product(config.sizes, config.degrees, config.batch_sizes):
         group = (size, degree, batch_size)
-        chosen = [row for row in rows if (row.place.size, row.place.degree, row.place.batch_size) == group]
         path = output_dir / f"topology-{size}-{degree}-devices-batch-{batch_size}.png"
-        title = f"{size} on {degree} x {cluster.device or cluster.name}, batch {batch_size}, predicted"
-        draw(by_place(chosen), colors, reference, title, path)
+        title = f"{size} on {degree} x {cluster.device or cluster.name}, batch {batch_size}, {kind}"
+        draw(by_place(of_group(rows, group)), by_place(of_group(found, group)), colors, reference, title, path)
         print(f"drawn: {path}")
+
+
+def of_group(rows: Sequence[Row], group: tuple[str, int, int]) -> list[Row]:
+    return [row for row in rows if (row.place.size, row.place.degree, row.place.batch_size) == group]
 
 
 def main() -> None:

@@ -11,26 +11,28 @@ from kraken_train.bench.topology_row import QUANTITIES, Place, Row
 
 
 def draw(
-    places: Mapping[Place, Mapping[str, Row]],
+    predicted: Mapping[Place, Mapping[str, Row]],
+    measured: Mapping[Place, Mapping[str, Row]],
     colors: Mapping[str, str],
     reference: str,
     title: str,
     path: Path,
 ) -> None:
-    """A row of panels per quantity, a column per interconnect, a line per architecture in `colors`."""
-    interconnects = list(dict.fromkeys(place.interconnect for place in places))
+    """A row of panels per quantity, a column per interconnect, a line per architecture in `colors`.
+
+    Lines are predictions. Points are measurements, or without any mark the contexts of the predictions.
+    """
+    interconnects = list(dict.fromkeys(place.interconnect for place in predicted))
     figure = Figure(figsize=(3.6 * len(interconnects) + 1, 2.6 * len(QUANTITIES) + 1), layout="constrained")
     panels = figure.subplots(len(QUANTITIES), len(interconnects), squeeze=False, sharex=True, sharey="row")
     for line, (quantity, name) in zip(panels, QUANTITIES.items(), strict=True):
         for panel, interconnect in zip(line, interconnects, strict=True):
-            of_link = {place.context: rows for place, rows in places.items() if place.interconnect == interconnect}
-            contexts = sorted(of_link)
+            contexts = sorted({place.context for place in predicted})
             for architecture, color in colors.items():
-                ratios = [
-                    of_link[context][architecture].seconds(quantity) / of_link[context][reference].seconds(quantity)
-                    for context in contexts
-                ]
-                panel.plot(contexts, ratios, color=color, marker="o", markersize=3, label=architecture)
+                expected = ratios(predicted, interconnect, quantity, architecture, reference)
+                found = ratios(measured, interconnect, quantity, architecture, reference)
+                panel.plot(*expected, color=color, marker="" if measured else "o", markersize=3, label=architecture)
+                panel.plot(*found, color=color, marker="o", markersize=5, linestyle="none")
             panel.set_xscale("log", base=2)
             panel.set_xticks(contexts, [f"{context:,}" for context in contexts])
             panel.grid(alpha=0.3)
@@ -42,3 +44,15 @@ def draw(
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
+
+
+def ratios(
+    places: Mapping[Place, Mapping[str, Row]], interconnect: str, quantity: str, architecture: str, reference: str
+) -> tuple[list[int], list[float]]:
+    """(contexts, times relative to the reference's)."""
+    of_link = {place.context: rows for place, rows in places.items() if place.interconnect == interconnect}
+    contexts = sorted(of_link)
+    return contexts, [
+        of_link[context][architecture].seconds(quantity) / of_link[context][reference].seconds(quantity)
+        for context in contexts
+    ]

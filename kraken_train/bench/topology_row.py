@@ -1,10 +1,11 @@
-"""A row of `kraken_train.bench.topology`: what is predicted of an architecture in one place."""
+"""A row of `kraken_train.bench.topology`: what is predicted or measured of an architecture in one place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.serving_time import PassTime
 
 # Attributes of a row, with their names in tables and figures.
@@ -41,6 +42,11 @@ class Row:
     def seconds(self, quantity: str) -> float:
         time: PassTime = getattr(self, quantity)
         return time.total
+
+
+def training_layout(place: Place, precision: str) -> TrainingLayout:
+    """One copy of the model, and one micro-batch in a step."""
+    return TrainingLayout(place.degree, 1, place.batch_size, 1, vocab_parallel=place.degree > 1, precision=precision)
 
 
 def by_place(rows: Sequence[Row]) -> dict[Place, dict[str, Row]]:

@@ -24,14 +24,14 @@ import torch
 from rich.console import Console
 
 from kraken_train.bench import figures
-from kraken_train.bench.grid import REFERENCE, SIZES, architectures, model_config, require_axis
+from kraken_train.bench.grid import LAYERS, REFERENCE, SIZES, architectures, layer_settings, model_config, require_axis
 from kraken_train.bench.link import Link
 from kraken_train.bench.plan import Plan, make_plan, usable_bytes
 from kraken_train.bench.results import MEASURED, SIMULATED, Case, Result, as_table, summarize, summary_lines
 from kraken_train.bench.simulated_communicator import SimulatedCommunicator, make_link
 from kraken_train.bench.timing import Conditions, compare, extrapolate
 from kraken_train.bench.variants import BLOCKING, OVERLAPPED, SILENT, SwitchedCommunicator, WithoutOverlap
-from kraken_train.common.cli import compose_choice, run_entry
+from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import replace_synced
 from kraken_train.common.free_text import FilePath
@@ -49,7 +49,6 @@ from kraken_train.planning.interconnect import Interconnect
 from kraken_train.training.precision import DTYPES, has_native_bf16
 
 DEFAULT_DEGREES = (4, 8)
-LAYERS = PAPER, MODERN = ("paper", "modern")
 FREE = Interconnect("free", latency_us=0.0, bus_bandwidth=None, source="")
 JSON_FILE, SPEED_UP_FILE, BREAKDOWN_FILE = "ttft.json", "speed_up.png", "breakdown.png"
 
@@ -152,7 +151,7 @@ class Comparison:
 
 def comparisons(config: TTFTConfig, device: torch.device, world_size: int) -> list[Comparison]:
     """In the order of sizes, contexts, degrees. Raises ConfigError."""
-    found, layers = [], {} if config.layers == PAPER else compose_choice("model/base", config.layers)
+    found, layers = [], layer_settings(config.layers)
     for size, context, degree in itertools.product(config.sizes, config.contexts, config.degrees_for(world_size)):
         conditions = config.conditions(device, context)
         models = {

@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.exports.folder import CONFIG_FILE, describe
-from kraken_train.bench.grid import REFERENCE, SIZES, architectures, model_config, require_axis
+from kraken_train.bench.grid import LAYERS, REFERENCE, SIZES, architectures, layer_settings, model_config, require_axis
 from kraken_train.bench.results import Case, geometric_mean, milliseconds, quartiles
 from kraken_train.bench.vllm_figure import draw
 from kraken_train.bench.vllm_jobs import Answer, Call, Job, require_vllm, run_jobs
-from kraken_train.common.cli import compose_choice, run_entry
+from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import replace_synced
 from kraken_train.common.free_text import FilePath
@@ -40,7 +40,6 @@ from kraken_train.model.architecture import ModelConfig
 
 JSON_FILE, FIGURE_FILE = "vllm.json", "vllm.png"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LAYERS = PAPER, MODERN = ("paper", "modern")
 WARMUP_ROUNDS = 2
 CaseKey = tuple[str, int, int, str]  # size, context, devices, architecture
 
@@ -132,7 +131,7 @@ class Times:
 
 def models_of(config: VllmConfig) -> list[Served]:
     """In the order of sizes and degrees. Raises ConfigError."""
-    found, layers = [], {} if config.layers == PAPER else compose_choice("model/base", config.layers)
+    found, layers = [], layer_settings(config.layers)
     for size, degree, name in itertools.product(config.sizes, config.degrees, config.architectures):
         model = model_config(name, SIZES[size], degree, config.vocab_size, config.capacity).replace(**layers)
         found.append(Served(size, degree, model, overlap=True))

@@ -18,6 +18,7 @@ from kraken_train.common.validation import require_at_least, require_choice, req
 from kraken_train.model.flops import BF16_PEAK_TFLOPS, FP32_PEAK_TFLOPS, device_peak_flops
 from kraken_train.planning.interconnect import Interconnect
 
+THIS = "this"  # the file of conf/cluster whose null values are measured on this machine
 INTERCONNECTS = tuple(sorted(path.stem for path in (CONF_DIR / "interconnect").glob("*.yaml")))
 
 
@@ -118,7 +119,7 @@ def load_cluster(name: str) -> Cluster:
     require_choice("cluster", name, names)
     cluster = Cluster(**yaml.safe_load((CONF_DIR / "cluster" / f"{name}.yaml").read_text(encoding="utf-8")))
     cluster.validate()
-    return measured(cluster) if cluster.name == "this" else cluster
+    return measured(cluster) if cluster.name == THIS else cluster
 
 
 def measured(cluster: Cluster) -> Cluster:

@@ -2,7 +2,7 @@
 
 A pass computes `new_tokens` of each sequence, with `cached` ones before them: a prompt, or one further token. As in
 `kraken_train.planning.roofline`, a part takes as long as its arithmetic or its bytes, whichever is longer. Not counted
-are the launches of kernels, which CUDA graphs hide, and the choice of the next token.
+are the launches of kernels, which CUDA graphs hide. The next token is the most likely one.
 
 Shapes: B sequences, T new tokens, D hidden size.
 """
@@ -16,6 +16,7 @@ from kraken_train.model.architecture import ATTENTION, Matrix, ModelConfig
 from kraken_train.model.head_dims import attention_work
 from kraken_train.planning.cluster import Cluster, known
 from kraken_train.planning.layout import TrainingLayout
+from kraken_train.planning.memory import FP32
 from kraken_train.planning.roofline import Product, widths
 
 
@@ -55,12 +56,17 @@ def predict_pass(config: ModelConfig, ranks: int, load: Load, cluster: Cluster, 
         return PassTime(computed, 0.0, 0.0)
     link = cluster.interconnect(ranks, 1)
     one = link.all_reduce_seconds(tokens * config.hidden_size * layout.width, ranks)
-    exposed, hidden = link.all_gather_seconds(load.sequences * config.vocab_size * layout.width, ranks), 0.0
+    exposed, hidden = link.all_gather_seconds(winner_bytes(load, ranks), ranks), 0.0
     for reduced in config.all_reduces:
         behind = 0.0 if reduced.behind is None else min(one, parts[reduced.behind])
         exposed += reduced.count / 2 * (one - behind)  # the other half belongs to the backward pass
         hidden += reduced.count / 2 * behind
     return PassTime(computed, exposed, hidden)
+
+
+def winner_bytes(load: Load, ranks: int) -> int:
+    """What is gathered of the logits: of each sequence the largest on each device, and its id, as 4 bytes each."""
+    return load.sequences * ranks * 2 * FP32
 
 
 def serving_part_seconds(

@@ -21,7 +21,7 @@ from kraken_train.planning.cluster import Cluster, load_cluster
 from kraken_train.planning.interconnect import Interconnect
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.roofline import part_seconds, predict_time
-from kraken_train.planning.serving_time import Load, predict_pass, serving_part_seconds
+from kraken_train.planning.serving_time import Load, predict_pass, serving_part_seconds, winner_bytes
 from kraken_train.planning.traffic import within_copy
 from parity.common import make_mesh, make_model
 
@@ -125,9 +125,9 @@ def step(runtime: Runtime, config: ModelConfig, layout: TrainingLayout, cluster:
 
 @torch.no_grad()
 def serve(runtime: Runtime, config: ModelConfig, load: Load, cluster: LinkedCluster) -> dict[str, float]:
-    """A forward pass without the choice of a token, which gathers the logits."""
+    """A forward pass without the choice of a token, which gathers the largest logits."""
     predicted = predict_pass(config, RANKS, load, cluster, "fp32")
-    logits = cluster.link.all_gather_seconds(load.sequences * config.vocab_size * 4, RANKS)
+    choice = cluster.link.all_gather_seconds(winner_bytes(load, RANKS), RANKS)
     parts = serving_part_seconds(config, RANKS, load, cluster, "fp32")
     clock = Clock()
     model = make_model(config, make_mesh(runtime, RANKS), collective=late_all_reduce(clock, cluster.link))
@@ -137,7 +137,7 @@ def serve(runtime: Runtime, config: ModelConfig, load: Load, cluster: LinkedClus
     model(torch.zeros(load.sequences, load.new_tokens, dtype=torch.long))
     return {
         "took": clock.seconds,
-        "predicted": config.num_layers * sum(parts.values()) + predicted.exposed - logits,
+        "predicted": config.num_layers * sum(parts.values()) + predicted.exposed - choice,
         "predicted hidden": predicted.hidden,
     }
 
