@@ -146,6 +146,23 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """A teacher from whose predictions the model learns, see `kraken_train.training.teacher`."""
+
+    # export of a model with the same tokenizer, of any architecture; its weights stay as they are; null: none
+    teacher: FilePath | None = None
+    # share w of the teacher in the loss (1 - w) cross-entropy + w T^2 KL(teacher || model); 0 measures KL only
+    weight: float = 0.5
+    temperature: float = 1.0  # T, by which the logits of both are divided in KL
+
+    def validate(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"distill.weight={self.weight} must be from 0 (text alone) to 1 (teacher alone)")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"distill.temperature={self.temperature} must be above 0 and finite, as 1 or 2")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int  # optimizer steps; the last step is saved as well
     keep: int  # checkpoints that stay on disk, the newest ones
@@ -330,6 +347,7 @@ class TrainConfig:
     # d, such as 0.999; `checkpoints.export weights=ema` exports it; null: none
     ema_decay: float | None = None
     profile: ProfileConfig = ProfileConfig()
+    distill: DistillConfig = DistillConfig()
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
@@ -358,7 +376,7 @@ class TrainConfig:
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.loss, self.checkpoint, self.validation,
-            self.tracking, self.health, self.profile,
+            self.tracking, self.health, self.profile, self.distill,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

@@ -25,6 +25,7 @@ from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import GB, Constraints, Plan, describe, reasons, search, why_slower
 from kraken_train.planning.traffic import Collective
 from kraken_train.recipe.optimizers import AnyOptimizer
+from kraken_train.training.teacher import read_teacher
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class PlanConfig:
     vocab_parallel: bool | None  # as parallel.vocab_parallel in conf/train.yaml; null: the best is searched
     precision: str  # bf16 | fp32 | auto: bf16 where the devices compute it faster than fp32
     optim: str  # adamw | muon, as in conf/train.yaml
+    # export, as distill.teacher in conf/train.yaml: its weights and its forward pass are counted; null: none
+    teacher: FilePath | None
     shown: int  # layouts in the table
     output: FilePath | None  # JSON file with all results; null: none
     output_dir: FilePath | None  # folder for memory.png; null: none
@@ -69,12 +72,18 @@ class PlanConfig:
         if self.zero_stage is not None:
             EngineConfig(self.zero_stage, activation_checkpointing=False, compile=None).validate()
 
-    def constraints(self, cluster: Cluster) -> Constraints:
+    def constraints(self, cluster: Cluster, model: ModelConfig) -> Constraints:
         precision = cluster.faster_precision if self.precision == AUTO else self.precision
         return Constraints(
             self.sub_layer_parallel_size, self.micro_batch_size, self.zero_stage, self.activation_checkpointing,
-            self.vocab_parallel, precision, self.optim,
+            self.vocab_parallel, precision, self.optim, self.teacher_config(model),
         )  # fmt: skip
+
+    def teacher_config(self, model: ModelConfig) -> ModelConfig | None:
+        """Raises CheckpointError where `teacher` is no export, or one that cannot teach the model."""
+        if self.teacher is None:
+            return None
+        return read_teacher(f"teacher={self.teacher}", Path(self.teacher), model).config
 
     def model_config(self) -> ModelConfig:
         """Raises ConfigError where the size of the vocabulary is not given."""
@@ -149,7 +158,7 @@ def print_plan(config: PlanConfig) -> None:
         open_output(Path(config.output).parent, "folder of output")
     model = config.model_config()
     cluster = measured(config.cluster) if config.cluster.name == THIS else config.cluster
-    plan = search(model, cluster, config.nodes, config.global_batch_size, config.constraints(cluster))
+    plan = search(model, cluster, config.nodes, config.global_batch_size, config.constraints(cluster, model))
     devices = plan.best.layout.devices
     title = f"{model.num_parameters:,} parameters on {devices} devices of {cluster.name}"
     console = Console(width=None if Console().is_terminal else 160)
@@ -163,7 +172,8 @@ def print_plan(config: PlanConfig) -> None:
         print(f"- {line}")
     if config.max_tokens is not None:
         print(describe_run(config.max_tokens, plan.best))
-    print(f"to train so: {plan.best.layout.overrides} engine.compile=true")
+    taught = "" if config.teacher is None else f" distill.teacher={config.teacher}"
+    print(f"to train so: {plan.best.layout.overrides} engine.compile=true{taught}")
     if config.output is not None:
         record = {
             "model": to_dict(model), "cluster": asdict(cluster), "nodes": config.nodes, "reasons": why,

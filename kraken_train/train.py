@@ -34,6 +34,7 @@ from kraken_train.training.open_run import open_run_folder
 from kraken_train.training.precision import choose_precision, has_native_bf16
 from kraken_train.training.profiler import require_usable
 from kraken_train.training.recorded_choices import RecordedChoices, leaves_choices, recorded_choices
+from kraken_train.training.teacher import open_teacher
 from kraken_train.training.trainer import Trainer
 
 
@@ -54,6 +55,7 @@ def train(config: TrainConfig) -> None:
         data.require_ends_of_documents()
     model_config = parse_model(config.model, data.first.vocab_size)
     config.require_fits(model_config)
+    teacher = open_teacher(config, model_config, data.first.tokenizer_files)
     validated = validation_sets(data.first, config.validation.folders, config.validation.samples, data.later_manifests)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
@@ -78,7 +80,9 @@ def train(config: TrainConfig) -> None:
             )
             stack.enter_context(watchdog)
             run = runtime.on_first(
-                lambda: open_run_folder(config, model_config, data.first.tokenizer_dir, data.fingerprints, stack)
+                lambda: open_run_folder(
+                    config, model_config, data.first.tokenizer_dir, data.fingerprints, stack, teacher
+                )
             )
             watchdog.log = stack.enter_context(recorded(run.start, runtime))
             watchdog.on_end = record_end_by_watchdog(run, runtime, watchdog)
@@ -89,7 +93,7 @@ def train(config: TrainConfig) -> None:
             write_environment(run.start, runtime)
             if runtime.is_first:
                 print(precision.describe(), flush=True)
-            trainer = Trainer(config, model_config, data, samples, validated, run, runtime, stop, watchdog)
+            trainer = Trainer(config, model_config, data, samples, validated, run, runtime, stop, watchdog, teacher)
             trainer.restore()
             with stop.on_signals():  # not before: until there is a step, there is nothing to save
                 trainer.train()

@@ -12,6 +12,7 @@ from kraken_train.data.phases import RunData
 from kraken_train.data.validation_set import validation_sets
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.training.open_run import check_run_folder
+from kraken_train.training.teacher import open_teacher
 
 PLACEHOLDER_VOCAB_SIZE = 64  # used while the data, which determine the vocabulary size, do not exist
 
@@ -38,7 +39,7 @@ def check_training(config: TrainConfig, ranks: int, future_data: Collection[Path
     model = parse_model(config.model, data.first.vocab_size)
     config.require_fits(model)
     validation_sets(data.first, config.validation.folders, config.validation.samples, data.later_manifests)
-    check_run_folder(config, model, data.fingerprints)
+    check_run_folder(config, model, data.fingerprints, open_teacher(config, model, data.first.tokenizer_files))
     if config.init_from is not None:
         open_initial_export(Path(config.init_from), model, data.first.tokenizer_files)
     return model

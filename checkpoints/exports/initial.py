@@ -36,6 +36,15 @@ def open_initial_export(folder: Path, config: ModelConfig, tokenizer_files: Mapp
                 f"init_from={folder} is an export of another model: model.{name} is {there.get(name)} there and "
                 f"{here.get(name)} here; use the same model settings"
             )
+    require_same_tokenizer(f"init_from={folder}", export, tokenizer_files)
+    return export
+
+
+def require_same_tokenizer(setting: str, export: Export, tokenizer_files: Mapping[str, str]) -> None:
+    """Raises CheckpointError if the export that `setting` names has another tokenizer than these files.
+
+    An export without a tokenizer passes: its maker gave none.
+    """
     for name, sha256 in tokenizer_files.items():
         path = export.tokenizer_dir / name
         if (
@@ -44,10 +53,9 @@ def open_initial_export(folder: Path, config: ModelConfig, tokenizer_files: Mapp
             and not (path.is_file() and file_sha256(path) == sha256)
         ):
             raise CheckpointError(
-                f"init_from={folder} was trained with another tokenizer than the data were prepared with ({name} "
-                "differs); prepare the data with the export's"
+                f"{setting} was trained with another tokenizer than the data were prepared with ({name} differs); "
+                "prepare the data with the export's"
             )
-    return export
 
 
 @contextmanager

@@ -41,14 +41,21 @@ def served_config(config: ModelConfig, units: UnitRange) -> ModelConfig:
 
 
 def load_part(
-    export: Export, units: UnitRange, communicator: Communicator, dtype: torch.dtype, device: torch.device
+    export: Export,
+    units: UnitRange,
+    communicator: Communicator,
+    dtype: torch.dtype,
+    device: torch.device,
+    vocabulary: UnitRange | None = None,
 ) -> LanguageModel:
     """The part of the export's model that has these `units`, connected to the others by `communicator`, for inference.
 
-    Reads only the part of each weight, one tensor at a time. Raises CheckpointError.
+    `vocabulary` are the rows of the embedding and the head, by default all. Reads only the part of each weight, one
+    tensor at a time. Raises CheckpointError.
     """
     with torch.device("meta"):
-        model = build_model(served_config(export.config, units), units=units, communicator=communicator)
+        config = served_config(export.config, units)
+        model = build_model(config, units=units, communicator=communicator, vocabulary=vocabulary)
     path = export.folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:

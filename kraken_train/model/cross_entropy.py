@@ -6,7 +6,8 @@ each chunk together with its loss, and the backward pass only multiplies it (Lig
 
 The z-loss of a token is (log Z)^2, with Z the sum over the vocabulary of exp(logit). It keeps log Z near 0, where bf16
 logits are precise (PaLM, arXiv 2204.02311, section 5; ST-MoE, arXiv 2202.08906, section 3.2). Its gradient is computed
-with that of the cross-entropy and takes no further pass over the logits.
+with that of the cross-entropy and takes no further pass over the logits. A divergence from a teacher's predictions
+(`kraken_train.model.divergence`) is computed in the same chunks.
 
 Shapes: R tokens, C of them in a chunk, D hidden size, v rows of the vocabulary here.
 """
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kraken_train.model.divergence import Divergence, SoftTargets
+from kraken_train.model.softmax import at_least_fp32, log_sums, probabilities
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import UnitRange
 
@@ -31,9 +34,10 @@ LOGITS_AT_ONCE = 2**27
 class Losses(NamedTuple):
     """Of some tokens, scalars of at least float32."""
 
-    objective: Tensor  # what training minimizes, with a gradient: the cross-entropy and the weighted z-loss
+    objective: Tensor  # what training minimizes, with a gradient: the weighted sum of the others
     cross_entropy: Tensor  # in nats, without a gradient
     z_loss: Tensor  # weighted, without a gradient
+    divergence: Tensor  # from a teacher, in nats, without a gradient; 0 where there is none
 
 
 class CrossEntropy:
@@ -43,12 +47,14 @@ class CrossEntropy:
         self.rows = rows
         self.communicator = communicator
         self.logits_at_once = LOGITS_AT_ONCE
+        self.divergence = Divergence(rows, communicator)
         self.log_sums: Callable[[Tensor], Tensor] = log_sums
         self.probabilities: Callable[[Tensor, Tensor, Tensor | None], Tensor] = probabilities
 
     def compile(self) -> None:
         """One kernel for each operation on all logits, so that these never exist in fp32."""
         self.log_sums, self.probabilities = torch.compile(log_sums), torch.compile(probabilities)
+        self.divergence.compile()
 
     @property
     def chunk_tokens(self) -> int:
@@ -56,17 +62,20 @@ class CrossEntropy:
         rows_of_a_rank = -(-self.rows.total // self.communicator.model_rank.size)
         return max(1, self.logits_at_once // rows_of_a_rank)
 
-    def total(self, hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float = 0.0) -> Losses:
-        """The sums over all tokens: `by_token`, and `z_weight` times the z-loss of each target that counts.
+    def total(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float = 0.0, soft: SoftTargets | None = None
+    ) -> Losses:
+        """The sums over all tokens: `by_token`, and of each target that counts `z_weight` times the z-loss and, with a
+        teacher's `soft` targets, (R, E), the divergence.
 
         With a sharded vocabulary, the gradient of `hidden` is this rank's part.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or soft is not None:
             function: Any = Total  # PyTorch gives `apply` no types
-            return Losses(*function.apply(hidden, weight, targets, z_weight, self))
+            return Losses(*function.apply(hidden, weight, targets, z_weight, soft, self))
         losses, sums = self.by_token_with_sums(hidden, weight, targets)
         cross_entropy, z_loss = losses.sum(), weighted_squares(sums, targets, z_weight)
-        return Losses(cross_entropy + z_loss, cross_entropy, z_loss)
+        return Losses(cross_entropy + z_loss, cross_entropy, z_loss, torch.zeros_like(z_loss))
 
     def by_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """(R, D) and targets (R,) -> nats (R,), of at least float32, without a gradient; 0 where one is `IGNORED`."""
@@ -79,11 +88,12 @@ class CrossEntropy:
         losses, sums = (torch.cat(of_chunks) for of_chunks in zip(*parts, strict=True))
         return losses, sums
 
-    def chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunks of equal sizes, as far as possible."""
-        number = -(-len(targets) // self.chunk_tokens)
-        size = max(1, -(-len(targets) // max(1, number)))
-        return zip(hidden.split(size), targets.split(size), strict=True)
+    def chunks(self, *of_tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Chunks of tensors of R rows each, of equal sizes, as far as possible."""
+        tokens = len(of_tokens[0])
+        number = -(-tokens // self.chunk_tokens)
+        size = max(1, -(-tokens // max(1, number)))
+        return zip(*(tensor.split(size) for tensor in of_tokens), strict=True)
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (C, v) here and targets (C,) -> losses (C,) and log sum exp over the whole vocabulary, (C,)."""
@@ -96,18 +106,26 @@ class CrossEntropy:
             sums, of_target = of_ranks[0].logsumexp(0), of_ranks[1].sum(0)
         return (sums - of_target).masked_fill(targets == IGNORED, 0), sums
 
-    def gradient(self, logits: Tensor, targets: Tensor, losses: Tensor, sums: Tensor, z_weight: float) -> Tensor:
-        """What `losses` returned -> the gradient of their sum with respect to the logits, (C, v), in their type.
+    def gradient(
+        self, logits: Tensor, targets: Tensor, losses: Tensor, sums: Tensor, z_weight: float, share: float = 1.0
+    ) -> Tensor:
+        """What `losses` returned -> the gradient of `share` times their sum with respect to the logits, (C, v), in
+        their type.
 
-        The z-loss adds 2 z_weight log Z p to p - 1 at the target and p elsewhere.
+        The z-loss adds 2 z_weight log Z p to share (p - 1) at the target and share p elsewhere.
         """
         local, here = self.rows.local(targets)
         ignored = targets == IGNORED
         of_z = (2 * z_weight * sums).masked_fill(ignored, 0) if z_weight else None
-        gradient = self.probabilities(logits, sums.masked_fill(ignored, torch.inf), None if of_z is None else 1 + of_z)
+        factors = None
+        if of_z is not None:
+            factors = share + of_z
+        elif share != 1:
+            factors = torch.full_like(sums, share)
+        gradient = self.probabilities(logits, sums.masked_fill(ignored, torch.inf), factors)
         # At the target it is p - 1 with p = exp(-loss), which the type of the logits could not tell from 0 or 1.
         column = local[:, None]
-        at_target = torch.expm1(-losses)
+        at_target = torch.expm1(-losses) * share
         if of_z is not None:
             at_target += of_z * torch.exp(-losses)
         at_target = at_target.to(gradient.dtype)[:, None]
@@ -117,55 +135,51 @@ class CrossEntropy:
 class Total(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float, entropy: CrossEntropy
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_weight: float,
+        soft: SoftTargets | None,
+        entropy: CrossEntropy,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = at_least_fp32(weight.dtype)
+        share = 1.0 if soft is None else 1 - soft.share
         hidden_gradients = []
         weight_gradient = torch.zeros_like(weight, dtype=wide)
         cross_entropy = torch.zeros((), dtype=wide, device=hidden.device)
-        z_loss = torch.zeros_like(cross_entropy)
-        for part, of in entropy.chunks(hidden, targets):
+        z_loss, divergence = torch.zeros_like(cross_entropy), torch.zeros_like(cross_entropy)
+        of_tokens = (hidden, targets) if soft is None else (hidden, targets, soft.hidden)
+        for part, of, *teacher_hidden in entropy.chunks(*of_tokens):
             logits = F.linear(part, weight)
             losses, sums = entropy.losses(logits, of)
-            gradient = entropy.gradient(logits, of, losses, sums, z_weight)
+            kl_gradient = None
+            if soft is not None:  # before the gradient, which may overwrite the logits
+                kl, kl_gradient = entropy.divergence.of_chunk(logits, teacher_hidden[0], of != IGNORED, soft)
+                divergence += kl
+            gradient = entropy.gradient(logits, of, losses, sums, z_weight, share)
+            if kl_gradient is not None:
+                gradient += kl_gradient
             hidden_gradients.append(gradient @ weight)
             weight_gradient += gradient.T @ part
             cross_entropy += losses.sum()
             if z_weight:
                 z_loss += weighted_squares(sums, of, z_weight)
-            del logits, gradient  # before there are those of the next chunk
+            del logits, gradient, kl_gradient  # before there are those of the next chunk
         ctx.save_for_backward(torch.cat(hidden_gradients), weight_gradient)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(cross_entropy, z_loss)
-        return cross_entropy + z_loss, cross_entropy, z_loss
+        ctx.mark_non_differentiable(cross_entropy, z_loss, divergence)
+        objective = cross_entropy + z_loss
+        if soft is not None and soft.share:
+            objective = share * cross_entropy + z_loss + soft.share * soft.temperature**2 * divergence
+        return objective, cross_entropy, z_loss, divergence
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * factor, (weight_gradient * factor).to(ctx.weight_dtype), None, None, None
+        return hidden_gradient * factor, (weight_gradient * factor).to(ctx.weight_dtype), None, None, None, None
 
 
 def weighted_squares(sums: Tensor, targets: Tensor, z_weight: float) -> Tensor:
     """log Z (C,), targets (C,) -> the weighted z-loss of those that count, a scalar."""
     return z_weight * sums.square().masked_fill(targets == IGNORED, 0).sum()
-
-
-def log_sums(logits: Tensor) -> Tensor:
-    """(C, v) -> log sum exp (C,) of at least float32."""
-    wide = at_least_fp32(logits.dtype)
-    # PyTorch's log_softmax is one kernel that also widens; its logsumexp is several, and a copy.
-    return logits[:, 0].to(wide) - logits.log_softmax(1, dtype=wide)[:, 0]
-
-
-def probabilities(logits: Tensor, sums: Tensor, factors: Tensor | None) -> Tensor:
-    """(C, v), (C,), (C,) -> factors exp(logits - sums), in the type of the logits.
-
-    Overwrites the logits where `sums` has their type too.
-    """
-    exponentials = logits.to(sums.dtype).sub_(sums[:, None]).exp_()
-    return (exponentials if factors is None else exponentials.mul_(factors[:, None])).to(logits.dtype)
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The softmax over V is summed in fp32 even where the model computes in bf16."""
-    return torch.promote_types(dtype, torch.float32)

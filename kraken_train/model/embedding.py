@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kraken_train.model.cross_entropy import CrossEntropy, Losses
+from kraken_train.model.divergence import SoftTargets
 from kraken_train.parallel.communicator import Communicator
 from kraken_train.parallel.sharding import ShardedDim, UnitRange
 from kraken_train.parallel.weight_role import WeightRole
@@ -45,10 +46,12 @@ class Vocabulary(nn.Module):
         after = self.rows.total - self.rows.first - self.rows.count
         return self.communicator.all_reduce(F.pad(self.local_logits(hidden), (self.rows.first, after)))
 
-    def losses(self, hidden: Tensor, targets: Tensor, z_weight: float) -> Losses:
-        """The sums of `token_losses` and of the z-loss, with gradients."""
+    def losses(self, hidden: Tensor, targets: Tensor, z_weight: float, soft: SoftTargets | None = None) -> Losses:
+        """The sums of `token_losses`, of the z-loss and of the divergence from `soft` (B, T, E), with gradients."""
         shared = hidden if self.rows.is_whole else self.communicator.copy_to_ranks(hidden)
-        return self.cross_entropy.total(shared.flatten(0, 1), self.weight, targets.flatten(), z_weight)
+        if soft is not None:
+            soft = soft._replace(hidden=soft.hidden.flatten(0, 1))
+        return self.cross_entropy.total(shared.flatten(0, 1), self.weight, targets.flatten(), z_weight, soft)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropies in nats (B, T), of at least float32 and without gradients; 0 where a target is `IGNORED`."""

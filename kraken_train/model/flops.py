@@ -47,6 +47,11 @@ def training_flops_per_token(model: ModelConfig, attended: float | None = None) 
     return matrix_flops_per_token(model) + attention_flops_per_token(model, attended)
 
 
+def forward_flops_per_token(model: ModelConfig, attended: float | None = None) -> float:
+    """The same for the forward pass alone, as of a teacher: a third."""
+    return training_flops_per_token(model, attended) / 3
+
+
 def matrix_flops_per_token(model: ModelConfig) -> float:
     """6 per matrix parameter: a multiplication and an addition, forward and twice backward (PaLM, appendix B)."""
     return 6.0 * model.matrix_parameters

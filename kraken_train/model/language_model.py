@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.cross_entropy import IGNORED, Losses
+from kraken_train.model.divergence import SoftTargets
 from kraken_train.model.documents import Documents
 from kraken_train.model.embedding import Vocabulary
 from kraken_train.model.layers import AttentionScope, FinalNorm, Layer
@@ -116,11 +117,21 @@ class LanguageModel(nn.Module):
         """The mean of `token_losses` over the targets that count, a scalar."""
         return self.losses(input_ids, targets).objective
 
-    def losses(self, input_ids: Tensor, targets: Tensor, z_weight: float = 0.0) -> Losses:
-        """The means over the targets that count; `z_weight` is the weight of the z-loss (see `model.cross_entropy`)."""
+    def losses(
+        self, input_ids: Tensor, targets: Tensor, z_weight: float = 0.0, soft: SoftTargets | None = None
+    ) -> Losses:
+        """The means over the targets that count; `z_weight` is the weight of the z-loss (see `model.cross_entropy`).
+
+        `soft` are the predictions of a teacher for these tokens, its hidden states (B, T, E).
+        """
         counted = (targets != IGNORED).sum()
-        sums = self.head.losses(self.last_hidden(input_ids), targets, z_weight)
+        sums = self.head.losses(self.last_hidden(input_ids), targets, z_weight, soft)
         return Losses(*(total / counted for total in sums))
+
+    def soft_targets(self, input_ids: Tensor, share: float, temperature: float) -> SoftTargets:
+        """Of this model as a teacher, for token ids (B, T); see `losses`."""
+        with torch.no_grad():
+            return SoftTargets(self.last_hidden(input_ids), self.head.weight.detach(), share, temperature)
 
     def use_fused_kernels(self) -> bool:
         """Compute with `kraken_train.kernels` from now on; False where they do not fit its sizes.

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from kraken_train.model.config import ModelConfig
+from kraken_train.model.divergence import SoftTargets
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.communicator import Communicator, LocalCommunicator
@@ -94,10 +95,42 @@ def trace_all_layers(config: ModelConfig, layout: TrainingLayout, gradient_hook:
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(gradient_hook)
         ids = torch.zeros(layout.micro_batch_size, config.context_length, dtype=torch.long)
-        with LiveBytes(model.parameters()) as live, record_peaks(model, live) as peaks:
-            model.loss(ids, ids).backward()
+        head = fake_head(layout)
+        weights = [*model.parameters(), *([] if head is None else [head])]
+        with LiveBytes(weights) as live, record_peaks(model, live) as peaks:
+            model.losses(ids, ids, soft=fake_soft_targets(ids, head)).objective.backward()
             peaks.append(live.take_peak())
     return FakeTrace(*peaks)
+
+
+def fake_head(layout: TrainingLayout) -> Tensor | None:
+    """The rows of the teacher's head on the first device."""
+    teacher = layout.teacher
+    if teacher is None:
+        return None
+    return torch.empty(layout.vocabulary_rows(teacher.vocab_size), teacher.hidden_size, dtype=layout.dtype)
+
+
+def fake_soft_targets(ids: Tensor, head: Tensor | None) -> SoftTargets | None:
+    """Nothing keeps them after the loss, as in training."""
+    return None if head is None else SoftTargets(head.new_empty(*ids.shape, head.shape[1]), head, 0.5, 1.0)
+
+
+@lru_cache(maxsize=256)
+def trace_teacher(teacher: ModelConfig, tokens: int, layout: TrainingLayout) -> tuple[int, int]:
+    """Bytes on the first device: of the teacher's weights, and besides at the peak of its forward pass.
+
+    `tokens` are those of a sample.
+    """
+    depth = teacher.layer_period * -(-SHALLOW // teacher.layer_period)
+    with FakeTensorMode():
+        weights = layout.width * sum(parameter.numel() for parameter in fake_model(teacher, layout).parameters())
+        # Without a backward pass nothing of a layer is kept, so that more layers take no more.
+        model = fake_model(teacher.at_depth(min(depth, teacher.num_layers)), layout)
+        ids = torch.zeros(layout.micro_batch_size, tokens, dtype=torch.long)
+        with LiveBytes(model.parameters()) as live:
+            model.soft_targets(ids, 0.5, 1.0)
+    return weights, live.peak
 
 
 def fake_model(config: ModelConfig, layout: TrainingLayout) -> LanguageModel:

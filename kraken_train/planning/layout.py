@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kraken_train.model.config import ModelConfig
 from kraken_train.training.precision import DTYPES
 
 
@@ -22,6 +23,7 @@ class TrainingLayout:
     vocab_parallel: bool = False
     precision: str = "bf16"
     optim: str = "adamw"  # name of the optimizer
+    teacher: ModelConfig | None = None  # of a distillation
 
     @property
     def devices(self) -> int:
@@ -53,6 +55,10 @@ class TrainingLayout:
     def vocabulary_rows(self, vocab_size: int) -> int:
         """Rows of the embedding and the head on a device; the last one may have fewer."""
         return -(-vocab_size // (self.sub_layer_parallel_size if self.vocab_parallel else 1))
+
+    def teacher_of(self, model: ModelConfig) -> ModelConfig | None:
+        """The teacher as it reads the samples of `model`, which may be shorter than it could."""
+        return None if self.teacher is None else self.teacher.replace(context_length=model.context_length)
 
     @property
     def overrides(self) -> str:

@@ -24,7 +24,7 @@ from functools import lru_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kraken_train.model.config import ModelConfig
-from kraken_train.planning.fake_trace import fake_model, trace_micro_batch
+from kraken_train.planning.fake_trace import fake_model, trace_micro_batch, trace_teacher
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.muon import Parts, working_bytes
 from kraken_train.training.muon import MATRICES
@@ -37,7 +37,7 @@ FP32 = 4  # bytes
 class Memory:
     """Bytes on one device at the largest moment of a step."""
 
-    weights: int
+    weights: int  # those of a teacher included
     optimizer: int  # fp32 masters and moments
     gradients: int  # what is kept of them from one micro-batch, or step, to the next
     activations: int  # kept for the backward pass
@@ -131,7 +131,11 @@ def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
     own, trace = shards(config, layout), trace_micro_batch(config, layout)
     besides = reduction_bytes(own, layout) if own.reduces_during_backward else new_bucket(own, layout)
     kept = trace.kept
+    of_teacher, teacher_pass = 0, 0
+    if layout.teacher is not None:
+        of_teacher, teacher_pass = trace_teacher(layout.teacher, config.context_length, layout)
     moments = [
+        ("forward pass of the teacher", 0, teacher_pass),
         ("loss", kept, trace.loss - kept),
         ("backward pass of the last layer", kept, trace.last_layer - kept + besides),
         ("backward pass of a layer", min(kept, trace.layers), max(0, trace.layers - kept) + besides),
@@ -142,7 +146,7 @@ def predict_memory(config: ModelConfig, layout: TrainingLayout) -> Memory:
     ]
     moment, activations, working = max(moments, key=lambda candidate: candidate[1] + candidate[2])
     return Memory(
-        weights=sum(own.padded) * layout.width,
+        weights=sum(own.padded) * layout.width + of_teacher,
         optimizer=FP32 * sum((1 + kept) * part for kept, part in zip(own.states, own.parts, strict=True)),
         gradients=gradients_between(own, layout),
         activations=activations,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kraken_train.config import ParallelConfig
 from kraken_train.model.architecture import ModelConfig
-from kraken_train.model.flops import training_flops_per_token
+from kraken_train.model.flops import forward_flops_per_token, training_flops_per_token
 from kraken_train.planning.cluster import Cluster
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import Memory, predict_memory
 from kraken_train.planning.roofline import StepTime, predict_time
+from kraken_train.planning.teacher import teacher_seconds, teacher_traffic
 from kraken_train.planning.traffic import Collective, predict_traffic
 
 
@@ -36,7 +37,7 @@ class Prediction:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: bytes, seconds, tokens per second."""
         return {
-            "choices": {**vars(self.layout), "global_batch_size": self.layout.global_batch_size},
+            "choices": {**asdict(self.layout), "global_batch_size": self.layout.global_batch_size},
             "memory": {**self.memory.parts, "total": self.memory.total, "moment": self.memory.moment},
             "usable_bytes": self.usable_bytes,
             "fits": self.fits,
@@ -56,8 +57,13 @@ def predict(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> Pr
     ParallelConfig(layout.sub_layer_parallel_size, layout.vocab_parallel, None, 0).require_fits(config)
     traffic = predict_traffic(config, layout)
     time = predict_time(config, layout, cluster, traffic)
+    flops_per_token = training_flops_per_token(config)
+    if (teacher := layout.teacher_of(config)) is not None:
+        traffic += teacher_traffic(teacher, layout)
+        time = replace(time, teacher=teacher_seconds(teacher, layout, cluster))
+        flops_per_token += forward_flops_per_token(teacher)
     tokens = layout.global_batch_size * config.context_length
     peak = cluster.peak_flops(layout.precision) * layout.devices
-    mfu = training_flops_per_token(config) * tokens / time.total / peak
+    mfu = flops_per_token * tokens / time.total / peak
     memory = predict_memory(config, layout)
     return Prediction(layout, memory, tuple(traffic), time, tokens, mfu, cluster.usable_bytes)

@@ -71,11 +71,13 @@ class StepTime:
     reduction: float  # of gradients over the copies, and all-gathers of weights
     update: float
     hidden: float  # communication during computation, not part of the total
+    teacher: float | None = None  # its forward pass and the divergence; None: there is no teacher
 
     @property
     def parts(self) -> dict[str, float]:
         names = ("matrices", "attention", "element_wise", "loss", "recomputation", "exchange", "reduction", "update")
-        return {name.replace("_", "-"): getattr(self, name) for name in names}
+        parts = {name.replace("_", "-"): getattr(self, name) for name in names}
+        return parts if self.teacher is None else {**parts, "teacher": self.teacher}
 
     @property
     def total(self) -> float:
@@ -85,7 +87,7 @@ class StepTime:
 def predict_time(
     config: ModelConfig, layout: TrainingLayout, cluster: Cluster, traffic: Sequence[Collective]
 ) -> StepTime:
-    """`traffic` is that of `predict_traffic`."""
+    """Without a teacher; `traffic` is that of `predict_traffic`."""
     steps, layers = layout.accumulation_steps, config.num_layers
     parts, once = products(config, layout)
     # Backward, each product becomes two of the same size.

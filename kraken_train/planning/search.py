@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from kraken_train.common.validation import divisors
 from kraken_train.config import ParallelConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.planning.cluster import Cluster
+from kraken_train.planning.fake_trace import trace_teacher
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import Memory, predict_memory
 from kraken_train.planning.prediction import Prediction, predict
@@ -30,6 +32,7 @@ class Constraints:
     vocab_parallel: bool | None = None
     precision: str = "bf16"
     optim: str = "adamw"
+    teacher: ModelConfig | None = None  # of a distillation
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,17 @@ def sizes(
     if fixed is not None and units % fixed:
         raise ConfigError(f"sub_layer_parallel_size={fixed} does not divide {name}={units}; use "
                           f"{' or '.join(divisors(units))}")  # fmt: skip
+    if fixed is not None and constraints.teacher is not None and constraints.teacher.parallel_units[1] % fixed:
+        of_teacher, total = constraints.teacher.parallel_units
+        raise ConfigError(f"sub_layer_parallel_size={fixed} does not divide {of_teacher}={total} of the teacher; use "
+                          f"{' or '.join(divisors(math.gcd(units, total)))}")  # fmt: skip
     for size in range(1, devices + 1) if fixed is None else [fixed]:
         if units % size:
             if size in (2, 4, 8, 16) and devices % size == 0:  # which users would expect
                 refused.append(f"P={size} does not divide {name}={units}")
+        elif (teacher := constraints.teacher) is not None and teacher.parallel_units[1] % size:
+            of_teacher, total = teacher.parallel_units
+            refused.append(f"P={size} does not divide {of_teacher}={total} of the teacher")
         elif devices % size:
             refused.append(f"P={size} does not divide the {devices} devices")
         elif global_batch_size % (devices // size):
@@ -134,7 +144,16 @@ def variants(config: ModelConfig, size: int, copies: int, constraints: Constrain
                 if stage == 2 and copies == 1 and constraints.zero_stage is None:
                     continue
                 yield TrainingLayout(
-                    size, copies, 1, 1, stage, checkpointing, sharded, constraints.precision, constraints.optim
+                    size,
+                    copies,
+                    1,
+                    1,
+                    stage,
+                    checkpointing,
+                    sharded,
+                    constraints.precision,
+                    constraints.optim,
+                    constraints.teacher,
                 )
 
 
@@ -246,6 +265,12 @@ def reasons(plan: Plan, cluster: Cluster, config: ModelConfig) -> list[str]:
     if others:
         sentences.append(f"P={others[0].layout.sub_layer_parallel_size} {why_slower(others[0], best)}")
     sentences.append(describe_micro_batch(best, config))
+    if layout.teacher is not None and time.teacher is not None:
+        weights, _ = trace_teacher(layout.teacher, config.context_length, layout)
+        sentences.append(
+            f"the teacher takes {weights / GB:.2f} GB of the weights, and {time.teacher / time.total:.0%} of the step "
+            "for its forward pass and the divergence"
+        )
     if layout.activation_checkpointing:
         sentences.append(f"checkpointing costs {time.recomputation / time.total:.0%} of the step and makes room for it")
     return sentences

@@ -84,6 +84,9 @@ def missing_inputs(config: dict[str, Any], folder: str | None, has_checkpoint: b
     initial = config.get("init_from")
     if initial and not has_checkpoint and not Path(folder or ".", initial).is_dir():
         missing.append(f"init_from={initial}")
+    teacher = (config.get("distill") or {}).get("teacher")
+    if teacher and not Path(folder or ".", teacher).is_dir():
+        missing.append(f"distill.teacher={teacher}")
     return missing
 
 

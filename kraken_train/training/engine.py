@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kraken_train.config import LossConfig, TrainConfig
 from kraken_train.kernels.selection import KERNELS_SETTING, use_kernels
 from kraken_train.model.cross_entropy import Losses
+from kraken_train.model.divergence import SoftTargets
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
@@ -43,6 +44,7 @@ from kraken_train.training.deepspeed_internals import (
 )
 from kraken_train.training.deepspeed_settings import deepspeed_settings
 from kraken_train.training.optim import EMA, make_optimizer, parameter_groups, reduce_bucket_elements, state_names
+from kraken_train.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class StepResult:
     applied: bool  # False: something was not finite, and no weight has changed on any rank
     stop: bool  # some rank has received a request to stop
     z_loss: float  # what it adds to the loss in the gradient, weighted; 0 without `loss.z_loss`
+    divergence: float  # from the teacher, in nats per token, unweighted; 0 without `distill.teacher`
 
 
 def start_processes(runtime: Runtime, seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
@@ -87,6 +90,7 @@ class Engine:
         parametrization: Parametrization = STANDARD,
     ) -> None:
         self.model = model
+        self.teacher: Teacher | None = None  # set before the first step; no part of what DeepSpeed knows
         self.mesh = mesh
         self.runtime = runtime
         self.accumulation_steps = config.gradient_accumulation_steps(mesh.data_size)  # of the next step
@@ -121,7 +125,7 @@ class Engine:
             reduce = self.average_gradients
         self.max_grad_norm = config.optim.max_grad_norm
         self.micro_losses: list[Losses] = []
-        # Sums over ranks: of losses, of squares of gradients, of requests to stop, of z-losses.
+        # Sums over ranks: of losses, of squares of gradients, of requests to stop, of z-losses, of divergences.
         self.reports: list[Tensor] = []
         self.timer = timer or StepTimer(runtime.device)
         # Part of `backward`. At stage 2 it is what is left after the sums during the backward pass.
@@ -147,10 +151,14 @@ class Engine:
         """
         self.deepspeed.set_gradient_accumulation_boundary(len(self.micro_losses) + 1 == self.accumulation_steps)
         with self.timer.phase(FORWARD):
-            losses: Losses = self.deepspeed(input_ids, targets)
+            # Nothing here keeps the soft targets, so that they are gone before the backward pass.
+            losses: Losses = self.deepspeed(input_ids, targets, self.predictions_of_teacher(input_ids))
         with self.timer.phase(BACKWARD):
             self.deepspeed.backward(losses.objective)
         self.micro_losses.append(Losses(*(part.detach() for part in losses)))
+
+    def predictions_of_teacher(self, input_ids: Tensor) -> SoftTargets | None:
+        return None if self.teacher is None else self.teacher.predict(input_ids)
 
     def step(self, lr: float, stop: bool = False) -> None:
         """Update the weights with the accumulated gradients, unless a loss or gradient is not finite anywhere.
@@ -166,21 +174,22 @@ class Engine:
             return []
         reports, self.reports = torch.stack(self.reports).tolist(), []
         results = []
-        for loss_sum, squares, stopping, z_sum in reports:
+        world = self.runtime.world_size
+        for loss_sum, squares, stopping, z_sum, divergence_sum in reports:
             applied = math.isfinite(loss_sum) and math.isfinite(squares)
-            loss, norm = (loss_sum / self.runtime.world_size, math.sqrt(squares)) if applied else (math.nan, math.nan)
-            z_loss = z_sum / self.runtime.world_size
-            results.append(StepResult(loss, norm, applied, stopping > 0, z_loss))
+            loss, norm = (loss_sum / world, math.sqrt(squares)) if applied else (math.nan, math.nan)
+            results.append(StepResult(loss, norm, applied, stopping > 0, z_sum / world, divergence_sum / world))
         return results
 
     @torch.no_grad()
     def update(self, lr: float, stop: bool) -> None:
-        loss = torch.stack([losses.cross_entropy for losses in self.micro_losses]).double().mean()
-        z_loss = torch.stack([losses.z_loss for losses in self.micro_losses]).double().mean()
+        _, loss, z_loss, divergence = (
+            torch.stack(parts).double().mean() for parts in zip(*self.micro_losses, strict=True)
+        )
         self.micro_losses = []
         # One all-reduce gives all ranks the mean loss, the gradients' norm and requests to stop; a non-finite sum makes
         # all of them skip the step together.
-        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop), z_loss])
+        report = torch.stack([loss, self.gradient_squares(), torch.full_like(loss, stop), z_loss, divergence])
         if self.runtime.world_size > 1:
             dist.all_reduce(report, group=self.runtime.group)
         self.reports.append(report)
@@ -362,5 +371,5 @@ class LossModule(nn.Module):
         self.model = model
         self.config = config
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Losses:
-        return self.model.losses(input_ids, targets, self.config.z_loss)
+    def forward(self, input_ids: Tensor, targets: Tensor, soft: SoftTargets | None) -> Losses:
+        return self.model.losses(input_ids, targets, self.config.z_loss, soft)

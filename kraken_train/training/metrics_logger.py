@@ -106,6 +106,7 @@ def describe(record: Record) -> str:
     parts = [f"step {record['step']}", f"loss {record['loss']:.4f}"]
     formats = {
         "z_loss": "z-loss {:.2e}",
+        "distill_kl": "KL {:.4f}",
         "validation_loss": "validation loss {:.4f}",
         "validation_perplexity": "validation perplexity {:.2f}",
         "lr": "lr {:.2e}",

@@ -23,10 +23,16 @@ from kraken_train.run.folder import SUBMISSIONS, RunFolder, locked, read_identit
 from kraken_train.run.layout import EVENTS_FILE, IDENTITY_FILE, start_folders
 from kraken_train.run.recorded_settings import recorded_model, recorded_settings
 from kraken_train.training.started_phases import require_same_phases
+from kraken_train.training.teacher import TeacherExport, require_same_teacher
 
 
 def open_run_folder(
-    config: TrainConfig, model: ModelConfig, tokenizer_dir: Path, fingerprints: Sequence[str], held: ExitStack
+    config: TrainConfig,
+    model: ModelConfig,
+    tokenizer_dir: Path,
+    fingerprints: Sequence[str],
+    held: ExitStack,
+    teacher: TeacherExport | None = None,
 ) -> RunFolder:
     """Create the run's folder, or open it to continue, as `config.resume` says.
 
@@ -35,12 +41,12 @@ def open_run_folder(
     checkpoint, and where `resume=never` would overwrite a run.
     """
     path = Path(config.run_dir)
-    check_run_folder(config, model, fingerprints)
+    check_run_folder(config, model, fingerprints, teacher)
     with system_errors(f"run_dir={path} cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(path))
     # Another start may have been faster, and this one has waited for its end.
-    identity, existing = check_run_folder(config, model, fingerprints)
+    identity, existing = check_run_folder(config, model, fingerprints, teacher)
     run_id = existing["id"] if existing else uuid.uuid4().hex[:8]
     with system_errors(f"run_dir={path} cannot be written"):
         if not (path / IDENTITY_FILE).exists():
@@ -53,7 +59,7 @@ def open_run_folder(
 
 
 def check_run_folder(
-    config: TrainConfig, model: ModelConfig, fingerprints: Sequence[str]
+    config: TrainConfig, model: ModelConfig, fingerprints: Sequence[str], teacher: TeacherExport | None = None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What identifies the run, and what identifies the one that is in its folder already (None: there is none).
 
@@ -84,6 +90,7 @@ def check_run_folder(
         if checkpoint is not None:
             require_same_optimizer(config, checkpoint)
             require_same_phases(config, fingerprints, checkpoint)
+            require_same_teacher(checkpoint.metadata.get("teacher"), teacher, checkpoint.path)
     return identity, existing
 
 

@@ -27,8 +27,10 @@ LEARNING_SETTINGS = (
     "global_batch_size",
     "precision",
     "loss",
+    "distill",
     "attention_within_documents",
 )
+FOLDERS = ("distill.teacher",)  # of these, those that may be elsewhere now: their content is known by a fingerprint
 LENGTHS = ("max_steps", "max_tokens", "phases")  # of these, those that may change where no step is left to do
 
 
@@ -100,5 +102,9 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         elif group == "phases":
             old, new = (describe_phases(recorded_phases(settings)) for settings in (before, now))
         pairs = {f"{group}.{k}": (old.get(k), new[k]) for k in new} if isinstance(new, dict) else {group: (old, new)}
-        found += [f"{name}: {then} -> {today}" for name, (then, today) in pairs.items() if then != today]
+        found += [
+            f"{name}: {then} -> {today}"
+            for name, (then, today) in pairs.items()
+            if then != today and not (name in FOLDERS and then and today)
+        ]
     return found

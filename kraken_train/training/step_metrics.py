@@ -12,7 +12,7 @@ from torch import Tensor
 from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.model.documents import Documents
-from kraken_train.model.flops import device_peak_flops, training_flops_per_token
+from kraken_train.model.flops import device_peak_flops, forward_flops_per_token, training_flops_per_token
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.recipe.batch_ramp import Step
 from kraken_train.training.engine import StepResult
@@ -26,9 +26,15 @@ class StepMetrics:
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, runtime: Runtime, end_of_document: int | None
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        runtime: Runtime,
+        end_of_document: int | None,
+        teacher: ModelConfig | None = None,
     ) -> None:
         self.model_config = model_config
+        self.teacher = teacher
         self.end_of_document = end_of_document  # None: tokens attend to all before them
         self.tokens_per_sample = model_config.context_length
         self.has_ramp = len(config.batch_sizes) > 1
@@ -70,6 +76,8 @@ class StepMetrics:
         tokens_per_second = sum(step.samples for step in steps) * self.tokens_per_sample / seconds
         attended, self.attended = float(torch.stack(self.attended).mean()) if self.attended else None, []
         flops_per_token = training_flops_per_token(self.model_config, attended)
+        if self.teacher is not None:
+            flops_per_token += forward_flops_per_token(self.teacher, attended)
         records = []
         for step, lr, result in zip(steps, learning_rates, results, strict=True):
             samples += step.samples
@@ -86,6 +94,8 @@ class StepMetrics:
                 record["global_batch_size"] = step.samples
             if self.z_weight:
                 record["z_loss"] = result.z_loss
+            if self.teacher is not None:
+                record["distill_kl"] = result.divergence
             if self.peak_flops:
                 record["mfu"] = flops_per_token * tokens_per_second / self.peak_flops
             records.append(record)

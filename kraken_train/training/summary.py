@@ -15,6 +15,7 @@ from kraken_train.parallel.ranks import Runtime
 from kraken_train.recipe.batch_ramp import Position
 from kraken_train.recipe.phases import DECAY
 from kraken_train.recipe.step_plan import StepPlan
+from kraken_train.training.teacher import TeacherExport
 
 
 def summary_lines(
@@ -26,6 +27,7 @@ def summary_lines(
     runtime: Runtime,
     position: Position,
     hosts: Sequence[str],
+    teacher: TeacherExport | None = None,
 ) -> Iterator[str]:
     """One line about the training from `position` on, then one for each note. `hosts` are those of the ranks."""
     plan = config.step_plan(model.context_length)
@@ -39,6 +41,11 @@ def summary_lines(
         f"{f', to {end.tokens:,} tokens ({config.length})' if config.length.tokens is not None else ''}"
     )
     yield from phase_lines(config, plan, data, position)
+    if teacher is not None:
+        yield (
+            f"teacher: {teacher.config.architecture}, {teacher.config.num_parameters:,} parameters, of "
+            f"{teacher.export.folder}; weight {config.distill.weight}, temperature {config.distill.temperature}"
+        )
     for note in data.repetitions():
         yield f"note: {note}"
     if plan.ends_within_warmup:

@@ -42,6 +42,7 @@ from kraken_train.training.rollback import find_checkpoint_before, require_rollb
 from kraken_train.training.started_phases import phase_records, started_phases
 from kraken_train.training.step_metrics import StepMetrics
 from kraken_train.training.summary import summary_lines
+from kraken_train.training.teacher import TeacherExport, load_teacher
 from kraken_train.training.validation import validate
 
 
@@ -59,6 +60,7 @@ class Trainer:
         runtime: Runtime,
         stop: StopRequest,
         watchdog: Watchdog,
+        teacher: TeacherExport | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
@@ -69,6 +71,7 @@ class Trainer:
         self.runtime = runtime
         self.stop = stop
         self.watchdog = watchdog
+        self.teacher = teacher
         size = config.parallel.sub_layer_parallel_size
         copies = config.parallel.data_parallel_size(runtime.world_size)
         budget = choose_budget(config.parallel.max_ctas, config.parallel.sm_carveout, runtime.device, size)
@@ -82,6 +85,10 @@ class Trainer:
         parametrization = parametrization_of(config.optim, model_config)
         scale_initial_weights(model, lambda kind: parametrization.multipliers(kind).initial)
         self.engine = Engine(model, config, self.mesh, runtime, self.timer, parametrization)
+        self.teacher_record: dict[str, str] | None = None  # of checkpoints
+        if teacher is not None:
+            self.teacher_record = runtime.on_first(lambda: teacher.record)
+            self.engine.teacher = load_teacher(teacher, config, communicator, model.end_of_document, runtime.device)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
             config.checkpoint.retention,
@@ -141,10 +148,15 @@ class Trainer:
                 self.runtime,
                 self.position,
                 self.hosts,
+                self.teacher,
             ):
                 self.print_rank0(line)
             self.step_metrics = StepMetrics(
-                self.config, self.model_config, self.runtime, self.engine.model.end_of_document
+                self.config,
+                self.model_config,
+                self.runtime,
+                self.engine.model.end_of_document,
+                None if self.teacher is None else self.teacher.config,
             )
             with (
                 StepProfiler(self.config.profile, self.run, self.runtime) as profiler,
@@ -316,6 +328,7 @@ class Trainer:
             "world_size": self.runtime.world_size,
             "sub_layer_parallel_size": self.mesh.model_rank.size,
             "data_parallel_size": self.mesh.data_size,
+            "teacher": self.teacher_record,
         }
         self.checkpoints.save(self.step, self.engine.state(), metadata)
         self.save_due = False

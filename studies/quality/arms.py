@@ -3,7 +3,8 @@
 A question is a file of `questions/`: the question, the prediction, the arms that answer it with their seeds, and the
 decision. An arm is a line of text: a model of `settings.yaml`, then settings that differ, as in
 `kraken-3m own_start=1 optim.lr=4e-3`. Names without a dot are settings of the model, those with one are of
-`kraken_train.train`. The first arm is what the others are compared with.
+`kraken_train.train`. The first arm is what the others are compared with. `distill.teacher=ARM` names a model of
+`settings.yaml`: the teacher is the export of its run of the same seed.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ class Run:
         return f"{self.arm.replace(' ', ',')},seed={self.seed}"
 
     @property
+    def teacher(self) -> Run | None:
+        """The run whose export is the teacher; None: there is no teacher."""
+        names = [change.removeprefix(TEACHER) for change in self.arm.split() if change.startswith(TEACHER)]
+        return Run(names[0], self.seed) if names else None
+
+    @property
     def overrides(self) -> list[str]:
         """Arguments of `studies.quality.train`, without folders."""
         settings = read_settings()
@@ -71,6 +78,7 @@ class Run:
         return [f"{name}={value}" for name, value in {**chosen, **added, "seed": self.seed}.items()]
 
 
+TEACHER = "distill.teacher="
 PLAIN = ("optim", "schedule", "max_steps", "max_tokens", "global_batch_size", "micro_batch_size", "precision")
 
 

@@ -71,7 +71,16 @@ class Results:
         file = self.settings_file(run)
         if file.is_file():
             require_same_settings(run, tuple(file.read_text(encoding="utf-8").splitlines()), folder)
-        return read_state(folder).state == FINISHED
+        return self.is_finished(run)
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether its folder is here and has all of it."""
+        folder = self.runs_dir / run.name
+        return folder.is_dir() and read_state(folder).state == FINISHED
+
+    def export_of(self, run: Run) -> Path:
+        """The folder of its export, for runs that it teaches."""
+        return self.runs_dir / "exports" / run.name
 
     def settings_file(self, run: Run) -> Path:
         """Of a run that has been started: its settings, a line each, without folders."""

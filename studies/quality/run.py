@@ -13,8 +13,9 @@ from pathlib import Path
 from kraken_train.common.cli import FAULT_EXIT_CODE, exit_with_message, user_errors
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.help import make_parser
+from kraken_train.run.exports import is_export
 from launch.local_queue import Job, interrupt_on_sigterm, places, python, run_jobs, usable_cores, visible_gpus
-from studies.quality.arms import Run, read_questions
+from studies.quality.arms import TEACHER, Run, read_questions
 from studies.quality.results import Results
 
 
@@ -28,14 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with user_errors(options.runs_dir):
         at = places(options.workers, usable_cores(), visible_gpus())
         results = Results(options.runs_dir)
-        jobs = [job_of(run, options.data_dir, results) for run in missing(options.questions, results)]
+        runs = missing(options.questions, results)
         interrupt_on_sigterm()
         try:
-            failed = run_jobs(jobs, at, lambda line: print(line, flush=True))
+            for jobs in stages(runs, options.data_dir, results):
+                failed = run_jobs(jobs, at, lambda line: print(line, flush=True))
+                if failed:
+                    exit_with_message(f"{len(failed)} of {len(jobs)} runs failed", FAULT_EXIT_CODE)
         except KeyboardInterrupt:
             sys.exit(130)
-        if failed:
-            exit_with_message(f"{len(failed)} of {len(jobs)} runs failed", FAULT_EXIT_CODE)
 
 
 def missing(names: Sequence[str], results: Results) -> list[Run]:
@@ -52,12 +54,41 @@ def missing(names: Sequence[str], results: Results) -> list[Run]:
     return [run for run in runs if not results.is_known(run)]
 
 
+def stages(runs: Sequence[Run], data_dir: Path, results: Results) -> list[list[Job]]:
+    """The jobs in stages, each after the end of the one before: runs without a teacher, exports, runs with a teacher.
+
+    A teacher whose weights are not here is trained anew, also if its result is recorded.
+    """
+    plain, taught = ([run for run in runs if (run.teacher is not None) == has] for has in (False, True))
+    teachers = sorted({run.teacher for run in taught if run.teacher is not None}, key=lambda run: (run.seed, run.arm))
+    teachers = [run for run in teachers if not is_export(results.export_of(run))]
+    plain += [run for run in teachers if run not in plain and not results.is_finished(run)]
+    return [
+        [job_of(run, data_dir, results) for run in plain],
+        [export_job(run, results) for run in teachers],
+        [job_of(run, data_dir, results) for run in taught],
+    ]
+
+
 def job_of(run: Run, data_dir: Path, results: Results) -> Job:
-    folder = results.runs_dir / run.name
+    folder, settings = results.runs_dir / run.name, list(run.overrides)
     results.runs_dir.mkdir(parents=True, exist_ok=True)
-    results.settings_file(run).write_text("".join(f"{line}\n" for line in run.overrides), encoding="utf-8")
-    command = python("studies.quality.train", [*run.overrides, f"data_dir={data_dir}", f"run_dir={folder}"])
-    return Job(run.name, (command,), folder.with_name(f"{folder.name}.log"))
+    results.settings_file(run).write_text("".join(f"{line}\n" for line in settings), encoding="utf-8")
+    if run.teacher is not None:
+        export = results.export_of(run.teacher)
+        settings = [f"{TEACHER}{export}" if line.startswith(TEACHER) else line for line in settings]
+    command = python("studies.quality.train", [*settings, f"data_dir={data_dir}", f"run_dir={folder}"])
+    return Job(run.name, (command,), log_of(folder))
+
+
+def export_job(run: Run, results: Results) -> Job:
+    folder = results.runs_dir / run.name
+    command = python("checkpoints.export", [f"run_dir={folder}", f"output_dir={results.export_of(run)}"])
+    return Job(f"export of {run.name}", (command,), log_of(folder))
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
 if __name__ == "__main__":

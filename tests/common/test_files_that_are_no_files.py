@@ -24,6 +24,7 @@ from kraken_train.generate import GenerateConfig, read_prompts
 from kraken_train.model.config import KrakenConfig
 from kraken_train.run.metrics import read_run
 from kraken_train.run.state import read_state
+from kraken_train.training.teacher import read_teacher
 from launch.demo import make_folder
 from launch.hosts import read_hostfile
 
@@ -49,6 +50,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "source of megatron": find_megatron,
     "data_dir": verify_quick,
     "export_dir": read_export,
+    "distill.teacher": lambda path: read_teacher(f"distill.teacher={path}", path, MODEL),
     "init_from": lambda path: open_initial_export(path, MODEL, {}),
     "model_dir": lambda path: import_transformers(ImportConfig(str(path), str(path.parent / "e"), None, "fp32")),
     "checkpoint": read_checkpoint,

@@ -26,6 +26,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "exchange:2",
         "overlap:2",
         "late-sums",
+        "distillation:2",
         "resume:1,2",
         "gradient-sums:1",
         "memory",
@@ -37,6 +38,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "kraken-4/1/muon,kraken-4/2/muon-zero2-recompute-vocab,kraken-4/4/muon-bf16-zero2,"
         "standard-modern/2/muon,standard/4/muon-bf16,parallel/2/muon-bf16-zero2,parallel/4/muon",
         "exchange:2,4",
+        "distillation:2,4",
         "save:2,4",
         "resume:2",
         "uneven-vocabulary",

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kraken_train.config import DistillConfig
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
@@ -31,6 +32,7 @@ from kraken_train.training import optim
 from kraken_train.training.engine import Engine
 from kraken_train.training.optim import LARGEST_BUCKET_DURING_BACKWARD
 from kraken_train.training.precision import reduce_dtype
+from kraken_train.training.teacher import Teacher
 from parity.common import make_mesh, settings
 
 COMMON = {"num_layers": 4, "context_length": 128, "vocab_size": 4096}
@@ -64,13 +66,14 @@ class Case:
     accumulation_steps: int = 2
     optim: str = "adamw"
     bucket: int | None = None  # in place of LARGEST_BUCKET_DURING_BACKWARD
+    teacher: ModelConfig | None = None
 
     @property
     def layout(self) -> TrainingLayout:
         return TrainingLayout(
             self.sub_layer_parallel_size, self.ranks // self.sub_layer_parallel_size, self.micro_batch_size,
             self.accumulation_steps, self.zero_stage, self.activation_checkpointing, self.vocab_parallel,
-            self.precision, self.optim,
+            self.precision, self.optim, self.teacher,
         )  # fmt: skip
 
     @contextmanager
@@ -79,6 +82,8 @@ class Case:
             yield
 
 
+# Wider than the model, and able to read more tokens.
+TEACHER = replace(STANDARD, hidden_size=512, num_heads=8, context_length=160, num_layers=5)
 SHORT_CASE = {"model": SHORT, "micro_batch_size": 1}
 CASES = {
     "kraken": Case(KRAKEN, 1),
@@ -91,6 +96,11 @@ CASES = {
     "kraken-2-copies-zero2": Case(KRAKEN, 2, 1, zero_stage=2),
     "kraken-2-recompute-zero2": Case(KRAKEN, 2, 2, zero_stage=2, activation_checkpointing=True),
     "kraken-2-vocabulary": Case(KRAKEN, 2, 2, vocab_parallel=True, micro_batch_size=2),
+    "distilled": Case(KRAKEN, 1, teacher=TEACHER),
+    "distilled-2-recompute-vocabulary": Case(
+        KRAKEN, 2, 2, activation_checkpointing=True, vocab_parallel=True, teacher=TEACHER
+    ),
+    "distilled-2-copies-fp32-of-track": Case(KRAKEN, 2, precision="fp32", teacher=TRACK),
     "standard-2": Case(STANDARD, 2, 2),
     "ladder-2": Case(LADDER, 2, 2),
     "ladder-hybrid-2-recompute": Case(replace(LADDER, ladder_layers=2), 2, 2, activation_checkpointing=True),
@@ -132,6 +142,7 @@ QUICK = (
     "kraken-2-copies-zero2",
     "short-buckets",
     "standard-2-recompute",
+    "distilled-2-recompute-vocabulary",
     "ladder-2",
     "kraken-4-of-2-zero2",
     "muon-2-copies-zero2",
@@ -158,6 +169,10 @@ def measure(runtime: Runtime, case: Case) -> dict[str, Any]:
     model = build_model(case.model, 0, units, make_communicator(mesh, reduce_dtype(train.parallel)), vocabulary)
     with case.with_bucket():
         engine = Engine(model, train, mesh, runtime)
+    if case.teacher is not None:
+        units, vocabulary = even_share(case.teacher, mesh.model_rank, case.vocab_parallel)
+        teacher = build_model(case.teacher, 1, units, model.communicator, vocabulary).to(layout.dtype)
+        engine.teacher = Teacher(teacher, DistillConfig())  # not frozen, for the tracker's hooks
     tokens = torch.randint(case.model.vocab_size, (case.micro_batch_size, case.model.context_length + 1))
     gc.collect()
     tracker, counter = MemTracker(), CollectiveCounter()

@@ -15,6 +15,7 @@ from kraken_train.training.engine import start_processes, stop_processes
 from parity import (
     checkpoint_matrix,
     communicator_checks,
+    distillation,
     engine_modes,
     gradient_sums,
     late_sums,
@@ -38,6 +39,7 @@ def main() -> None:
             "modes": lambda sizes=sizes: engine_modes.run(runtime, sizes),
             "trajectories": lambda values=values: trajectories.run(runtime, values),
             "exchange": lambda sizes=sizes: communicator_checks.run(runtime, sizes),
+            "distillation": lambda sizes=sizes: distillation.run(runtime, sizes),
             "events": lambda sizes=sizes: {
                 str(size): communicator_checks.events(runtime, size, False, False) for size in sizes
             },

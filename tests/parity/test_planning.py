@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kraken_train.planning.memory import FP32, Memory, Shards, predict_memory, shards
+from kraken_train.planning.teacher import teacher_traffic
 from kraken_train.planning.traffic import predict_traffic
 from parity.memory_checks import CASES, LEAST_BYTES, QUICK, Case
 
@@ -57,6 +58,8 @@ def test_traffic(launched: Callable[..., Any], name: str) -> None:
             real[group(kind, size)] += number if kind != "broadcast" else size
     with case.with_bucket():
         traffic = predict_traffic(case.model, case.layout)
+        if (teacher := case.layout.teacher_of(case.model)) is not None:
+            traffic += teacher_traffic(teacher, case.layout)
     predicted: Counter[tuple[str, int]] = Counter()
     for collective in traffic:
         if collective.size >= LEAST_BYTES:

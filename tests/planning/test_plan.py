@@ -99,6 +99,33 @@ def test_muon(model: ModelConfig, size: int) -> None:
         assert sum(collective.size for collective in exchanged) < 0.3 * 2 * model.num_parameters / muon.layout.devices
 
 
+def test_teacher() -> None:
+    """A forward pass of the same model is a third of its products, and has the weights; and both are shared alike."""
+    constraints = Constraints(2, micro_batch_size=4, zero_stage=1, activation_checkpointing=False, vocab_parallel=True)
+    teacher = SMALL.replace(context_length=512)  # of which the samples have 256
+    plain = search(SMALL, H100, 1, 256, constraints).best
+    plan = search(SMALL, H100, 1, 256, replace(constraints, teacher=teacher))
+    taught = plan.best
+    assert plain.time.teacher is None
+    assert replace(taught.time, teacher=None) == plain.time
+    forward = plain.time.matrices / 3 + plain.time.attention * 2 / 7
+    assert taught.time.teacher is not None
+    assert forward < taught.time.teacher < 1.2 * (plain.time.total - plain.time.update) / 2
+    assert taught.tokens_per_second < plain.tokens_per_second
+    assert taught.mfu * taught.time.total == pytest.approx(plain.mfu * plain.time.total * 4 / 3)
+    positions = 256 * SMALL.hidden_size  # more, which the samples do not need
+    assert taught.memory.weights - plain.memory.weights == pytest.approx(plain.memory.weights + 2 * positions, rel=1e-3)
+    assert any(reason.startswith("the teacher takes") for reason in reasons(plan, H100, SMALL))
+    json.dumps(taught.as_dict())
+
+    three = GPTConfig(num_layers=4, hidden_size=384, num_heads=6, vocab_size=4096, context_length=256)
+    plan = search(SMALL, H100, 1, 256, replace(constraints, sub_layer_parallel_size=None, teacher=three))
+    assert {prediction.layout.sub_layer_parallel_size for prediction in plan.ranked} == {1, 2}
+    assert "P=4 does not divide model.num_heads=6 of the teacher" in plan.refused
+    with pytest.raises(ConfigError, match=r"=4 does not divide .* of the teacher; use 1 or 2"):
+        search(SMALL, H100, 1, 256, Constraints(4, teacher=three))
+
+
 def test_what_the_user_fixes_stays() -> None:
     constraints = Constraints(2, micro_batch_size=4, zero_stage=2, activation_checkpointing=True, vocab_parallel=True)
     (only,) = search(SMALL, H100, 1, 256, constraints).ranked

@@ -21,7 +21,7 @@ from kraken_train.model.registry import ARCHITECTURES, build_model
 from studies.quality import ledger
 from studies.quality.arms import Run, read_questions
 from studies.quality.results import Results
-from studies.quality.run import job_of, missing
+from studies.quality.run import job_of, missing, stages
 from studies.quality.variant_config import VariantConfig
 
 SIZES = {"num_sub_layers": 4, "num_layers": 3, "hidden_size": 16, "heads_per_sub_layer": 2, "vocab_size": 48,
@@ -152,6 +152,32 @@ def test_a_started_run_keeps_its_settings(tmp_path: Path) -> None:
     (tmp_path / run.name).mkdir()
     with pytest.raises(ConfigError, match=r"no further settings, but the study now asks for .*max_steps=400"):
         results.is_known(run)
+
+
+def test_a_teacher_is_trained_and_exported_before(tmp_path: Path) -> None:
+    """Once for all that learn from it, and of their seed; and not again where its export is here."""
+    results = Results(tmp_path / "runs", tmp_path / "results.jsonl")
+    student, other, teacher = Run("kraken-3m distill.teacher=gpt-3m", 1), Run("kraken-3m", 1), Run("gpt-3m", 1)
+    whole = Run("kraken-3m distill.teacher=gpt-3m distill.weight=1", 1)
+    plain, exports, taught = stages([student, other, whole], tmp_path, results)
+    assert [job.name for job in plain] == [other.name, teacher.name]
+    export = results.export_of(teacher)
+    assert [job.commands[0][-2:] for job in exports] == [
+        (f"run_dir={results.runs_dir / teacher.name}", f"output_dir={export}")
+    ]
+    assert [job.name for job in taught] == [student.name, whole.name]
+    config = compose_command(list(taught[0].commands[0][3:]), TrainConfig, "train")
+    assert config.distill.teacher == str(export)
+    assert "distill.teacher=gpt-3m" in results.settings_file(student).read_text().splitlines()  # wherever RUNS is
+
+    write_finished(results, teacher, 5.0)
+    plain, exports, _ = stages([student], tmp_path, results)
+    assert (plain, len(exports)) == ([], 1)
+    export.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (export / name).touch()
+    plain, exports, taught = stages([student], tmp_path, results)
+    assert (plain, exports, len(taught)) == ([], [], 1)
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
