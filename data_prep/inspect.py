@@ -21,6 +21,7 @@ from data_prep.manifest import Manifest, SplitEntry, verify_quick
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import DataError
 from kraken_train.common.help import make_parser
+from kraken_train.common.ticks import label_log_axis
 
 PICTURE = "document_lengths.png"
 LABEL_WIDTH = 11
@@ -155,7 +156,7 @@ def draw_histogram(lengths: Lengths, output: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small")
     tokens.set_xscale("log", base=2)
-    tokens.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    label_log_axis(tokens.xaxis, base=2, text="{:,.0f}".format)
     tokens.set_xlabel("tokens of the document")
     try:
         figure.savefig(output, dpi=120)

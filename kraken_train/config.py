@@ -277,6 +277,19 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class NormsConfig:
+    """Sizes of weights, updates and activations by layer, see `kraken_train.training.norms`."""
+
+    # optimizer steps between those in which the sizes of weights, updates, activations and, in a Kraken, of the
+    # exchanged sums are measured, layer by layer; 0: never
+    every: int = 100
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        require_at_least("norms.every", self.every, 0)
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """A copy of the run's metrics and events in Weights & Biases or TensorBoard."""
 
@@ -348,6 +361,10 @@ class TrainConfig:
     ema_decay: float | None = None
     profile: ProfileConfig = ProfileConfig()
     distill: DistillConfig = DistillConfig()
+    norms: NormsConfig = NormsConfig()
+    # the same training on the same devices gives the same bits, also after a kill: deterministic algorithms only, and
+    # an error where an operation has none; slower on a GPU
+    deterministic: bool = False
 
     def validate(self) -> None:
         """Rules that need neither data nor machine. Raises ConfigError."""
@@ -376,7 +393,7 @@ class TrainConfig:
         require_at_least("watchdog_seconds", self.watchdog_seconds, 0)
         for part in (
             self.optim, self.schedule, self.parallel, self.engine, self.loss, self.checkpoint, self.validation,
-            self.tracking, self.health, self.profile, self.distill,
+            self.tracking, self.health, self.profile, self.distill, self.norms,
         ):  # fmt: skip
             part.validate()
         if self.precision == "fp32" and self.parallel.reduce_dtype == "bf16":

@@ -1,6 +1,6 @@
 """Draws curves of training runs as a PNG, and compares several runs in a table.
 
-    python -m kraken_train.report RUN_DIR
+    python -m kraken_train.report RUN_DIR [--norms]
     python -m kraken_train.report RUN_OR_EXPORT RUN_OR_EXPORT ... [--output FILE.png] [--table FILE.md|FILE.json]
 
 It reads the metrics that runs logged and the results that evaluations recorded in exports.
@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from kraken_train.common.cli import user_errors
+from kraken_train.common.errors import ConfigError
 from kraken_train.common.help import make_parser
 from kraken_train.reporting.curves import draw_curves
+from kraken_train.reporting.norms_figure import draw_norms
 from kraken_train.run.metrics import read_run
 
-CURVES_FILE = "curves.png"
+CURVES_FILE, NORMS_FILE = "curves.png", "norms.png"
 
 
 def compare(paths: Sequence[Path], output: Path, table: Path | None) -> None:
@@ -65,16 +67,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a training run, or export")
     parser.add_argument(
-        "--output", type=Path, help="PNG file to write; default: RUN_DIR/curves.png, or ./curves.png for several runs"
+        "--norms", action="store_true", help="draw sizes of weights, updates and activations by layer, of one run"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="PNG file to write; default: RUN_DIR/curves.png or norms.png, or ./curves.png for several runs",
     )
     parser.add_argument(
         "--table", type=Path, help="file for the comparison: *.json for JSON, any other name for Markdown"
     )
     options = parser.parse_args(arguments)
     only_one = len(options.run_dirs) == 1
-    output = options.output or (options.run_dirs[0] / CURVES_FILE if only_one else Path(CURVES_FILE))
+    file = NORMS_FILE if options.norms else CURVES_FILE
+    output = options.output or (options.run_dirs[0] / file if only_one else Path(file))
     with user_errors(output):
-        if only_one and options.table is None:
+        if options.norms:
+            if not only_one or options.table is not None:
+                raise ConfigError("--norms draws one run and has no table; name one RUN_DIR, without --table")
+            draw_norms(read_run(options.run_dirs[0]), output)
+            print(f"wrote {output}")
+        elif only_one and options.table is None:
             draw_curves([read_run(options.run_dirs[0])], output)
             print(f"wrote {output}")
         else:

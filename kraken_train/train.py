@@ -29,6 +29,7 @@ from kraken_train.run.folder import RunFolder
 from kraken_train.run.rank_errors import record_error
 from kraken_train.run.start import describe_error, recorded, write_environment
 from kraken_train.tracking.ready import require_ready
+from kraken_train.training.determinism import deterministic_algorithms, prepare_deterministic
 from kraken_train.training.engine import start_processes, stop_processes
 from kraken_train.training.open_run import open_run_folder
 from kraken_train.training.precision import choose_precision, has_native_bf16
@@ -50,6 +51,8 @@ def train(config: TrainConfig) -> None:
     runtime = read_runtime()
     choose_kernels(config.engine.fused_kernels, runtime.device, KERNELS_SETTING)  # refuses what cannot be had here
     require_usable(config.profile, runtime)
+    if config.deterministic:
+        prepare_deterministic(config, runtime.device.type, os.environ)
     data = RunData(config.data_phases)
     if config.attention_within_documents:
         data.require_ends_of_documents()
@@ -90,6 +93,7 @@ def train(config: TrainConfig) -> None:
             if runtime.is_first:
                 stack.enter_context(record_outcome(run, watchdog))
             stack.enter_context(raise_rank_lost(watchdog))
+            stack.enter_context(deterministic_algorithms(config.deterministic))
             write_environment(run.start, runtime)
             if runtime.is_first:
                 print(precision.describe(), flush=True)

@@ -15,6 +15,7 @@ from kraken_train.common.settings import to_dict
 from kraken_train.evaluation.results import Score, SuiteResult, TaskResult, record_results
 from kraken_train.model.registry import build_model
 from kraken_train.report import main
+from kraken_train.reporting.norms_figure import COLOURS
 from kraken_train.run.exports import record_export
 from kraken_train.run.metrics import read_run
 
@@ -148,3 +149,28 @@ def test_unusable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         main([str(tmp_path / "nowhere")])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_norms_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = write_metrics(tmp_path / "run", steps=5)
+    message = refused(capsys, str(run_dir), "--norms")
+    assert "run run has measured no norms yet; train with norms.every=100" in message
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        for step in (6, 8):
+            sizes = {f"rms/{kind}/layer_{layer}": 0.02 / step for kind in ("weight", "update") for layer in range(3)}
+            skipped = {"rms/update/layer_0": 0.0, "rms/activation/layer_0": None}  # which have no place on the axis
+            file.write(json.dumps({"step": step, "loss": 5.0, **sizes, **skipped}) + "\n")
+    main([str(run_dir), "--norms"])
+    assert capsys.readouterr().out.strip() == f"wrote {run_dir / 'norms.png'}"
+    with Image.open(run_dir / "norms.png") as picture:
+        colors = set(picture.convert("RGB").getdata())
+    assert {tuple(round(255 * part) for part in COLOURS(layer / 2)[:3]) for layer in (0, 1, 2)} <= colors
+    assert "--norms draws one run" in refused(capsys, str(run_dir), str(run_dir), "--norms")
+    assert "--norms draws one run" in refused(capsys, str(run_dir), "--norms", "--table", "t.md")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err

@@ -11,7 +11,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from kraken_train.bench.small_training import random_batch, train
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.layers import Layer
+from kraken_train.model.observation import rms, seen_outputs
 from kraken_train.recipe.parametrization import Parametrization
 
 # By how the name of a module ends. Branches are summed over the layers, of others the last layer counts.
@@ -67,34 +67,15 @@ def check_coordinates(
 def activations(model: LanguageModel, ids: Tensor) -> dict[str, Tensor]:
     """Those of BRANCHES and OTHERS that the model has, the last residual stream and the logits."""
     found: dict[str, list[Tensor]] = defaultdict(list)
-
-    def keep(label: str) -> Any:
-        def hook(module: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(module, Layer):
-                output = module.residual(output)
-            elif isinstance(output, tuple):  # a sum, and the norm of the sum
-                output = output[-1]
-            found[label].append(output)
-
-        return hook
-
     labels = BRANCHES | OTHERS
-    handles = []
-    for name, module in model.named_modules():
-        label = STREAM if isinstance(module, Layer) else labels.get(".".join(name.split(".")[2:]))
-        if label is not None:
-            handles.append(module.register_forward_hook(keep(label)))
-    try:
+
+    def label_of(name: str, module: nn.Module) -> str | None:
+        return STREAM if isinstance(module, Layer) else labels.get(".".join(name.split(".")[2:]))
+
+    with seen_outputs(model, label_of, lambda label, output: found[label].append(output)):
         found[LOGITS].append(model(ids))
-    finally:
-        for handle in handles:
-            handle.remove()
     summed = BRANCHES.values()
     return {label: torch.stack(parts).sum(0) if label in summed else parts[-1] for label, parts in found.items()}
-
-
-def rms(values: Tensor) -> float:
-    return math.sqrt(values.double().square().mean())
 
 
 def growth(values: Mapping[int, float]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from kraken_train.bench.topology_row import QUANTITIES, Place, Row
+from kraken_train.common.ticks import label_log_axis
 
 
 def draw(
@@ -34,7 +35,7 @@ def draw(
                 panel.plot(*expected, color=color, marker="" if measured else "o", markersize=3, label=architecture)
                 panel.plot(*found, color=color, marker="o", markersize=5, linestyle="none")
             panel.set_xscale("log", base=2)
-            panel.set_xticks(contexts, [f"{context:,}" for context in contexts])
+            label_log_axis(panel.xaxis, base=2, text="{:,.0f}".format)
             panel.grid(alpha=0.3)
             panel.set_title(interconnect, fontsize=10)
         line[0].set_ylabel(f"{name},\nrelative to {reference}", fontsize=9)

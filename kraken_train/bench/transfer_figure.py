@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from kraken_train.common.ticks import label_log_axis
 from kraken_train.recipe.optimizers import PARAMETRIZATIONS
 
 TITLES = dict(zip(PARAMETRIZATIONS, ("standard", "muP"), strict=True))
@@ -38,8 +39,8 @@ def draw_coordinates(rows: Sequence[dict[str, Any]], title: str, path: Path) -> 
                 panel.plot(list(points), values, color=f"C{index}", marker="o", markersize=3, label=label)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
-            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            label_log_axis(panel.xaxis, base=2)
+            label_log_axis(panel.yaxis, base=2)
             panel.set_title(f"{TITLES[parametrization]}: {dimension}", loc="left", fontsize="medium")
             panel.grid(alpha=0.25)
         line[0].set_ylabel("change, relative to the smallest")
@@ -67,6 +68,7 @@ def draw_sweep(rows: Sequence[dict[str, Any]], small: str, factor: int, path: Pa
                            label=f"{TITLES[name]}, {label}")  # fmt: skip
                 panel.plot([best], [points[best]], color=COLORS[name], marker="*", markersize=12)
         panel.set_xscale("log")
+        label_log_axis(panel.xaxis)
         panel.set_title(f"{dimension} x {factor}", loc="left", fontsize="medium")
         panel.set_xlabel("learning rate")
         panel.grid(alpha=0.25)

@@ -66,10 +66,9 @@ State = tuple[Tensor, Tensor, Tensor]
 class FALLayer(LayerOfTwoNorms):
     """What all layers have; subclasses define `forward`."""
 
-    @staticmethod
-    def residual(output: State) -> Tensor:
+    def residual(self, output: State) -> Tensor:
         x, part, _ = output
-        return x + part
+        return x + sum_of_ranks(self.communicator, part)
 
 
 class FirstLayer(FALLayer):

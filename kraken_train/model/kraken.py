@@ -127,12 +127,12 @@ class KrakenLayer(Layer):
         is_normed = streams.normed is not None
         attended = self.run(self.attention, streams.normed if is_normed else streams.x, rotary, scope, is_normed)
         total = self.communicator.wait(pending) if total is None else total
+        self.show(attention=attended, sum=total)
         # Where activations are not kept, the norm is not either: the next attention computes it, and computes it again.
         if self.kernels is None or follower is None or (self.recompute and torch.is_grad_enabled()):
             return Streams(self.run(self.ffn, streams.x, attended, total))
         ahead = Ahead(follower.attention.norm.weight, self.communicator.reduction_dtype(streams.x))
         return Streams(*self.run(self.ffn, streams.x, attended, total, ahead))
 
-    @staticmethod
-    def residual(output: Streams) -> Tensor:
+    def residual(self, output: Streams) -> Tensor:
         return output.x

@@ -82,11 +82,10 @@ class LadderLayer(LayerOfTwoNorms):
         part = self.run(self.ffn, normed)
         return x, self.communicator.wait(pending), part
 
-    @staticmethod
-    def residual(output: State) -> Tensor:
+    def residual(self, output: State) -> Tensor:
         x, added, part = output
         total = x + added
-        return total if part is None else total + part
+        return total if part is None else total + sum_of_ranks(self.communicator, part)
 
 
 class StandardLayer(LadderLayer):

@@ -50,6 +50,7 @@ class Layer(nn.Module):
     """
 
     recompute = False
+    observer: Callable[[str, Tensor], None] | None = None  # gets what `show` shows
 
     def run(self, part: nn.Module, *inputs: Any) -> Any:
         """A part's output; with `recompute` its activations are not kept but computed again in the backward pass."""
@@ -57,9 +58,16 @@ class Layer(nn.Module):
             return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
         return part(*inputs)
 
-    @staticmethod
-    def residual(output: Any) -> Tensor:
-        """What `forward` returned -> the residual stream, or streams, after the layer."""
+    def show(self, **values: Tensor) -> None:
+        """Let the observer see intermediate results, (B, T, D) and equal on all ranks, or (n, B, T, D)."""
+        if self.observer is not None:
+            for name, value in values.items():
+                self.observer(name, value)
+
+    def residual(self, output: Any) -> Tensor:
+        """What `forward` returned -> the residual stream after the layer, (B, T, D) and equal on all ranks, or the
+        streams here, (n, B, T, D). A collective where the ranks hold parts of the stream.
+        """
         x, added = output
         total: Tensor = x + added
         return total

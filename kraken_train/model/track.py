@@ -94,8 +94,6 @@ class TrackLayer(Layer):
         # Its formula, x_i + a_i + FFN_i(LN2_i(a_i + s)), with x_i in place of Kraken's sum s.
         return self.run(self.ffn, tracks, attended, tracks), begun
 
-    @staticmethod
-    def residual(output: tuple[Tensor, Tensor]) -> Tensor:
+    def residual(self, output: tuple[Tensor, Tensor]) -> Tensor:
         tracks, begun = output
-        total: Tensor = begun + (tracks - begun).sum(dim=0)
-        return total
+        return begun + self.communicator.wait(self.communicator.start_all_reduce(tracks - begun))

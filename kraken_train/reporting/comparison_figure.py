@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kraken_train.common.ticks import label_log_axis
 from kraken_train.reporting.comparison import Entry, SuiteComparison, common_perplexity, compare_suites
 from kraken_train.reporting.curves import fill_curves, finish, save
 
@@ -39,8 +40,7 @@ def draw_perplexities(axes: Axes, found: dict[str, tuple[int, float]], colors: d
     axes.set_xscale("log")
     axes.set_xlabel("parameters")
     axes.margins(0.15)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value / 1e6:g}M" if f"{value:e}"[0] in "25" else "")
+    label_log_axis(axes.xaxis, text=lambda value: f"{value / 1e6:g}M")
     finish(axes, "perplexity", legend=True)
 
 

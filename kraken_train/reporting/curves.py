@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from kraken_train.common.errors import DataError
+from kraken_train.common.ticks import label_log_axis
 from kraken_train.run.metrics import Run
 
 
@@ -43,8 +44,7 @@ def fill_curves(figure: Figure | SubFigure, runs: Sequence[Run]) -> None:
     ):
         finish(axes, title, legend=axes is loss or len(runs) > 1)
     norm.set_yscale("log")
-    norm.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    norm.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    label_log_axis(norm.yaxis)
     speed.set_ylim(0, 1.1 * max([1.0, *(value for run in runs for value in run.series("tokens_per_second")[1])]))
     speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.supxlabel("optimizer step", fontsize="medium")

@@ -12,6 +12,12 @@ from typing import Any
 from kraken_train.common.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
+RMS = "rms"
+
+
+def rms_key(kind: str, place: str) -> str:
+    """The name of a root mean square, see `kraken_train.training.norms`."""
+    return f"{RMS}/{kind}/{place}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,12 @@ class Run:
         """The first logged step of each phase after the first; empty for a run without phases."""
         pairs = pairwise(record for record in self.records if "phase" in record)
         return [after["step"] for before, after in pairs if before["phase"] != after["phase"]]
+
+    def rms_places(self, kind: str) -> list[str]:
+        """Where root mean squares of a kind were measured, in the order of the model."""
+        prefix = rms_key(kind, "")
+        keys = dict.fromkeys(key for record in self.records for key in record if key.startswith(prefix))
+        return [key.removeprefix(prefix) for key in keys]
 
 
 def is_finite(value: object) -> bool:

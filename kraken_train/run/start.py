@@ -147,6 +147,7 @@ def describe_environment(hosts: Iterable[str], runtime: Runtime) -> dict[str, An
         "python": platform.python_version(),
         "versions": {name: version for name in VERSIONS_OF if (version := installed_version(name)) is not None},
         "cuda": torch.version.cuda,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         "commit": git_commit(),
         **slurm_job(),

@@ -74,6 +74,9 @@ FINGERPRINTS = {
     f"{ZERO_OPTIMIZER}.step": "9520884fd916d178",
     f"{ZERO_OPTIMIZER}._lazy_init_hp_params_optimizer_state": "45e666d78112a891",
     # Accepts our Muon, and asks for DeepSpeed's.
+    # Whose views of the fp32 weights `master_part` takes.
+    "deepspeed.utils.mixed_precision_linkage:link_hp_params": "6e5e840b03770f0b",
+    "deepspeed.utils.tensor_fragment:get_full_hp_param": "49419e38f85f0c1b",
     "deepspeed.runtime.zero.utils:is_zero_supported_optimizer": "c21ccd4d14f9e3e2",
     "deepspeed.runtime.compiler:dummy_decorator": "d18838a6def6c1cd",
     # Asks `__compatible_ops__`, which is made on the first access.
@@ -231,6 +234,12 @@ def reduction_of(engine: Any) -> Callable[..., None]:
 
 def replace_reduction(engine: Any, reduce: Callable[..., None]) -> None:
     engine.allreduce_gradients = reduce
+
+
+def master_part(parameter: nn.Parameter) -> Tensor | None:
+    """The part of a weight that this rank updates, flat, in fp32: a view of what it changes. None: it updates none."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    return None if mapping is None else cast(Tensor, mapping.hp_fragment)
 
 
 def link_optimizer_state(zero: Any) -> None:

@@ -319,6 +319,11 @@ class Engine:
         if self.ema_decay is not None:
             set_optimizer_state(parameter, weight, EMA)
 
+    def master_parts(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Name of each weight, and the part of it in fp32 that this rank updates, flat; None where that is none."""
+        for name, parameter in self.model.named_parameters():
+            yield name, deepspeed_internals.master_part(parameter)
+
     def verify_replicas(self) -> None:
         """Check that weights which several ranks hold are the same bits there. A collective. Raises ReplicaError."""
 

@@ -69,6 +69,8 @@ def summary_lines(
     sources = [str(chosen.folder) for chosen in validation_sets if chosen.is_source]
     if config.phases and config.validation.enabled and sources:
         yield f"validation_loss is measured on the data of phases[0] in all phases: {', '.join(sources)}"
+    if config.deterministic:
+        yield "deterministic: the same command on the same ranks and devices gives the same bits"
     if config.validation.enabled and not validation_sets:
         yield "no validation: the data were prepared without a validation split"
 

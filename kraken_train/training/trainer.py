@@ -35,6 +35,7 @@ from kraken_train.recipe.parametrization import parametrization_of
 from kraken_train.run.folder import RunFolder
 from kraken_train.training.engine import Engine, StepResult
 from kraken_train.training.metrics_logger import MetricsLogger, Record
+from kraken_train.training.norms import StepNorms
 from kraken_train.training.precision import reduce_dtype
 from kraken_train.training.profiler import StepProfiler
 from kraken_train.training.resume import find_checkpoint_to_resume, position_of
@@ -89,6 +90,7 @@ class Trainer:
         if teacher is not None:
             self.teacher_record = runtime.on_first(lambda: teacher.record)
             self.engine.teacher = load_teacher(teacher, config, communicator, model.end_of_document, runtime.device)
+        self.norms = StepNorms(self.engine, config.norms.every)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
             config.checkpoint.retention,
@@ -183,18 +185,20 @@ class Trainer:
         lr = self.plan.learning_rate(config.optim.lr, self.position)
         self.step_metrics.begin_step(lr)
         self.engine.set_batch_size(step.samples)
-        for _ in range(self.engine.accumulation_steps):
-            with self.step_metrics.wait_for_data(), self.timer.phase(DATA):
-                input_ids, targets = next(self.batches)
-            self.step_metrics.count_attention(input_ids)
-            self.engine.accumulate(input_ids, targets)
-        # A failed background save stops all ranks as well: the save that then follows raises its error on all of them.
-        self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
+        with self.norms.of_forward(step.number):
+            for _ in range(self.engine.accumulation_steps):
+                with self.step_metrics.wait_for_data(), self.timer.phase(DATA):
+                    input_ids, targets = next(self.batches)
+                self.step_metrics.count_attention(input_ids)
+                self.engine.accumulate(input_ids, targets)
+        with self.norms.of_update(step.number):
+            # A failed background save stops all ranks as well: the save that follows raises its error on all of them.
+            self.engine.step(lr, stop=self.stop.requested or self.checkpoints.failed)
         self.timer.active = False
         self.position = step.after
         self.unread.append(step)
         self.watchdog.step = self.step
-        if not (self.is_logged(step) or self.is_validated(step) or self.is_saved(step)):
+        if not (self.is_recorded(step) or self.is_saved(step)):
             return
 
         # Log, validate, and roll back if a loss is not what it should be.
@@ -202,6 +206,8 @@ class Trainer:
         for step, result, record in self.count_steps(results):
             if self.is_logged(step):
                 record.update(self.compare_ranks())
+            if self.norms.is_due(step.number):
+                record.update(self.norms.take())
             if self.is_validated(step):
                 record.update(self.validate())
             self.log_step(step, record, result)
@@ -226,6 +232,10 @@ class Trainer:
 
     def is_logged(self, step: Step) -> bool:
         return self.is_last(step) or step.number % self.config.log_every == 0
+
+    def is_recorded(self, step: Step) -> bool:
+        """Whether there will be a record of it, whatever its result."""
+        return self.is_logged(step) or self.is_validated(step) or self.norms.is_due(step.number)
 
     def is_validated(self, step: Step) -> bool:
         validation = self.config.validation
@@ -396,8 +406,8 @@ class Trainer:
         self.metrics = MetricsLogger(self.config, self.run, self.step, self.last_step)
 
     def log_step(self, step: Step, record: Record, result: StepResult) -> None:
-        """Report a step that is logged or validated, or that changed no weight."""
-        if self.metrics is not None and (self.is_logged(step) or self.is_validated(step) or not result.applied):
+        """Report a step that is logged, validated or measured, or that changed no weight."""
+        if self.metrics is not None and (self.is_recorded(step) or not result.applied):
             record["memory"] = self.runtime.take_peak_memory()
             self.metrics.record(record)
         if not result.applied:

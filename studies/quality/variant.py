@@ -179,6 +179,5 @@ class VariantLayer(Layer):
             attended = shared.expand(len(streams), -1, -1, -1)
         return self.run(self.ffn, streams, attended, total), total
 
-    @staticmethod
-    def residual(output: tuple[Tensor, Tensor]) -> Tensor:
+    def residual(self, output: tuple[Tensor, Tensor]) -> Tensor:
         return output[0]

@@ -171,7 +171,7 @@ def test_changes_that_a_resumption_tells() -> None:
     without = {"teacher": None, "weight": 0.5, "temperature": 1.0}
 
     def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-        others = dict.fromkeys(("optim", "schedule", "max_steps", "max_tokens", "precision", "loss"))
+        others = dict.fromkeys(("optim", "schedule", "max_steps", "max_tokens", "phases", "precision", "loss"))
         same = {**others, "global_batch_size": 8, "attention_within_documents": False}
         return changed_settings({**same, "distill": before}, {**same, "distill": now})
 

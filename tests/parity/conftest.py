@@ -29,6 +29,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "distillation:2",
         "resume:1,2",
         "gradient-sums:1",
+        "norms:kraken-4/1/zero2-recompute-vocab,uneven-vocabulary/2/bf16-vocab,kraken-4/2/muon,ladder/2/plain",
         "memory",
     ],
     4: [
@@ -43,6 +44,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "resume:2",
         "uneven-vocabulary",
         "gradient-sums:1,2",
+        "norms:kraken-4/2/zero2-recompute-vocab",
         "memory",
     ],
     SLOW_RANKS: [
@@ -60,6 +62,7 @@ SLOW = {  # the other half of the checkpoint matrix; and an attention that compu
         [
             "trajectories:track-modern/2/muon-bf16,fal-modern/2/muon-bf16,ladder-modern/2/bf16-zero2-recompute-fp32sums,"
             "ladder/2/compile,fal/2/compile,track/2/compile",
+            "norms:track/2/plain,fal/2/plain,standard/2/compile,kraken-4/2/compile-recompute-bf16",
             "other-architectures",
         ],
     ),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.training.engine import Engine
+from kraken_train.training.norms import StepNorms
 from parity.common import MODELS, RATE, make_engine, run_steps, same, share_of_rank, whole_state
 
 # (precision, ZeRO stage, optimizer) by number of ranks; each takes seconds
@@ -111,12 +112,17 @@ def errors_for_waits(device: torch.device) -> Iterator[None]:
 
 
 def host_reads(engine: Engine) -> dict[str, int]:
-    """How often two steps and reading their results wait for the device; on a GPU any other wait is an error."""
+    """How often two steps, measured by layer, and reading their results wait for the device; on a GPU any other wait is
+    an error.
+    """
+    norms = StepNorms(engine, every=1)
     batches = [[(mine[:, :-1], mine[:, 1:]) for mine in share_of_rank(engine, CONFIG, step)] for step in range(2)]
     with errors_for_waits(engine.device), HostReads() as reads:
         for batch in batches:
-            for inputs, targets in batch:
-                engine.accumulate(inputs, targets)
-            engine.step(RATE)
+            with norms.of_forward(1):
+                for inputs, targets in batch:
+                    engine.accumulate(inputs, targets)
+            with norms.of_update(1):
+                engine.step(RATE)
         while_training = reads.count
     return {"steps": while_training, "results": len(engine.results())}

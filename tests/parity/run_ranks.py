@@ -20,6 +20,7 @@ from parity import (
     gradient_sums,
     late_sums,
     memory_checks,
+    norms_checks,
     trajectories,
     uneven_vocabulary,
 )
@@ -55,6 +56,7 @@ def main() -> None:
                 runtime, folder.with_name("checkpoints of other architectures")
             ),
             "uneven-vocabulary": lambda: uneven_vocabulary.run(runtime, folder.with_name("uneven vocabulary")),
+            "norms": lambda values=values: norms_checks.run(runtime, values),
             "gradient-sums": lambda sizes=sizes: gradient_sums.run(runtime, sizes),
             "memory": lambda: memory_checks.run(runtime, quick=True),
             "more-memory": lambda: memory_checks.run(runtime, quick=False),

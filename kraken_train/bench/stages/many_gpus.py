@@ -15,8 +15,9 @@ from kraken_train.bench.stages.ttft_figures import (
 )
 from kraken_train.bench.stages.vllm_times import LEAST_GAIN
 from kraken_train.bench.stages.vllm_tokens import WAYS, same_tokens
+from kraken_train.training.determinism import CUBLAS, CUBLAS_CHOICES
 
-REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which deterministic products of cuBLAS need
+REPEATABLE = {CUBLAS: CUBLAS_CHOICES[0]}  # which deterministic products of cuBLAS need
 
 
 def curve(place: Workplace) -> list[Command]:

@@ -119,6 +119,7 @@ def interrupted(place: Workplace) -> list[Command]:
     return place.training("interrupted_run")
 
 
+EQUAL_BITS = "docs/training.md: determinism"
 SAME_LOSSES = "tests/test_gpu.py: the tolerance of bf16"
 STAGES = (
     Stage(
@@ -171,13 +172,16 @@ STAGES = (
         },
     ),
     Stage(
-        "interrupted_run", 2, "train, save in the background, SIGTERM, continue",
+        "interrupted_run", 2, "deterministic=true: train, save in the background, SIGTERM or SIGKILL, continue",
         interrupted, of_program("interrupted_run"),
         {
             "exit code says interrupted": Goal("docs/training.md", at_least=True, on_cpu=True),
             "steps lost by the interruption": Goal("docs/training.md", 0, at_most=0, on_cpu=True),
             "same steps as without interruption": Goal("docs/training.md", at_least=True, on_cpu=True),
             "largest relative difference of a loss": Goal(SAME_LOSSES, 0, at_most=1e-2, on_cpu=True),
+            "two runs: equal losses": Goal(EQUAL_BITS, at_least=True, on_cpu=True),
+            "after SIGTERM: equal losses": Goal(EQUAL_BITS, at_least=True, on_cpu=True),
+            "after SIGKILL: equal losses": Goal(EQUAL_BITS, at_least=True, on_cpu=True),
         },
     ),
 )  # fmt: skip
