@@ -119,12 +119,8 @@ class Candidate:
 
     @property
     def overrides(self) -> str:
-        """The command-line settings that train this model: all but those at their default, which conf/model has too."""
-        values = [
-            (field.name, getattr(self.config, field.name), field.default) for field in fields(cast(Any, self.config))
-        ]
-        settings = [f"model.{name}={value}" for name, value, default in values if value != default]
-        return " ".join([f"model=base/{self.config.architecture}", *settings])
+        """The command-line settings that train this model."""
+        return " ".join(model_overrides(self.config))
 
     @property
     def rank(self) -> tuple[float, ...]:
@@ -135,6 +131,17 @@ class Candidate:
         distance = abs(math.log(self.ffn_multiplier / type(self.config).defaults()["ffn_multiplier"]))
         other_heads = self.config.head_size != self.base.head_size
         return (other_heads, distance)
+
+
+def model_overrides(config: ModelConfig) -> list[str]:
+    """The command-line settings that train a model: all but those at their default, which conf/model has too."""
+    base = config.architecture if config.units_setting is not None else "gpt"
+    settings = [f"model=base/{base}"]
+    for field in fields(cast(Any, config)):
+        value = getattr(config, field.name)
+        if value != field.default or (field.name == "architecture" and base == "gpt"):
+            settings.append(f"model.{field.name}={value}")
+    return settings
 
 
 def cache_bytes(num_layers: int, width: int) -> int:

@@ -28,7 +28,6 @@ def draw(
     panels = figure.subplots(len(QUANTITIES), len(interconnects), squeeze=False, sharex=True, sharey="row")
     for line, (quantity, name) in zip(panels, QUANTITIES.items(), strict=True):
         for panel, interconnect in zip(line, interconnects, strict=True):
-            contexts = sorted({place.context for place in predicted})
             for architecture, color in colors.items():
                 expected = ratios(predicted, interconnect, quantity, architecture, reference)
                 found = ratios(measured, interconnect, quantity, architecture, reference)

@@ -20,11 +20,14 @@ import yaml
 from kraken_train.common.errors import ConfigError
 from kraken_train.model.kraken_config import KrakenConfig
 from studies.quality.variant_config import VariantConfig
+from studies.study import Run, Study
 
 FOLDER = Path(__file__).resolve().parent
 ADDED = {field.name for field in dataclasses.fields(VariantConfig)} - {
     field.name for field in dataclasses.fields(KrakenConfig)
 }
+TEACHER = "distill.teacher="
+PLAIN = ("optim", "schedule", "max_steps", "max_tokens", "global_batch_size", "micro_batch_size", "precision")
 
 
 @dataclass(frozen=True)
@@ -41,45 +44,33 @@ class Question:
         return [Run(arm, seed) for arm in self.arms for seed in self.seeds]
 
 
-@dataclass(frozen=True)
-class Run:
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The folder of the run; questions that share an arm share its runs."""
-        return f"{self.arm.replace(' ', ',')},seed={self.seed}"
-
-    @property
-    def teacher(self) -> Run | None:
-        """The run whose export is the teacher; None: there is no teacher."""
-        names = [change.removeprefix(TEACHER) for change in self.arm.split() if change.startswith(TEACHER)]
-        return Run(names[0], self.seed) if names else None
-
-    @property
-    def overrides(self) -> list[str]:
-        """Arguments of `studies.quality.train`, without folders."""
-        settings = read_settings()
-        model, *changes = self.arm.split()
-        if model not in settings["models"]:
-            raise ConfigError(f"{self.arm}: there is no model {model}; use one of {', '.join(settings['models'])}")
-        base = dict(settings["models"][model])
-        chosen = {"model": base.pop("model"), **dict(settings["training"])}
-        chosen |= {f"model.{name}": value for name, value in base.items()}
-        added = {}
-        for change in changes:
-            name, _, value = change.partition("=")
-            if name in ADDED:
-                added[f"+model.{name}"] = value
-                chosen["model.architecture"] = "kraken-variant"
-            else:
-                chosen[name if "." in name or name in PLAIN else f"model.{name}"] = value
-        return [f"{name}={value}" for name, value in {**chosen, **added, "seed": self.seed}.items()]
+def teacher_of(run: Run) -> Run | None:
+    """The run whose export is the teacher; None: there is no teacher."""
+    names = [change.removeprefix(TEACHER) for change in run.arm.split() if change.startswith(TEACHER)]
+    return Run(names[0], run.seed) if names else None
 
 
-TEACHER = "distill.teacher="
-PLAIN = ("optim", "schedule", "max_steps", "max_tokens", "global_batch_size", "micro_batch_size", "precision")
+def overrides(run: Run) -> list[str]:
+    """Arguments of `studies.quality.train`, without folders. Raises ConfigError for an unknown model."""
+    settings = read_settings()
+    model, *changes = run.arm.split()
+    if model not in settings["models"]:
+        raise ConfigError(f"{run.arm}: there is no model {model}; use one of {', '.join(settings['models'])}")
+    base = dict(settings["models"][model])
+    chosen = {"model": base.pop("model"), **dict(settings["training"])}
+    chosen |= {f"model.{name}": value for name, value in base.items()}
+    added = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name in ADDED:
+            added[f"+model.{name}"] = value
+            chosen["model.architecture"] = "kraken-variant"
+        else:
+            chosen[name if "." in name or name in PLAIN else f"model.{name}"] = value
+    return [f"{name}={value}" for name, value in {**chosen, **added, "seed": run.seed}.items()]
+
+
+STUDY = Study(overrides, "studies.quality.train", FOLDER / "results.jsonl", "studies/quality/README.md")
 
 
 def read_questions() -> list[Question]:

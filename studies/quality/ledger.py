@@ -16,9 +16,11 @@ from pathlib import Path
 from kraken_train.common.cli import user_errors
 from kraken_train.common.help import make_parser
 from kraken_train.evaluation.results import markdown_table
-from studies.quality.arms import FOLDER, Question, Run, read_questions
-from studies.quality.results import Result, Results
+from studies.quality.arms import FOLDER, STUDY, Question, read_questions
 from studies.quality.variant_config import register
+from studies.results import Result, Results
+from studies.spread import standard_error
+from studies.study import Run
 
 HEADER = ("arm", "parameters", "tokens", "validation loss", "perplexity", "against the first arm")
 
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "Made by `python -m studies.quality.ledger`; see [README](README.md).",
         ]
         questions = read_questions()
-        results = Results(options.runs_dir).add([run for question in questions for run in question.runs])
+        results = Results(STUDY, options.runs_dir).add([run for question in questions for run in question.runs])
         parts += [section(question, results) for question in questions]
         output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         print(f"wrote {output}")
@@ -74,10 +76,10 @@ def as_percent(differences: Sequence[float]) -> str:
 
 def error(values: Sequence[float], scale: float = 1, unit: str = "") -> str:
     """The standard error of the mean; nothing for one value."""
-    if len(values) < 2:
+    found = standard_error(values)
+    if found is None:
         return ""
-    deviation = scale * statistics.stdev(values) / math.sqrt(len(values))
-    return f" ± {deviation:.1f}{unit}" if unit else f" ± {deviation:.4f}"
+    return f" ± {scale * found:.1f}{unit}" if unit else f" ± {scale * found:.4f}"
 
 
 if __name__ == "__main__":

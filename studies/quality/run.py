@@ -6,7 +6,6 @@ after an interruption.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,11 @@ from kraken_train.common.cli import FAULT_EXIT_CODE, exit_with_message, user_err
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.help import make_parser
 from kraken_train.run.exports import is_export
-from launch.local_queue import Job, interrupt_on_sigterm, places, python, run_jobs, usable_cores, visible_gpus
-from studies.quality.arms import TEACHER, Run, read_questions
-from studies.quality.results import Results
+from launch.local_queue import Job, places, python, usable_cores, visible_gpus
+from studies.quality.arms import STUDY, TEACHER, read_questions, teacher_of
+from studies.results import Results
+from studies.study import Run
+from studies.training import job_of, log_of, start
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,16 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with user_errors(options.runs_dir):
         at = places(options.workers, usable_cores(), visible_gpus())
-        results = Results(options.runs_dir)
-        runs = missing(options.questions, results)
-        interrupt_on_sigterm()
-        try:
-            for jobs in stages(runs, options.data_dir, results):
-                failed = run_jobs(jobs, at, lambda line: print(line, flush=True))
-                if failed:
-                    exit_with_message(f"{len(failed)} of {len(jobs)} runs failed", FAULT_EXIT_CODE)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        results = Results(STUDY, options.runs_dir)
+        results.require_same_data(options.data_dir)
+        for jobs in stages(missing(options.questions, results), options.data_dir, results):
+            if failed := start(jobs, at):
+                exit_with_message(f"{len(failed)} of {len(jobs)} runs failed", FAULT_EXIT_CODE)
 
 
 def missing(names: Sequence[str], results: Results) -> list[Run]:
@@ -59,36 +55,33 @@ def stages(runs: Sequence[Run], data_dir: Path, results: Results) -> list[list[J
 
     A teacher whose weights are not here is trained anew, also if its result is recorded.
     """
-    plain, taught = ([run for run in runs if (run.teacher is not None) == has] for has in (False, True))
-    teachers = sorted({run.teacher for run in taught if run.teacher is not None}, key=lambda run: (run.seed, run.arm))
-    teachers = [run for run in teachers if not is_export(results.export_of(run))]
-    plain += [run for run in teachers if run not in plain and not results.is_finished(run)]
+    teachers = {run: teacher for run in runs if (teacher := teacher_of(run)) is not None}
+    plain = [run for run in runs if run not in teachers]
+    needed = sorted(set(teachers.values()), key=lambda run: (run.seed, run.arm))
+    exported = [run for run in needed if not is_export(results.export_of(run))]
+    plain += [run for run in exported if run not in plain and not results.is_finished(run)]
     return [
         [job_of(run, data_dir, results) for run in plain],
-        [export_job(run, results) for run in teachers],
-        [job_of(run, data_dir, results) for run in taught],
+        [export_job(run, results) for run in exported],
+        [taught_job(run, teacher, data_dir, results) for run, teacher in teachers.items()],
     ]
 
 
-def job_of(run: Run, data_dir: Path, results: Results) -> Job:
-    folder, settings = results.runs_dir / run.name, list(run.overrides)
-    results.runs_dir.mkdir(parents=True, exist_ok=True)
-    results.settings_file(run).write_text("".join(f"{line}\n" for line in settings), encoding="utf-8")
-    if run.teacher is not None:
-        export = results.export_of(run.teacher)
-        settings = [f"{TEACHER}{export}" if line.startswith(TEACHER) else line for line in settings]
-    command = python("studies.quality.train", [*settings, f"data_dir={data_dir}", f"run_dir={folder}"])
-    return Job(run.name, (command,), log_of(folder))
+def taught_job(run: Run, teacher: Run, data_dir: Path, results: Results) -> Job:
+    """The settings that are recorded name the arm of the teacher, those of the program its export."""
+    export = results.export_of(teacher)
+    return job_of(
+        run,
+        data_dir,
+        results,
+        [f"{TEACHER}{export}" if line.startswith(TEACHER) else line for line in results.study.overrides(run)],
+    )
 
 
 def export_job(run: Run, results: Results) -> Job:
     folder = results.runs_dir / run.name
     command = python("checkpoints.export", [f"run_dir={folder}", f"output_dir={results.export_of(run)}"])
     return Job(f"export of {run.name}", (command,), log_of(folder))
-
-
-def log_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.log")
 
 
 if __name__ == "__main__":

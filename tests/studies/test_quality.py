@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from finished_runs import write_finished
 from helpers import MODERN, random_ids
 from thread_ranks import compare_two_ranks
 
 from kraken_train.common.cli import compose_command
 from kraken_train.common.errors import ConfigError
-from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.model.config import parse_model
 from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.registry import ARCHITECTURES, build_model
 from studies.quality import ledger
-from studies.quality.arms import Run, read_questions
-from studies.quality.results import Results
-from studies.quality.run import job_of, missing, stages
+from studies.quality.arms import STUDY, overrides, read_questions
+from studies.quality.run import missing, stages
 from studies.quality.variant_config import VariantConfig
+from studies.results import Results
+from studies.study import Run
+from studies.training import job_of
 
 SIZES = {"num_sub_layers": 4, "num_layers": 3, "hidden_size": 16, "heads_per_sub_layer": 2, "vocab_size": 48,
          "context_length": 20}  # fmt: skip
@@ -88,7 +90,7 @@ def test_comparisons_are_fair() -> None:
     for question in read_questions():
         for arm in question.arms:
             if arm not in sizes:
-                settings = [*Run(arm, 0).overrides, "data_dir=data", "run_dir=run"]
+                settings = [*overrides(Run(arm, 0)), "data_dir=data", "run_dir=run"]
                 config = compose_command(settings, TrainConfig, "train")
                 tokens = (config.max_steps, config.max_tokens, config.global_batch_size)
                 sizes[arm] = parse_model(config.model, 4096).num_parameters, tokens
@@ -99,64 +101,57 @@ def test_comparisons_are_fair() -> None:
 
 def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no model gpt-4m; use one of gpt-3m"):
-        _ = Run("gpt-4m", 0).overrides
+        overrides(Run("gpt-4m", 0))
     with pytest.raises(ConfigError, match="there is no question 99-none"):
-        missing(["99-none"], Results(tmp_path))
+        missing(["99-none"], Results(STUDY, tmp_path))
 
 
-def write_finished(results: Results, run: Run, loss: float, data: str = "d") -> None:
-    folder = results.runs_dir / run.name
-    folder.mkdir(parents=True)
-    config = KrakenConfig(**SIZES, **MODERN)
-    (folder / "run.json").write_text(json.dumps(
-        {"id": "a", "model": to_dict(config), "data_fingerprint": data, "seed": run.seed})
-    )  # fmt: skip
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 400, "tokens": 1638400, "validation_loss": loss}))
-    events = [{"event": "started", "start": 1, "step": 0}, {"event": "ended", "start": 1, "outcome": "finished"}]
-    (folder / "events.jsonl").write_text("".join(json.dumps({"time": "t", **event}) + "\n" for event in events))
+def results_in(folder: Path) -> Results:
+    """As those of the study, with runs and record in this folder."""
+    return Results(dataclasses.replace(STUDY, record=folder / "results.jsonl"), folder / "runs")
 
 
 def test_results_outlive_their_runs(tmp_path: Path) -> None:
     """A recorded run is not asked for again, unless the settings of the study have changed."""
-    results = Results(tmp_path / "runs", tmp_path / "results.jsonl")
+    results = results_in(tmp_path)
     runs = missing(["01-noise"], results)
     assert len(runs) == 2 * 4
-    write_finished(results, runs[0], 5.25)
+    write_finished(results, runs[0], 5.25, KrakenConfig(**SIZES, **MODERN))
     job_of(runs[0], tmp_path, results)
     assert missing(["01-noise"], results) == runs[1:]
     assert results.add(runs)[runs[0]].validation_loss == 5.25
     shutil.rmtree(tmp_path / "runs")
-    results = Results(tmp_path / "runs", tmp_path / "results.jsonl")
+    results = results_in(tmp_path)
     assert missing(["01-noise"], results) == runs[1:]
     assert results.recorded[runs[0]].parameters == KrakenConfig(**SIZES, **MODERN).num_parameters
     table = ledger.section(read_questions()[0], results.recorded)
     assert "5.2500" in table
     assert "not run" in table
-    write_finished(results, runs[1], 5.5, data="other")
+    write_finished(results, runs[1], 5.5, KrakenConfig(**SIZES, **MODERN), data="other")
     with pytest.raises(ConfigError, match="were trained on other data than those in"):
         results.add(runs)
     results.record.write_text(results.record.read_text().replace("optim.lr=0.008", "optim.lr=0.004"))
     with pytest.raises(ConfigError, match=r"has optim.lr=0.004, but the study now asks for optim.lr=0.008"):
-        missing(["01-noise"], Results(tmp_path / "runs", tmp_path / "results.jsonl"))
+        missing(["01-noise"], results_in(tmp_path))
     results.record.write_text("<<<<<<< HEAD\n")
     with pytest.raises(ConfigError, match=r"results.jsonl:1 is no result of a run; restore the file"):
-        missing(["01-noise"], Results(tmp_path / "runs", tmp_path / "results.jsonl"))
+        missing(["01-noise"], results_in(tmp_path))
 
 
 def test_a_started_run_keeps_its_settings(tmp_path: Path) -> None:
-    results = Results(tmp_path, tmp_path / "results.jsonl")
+    results = results_in(tmp_path)
     run = missing(["01-noise"], results)[0]
     job_of(run, tmp_path, results)
     results.settings_file(run).write_text("seed=0\n")
     assert not results.is_known(run)  # it has not started
-    (tmp_path / run.name).mkdir()
+    (results.runs_dir / run.name).mkdir()
     with pytest.raises(ConfigError, match=r"no further settings, but the study now asks for .*max_steps=400"):
         results.is_known(run)
 
 
 def test_a_teacher_is_trained_and_exported_before(tmp_path: Path) -> None:
     """Once for all that learn from it, and of their seed; and not again where its export is here."""
-    results = Results(tmp_path / "runs", tmp_path / "results.jsonl")
+    results = results_in(tmp_path)
     student, other, teacher = Run("kraken-3m distill.teacher=gpt-3m", 1), Run("kraken-3m", 1), Run("gpt-3m", 1)
     whole = Run("kraken-3m distill.teacher=gpt-3m distill.weight=1", 1)
     plain, exports, taught = stages([student, other, whole], tmp_path, results)

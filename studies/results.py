@@ -1,4 +1,4 @@
-"""What finished runs of the study have given, in `results.jsonl`: it stays in the repository when the runs do not."""
+"""What finished runs of a study have given, in its record: it stays in the repository when the runs do not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from data_prep.manifest import load_manifest
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import replace_synced
 from kraken_train.model.config import parse_model
@@ -15,9 +16,7 @@ from kraken_train.run.events import FINISHED
 from kraken_train.run.folder import read_identity
 from kraken_train.run.metrics import read_run
 from kraken_train.run.state import read_state
-from studies.quality.arms import FOLDER, Run
-
-RECORD = FOLDER / "results.jsonl"
+from studies.study import Run, Study
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,12 @@ class Result:
 class Results:
     """Those that are recorded, and the folder of runs that are not."""
 
+    study: Study
     runs_dir: Path
-    record: Path = RECORD
+
+    @property
+    def record(self) -> Path:
+        return self.study.record
 
     @cached_property
     def recorded(self) -> dict[Run, Result]:
@@ -63,14 +66,14 @@ class Results:
         """Whether it is finished. Raises ConfigError where it has, or was started with, other settings than now."""
         found = self.recorded.get(run)
         if found is not None:
-            require_same_settings(run, found.settings, self.record)
+            self.require_same_settings(run, found.settings, self.record)
             return True
         folder = self.runs_dir / run.name
         if not folder.is_dir():
             return False
         file = self.settings_file(run)
         if file.is_file():
-            require_same_settings(run, tuple(file.read_text(encoding="utf-8").splitlines()), folder)
+            self.require_same_settings(run, tuple(file.read_text(encoding="utf-8").splitlines()), folder)
         return self.is_finished(run)
 
     def is_finished(self, run: Run) -> bool:
@@ -93,10 +96,7 @@ class Results:
             if run not in results and self.is_known(run):
                 results[run] = self.read(run)
         if len({result.data_fingerprint for result in results.values()}) > 1:
-            raise ConfigError(
-                f"runs in {self.runs_dir} were trained on other data than those in {self.record}, so that their losses "
-                "cannot be compared; prepare the data as studies/quality/README.md says, from the same text"
-            )
+            raise self.other_data(f"runs in {self.runs_dir} were trained on other data")
         if len(results) > len(self.recorded):
             ordered = sorted(results.values(), key=lambda result: (result.arm, result.seed))
             replace_synced(self.record, "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in ordered))
@@ -114,16 +114,27 @@ class Results:
             parse_model(identity["model"]).num_parameters,
             int(metrics.series("tokens")[1][-1]),
             identity["data_fingerprint"],
-            tuple(run.overrides),
+            tuple(self.study.overrides(run)),
         )
 
+    def require_same_settings(self, run: Run, settings: tuple[str, ...], where: Path) -> None:
+        """Raises ConfigError where the study or the arm has changed since: only equal settings can be compared."""
+        before, now = set(settings), set(self.study.overrides(run))
+        if before != now:
+            raise ConfigError(
+                f"{where}: the run {run.name} has {', '.join(sorted(before - now)) or 'no further settings'}, but "
+                f"the study now asks for {', '.join(sorted(now - before)) or 'none of them'}; undo the change "
+                "of settings, or remove this run, which is then trained anew"
+            )
 
-def require_same_settings(run: Run, settings: tuple[str, ...], where: Path) -> None:
-    """Raises ConfigError where `settings.yaml` or the arm has changed since: only equal settings can be compared."""
-    before, now = set(settings), set(run.overrides)
-    if before != now:
-        raise ConfigError(
-            f"{where}: the run {run.name} has {', '.join(sorted(before - now)) or 'no further settings'}, but the "
-            f"study now asks for {', '.join(sorted(now - before)) or 'none of them'}; undo the change of settings, or "
-            "remove this run, which is then trained anew"
+    def require_same_data(self, data_dir: Path) -> None:
+        """Raises KrakenError unless it is prepared data, the same as that of all recorded runs."""
+        fingerprint = load_manifest(data_dir).fingerprint
+        if any(result.data_fingerprint != fingerprint for result in self.recorded.values()):
+            raise self.other_data(f"{data_dir} holds other data")
+
+    def other_data(self, problem: str) -> ConfigError:
+        return ConfigError(
+            f"{problem} than those in {self.record}, so that their losses cannot be compared; prepare the data as "
+            f"{self.study.readme} says, from the same text"
         )
