@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kraken_train.bench.grid import REFERENCE
+from kraken_train.common.ticks import label_log_axis
 from kraken_train.reporting.curves import finish, save
 from studies.architectures.comparison import Comparison, Trained
 from studies.spread import standard_error
@@ -49,4 +50,4 @@ def draw_losses(panel: Axes, architectures: Mapping[str, Trained], scale: Mappin
             color=one.model.color, marker="o", markersize=3, capsize=2, linewidth=1.2, label=name,
         )  # fmt: skip
     panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    label_log_axis(panel.xaxis, base=2)

@@ -62,7 +62,7 @@ def test_exact(tokens: int, z_weight: float) -> None:
         torch.testing.assert_close(losses.cross_entropy, expected.sum(), rtol=1e-13, atol=0)
         torch.testing.assert_close(losses.z_loss, expected_z, rtol=1e-13, atol=0)
         torch.testing.assert_close(losses.objective, losses.cross_entropy + losses.z_loss, rtol=0, atol=0)
-    assert [part.requires_grad for part in total] == [True, False, False]
+    assert [part.requires_grad for part in total] == [True, False, False, False]
     found = gradients(total.objective, hidden, weight)
     for gradient, of_plain in zip(found, gradients(expected.sum() + expected_z, hidden, weight), strict=True):
         torch.testing.assert_close(gradient, of_plain, rtol=1e-13, atol=1e-14)

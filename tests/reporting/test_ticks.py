@@ -21,6 +21,8 @@ from kraken_train.reporting.comparison_figure import draw_comparison
 from kraken_train.reporting.curves import draw_curves
 from kraken_train.reporting.norms_figure import draw_norms
 from kraken_train.run.metrics import Run
+from studies.architectures.comparison import Trained, at_equal_time
+from studies.architectures.figure import draw
 
 RANGES = [(0.58, 0.97), (2.1, 2.2), (3.0, 80.0), (1e-3, 4e4), (1.0, 1.0)]  # the smallest and the largest value
 LOGARITHMIC = (  # all that has such an axis: a new one belongs here, and below
@@ -30,6 +32,7 @@ LOGARITHMIC = (  # all that has such an axis: a new one belongs here, and below
     "kraken_train/reporting/comparison_figure.py",
     "kraken_train/reporting/curves.py",
     "kraken_train/reporting/norms_figure.py",
+    "studies/architectures/figure.py",
 )
 
 
@@ -139,8 +142,18 @@ def test_topology(figures: list[Figure], contexts: tuple[int, ...]) -> None:
         }
         for context in contexts
     }
-    topology_figure.draw(places, {"kraken": "C0", "standard": "C1"}, "standard", "title", Path("unused"))
+    topology_figure.draw(places, places, {"kraken": "C0", "standard": "C1"}, "standard", "title", Path("unused"))
     require_labels(figures, logarithmic=len(QUANTITIES))
+
+
+@pytest.mark.parametrize("tokens", [(10**6, 18 * 10**5, 4 * 10**6), (5 * 10**8, 10**9, 2 * 10**9)])
+def test_study_of_architectures(figures: list[Figure], tokens: tuple[int, ...]) -> None:
+    model = small_configs()["kraken"]
+    losses = {seed: {count: 5.0 - count / 1e10 + seed / 10 for count in tokens} for seed in range(2)}
+    found = {"standard": Trained(model, 1e-3, losses), "kraken": Trained(model, 1e-3, losses)}
+    timed = at_equal_time("s", found, {"standard": 6.0, "kraken": 5.0}, "here")
+    draw({"s": found}, {"s": [timed]}, Path("unused"))
+    require_labels(figures, logarithmic=2)
 
 
 @pytest.mark.parametrize("longest", [3, 40, 100_000])

@@ -165,7 +165,7 @@ def test_a_teacher_is_trained_and_exported_before(tmp_path: Path) -> None:
     assert config.distill.teacher == str(export)
     assert "distill.teacher=gpt-3m" in results.settings_file(student).read_text().splitlines()  # wherever RUNS is
 
-    write_finished(results, teacher, 5.0)
+    write_finished(results, teacher, 5.0, KrakenConfig(**SIZES, **MODERN))
     plain, exports, _ = stages([student], tmp_path, results)
     assert (plain, len(exports)) == ([], 1)
     export.mkdir(parents=True)
