@@ -9,6 +9,7 @@ from typing import Any
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
+from kraken_train.common.settings import from_list
 from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.recipe.lengths import Length
@@ -77,8 +78,8 @@ def run_length(max_steps: int, max_tokens: int | None, phases: Sequence[Phase]) 
 
 
 def recorded_phases(settings: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """Of the recorded settings of a TrainConfig; older programs have recorded none."""
-    return tuple(Phase(**phase) for phase in settings.get("phases") or ())
+    """Of the recorded settings of a TrainConfig; older programs have recorded none. Raises ConfigError for others."""
+    return tuple(from_list(settings.get("phases") or [], Phase, "phases"))
 
 
 def describe_phases(phases: Sequence[Phase]) -> str:

@@ -29,7 +29,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "distillation:2",
         "resume:1,2",
         "gradient-sums:1",
-        "norms:kraken-4/1/zero2-recompute-vocab,uneven-vocabulary/2/bf16-vocab,kraken-4/2/muon,ladder/2/plain",
+        "norms:kraken-4/2/muon,ladder/2/plain",
         "memory",
     ],
     4: [
@@ -39,7 +39,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "kraken-4/1/muon,kraken-4/2/muon-zero2-recompute-vocab,kraken-4/4/muon-bf16-zero2,"
         "standard-modern/2/muon,standard/4/muon-bf16,parallel/2/muon-bf16-zero2,parallel/4/muon",
         "exchange:2,4",
-        "distillation:2,4",
+        "distillation:4",
         "save:2,4",
         "resume:2",
         "uneven-vocabulary",
@@ -55,7 +55,14 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
 SLOW = {  # the other half of the checkpoint matrix; and an attention that computes
     "slow 1": (1, ["save-more:1"]),
     "slow 4": (4, ["save-more:2,4", "resume:2,4"]),
-    "slow 2": (2, ["resume:1,2", "busy-overlap:2"]),
+    "slow 2": (
+        2,
+        [
+            "resume:1,2",
+            "busy-overlap:2",
+            "norms:kraken-4/1/zero2-recompute-vocab,uneven-vocabulary/2/bf16-vocab",
+        ],
+    ),
     "slow resume at 1": (1, ["resume:1"]),
     "slow rivals": (
         4,

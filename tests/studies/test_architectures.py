@@ -78,11 +78,12 @@ def test_comparisons_are_fair(name: str) -> None:
         assert parse_model(config.model) == model
         others.add(repr(dataclasses.replace(config, model={})))
     assert len(others) == 1
+    most = plan.tokens[-1] / plan.tokens[-2]
     for seconds in (
         step_seconds(plan, models, plan.time.own),
         step_seconds(plan, plan.alike(plan.time.large_model), plan.time.large),
     ):  # the tokens in equal time have been trained
-        assert seconds["kraken"] < seconds["standard"] < 2 * min(seconds.values())
+        assert seconds["kraken"] < seconds["standard"] < most * min(seconds.values())
 
 
 def test_the_fit_recovers_its_curves() -> None:
