@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints.training.index import INDEX
 from checkpoints.training.manifest import POINTER, STEP_FOLDER, Checkpoint, read_manifest, step_folders
 from checkpoints.training.store import WEIGHT_PREFIX, stored_tensors, verify_checkpoint
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.help import make_parser
 
-INDEX = ".metadata"  # the file that every torch.distributed.checkpoint folder has
 OPTIMIZER_PREFIX = "optimizer."
 LABEL_WIDTH = 11
 BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")

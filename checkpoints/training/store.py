@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from checkpoints.training.index import INDEX, CheckedReader, file_sizes, parse_index
 from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders, step_of
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
@@ -150,8 +150,9 @@ def require_stored(checkpoint: Checkpoint, stored: dict[str, TensorStorageMetada
 
 
 def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    reader = CheckedReader(checkpoint.path, read_index(checkpoint.path))
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {root_message(error)}") from error
 
@@ -244,9 +245,11 @@ def root_message(error: BaseException) -> str:
     return os.strerror(errno.ENOSPC) if "unexpected pos" in str(error) else (text[0] if text else type(error).__name__)
 
 
-def read_index(path: Path) -> Metadata:
-    """The checkpoint library's index of tensors and files. Raises CheckpointError."""
+def read_index(path: Path, complete: bool = True) -> Metadata:
+    """The checkpoint library's index of tensors and files; `complete`: all files are there. Raises CheckpointError."""
     try:
-        return dcp.FileSystemReader(path).read_metadata()
-    except (CheckpointException, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        return parse_index((path / INDEX).read_bytes(), file_sizes(path) if complete else None)
+    except OSError as error:
         raise CheckpointError(f"the index of {path} cannot be read: {root_message(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"the index of {path} cannot be used: {error}; it was not loaded") from error
