@@ -88,7 +88,7 @@ def parse_index(content: bytes, sizes: Mapping[str, int] | None) -> Metadata:
     """
     try:
         for operation, argument, _ in pickletools.genops(content):
-            if operation.name in MEMO_OPERATIONS and int(argument) > len(content):
+            if operation.name in MEMO_OPERATIONS and int(argument or 0) > len(content):
                 raise ValueError("it is no pickle that was written whole")
         found = RestrictedUnpickler(content).load()
     except ValueError:
@@ -104,7 +104,7 @@ def parse_index(content: bytes, sizes: Mapping[str, int] | None) -> Metadata:
 def checked(found: Any, sizes: Mapping[str, int] | None) -> Metadata:
     """The library's objects from records. Raises ValueError for those that contradict each other or the files."""
     state = state_of(found, "Metadata")
-    tensors = {}
+    tensors: dict[str, TensorStorageMetadata] = {}
     for name, entry in state["state_dict_metadata"].items():
         if entry.kind == "BytesStorageMetadata":
             continue  # a pickle of any object, which this program neither writes nor reads
@@ -121,7 +121,7 @@ def checked(found: Any, sizes: Mapping[str, int] | None) -> Metadata:
     needed = sum(math.prod(tensor.size) * tensor.properties.dtype.itemsize for tensor in tensors.values())
     if sizes is not None and needed > sum(sizes.values()):
         raise ValueError(f"its tensors have {needed} bytes, but the files only {sum(sizes.values())}")
-    return Metadata(state_dict_metadata=tensors, storage_data=parts, storage_meta=StorageMeta())
+    return Metadata(state_dict_metadata=dict(tensors), storage_data=parts, storage_meta=StorageMeta())
 
 
 def tensor_entry(name: str, state: Mapping[str, Any]) -> TensorStorageMetadata:
