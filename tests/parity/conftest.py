@@ -44,7 +44,6 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
         "resume:2",
         "uneven-vocabulary",
         "gradient-sums:1,2",
-        "norms:kraken-4/2/zero2-recompute-vocab",
         "memory",
     ],
     SLOW_RANKS: [
@@ -54,7 +53,7 @@ GRIDS = {  # checks by number of ranks; a number of a check is the ranks per mod
 }
 SLOW = {  # the other half of the checkpoint matrix; and an attention that computes
     "slow 1": (1, ["save-more:1"]),
-    "slow 4": (4, ["save-more:2,4", "resume:2,4"]),
+    "slow 4": (4, ["save-more:2,4", "resume:2,4", "norms:kraken-4/2/zero2-recompute-vocab"]),
     "slow 2": (
         2,
         [
