@@ -36,3 +36,21 @@ def data(prepare_settings: list[str], tmp_path_factory: pytest.TempPathFactory) 
     result = run_module("data_prep.prepare", *prepare_settings, f"output_dir={folder}")
     assert result.returncode == 0, result.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def books(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second set, prepared with the first one's tokenizer."""
+    folder = tmp_path_factory.mktemp("books")
+    texts = [f"Page {i}: " + " ".join(f"line{(i + j) % 23}" for j in range(90)) for i in range(60)]
+    (folder / "books.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    result = run_module(
+        "data_prep.prepare",
+        f"source={folder / 'books.jsonl'}",
+        "tokenizer=sentencepiece_model",
+        f"tokenizer.path={data / 'tokenizer' / 'tokenizer.model'}",
+        "validation_fraction=0.2",
+        f"output_dir={folder / 'data'}",
+    )
+    assert result.returncode == 0, result.stderr
+    return folder / "data"

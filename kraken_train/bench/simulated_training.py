@@ -54,10 +54,8 @@ class SimulatedTrainingCommunicator(DistributedCommunicator):
 
     def simulated_all_reduce(self, buffer: Tensor, async_op: bool = False, **_: Any) -> SimulatedWork:
         ranks = self.group.size()
-        seconds, moved = (
-            self.interconnect.all_reduce_seconds(buffer.nbytes, ranks),
-            all_reduce_bytes(buffer.nbytes, ranks),
-        )
+        seconds = self.interconnect.all_reduce_seconds(buffer.nbytes, ranks)
+        moved = all_reduce_bytes(buffer.nbytes, ranks)
         if self.link is None:
             return SimulatedWork(lambda: None)
         if async_op and self.overlap:

@@ -31,14 +31,14 @@ from kraken_train.bench.grid import (
 from kraken_train.bench.simulated_communicator import make_link
 from kraken_train.bench.timing import Conditions
 from kraken_train.bench.topology_figure import draw
-from kraken_train.bench.topology_measure import Bench, measure
+from kraken_train.bench.topology_measure import Bench, measure, require_memory
 from kraken_train.bench.topology_row import QUANTITIES, Place, Row, by_place, training_layout
 from kraken_train.bench.topology_tables import agreement, as_table, collectives, comparison, crossings
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
-from kraken_train.common.validation import require_choice, require_positive
+from kraken_train.common.validation import require_at_least, require_choice, require_positive
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.parallel.ranks import read_runtime
 from kraken_train.planning.cluster import INTERCONNECTS, THIS, Cluster, load_interconnect, measured
@@ -82,6 +82,8 @@ class TopologyConfig:
         require_choice("layers", self.layers, LAYERS)
         for name in ("vocab_size", "output_tokens", "repeats", "simulated_blocks"):
             require_positive(name, getattr(self, name))
+        for degree in self.degrees if self.measure else ():
+            require_at_least("degrees", degree, 2)  # one device has no communication to simulate
         if self.measure and self.cluster.name != THIS:
             raise ConfigError(
                 f"measure=true measures the device of this machine, and cluster={self.cluster.name} is another one; "
@@ -126,22 +128,32 @@ def compute(config: TopologyConfig, cluster: Cluster) -> list[Row]:
     ]
 
 
-def measure_all(config: TopologyConfig, precision: str) -> list[Row]:
-    """The same rows, measured. Raises ConfigError."""
+def make_bench(config: TopologyConfig, precision: str) -> Bench:
+    """Raises ConfigError where not all can be measured here."""
     runtime = read_runtime()
     if runtime.world_size > 1:
         raise ConfigError(
             f"measure=true runs in one process, which simulates the others, and {runtime.world_size} were started; "
             "kraken_train.bench.ttft and kraken_train.bench.throughput measure with several"
         )
-    device, rows = runtime.device, []
+    device = runtime.device
     bench = Bench(make_link(device, config.simulated_blocks), runtime, config.conditions(device, precision))
-    places = config.places()
+    for place in config.places():
+        require_memory(by_architecture(config, place), place, bench)
+    return bench
+
+
+def measure_all(config: TopologyConfig, bench: Bench) -> list[Row]:
+    """The rows of `compute`, measured."""
+    places, rows = config.places(), []
     for number, place in enumerate(places, start=1):
-        models = {model.architecture: model for model in config.models(place.size, place.degree)}
-        rows += measure(models, place, load_interconnect(place.interconnect), bench)
+        rows += measure(by_architecture(config, place), place, load_interconnect(place.interconnect), bench)
         print(f"measured {number}/{len(places)}: {place.without_context}, {place.context} tokens", flush=True)
     return rows
+
+
+def by_architecture(config: TopologyConfig, place: Place) -> dict[str, ModelConfig]:
+    return {model.architecture: model for model in config.models(place.size, place.degree)}
 
 
 def predict_row(model: ModelConfig, place: Place, cluster: Cluster) -> Row:
@@ -162,6 +174,7 @@ def compare(config: TopologyConfig) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds' profiler reports each of its starts and stops
     cluster = measured(config.cluster) if config.cluster.name == THIS else config.cluster
     rows = compute(config, cluster)
+    bench = make_bench(config, cluster.faster_precision) if config.measure else None
     output_dir = Path(config.output_dir)
     open_output(output_dir)
     console = Console(width=None if Console().is_terminal else 200)
@@ -173,7 +186,7 @@ def compare(config: TopologyConfig) -> None:
         print(f"\nFastest by predicted {title}:")
         print("\n".join(crossings(rows, quantity)))
     reference = REFERENCE if REFERENCE in config.architectures else config.architectures[0]
-    found = measure_all(config, cluster.faster_precision) if config.measure else []
+    found = [] if bench is None else measure_all(config, bench)
     if found:
         for quantity in QUANTITIES:
             console.print(comparison(rows, found, quantity, reference))

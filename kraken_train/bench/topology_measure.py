@@ -50,13 +50,15 @@ class Bench:
     runtime: Runtime
     conditions: Conditions  # but for the batch size and the context, which are the place's
 
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.conditions.dtype is torch.bfloat16 else "fp32"
+
 
 def measure(models: Mapping[str, ModelConfig], place: Place, interconnect: Interconnect, bench: Bench) -> list[Row]:
     """A row for each architecture. Raises ConfigError where a share does not fit into memory."""
-    conditions = bench.conditions.at(place.batch_size, place.context)
-    served = {name: config.replace(context_length=conditions.capacity) for name, config in models.items()}
-    comparison = Comparison(Case(place.size, place.context, place.degree), served, conditions)
-    plan = comparison.plan(usable_bytes(conditions.device, bench.runtime))
+    comparison = serving(models, place, bench)
+    plan = comparison.plan(usable_bytes(bench.conditions.device, bench.runtime))
     communicator = simulated_communicator(interconnect, place.degree, bench.link)
     figures = {
         result.model.architecture: result.figures
@@ -66,6 +68,23 @@ def measure(models: Mapping[str, ModelConfig], place: Place, interconnect: Inter
     return [
         Row(name, place, steps[name], split(figures[name].ttft), split(figures[name].output_token)) for name in models
     ]
+
+
+def require_memory(models: Mapping[str, ModelConfig], place: Place, bench: Bench) -> None:
+    """Raises ConfigError unless a share of each model fits into memory, in serving and in training."""
+    usable = usable_bytes(bench.conditions.device, bench.runtime)
+    serving(models, place, bench).plan(usable)
+    memory_groups(at_context(models, place), training_layout(place, bench.precision), usable)
+
+
+def serving(models: Mapping[str, ModelConfig], place: Place, bench: Bench) -> Comparison:
+    conditions = bench.conditions.at(place.batch_size, place.context)
+    served = {name: config.replace(context_length=conditions.capacity) for name, config in models.items()}
+    return Comparison(Case(place.size, place.context, place.degree), served, conditions)
+
+
+def at_context(models: Mapping[str, ModelConfig], place: Place) -> dict[str, ModelConfig]:
+    return {name: config.replace(context_length=place.context) for name, config in models.items()}
 
 
 def split(rounds: Mapping[str, Rounds]) -> PassTime:
@@ -120,16 +139,16 @@ def time_steps(
 ) -> dict[str, PassTime]:
     """By architecture; in turn where all fit into memory together."""
     conditions = bench.conditions.at(place.batch_size, place.context)
-    layout = training_layout(place, "bf16" if conditions.dtype is torch.bfloat16 else "fp32")
-    at_context = {name: config.replace(context_length=place.context) for name, config in models.items()}
+    layout, trained_models = training_layout(place, bench.precision), at_context(models, place)
     found: dict[str, dict[str, Rounds]] = {}
-    for names in memory_groups(at_context, layout, usable_bytes(conditions.device, bench.runtime)):
+    for names in memory_groups(trained_models, layout, usable_bytes(conditions.device, bench.runtime)):
         gc.collect()
         communicator = training_communicator(interconnect, place.degree, bench.link)
         trained = {}
         for name in names:
-            broadcasts = [one.size for one in within_copy(at_context[name], layout) if one.kind == "broadcast"]
-            trained[name] = TimedTraining(at_context[name], communicator, conditions, broadcasts)
+            model = trained_models[name]
+            broadcasts = [one.size for one in within_copy(model, layout) if one.kind == "broadcast"]
+            trained[name] = TimedTraining(model, communicator, conditions, broadcasts)
         entries = [(name, variant) for name in names for variant in variants_of(models[name])]
         for round_number in range(WARMUP_ROUNDS + conditions.repeats):
             # In an order that changes each round, so that it favours no model.

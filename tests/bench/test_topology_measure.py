@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from kraken_train.bench.simulated_training import SimulatedTrainingCommunicator
 from kraken_train.bench.timing import Conditions
 from kraken_train.bench.topology import predict_row
 from kraken_train.bench.topology_measure import Bench, measure, memory_groups
-from kraken_train.bench.topology_row import Place, training_layout
+from kraken_train.bench.topology_row import QUANTITIES, Place, Row, training_layout
+from kraken_train.bench.topology_tables import agreement, comparison
 from kraken_train.common.errors import ConfigError
 from kraken_train.model.registry import build_model, even_share
 from kraken_train.parallel.ranks import Runtime
@@ -24,6 +26,7 @@ from kraken_train.parallel.sharding import ModelRank
 from kraken_train.planning.cluster import Cluster, load_cluster
 from kraken_train.planning.interconnect import Interconnect
 from kraken_train.planning.memory import predict_memory
+from kraken_train.planning.serving_time import PassTime
 
 SLOW = Interconnect("slow", latency_us=500.0, bus_bandwidth=1.0, source="")
 PLACE = Place("tiny", 4, "slow", 2, 16)
@@ -89,7 +92,39 @@ def test_memory_groups() -> None:
         memory_groups(MODELS, layout, max(needs) - 1)
 
 
-def test_another_device_is_refused(tmp_path: Path) -> None:
-    refused = run_here("kraken_train.bench.topology", f"output_dir={tmp_path / 'new'}", "measure=true")
-    assert "measure=true measures the device of this machine, and cluster=dgx_h100" in user_error(refused)
+def test_ratios_by_hand() -> None:
+    def rows(seconds: dict[str, float]) -> list[Row]:
+        return [Row(name, PLACE, *[PassTime(one, 0.0, 0.0)] * 3) for name, one in seconds.items()]
+
+    predicted, found = rows({"standard": 2.0, "kraken": 1.0}), rows({"standard": 4.0, "kraken": 2.2})
+    assert agreement(predicted, found, "step", "standard") == (
+        "training step: ratios to standard differ from the predicted ones by 10.0% (median), 10.0% at most"
+    )
+    table = comparison(predicted, found, "step", "standard")
+    assert [list(column.cells) for column in table.columns[5:]] == [["1.00, 1.00 (4000)"], ["0.50, 0.55 (2200)"]]
+
+
+def test_command(tmp_path: Path) -> None:
+    small = ["sizes=[tiny]", "degrees=[2]", "interconnects=[pcie4]", "contexts=[16]", "vocab_size=96"]
+    measured = ["measure=true", "cluster=this", "repeats=1", "output_tokens=1", "architectures=[kraken,standard]"]
+    ran = run_here("kraken_train.bench.topology", f"output_dir={tmp_path}", "layers=modern", *small, *measured)
+    assert ran.returncode == 0, ran.stderr
+    assert "measured 1/1: tiny, 2 devices, pcie4, 1 sequence, 16 tokens" in ran.stdout
+    rows = json.loads((tmp_path / "topology.json").read_text())["measured"]
+    assert [row["architecture"] for row in rows] == ["kraken", "standard"]
+    assert all(row[quantity]["computed"] > 0 for row in rows for quantity in QUANTITIES)
+    assert (tmp_path / "topology-tiny-2-devices-batch-1.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["cluster=dgx_h100"], "measure=true measures the device of this machine, and cluster=dgx_h100"),
+        (["cluster=this", "degrees=[1,4]"], "degrees=1 must be at least 2"),
+        (["cluster=this", "sizes=[175b]", "degrees=[2]"], "use smaller sizes"),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path: Path, settings: list[str], words: str) -> None:
+    refused = run_here("kraken_train.bench.topology", f"output_dir={tmp_path / 'new'}", "measure=true", *settings)
+    assert words in user_error(refused)
     assert not (tmp_path / "new").exists()

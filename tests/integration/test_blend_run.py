@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from helpers import run_here, run_module, user_error
+from helpers import run_module, user_error
 
 from integration.training import learned, overrides
 
 SHORT = ("schedule=constant", "checkpoint.every=2", "validation.every=2")
-
-
-@pytest.fixture(scope="module")
-def books(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second set, prepared with the first one's tokenizer."""
-    folder = tmp_path_factory.mktemp("books")
-    texts = [f"Page {i}: " + " ".join(f"line{(i + j) % 23}" for j in range(90)) for i in range(60)]
-    (folder / "books.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    result = run_here(
-        "data_prep.prepare",
-        f"source={folder / 'books.jsonl'}",
-        "tokenizer=sentencepiece_model",
-        f"tokenizer.path={data / 'tokenizer' / 'tokenizer.model'}",
-        "validation_fraction=0.2",
-        f"output_dir={folder / 'data'}",
-    )
-    assert result.returncode == 0, result.stderr
-    return folder / "data"
 
 
 @pytest.mark.slow

@@ -67,24 +67,6 @@ def cut(run: Path, copy: Path, step: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def books(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second set, prepared with the first one's tokenizer."""
-    folder = tmp_path_factory.mktemp("books")
-    texts = [f"Page {i}: " + " ".join(f"line{(i + j) % 23}" for j in range(90)) for i in range(60)]
-    (folder / "books.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    result = run_here(
-        "data_prep.prepare",
-        f"source={folder / 'books.jsonl'}",
-        "tokenizer=sentencepiece_model",
-        f"tokenizer.path={data / 'tokenizer' / 'tokenizer.model'}",
-        "validation_fraction=0.2",
-        f"output_dir={folder / 'data'}",
-    )
-    assert result.returncode == 0, result.stderr
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
 def phased(data: Path, books: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run in three phases."""
     run = tmp_path_factory.mktemp("phases") / "run"
