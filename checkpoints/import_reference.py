@@ -37,6 +37,14 @@ DIMENSIONS_IN_SHAPES = {
 }
 
 
+DIMENSIONS_OF_WEIGHTS = {  # those that tell the model's sizes
+    "conjunction.weight": 3,
+    "token_embedding.weight": 2,
+    "position_embedding.weight": 2,
+    "layers.0.ffn.up.weight": 3,
+}
+
+
 @dataclass(frozen=True)
 class ImportConfig:
     """See conf/import_reference.yaml."""
@@ -100,6 +108,9 @@ def infer_config(
     The number of heads is not visible in a shape: it is `heads_per_sub_layer` if given, or else that of `arguments`.
     Raises CheckpointError if `arguments` contradict the weights.
     """
+    for name, dimensions in DIMENSIONS_OF_WEIGHTS.items():
+        if name not in weights or weights[name].dim() != dimensions:
+            raise CheckpointError(f"the checkpoint has no weight that could be our {name}, of {dimensions} dimensions")
     num_sub_layers, hidden_size, _ = weights["conjunction.weight"].shape
     heads = heads_per_sub_layer or arguments.get("n_heads_in_split")
     if not isinstance(heads, int):

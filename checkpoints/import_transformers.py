@@ -8,7 +8,6 @@ and no code of the folder is run.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints.exports.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_json,
+    read_weights_file,
     require_ours,
+    require_own_files,
     require_unused,
+    training_of,
     write_export,
 )
 from checkpoints.exports.native import from_native, is_native, native_config
@@ -33,7 +33,9 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import HuggingFaceTokenizer
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.common.files import is_plain_name, read_file
 from kraken_train.common.free_text import FilePath
+from kraken_train.common.parsing import parse_json
 from kraken_train.common.validation import require_choice
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.model.head_dims import head_size_note
@@ -68,6 +70,7 @@ def import_transformers(config: ImportConfig) -> None:
     require_unused(output_dir)
     if not model_dir.is_dir():
         raise CheckpointError(f"model_dir={model_dir} is not a folder; give one that save_pretrained has written")
+    require_own_files(model_dir)
     path = model_dir / CONFIG_FILE
     description = read_json(path)
     if is_native(description):
@@ -84,7 +87,7 @@ def import_transformers(config: ImportConfig) -> None:
             model_config,
             weights,
             tokenizer_dir=tokenizer_dir,
-            metadata=description.get("training") or {},
+            metadata=training_of(description, path),
             dtype=DTYPES[config.dtype],
         )
     if tokenizer_dir is None:
@@ -98,7 +101,7 @@ def import_transformers(config: ImportConfig) -> None:
 def read_model_config(description: dict[str, Any], path: Path) -> ModelConfig:
     """The model's settings in a config.json, which also holds settings of transformers. Raises CheckpointError."""
     architecture = description.get("architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(f"{path} has architecture={architecture}; known: {', '.join(ARCHITECTURES)}")
     schema = ARCHITECTURES[architecture]
     settings = {name: value for name, value in description.items() if name in schema.setting_names()}
@@ -116,14 +119,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All weights of the folder. Raises CheckpointError."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
-            weights |= load_file(path)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing; copy it again or save the model again") from error
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file ({error}); copy it again or save the model again"
-            ) from error
+        weights |= read_weights_file(path)
     return weights
 
 
@@ -148,12 +144,12 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_FILE).exists() or not index.exists():
         return [require_weights(folder)]
     try:
-        names = json.loads(index.read_bytes())["weight_map"].values()
+        names = parse_json(read_file(index))["weight_map"].values()
         files = sorted({str(name) for name in names})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again or save the model again") from error
     for name in files:
-        if Path(name).name != name:
+        if not is_plain_name(name):
             raise CheckpointError(f"{index} names {name}, which is not a file in the same folder; save the model again")
     return [folder / name for name in files]
 

@@ -74,7 +74,7 @@ def damaged_folders(checkpoints: Path) -> list[Path]:
 def describe_all(checkpoints: Path) -> list[tuple[str, str]]:
     """A line per checkpoint, oldest first, from the manifests alone."""
     pointer = checkpoints / POINTER
-    pointed = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    pointed = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
     found = step_folders(checkpoints)
     lines = [("checkpoints", f"{len(found)} in {checkpoints}")]
     for path in found:
@@ -111,8 +111,9 @@ def describe(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         lines += describe_model(metadata["model"])
     if "precision" in config:
         lines.append(("precision", str(config["precision"])))
-    if "zero_stage" in config.get("engine", {}):
-        lines.append(("ZeRO stage", str(config["engine"]["zero_stage"])))
+    engine = config.get("engine")
+    if isinstance(engine, dict) and "zero_stage" in engine:
+        lines.append(("ZeRO stage", str(engine["zero_stage"])))
     lines += describe_topology(metadata)
     return [*lines, ("files", f"{len(checkpoint.files)}, {size(total_bytes(checkpoint))}")]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from kraken_train.common.errors import DataError
+from kraken_train.common.files import read_file
 
 NUM_RANKS = 50256
 LONGEST_WAIT = 60  # seconds; tiktoken itself would wait for ever on a network that swallows packets
@@ -56,13 +57,14 @@ def write_ranks(ranks: dict[bytes, int], path: Path) -> None:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Raises DataError if the file is missing, cut off or of another tokenizer."""
     try:
-        fields = [line.split() for line in path.read_bytes().splitlines()]
+        fields = [line.split() for line in read_file(path).splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in fields}
     except (OSError, ValueError, binascii.Error) as error:
         raise DataError(f"{path} cannot be read ({error}); copy the folder again or prepare the data again") from error
-    if len(ranks) != NUM_RANKS or set(ranks.values()) != set(range(NUM_RANKS)):
+    bytes_ = {bytes([byte]) for byte in range(256)}
+    if len(ranks) != NUM_RANKS or set(ranks.values()) != set(range(NUM_RANKS)) or not bytes_ <= ranks.keys():
         raise DataError(
-            f"{path} holds {len(ranks)} ranks, but GPT-2's tokenizer has {NUM_RANKS}; "
+            f"{path} holds {len(ranks)} ranks, but GPT-2's tokenizer has {NUM_RANKS}, one for each byte among them; "
             "copy the folder again or prepare the data again"
         )
     return ranks

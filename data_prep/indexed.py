@@ -310,6 +310,8 @@ def _read_index(path: Path) -> tuple[np.dtype, NDArray[Any], NDArray[Any], NDArr
             f"{path} is damaged: its document boundaries must rise from 0 to {sequences}, but go from {documents[0]} "
             f"to {documents[-1]}{' and fall in between' if (np.diff(documents) < 0).any() else ''}; {again}"
         )
+    if documents.min() < 0 or documents.max() > sequences:  # their differences can be too large for 64 bits
+        raise DataError(f"{path} is damaged: its documents begin at sequences that it does not have; {again}")
     if ends[-1] == 0:
         raise DataError(f"{path} lists documents without any token: the shard is empty; prepare the data again")
     return dtype, lengths, offsets, documents

@@ -11,11 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-from data_prep.indexed import bin_path, file_size, idx_path, idx_size
+from data_prep.indexed import TOKEN_TYPES, bin_path, file_size, idx_path, idx_size
 from kraken_train.common.errors import ConfigError, DataError
-from kraken_train.common.files import file_sha256, kind_of, replace_synced
+from kraken_train.common.files import file_sha256, is_plain_name, kind_of, read_file, replace_synced
+from kraken_train.common.parsing import find_wrong_type, parse_json
 from kraken_train.common.settings import from_dict
 
 FORMAT = "kraken-data"
@@ -24,6 +26,9 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "validation")
 PROBE_BLOCKS, PROBE_BLOCK_BYTES = 64, 4096
+DTYPES = {dtype.name for dtype in TOKEN_TYPES.values()}
+REQUEST: dict[str, type | UnionType] = {"slice": str | None, "tokenizer": dict}  # those entries that are used
+ROUND_TRIPS: dict[str, type | UnionType] = {"checked": int, "failed": int, "example": str | None}
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,22 @@ class Manifest:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> number of records left out
     skipped_places: dict[str, list[str]] = field(default_factory=dict)  # reason -> file and line of the first few
     round_trips: dict[str, Any] = field(default_factory=dict)  # documents that were decoded again, see encoding.py
+
+    def require_possible(self) -> None:
+        """Raises ValueError for what no prepared folder has, such as the name of a file elsewhere."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype}")
+        if not 0 <= self.tokenizer.end_of_document < self.vocab_size < 2**31:
+            raise ValueError(f"vocab_size={self.vocab_size}, end_of_document={self.tokenizer.end_of_document}")
+        for name in [*self.tokenizer.files, *(shard.name for split in self.splits.values() for shard in split.shards)]:
+            if not is_plain_name(name):
+                raise ValueError(f"{name!r} is no name of a file in this folder")
+        for split in self.splits.values():
+            for shard in split.shards:
+                if shard.documents < 1 or shard.tokens < 0:
+                    raise ValueError(f"{shard.name} has impossible numbers of documents or tokens")
+        if wrong := find_wrong_type(self.request, REQUEST) or find_wrong_type(self.round_trips, ROUND_TRIPS):
+            raise ValueError(f"its entry {wrong} is of the wrong type")
 
     @property
     def vocab_size(self) -> int:
@@ -119,7 +140,7 @@ def load_manifest(data_dir: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{data_dir} holds no {MANIFEST_NAME}, so it is no prepared data; name the right folder")
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(read_file(path))
     except (ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read ({error}); copy it again or prepare the data again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -141,6 +162,10 @@ def load_manifest(data_dir: Path) -> Manifest:
             f"{path} was changed: its fingerprint {record.get('fingerprint')} is not that of its content, "
             f"{manifest.fingerprint}; copy it again or prepare the data again"
         )
+    try:
+        manifest.require_possible()
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); copy it again or prepare the data again") from error
     return manifest
 
 
@@ -151,16 +176,10 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
     splits = {name: split(entry) for name, entry in record["splits"].items()}
     if "train" not in splits or not set(splits) <= set(SPLITS) or not all(s.shards for s in splits.values()):
         raise ValueError(f"its splits are {sorted(splits)}")
-    return Manifest(
-        tokenizer=from_dict(record["tokenizer"], TokenizerEntry),
-        dtype=record["dtype"],
-        splits=splits,
-        source=record["source"],
-        request=record["request"],
-        skipped=record["skipped"],
-        skipped_places=record.get("skipped_places", {}),
-        round_trips=record.get("round_trips", {}),
-    )
+    optional = {name: record[name] for name in ("skipped_places", "round_trips") if name in record}
+    needed = {name: record[name] for name in ("dtype", "source", "request", "skipped")}
+    tokenizer = from_dict(record["tokenizer"], TokenizerEntry)
+    return from_dict({"tokenizer": tokenizer, "splits": splits, **needed, **optional}, Manifest)
 
 
 # ---------------------------------------------------------------------------------------------------------------

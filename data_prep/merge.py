@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep import documents
 from data_prep.documents import BadRecords
 from data_prep.encoding import RoundTrips
 from data_prep.indexed import bin_path, idx_path
@@ -60,8 +61,8 @@ class Part:
         text = self.manifest.request.get("slice")
         if text is None:
             return None
-        index, count = text.split("/")
-        return int(index), int(count)
+        part = documents.Part.parse(text)
+        return part.index, part.count
 
 
 def merge(paths: Sequence[Path], output: Path) -> Manifest:

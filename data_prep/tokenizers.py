@@ -26,7 +26,8 @@ from data_prep.tokenizer_settings import KINDS, TokenizerSettings
 from data_prep.train_tokenizer import train_sentencepiece
 from data_prep.word_cache import GPT2_WORDS, SENTENCEPIECE_WORDS, exact_pattern
 from kraken_train.common.errors import ConfigError, DataError
-from kraken_train.common.files import require_regular
+from kraken_train.common.files import read_file, require_regular
+from kraken_train.common.parsing import parse_json
 
 DESCRIPTION_NAME = "kraken_tokenizer.json"
 VERSION = 1
@@ -79,9 +80,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     path = folder / DESCRIPTION_NAME
     try:
-        description = json.loads(_read(path))
-        kind, version = description["kind"], description["version"]
-    except (ValueError, KeyError, TypeError) as error:
+        description = parse_json(_read(path))
+        kind, version, end = description["kind"], description["version"], description.get("end_of_document")
+        if not isinstance(end, str | None):
+            raise TypeError(f"end_of_document={end}")
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); copy the folder again or prepare the data again") from error
     if version != VERSION or kind not in KINDS:
         raise DataError(
@@ -91,9 +94,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if kind == "gpt2":
         return GPT2Tokenizer.load(folder)
     if kind == "huggingface":
-        return HuggingFaceTokenizer.load(folder, description.get("end_of_document"))
+        if end is None:
+            raise DataError(f"{path} does not say which token ends a document; copy the folder again")
+        return HuggingFaceTokenizer.load(folder, end)
     path = folder / SentencePieceTokenizer.FILE
-    return SentencePieceTokenizer(_read(path), kind, description.get("end_of_document"), str(path))
+    return SentencePieceTokenizer(_read(path), kind, end, str(path))
 
 
 def _save_description(folder: Path, kind: str, **details: Any) -> None:
@@ -103,7 +108,7 @@ def _save_description(folder: Path, kind: str, **details: Any) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; name a tokenizer's file") from error
 
@@ -125,9 +130,11 @@ class SentencePieceTokenizer:
         self.end_piece = end_of_document
         try:
             self.processor = SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, TypeError) as error:
+            self.vocab_size: int = self.processor.vocab_size()
+            for index in range(self.vocab_size):
+                self.processor.id_to_piece(index)  # raises UnicodeDecodeError for one that is no text
+        except (RuntimeError, TypeError, UnicodeDecodeError) as error:
             raise DataError(f"{origin} is no SentencePiece model; name another file") from error
-        self.vocab_size: int = self.processor.vocab_size()
         self.end_of_document: int = self._find_end(origin)
         mark = [f"<0x{byte:02X}>" for byte in self.SPACE_MARK.encode()]
         ids = [self.processor.piece_to_id(piece) for piece in mark]
@@ -145,6 +152,8 @@ class SentencePieceTokenizer:
         """
         processor = self.processor
         ids = [i for i in range(self.vocab_size) if not (processor.is_byte(i) or processor.is_control(i))]
+        if processor.unk_id() not in ids:
+            return None
         ids.remove(processor.unk_id())
         if [processor.get_score(i) for i in ids] != [-float(rank) for rank in range(len(ids))]:
             return None  # a BPE's scores are the order of its merges
@@ -270,7 +279,7 @@ class HuggingFaceTokenizer:
         folder = path if path.is_dir() else path.parent
         file = path / cls.FILE if path.is_dir() else path
         try:
-            tokenizer_json = file.read_text(encoding="utf-8") if file.is_file() else _convert_slow_tokenizer(folder)
+            tokenizer_json = read_file(file).decode() if file.is_file() else _convert_slow_tokenizer(folder)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read ({error}); name a tokenizer.json or its folder") from error
         end_token = end_token or _configured_end(folder)
@@ -280,7 +289,7 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def load(cls, folder: Path, end_token: str) -> HuggingFaceTokenizer:
-        return cls(_read(folder / cls.FILE).decode(), end_token, str(folder / cls.FILE))
+        return cls(_read(folder / cls.FILE).decode(errors="replace"), end_token, str(folder / cls.FILE))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -314,8 +323,8 @@ def _configured_end(folder: Path) -> str | None:
     """`eos_token` of the folder's tokenizer_config.json, which is a string or an object with its content."""
     path = folder / "tokenizer_config.json"
     try:
-        token = json.loads(path.read_text(encoding="utf-8"))["eos_token"] if path.is_file() else None
-    except (ValueError, KeyError, TypeError):
+        token = parse_json(read_file(path))["eos_token"] if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
@@ -326,7 +335,9 @@ def _convert_slow_tokenizer(folder: Path) -> str:
     from transformers import AutoTokenizer  # noqa: PLC0415 (takes seconds)
 
     try:
-        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        backend = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
         return str(backend.to_str())
     except Exception as error:  # of many kinds, one for each file and library that may be missing
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

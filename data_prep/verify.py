@@ -12,7 +12,6 @@ data that data_prep.prepare has encoded, and a note for data of another program,
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,9 @@ from data_prep.recovery import Recovery
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import DataError
+from kraken_train.common.files import read_file
 from kraken_train.common.help import make_parser
+from kraken_train.common.parsing import parse_mapping
 
 BLOCK_BYTES = 1 << 24  # read at once; a multiple of every token's size
 SAMPLE_CHARACTERS = 200
@@ -70,7 +71,10 @@ def verify(data_dir: Path) -> Manifest:
 def verify_totals(data_dir: Path, manifest: Manifest) -> None:
     """Raises DataError unless the totals that the manifest states are the sums of its shards."""
     path = data_dir / MANIFEST_NAME
-    for name, stated in json.loads(path.read_bytes()).get("totals", {}).items():
+    totals = parse_mapping(read_file(path)).get("totals", {})
+    if not isinstance(totals, dict):
+        raise DataError(f"{path} is damaged: its totals are none; copy it again or prepare the data again")
+    for name, stated in totals.items():
         if stated != getattr(manifest, name, stated):
             raise DataError(
                 f"{path} states {stated} {name} in total, but its splits have {getattr(manifest, name)}; "

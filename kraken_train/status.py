@@ -91,7 +91,7 @@ def describe(state: RunState) -> list[tuple[str, str]]:
         lines[-1] = ("state", f"{state.state}: {state.reason}")
     if state.job is not None:
         lines.append(("job", state.job))
-    if state.max_steps is not None:
+    if state.max_steps:
         lines.append(("step", f"{state.step} of {state.max_steps} ({state.step / state.max_steps:.1%})"))
     if state.phase is not None and state.phase < len(state.phases):
         lines.append(("phase", f"{state.phase + 1} of {len(state.phases)}: {state.phases[state.phase]}"))

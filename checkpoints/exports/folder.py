@@ -13,9 +13,11 @@ folder of a killed one.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from checkpoints.exports.transformers_tokenizer import write_transformers_tokeni
 from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.common.errors import CheckpointError, ConfigError
-from kraken_train.common.files import copy_folder, kind_of, real_path, sync_folder
+from kraken_train.common.files import copy_folder, find_escape, kind_of, read_file, real_path, sync_folder
+from kraken_train.common.parsing import find_wrong_type, parse_json
 from kraken_train.common.settings import to_dict
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.model.language_model import LanguageModel
@@ -43,6 +46,8 @@ CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Entries of config.json that are not settings of the model.
 ABOUT_THE_EXPORT = ("architectures", "auto_map", "model_type", "format_version", "dtype", "training")
+STORED_DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names
+MOST_TIMES = 100  # as many parameters as a file has values: then it is not the file of that model
 MODELING_FILE = Path(__file__).with_name("modeling_kraken.py")
 GENERATION_FILE = "generation_config.json"
 
@@ -62,11 +67,10 @@ class Export:
 
     def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LanguageModel:
         """The model with its weights in `dtype`, by default the stored one. Raises CheckpointError."""
-        path = self.folder / WEIGHTS_FILE
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); copy it again or export again") from error
+        weights = read_weights_file(self.folder / WEIGHTS_FILE)
+        require_matching_shapes(
+            {name: tuple(tensor.shape) for name, tensor in weights.items()}, self.config, str(self.folder)
+        )
         model = empty_model(self.config)
         model.load_state_dict(weights, assign=True)
         return model.to(device=device, dtype=dtype or self.dtype).eval()
@@ -77,6 +81,7 @@ class Export:
             raise CheckpointError(
                 f"{self.folder} has no tokenizer, because none was given when it was made; make it again with one"
             )
+        require_own_files(self.folder)
         return load_tokenizer(self.tokenizer_dir)
 
 
@@ -219,6 +224,7 @@ def read_export(export_dir: Path) -> Export:
     """The export in `export_dir`. Raises CheckpointError if it is missing, damaged, or from a newer program."""
     if not export_dir.is_dir():
         raise CheckpointError(f"export_dir={export_dir} is not a folder; name one that checkpoints.export has written")
+    require_own_files(export_dir)
     description = read_description(export_dir / CONFIG_FILE)
     if "transformers_version" in description:
         raise CheckpointError(
@@ -237,12 +243,30 @@ def read_export(export_dir: Path) -> Export:
         )
     weights = export_dir / WEIGHTS_FILE
     require_matching_shapes(read_shapes(weights), config, str(weights))
-    dtype = DTYPES.get(description.get("dtype", ""))
+    dtype = DTYPES.get(str(description.get("dtype", "")))
     if dtype is None:
         raise CheckpointError(
             f"{export_dir / CONFIG_FILE} has dtype={description.get('dtype')}; known: {', '.join(DTYPES)}"
         )
-    return Export(export_dir, config, dtype, dict(description.get("training") or {}))
+    return Export(export_dir, config, dtype, training_of(description, export_dir / CONFIG_FILE))
+
+
+def training_of(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What `path`, a config.json, says about the training; empty if nothing. Raises CheckpointError."""
+    training = description.get("training") or {}
+    if not isinstance(training, dict) or (wrong := find_wrong_type(training, {"step": int, "tokens": int})):
+        what = f"training.{wrong}" if isinstance(training, dict) else "training"
+        raise CheckpointError(f"{path} is damaged: its {what} is of the wrong type; copy it again or export again")
+    return training
+
+
+def require_own_files(folder: Path) -> None:
+    """Raises CheckpointError if a file or folder in it is a link that leads out of it."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and (escape := find_escape(folder, path)) is not None:
+            raise CheckpointError(
+                f"{escape}; a model's folder holds its own files, so copy the file in place of the link"
+            )
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -255,7 +279,7 @@ def read_description(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A config.json of any model. Raises CheckpointError."""
     try:
-        description = json.loads(path.read_bytes())
+        description = parse_json(read_file(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing, so {path.parent} is not an export") from error
     except (OSError, ValueError) as error:
@@ -284,19 +308,47 @@ def require_ours(description: Mapping[str, Any], path: Path) -> None:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Tensor shapes from the file's header. Raises CheckpointError, also for a truncated file."""
+    with safetensors_errors(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        for name, part in slices.items():
+            if part.get_dtype() not in STORED_DTYPES:
+                raise CheckpointError(
+                    f"{path} has {name} as {part.get_dtype()}, but weights are {', '.join(STORED_DTYPES)}; save the "
+                    "model in one of these"
+                )
+        return {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, which must be weights. Raises CheckpointError."""
+    read_shapes(path)
+    with safetensors_errors(path):
+        return load_file(path)
+
+
+@contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """What may go wrong while a safetensors file is read becomes a CheckpointError."""
+    found = kind_of(path)
+    if found is None:
+        raise CheckpointError(f"{path} is missing; copy it again or save the model again")
+    if found != "a file":  # which would be waited for
+        raise CheckpointError(f"{path} is {found}, not a file; copy it again or save the model again")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; copy it again or export again") from error
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}); copy it again or export again"
+            f"{path} is truncated or not a safetensors file ({error}); copy it again or save the model again"
         ) from error
 
 
 def require_matching_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
     """Raises CheckpointError unless `found` are the tensors of the model, each with its shape."""
+    values = sum(math.prod(shape) for shape in found.values())
+    if config.num_parameters > MOST_TIMES * values:  # the comparison below takes time for each layer
+        raise CheckpointError(
+            f"{where} has {values:,} values, but its settings describe {config.num_parameters:,} parameters"
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     problems = [f"lacks the weight {name}" for name in expected if name not in found]
     problems += [f"has an unexpected weight {name}" for name in found if name not in expected]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kraken_train.common.errors import CheckpointError, ConfigError
+from kraken_train.common.settings import from_dict
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.gpt_config import GPTConfig
 
@@ -115,7 +116,8 @@ def to_native(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def is_native(description: Mapping[str, Any]) -> bool:
-    return description.get("model_type") in CLASSES
+    model_type = description.get("model_type")
+    return isinstance(model_type, str) and model_type in CLASSES
 
 
 def native_config(description: Mapping[str, Any], path: Path) -> GPTConfig:
@@ -133,20 +135,26 @@ def native_config(description: Mapping[str, Any], path: Path) -> GPTConfig:
     ):
         if value != needed:
             raise CheckpointError(f"{path} has {name}={value}, and models of this program have {needed} only")
+    known = {**DEFAULTS, **description}
+    settings: dict[str, Any] = {
+        **{ours: known.get(theirs) for ours, theirs in SETTINGS.items()},
+        **REQUIRED,
+        "head_dim": description.get("head_dim"),
+        "ffn_hidden_size": description.get("intermediate_size"),
+        "rope_theta": rope.get("rope_theta", description.get("rope_theta", 10000.0)),
+        "qk_norm": description["model_type"] == "qwen3",
+    }
     try:
-        known = {**DEFAULTS, **description}
-        settings: dict[str, Any] = {ours: known.get(theirs) for ours, theirs in SETTINGS.items()}
-        head_dim = description.get("head_dim")
-        fits = settings["hidden_size"] % settings["num_heads"] == 0
-        plain = fits and head_dim in (None, settings["hidden_size"] // settings["num_heads"])
-        return GPTConfig(
-            **{**settings, **REQUIRED},
-            head_dim=None if plain else head_dim,
-            ffn_hidden_size=description["intermediate_size"],
-            rope_theta=rope.get("rope_theta", description.get("rope_theta", 10000.0)),
-            qk_norm=description["model_type"] == "qwen3",
+        if settings["ffn_hidden_size"] is None:
+            raise ConfigError("it has no intermediate_size")
+        config = from_dict(settings, GPTConfig, "model")
+        fits = config.hidden_size % config.num_heads == 0
+        return (
+            config.replace(head_dim=None)
+            if fits and config.head_dim == config.hidden_size // config.num_heads
+            else config
         )
-    except (ConfigError, KeyError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error
 
 
@@ -169,7 +177,7 @@ def from_native(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) 
             renamed[f"{mine}.{QKV}"] = torch.cat(parts, dim=1)
     except KeyError as error:
         raise CheckpointError(f"{folder} lacks the weight {error.args[0]}; save the model again") from error
-    except RuntimeError as error:  # of `unflatten` and `cat`
+    except (RuntimeError, IndexError) as error:  # of `unflatten` and `cat`
         raise CheckpointError(
             f"the weights in {folder} have other shapes than its config.json says ({str(error).splitlines()[0]}); save "
             "the model again"

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from checkpoints.training.index import INDEX, CheckedReader, file_sizes, parse_index
 from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders, step_of
 from kraken_train.common.errors import CheckpointError
-from kraken_train.common.files import file_sha256
+from kraken_train.common.files import file_sha256, read_file
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.ranks import Runtime
 
@@ -216,7 +216,7 @@ def mean_of_weights(checkpoints: Sequence[Checkpoint], prefix: str) -> dict[str,
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """The model configuration of a checkpoint. Raises CheckpointError if its weights are in a layout of the past."""
-    config = parse_model(checkpoint.metadata["model"])
+    config = parse_model(checkpoint.recorded("model"))
     if config.first_export_format > 1 and config.kv_heads_setting not in checkpoint.metadata["model"]:
         raise CheckpointError(
             f"{checkpoint.path} was written before grouped-query attention was added, with queries, keys and values "
@@ -248,7 +248,7 @@ def root_message(error: BaseException) -> str:
 def read_index(path: Path, complete: bool = True) -> Metadata:
     """The checkpoint library's index of tensors and files; `complete`: all files are there. Raises CheckpointError."""
     try:
-        return parse_index((path / INDEX).read_bytes(), file_sizes(path) if complete else None)
+        return parse_index(read_file(path / INDEX), file_sizes(path) if complete else None)
     except OSError as error:
         raise CheckpointError(f"the index of {path} cannot be read: {root_message(error)}") from error
     except ValueError as error:

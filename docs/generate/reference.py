@@ -1,5 +1,5 @@
-"""A hook of mkdocs that makes the pages of the API, one for each folder of the packages, and takes in CHANGELOG.md
-and CONTRIBUTING.md.
+"""A hook of mkdocs that makes the pages of the API, one for each folder of the packages, and takes in CHANGELOG.md,
+CONTRIBUTING.md and SECURITY.md.
 
 Folders and modules are found, not listed, so that a new one is documented without a change here.
 """
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kraken_train", "data_prep", "checkpoints", "launch")
-TEXTS = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+TEXTS = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from kraken_train.common.errors import KrakenError
 
@@ -53,6 +54,38 @@ def require_regular(path: Path, name: str, kind: type[KrakenError]) -> None:
         raise kind(f"{name}={path} {f'is {found}, not a file' if found else 'does not exist'}; name a file")
 
 
+def open_file(path: Path) -> BinaryIO:
+    """A file to read. Raises OSError, also at once for a pipe, a socket or a device, which may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {kind_of(path)}, not a file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file. Raises OSError as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def find_escape(folder: Path, path: Path) -> str | None:
+    """Why `path`, a name in `folder` or a link there, leads out of the folder; None if it does not.
+
+    A snapshot in a cache of Hugging Face is made of links to files beside it.
+    """
+    home = Path(os.path.realpath(folder))
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    real = Path(os.path.realpath(path))
+    return None if real.is_relative_to(home) else f"{path} leads to {real}, which is outside of {folder}"
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether it names a file in a folder and nothing else, in a list of such files."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+
+
 def write_synced(path: Path, text: str) -> None:
     """Write `text` and wait until the disk has it."""
     with path.open("w", encoding="utf-8") as file:
@@ -79,9 +112,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder with all that is in it; `target` is new. Raises the first OSError, unlike shutil.copytree."""
+    """Copy a folder with all that is in it; `target` is new. Raises the first OSError, unlike shutil.copytree.
+
+    A link that leads out of the folder is one: what it leads to is not the folder's to give away.
+    """
     target.mkdir(parents=True)
     for entry in sorted(source.iterdir()):
+        if entry.is_symlink() and (escape := find_escape(source, entry)) is not None:
+            raise OSError(errno.EPERM, escape, str(entry))
         if entry.is_dir():
             copy_folder(entry, target / entry.name)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import require_choice, suggestion
 
 Schema = TypeVar("Schema")
+SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def describe_validation_error(error: ValidationError, dot: str) -> str:
         return f"{name} is not set; give {name}=VALUE"
     if first["type"] == "dataclass_type":
         return f"{name} is a group of settings; set them one by one, as in {name}.KEY=VALUE"
-    given = "null" if first["input"] is None else first["input"]
+    given = "null" if first["input"] is None else textwrap.shorten(str(first["input"]), SHOWN, placeholder="...")
     message = first["msg"].removeprefix("Value error, ")  # of the type's own validator
     return f"{name}={given}: {message[:1].lower()}{message[1:]}"
 

@@ -7,6 +7,8 @@ import math
 
 from kraken_train.common.errors import ConfigError
 
+LARGEST_TRIED = 1_000_000  # divisor
+
 
 def require_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -33,7 +35,9 @@ def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> N
 
 
 def divisors(number: int) -> list[str]:
-    return [str(d) for d in range(1, number + 1) if number % d == 0]
+    """In ascending order; those of a huge number that are found at once."""
+    small = [d for d in range(1, min(math.isqrt(max(number, 0)), LARGEST_TRIED) + 1) if number % d == 0]
+    return [str(d) for d in sorted({*small, *(number // d for d in small)})]
 
 
 def suggestion(value: object, choices: tuple[str, ...]) -> str:

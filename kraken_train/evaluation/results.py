@@ -13,14 +13,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from kraken_train.common.errors import CheckpointError, ConfigError
-from kraken_train.common.files import replace_synced
+from kraken_train.common.files import read_file, replace_synced
+from kraken_train.common.parsing import find_wrong_type, parse_mapping
 from kraken_train.common.settings import from_dict, to_dict
 
 RESULTS_FILE = "evaluation.json"
 FORMAT_VERSION = 1
+PERPLEXITY: dict[str, type | UnionType] = {  # what an entry must have to be shown
+    **dict.fromkeys(("data_fingerprint", "split", "mode", "dtype"), str),
+    **dict.fromkeys(("stride", "tokens"), int),
+    **dict.fromkeys(("loss", "perplexity"), int | float),
+    "bits_per_byte": int | float | None,
+}
 # A new entry replaces an earlier entry with the same values of these keys.
 SAME_PERPLEXITY = ("data_fingerprint", "split", "mode", "stride", "dtype")
 
@@ -43,6 +51,13 @@ class TaskResult:
     version: str  # version of the task in the harness
     shots: int  # examples in each prompt
 
+    def validate(self) -> None:
+        """Raises ConfigError for a result that cannot be averaged."""
+        if not {self.metric, *self.benchmark_metrics} <= self.scores.keys() or not self.benchmark_metrics:
+            raise ConfigError(f"the metrics {self.metric}, {', '.join(self.benchmark_metrics)} have no scores")
+        if not all(math.isfinite(score.value) for score in self.scores.values()):
+            raise ConfigError("a score is not finite")
+
 
 @dataclass(frozen=True)
 class Average:
@@ -60,6 +75,11 @@ class SuiteResult:
     average: str | None  # describes the averaged metrics; None if the suite has no average
     tasks: dict[str, TaskResult]
     not_run: dict[str, str] = field(default_factory=dict)  # task -> reason
+
+    def validate(self) -> None:
+        """Raises ConfigError for results that cannot be averaged."""
+        for task in self.tasks.values():
+            task.validate()
 
     @property
     def averages(self) -> dict[str, Average]:
@@ -110,13 +130,16 @@ def read_results(export_dir: Path) -> Results:
     if not path.exists():
         return Results()
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_mapping(read_file(path))
         version = record["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format_version={version}, but this program reads up to {FORMAT_VERSION}; update it"
             )
         suites = {name: without_averages(suite) for name, suite in record["suites"].items()}
+        for entry in record["perplexity"]:
+            if not entry.keys() >= PERPLEXITY.keys() or (wrong := find_wrong_type(entry, PERPLEXITY)):
+                raise ValueError(f"an entry of perplexity lacks a number, or has one that is none: {wrong}")
         return Results(list(record["perplexity"]), {n: from_dict(s, SuiteResult) for n, s in suites.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it and evaluate again") from error

@@ -1,7 +1,8 @@
 """Runs suites of tasks with lm-evaluation-harness on an export, which transformers loads.
 
-It runs `lm_eval --model hf --model_args pretrained=EXPORT,trust_remote_code=True,dtype=float32` through its Python
-interface; the harness is an optional dependency (the extra `eval`). The model computes in float32 even if the export is
+It runs `lm_eval --model hf --model_args pretrained=EXPORT,dtype=float32` through its Python interface, with the model
+code of this program in place of the file in the export, which is not run; the harness is an optional dependency (the
+extra `eval`). The model computes in float32 even if the export is
 stored in bf16: the harness sums log-probabilities in the model's dtype, so in bf16 many answers would become equally
 likely by rounding, and the rounding would depend on the batch size.
 """
@@ -85,6 +86,7 @@ def run_suite(export: Export, suite: Suite, run: SuiteRun) -> SuiteResult:
     """
     require_harness(suite.name)
     require_loadable(export)
+    register_own_model()
     import lm_eval  # noqa: PLC0415 (optional, and takes seconds)
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -95,7 +97,7 @@ def run_suite(export: Export, suite: Suite, run: SuiteRun) -> SuiteResult:
             try:
                 found = lm_eval.simple_evaluate(
                     model="hf",
-                    model_args={"pretrained": str(export.folder), "trust_remote_code": True, "dtype": run.dtype},
+                    model_args={"pretrained": str(export.folder), "trust_remote_code": False, "dtype": run.dtype},
                     tasks=[loaded.task for loaded in tasks.values()],
                     batch_size=run.batch_size,
                     device=run.device,
@@ -122,6 +124,17 @@ def require_loadable(export: Export) -> None:
                 f"{export.folder} has no {name}, which transformers needs to load it; export the training "
                 "checkpoint again, with its tokenizer"
             )
+
+
+def register_own_model() -> None:
+    """Make transformers load exports with the code of this program: that in a stranger's export may do anything."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 (takes seconds)
+
+    from checkpoints.exports.modeling_kraken import KrakenForCausalLM  # noqa: PLC0415
+
+    config_class = KrakenForCausalLM.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, KrakenForCausalLM, exist_ok=True)
 
 
 def require_answers_that_fit(export: Export, tasks: Mapping[str, LoadedTask]) -> None:

@@ -11,9 +11,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
+from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import require_choice, require_divides, require_positive
 from kraken_train.model.layer_settings import LayerSettings
 
+LARGEST_SIZE = 2**31 - 1
 ATTENTION, FFN = "attention", "ffn"  # names of the parts of a layer
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -111,6 +113,8 @@ class ModelConfig(LayerSettings, ABC):
             if name in {"architecture", self.kv_heads_setting, *shared} or (value is None and name in optional):
                 continue
             require_positive(f"model.{name}", value)
+            if value > LARGEST_SIZE:
+                raise ConfigError(f"model.{name}={value} must be at most {LARGEST_SIZE}")
         heads = f"model.{self.heads_setting}"
         if self.head_dim is None:
             require_divides(heads, self.heads, "model.hidden_size", self.hidden_size)

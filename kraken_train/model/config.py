@@ -23,6 +23,8 @@ def parse_model(settings: dict[str, Any], data_vocab_size: int | None = None) ->
     `vocab_size: null` stands for the data's vocabulary, rounded up to a multiple of 64. Raises ConfigError for an
     unknown architecture or setting, and for a vocabulary that does not fit the data's.
     """
+    if not isinstance(settings, dict):
+        raise ConfigError(f"model={settings} must be a group of settings")
     settings = dict(settings)
     architecture = settings.get("architecture", DEFAULT_ARCHITECTURE)
     require_choice("model.architecture", architecture, tuple(ARCHITECTURES))

@@ -26,11 +26,28 @@ import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from types import UnionType
 from typing import Any
+
+from kraken_train.common.files import read_file
+from kraken_train.common.parsing import find_wrong_type, parse_mapping
 
 FINISHED, INTERRUPTED, FAILED = OUTCOMES = "finished", "interrupted", "failed"
 
 Event = dict[str, Any]
+TYPES: dict[str, type | UnionType] = {  # of the details, as far as they are used
+    "time": str,
+    "event": str,
+    "job": str | int | None,
+    "reason": str | None,
+    "note": str | None,
+    "outcome": str,
+    "start": int,
+    "step": int | None,
+    "earlier_starts": int,
+    "last_step": int | None,
+    "last_tokens": int | None,
+}
 
 
 class EventLog:
@@ -55,18 +72,21 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events, the oldest first; none if there is no file. A line that was cut short is left out."""
+    """All events, the oldest first; none if there is no file. A line that was cut short or damaged is left out."""
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+        lines = read_file(path).splitlines()
+    except OSError:
         return []
     events = []
     for line in lines:
         try:
-            event = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
+            event = parse_mapping(line)
+            datetime.fromisoformat(event["time"]).astimezone()
+        except (KeyError, OverflowError, TypeError, ValueError):
             continue
-        if isinstance(event, dict) and "event" in event and "time" in event:
+        if event.get("outcome", FINISHED) not in OUTCOMES:
+            continue
+        if "event" in event and find_wrong_type(event, TYPES) is None:
             events.append(event)
     return events
 

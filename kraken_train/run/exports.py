@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import read_file
+from kraken_train.common.parsing import find_wrong_type, parse_mapping
 
 EXPORTS_FILE = "exports.jsonl"
+TYPES: dict[str, type | UnionType] = {"step": int, "path": str}
 FILES_OF_AN_EXPORT = "config.json", "model.safetensors"  # as in checkpoints.exports.folder, which imports torch
 
 
@@ -22,9 +26,11 @@ def read_exports(path: Path) -> list[dict[str, Any]]:
     """`step` and `path` of the exports that were made of the run, the newest last. Raises CheckpointError."""
     file = path / EXPORTS_FILE
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        return [{"step": int(record["step"]), "path": str(record["path"])} for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        records = [parse_mapping(line) for line in read_file(file).splitlines()] if file.exists() else []
+        if any(not record.keys() >= TYPES.keys() or find_wrong_type(record, TYPES) for record in records):
+            raise ValueError("an entry has no step or no path")
+        return [{name: record[name] for name in TYPES} for record in records]
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); remove it, and name exports instead of the run") from error
 
 

@@ -15,7 +15,6 @@ exports.jsonl one object per export that was made of it, so that reports find wh
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 import threading
@@ -25,10 +24,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from kraken_train.common.errors import CheckpointError
-from kraken_train.common.files import replace_synced, try_lock
+from kraken_train.common.files import read_file, replace_synced, try_lock
+from kraken_train.common.parsing import find_wrong_type, parse_mapping
 from kraken_train.common.settings import to_yaml
 from kraken_train.config import TrainConfig
 from kraken_train.run.events import EventLog
@@ -42,6 +43,7 @@ from kraken_train.run.layout import (
 
 METRICS_FILE = "metrics.jsonl"
 SUBMISSIONS = "submissions"
+IDENTITY: dict[str, type | UnionType] = {"id": str, "model": dict, "data_fingerprint": str, "seed": int}
 REMEDIES = {
     errno.ENOSPC: "free some space, or set run_dir to another disk",
     errno.EDQUOT: "free some space, or set run_dir to another disk",
@@ -101,8 +103,10 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        identity = json.loads(file.read_text(encoding="utf-8"))
-        return {"id": identity["id"], **{key: identity[key] for key in ("model", "data_fingerprint", "seed")}}
+        identity = parse_mapping(read_file(file))
+        if find_wrong_type(identity, IDENTITY) is not None:
+            raise TypeError(find_wrong_type(identity, IDENTITY))
+        return {name: identity[name] for name in IDENTITY}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged; use another run_dir, or restore the file") from error
 

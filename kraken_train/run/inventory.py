@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-import yaml
-
 from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import read_file
+from kraken_train.common.parsing import parse_json, parse_yaml, well_typed
 from kraken_train.run.exports import is_export, read_exports
 from kraken_train.run.layout import CONFIG_FILE, EVENTS_FILE, IDENTITY_FILE, start_folders
 from kraken_train.run.metrics import METRICS_FILE
 
+TYPES: dict[str, type | UnionType] = {  # of settings and of facts about a start, as far as they are used
+    **dict.fromkeys(("max_steps", "max_tokens"), int | None),
+    **dict.fromkeys(("precision", "run_dir", "init_from", "resume"), str | None),
+    "data_dir": str | dict | list,
+    **dict.fromkeys(("folder", "command", "launch_command"), str | None),
+    **dict.fromkeys(("hosts", "launchers"), list | None),
+}
 IDENTITY_KEYS = {"id", "model", "data_fingerprint", "seed"}
 
 
@@ -26,13 +33,12 @@ class Export:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file; empty where it is missing or being written."""
+    """A YAML or JSON file; empty where it is missing or being written. Entries of a wrong type are left out."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        content = (parse_json if path.suffix == ".json" else parse_yaml)(read_file(path))
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return well_typed(content, TYPES) if isinstance(content, dict) else {}
 
 
 def identity_is_usable(run: Path) -> bool | None:
@@ -71,9 +77,10 @@ def find_exports(run: Path) -> tuple[list[Export], list[str]]:
 def data_folders(config: dict[str, Any], folder: str | None) -> list[Path]:
     """The data of the run's settings, of all phases. `folder` is the one that its command ran in."""
     found: list[Path] = []
-    for group in (config, *(config.get("phases") or ())):
-        data = group.get("data_dir") or ()
-        found += [Path(folder or ".", path) for path in ([data] if isinstance(data, str) else data)]
+    phases = config.get("phases")
+    for group in (config, *(phases if isinstance(phases, list) else ())):
+        data = group.get("data_dir") or () if isinstance(group, dict) else ()
+        found += [Path(folder or ".", str(path)) for path in ([data] if isinstance(data, str) else data)]
     return list(dict.fromkeys(found))
 
 
@@ -96,8 +103,8 @@ def command_again(run: Path, config: dict[str, Any], environment: dict[str, Any]
     It is that of launch.deepspeed, the outermost launcher's, or the program's where there was none.
     """
     launchers = environment.get("launchers") or [environment.get("command")]
-    command: str = environment.get("launch_command") or launchers[-1]
-    if command is None:
+    command = environment.get("launch_command") or launchers[-1]
+    if not isinstance(command, str):
         return None
     run_dir = config.get("run_dir")
     if run_dir is not None and Path(environment.get("folder") or ".", run_dir).resolve() != run.resolve():

@@ -17,4 +17,4 @@ LAUNCH_COMMAND = "KRAKEN_LAUNCH_COMMAND"  # environment variable: the command li
 
 def start_folders(path: Path) -> list[Path]:
     """The folders of the starts of the run in `path`, the oldest first."""
-    return sorted(folder for folder in (path / "starts").glob("*") if folder.name.isdigit())
+    return sorted(folder for folder in (path / "starts").glob("*") if folder.name.isdecimal())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import io
 import re
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kraken_train.common.errors import DataError
+from kraken_train.common.files import open_file
 from kraken_train.run.layout import LOGS, start_folders
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00 ")
@@ -28,7 +30,8 @@ def logs_of(run_dir: Path, number: int | None) -> Path:
 
 def log_files(folder: Path) -> dict[int, Path]:
     """The log of each rank."""
-    return {int(path.stem.removeprefix("rank-")): path for path in sorted(folder.glob("rank-*.log"))}
+    files = {path.stem.removeprefix("rank-"): path for path in sorted(folder.glob("rank-*.log"))}
+    return {int(rank): path for rank, path in files.items() if rank.isdecimal()}
 
 
 def merged(folder: Path, last: int | None = None) -> Iterator[str]:
@@ -44,7 +47,7 @@ def merged(folder: Path, last: int | None = None) -> Iterator[str]:
 def stamped(rank: int, path: Path) -> Iterator[tuple[str, int, str]]:
     """(time, rank, text) of each line; one without a time, as of a crash, has that of the line before it."""
     stamp = ""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with open_file(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", errors="replace") as file:
         for line in file:
             stamp, text = split(line, stamp)
             yield stamp, rank, text

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeGuard
 
 from kraken_train.common.errors import DataError
+from kraken_train.common.files import read_file
+from kraken_train.common.parsing import find_wrong_type, parse_mapping
 
 METRICS_FILE = "metrics.jsonl"
 RMS = "rms"
@@ -18,6 +20,16 @@ RMS = "rms"
 def rms_key(kind: str, place: str) -> str:
     """The name of a root mean square, see `kraken_train.training.norms`."""
     return f"{RMS}/{kind}/{place}"
+
+
+VALIDATION_LOSS = "validation_loss"
+NUMBER = int | float | None  # None: it was not finite
+TYPES: dict[str, type | UnionType] = {
+    "step": int,
+    "tokens": int,
+    "global_batch_size": int,
+    **dict.fromkeys(("loss", VALIDATION_LOSS, "tokens_per_second", "lr", "grad_norm"), NUMBER),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Run:
         return [key.removeprefix(prefix) for key in keys]
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -50,7 +62,7 @@ def read_run(run_dir: Path) -> Run:
     """What the run logged; where a resumed run logged a step again, the later record counts. Raises DataError."""
     path = run_dir / METRICS_FILE
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_file(path).splitlines()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); name the run_dir of a training run") from error
     by_step: dict[int, dict[str, Any]] = {}
@@ -66,8 +78,15 @@ def read_run(run_dir: Path) -> Run:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
+    """A logged step; None for what cannot be one."""
     try:
-        record = json.loads(line)
-    except ValueError:  # no JSON, or no UTF-8
+        record = parse_mapping(line)
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    wrong = find_wrong_type(record, TYPES) or find_wrong_type(record, dict.fromkeys(validation_losses(record), NUMBER))
+    return record if "step" in record and wrong is None else None
+
+
+def validation_losses(record: dict[str, Any]) -> list[str]:
+    """The names of the losses of further validation sets."""
+    return [name for name in record if name.startswith(f"{VALIDATION_LOSS}/")]

@@ -7,6 +7,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kraken_train.common.errors import ConfigError
+from kraken_train.common.files import read_file
+from kraken_train.common.parsing import parse_mapping
+from kraken_train.common.settings import from_dict
 from kraken_train.run.layout import ERRORS
 
 
@@ -44,8 +48,8 @@ def read_errors(folder: Path) -> list[RankError]:
     errors = []
     for path in (folder / ERRORS).glob("rank-*.json"):
         try:
-            errors.append(RankError(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):  # cut short when its rank was killed
+            errors.append(from_dict(parse_mapping(read_file(path)), RankError))
+        except (OSError, ValueError, ConfigError):  # cut short when its rank was killed
             continue
     return sorted(errors, key=lambda error: (error.follows, error.time))
 

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from kraken_train.common.cli import CONF_DIR, compose_command
+from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import choices_of, field_types, to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.model.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
@@ -19,9 +20,19 @@ CHOICES = {
 
 
 def recorded_settings(recorded: dict[str, Any]) -> dict[str, Any]:
-    """`recorded`, the settings of a TrainConfig, with the defaults of conf/ for those that it lacks."""
+    """`recorded`, the settings of a TrainConfig, with the defaults of conf/ for those that it lacks.
+
+    Raises ConfigError where a group of settings is none.
+    """
+    defaults = defaults_with()
+    for name, default in defaults.items():
+        if isinstance(default, dict) and not isinstance(recorded.get(name, {}), dict):
+            raise ConfigError(f"the recorded settings have {name}={recorded[name]}, which must be a group of settings")
     chosen = {group: recorded.get(group, {}).get(setting) for group, setting in CHOICES.items()}
-    files = [f"{group}={name}" for group, name in chosen.items() if (CONF_DIR / group / f"{name}.yaml").is_file()]
+    for group, name in chosen.items():
+        if not isinstance(name, str | None):
+            raise ConfigError(f"the recorded settings have {group}.{CHOICES[group]}={name}, which must be a name")
+    files = [f"{group}={name}" for group, name in chosen.items() if name in choices_in(group)]
     settings = filled(defaults_with(*files), recorded)
     # Older programs recorded the settings of all choices of a group, and used those of the chosen one.
     for group, kind in field_types(TrainConfig).items():
@@ -30,6 +41,11 @@ def recorded_settings(recorded: dict[str, Any]) -> dict[str, Any]:
             known = field_types(schema)
             settings[group] = {key: value for key, value in settings[group].items() if key in known}
     return settings
+
+
+def choices_in(group: str) -> list[str]:
+    """The names of a group's files in conf/."""
+    return [file.stem for file in (CONF_DIR / group).glob("*.yaml")]
 
 
 @functools.cache

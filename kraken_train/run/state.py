@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoints.training.manifest import MANIFEST, find_complete_checkpoint
 from kraken_train.common.errors import DataError
-from kraken_train.common.files import try_lock
+from kraken_train.common.files import open_file, try_lock
 from kraken_train.recipe.phases import describe_phase, recorded_phases
 from kraken_train.run.events import FAILED, Event, read_events
 from kraken_train.run.inventory import (
@@ -35,7 +35,7 @@ from kraken_train.run.layout import (
     LOCK_TOUCH_SECONDS,
     start_folders,
 )
-from kraken_train.run.metrics import METRICS_FILE, parse_record
+from kraken_train.run.metrics import METRICS_FILE, is_finite, parse_record
 from kraken_train.run.rank_errors import RankError, read_errors, root_causes
 
 RUNNING, WAITING, DIED, NOT_STARTED, UNKNOWN = "running", "waiting", "died", "not started", "not known"
@@ -165,10 +165,10 @@ def is_alive(path: Path, events: list[Event]) -> bool:
     """Whether a start holds the run's lock, or, on another machine, where that may not show, has just touched it."""
     file = path / LOCK_FILE
     try:
-        with file.open(encoding="utf-8") as lock:
+        with open_file(file) as lock:
             if not try_lock(lock.fileno(), shared=True):
                 return True
-            holder = HOLDER.fullmatch(lock.read())
+            holder = HOLDER.fullmatch(lock.read().decode(errors="replace"))
             age = time.time() - os.fstat(lock.fileno()).st_mtime
     except OSError:
         return False
@@ -202,7 +202,7 @@ def read_starts(path: Path, events: list[Event], alive: bool) -> list[Start]:
                 outcome=outcome,
                 reason=reason,
                 time=None if begun is None else begun["time"],
-                hosts=tuple(dict.fromkeys(hosts)),
+                hosts=tuple(dict.fromkeys(map(str, hosts))),
             )
         )
     return starts
@@ -224,7 +224,7 @@ def derive_state(events: list[Event], starts: list[Start], alive: bool) -> tuple
 def last_records(path: Path) -> list[dict[str, Any]]:
     """The last records of the metrics, the oldest first; a line that is being written is left out."""
     try:
-        with (path / METRICS_FILE).open("rb") as file:
+        with open_file(path / METRICS_FILE) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().splitlines()
@@ -235,7 +235,8 @@ def last_records(path: Path) -> list[dict[str, Any]]:
 
 def speed_of(records: list[dict[str, Any]]) -> tuple[float | None, float | None]:
     """Median tokens per second of the last records, and how it has changed against those before."""
-    speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
+    found = [record.get("tokens_per_second") for record in records]
+    speeds = [speed for speed in found if is_finite(speed) and speed > 0]
     if not speeds:
         return None, None
     now, before = statistics.median(speeds[-SPEED_RECORDS:]), speeds[-2 * SPEED_RECORDS : -SPEED_RECORDS]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import read_file
+from kraken_train.common.parsing import parse_mapping, parse_yaml
 from kraken_train.common.settings import from_dict
 from kraken_train.config import TrackingConfig
 from kraken_train.model.config import parse_model
@@ -35,8 +34,8 @@ class RunInfo:
 def read_run_info(path: Path) -> RunInfo:
     """The run in the folder `path`. Raises CheckpointError if there is none, ConfigError for its settings."""
     try:
-        identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
-        settings = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        identity = parse_mapping(read_file(path / IDENTITY_FILE))
+        settings = parse_yaml(read_file(path / CONFIG_FILE))
         run_id, model, tracking = identity["id"], identity["model"], recorded_settings(settings)["tracking"]
         facts = {
             "model": model,
@@ -45,8 +44,8 @@ def read_run_info(path: Path) -> RunInfo:
         }
         environments = [start / ENVIRONMENT_FILE for start in start_folders(path)]
         for file in [file for file in environments if file.is_file()][-1:]:
-            facts["environment"] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            facts["environment"] = parse_mapping(read_file(file))
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} cannot be read as the folder of a run ({error}); name the run_dir of a training run that has "
             "begun its first step"

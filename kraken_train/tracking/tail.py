@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from kraken_train.common.files import open_file
+from kraken_train.common.parsing import parse_mapping
 
 
 class Tail:
@@ -23,12 +26,8 @@ class Tail:
         if file is None:
             return
         while (line := file.readline()).endswith(b"\n"):
-            try:
-                value = json.loads(line)
-            except ValueError:  # no JSON, or no UTF-8
-                continue
-            if isinstance(value, dict):
-                yield value
+            with suppress(ValueError):  # it is no JSON object
+                yield parse_mapping(line)
         file.seek(-len(line), os.SEEK_CUR)  # the beginning of a line that is still being written
 
     def current(self) -> BinaryIO | None:
@@ -37,11 +36,12 @@ class Tail:
             there = self.path.stat()
             # An open file keeps its number to itself, so one that was renamed over it has another.
             if self.file is None:
-                self.file = self.path.open("rb")
+                self.file = open_file(self.path)
             elif not os.path.samestat(there, os.fstat(self.file.fileno())):
+                replacement = open_file(self.path)
                 self.file.close()
-                self.file = self.path.open("rb")
+                self.file = replacement
                 self.when_replaced()
-        except FileNotFoundError:
+        except OSError:  # it is missing, or no file
             pass
         return self.file

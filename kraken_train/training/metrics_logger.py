@@ -18,6 +18,7 @@ from kraken_train.config import TrainConfig
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted
 from kraken_train.run.folder import RunFolder, system_errors
 from kraken_train.run.layout import LOGS
+from kraken_train.run.metrics import parse_record
 from kraken_train.tracking.process import start_follower
 
 Record = dict[str, float | int]
@@ -133,11 +134,9 @@ def drop_records_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
+        record = parse_record(line)
+        if record is not None and record["step"] <= step:
+            kept.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(b"".join(line + b"\n" for line in kept))
     temporary.replace(path)

@@ -113,12 +113,12 @@ def identity_of_checkpoints(folder: Path) -> dict[str, Any] | None:
     """The same from the newest good checkpoint, for a run whose identity file was lost."""
     if not has_checkpoints(folder):
         return None
-    metadata = find_good_checkpoint(folder)[0].metadata
+    checkpoint, _ = find_good_checkpoint(folder)
     return {
-        "id": metadata["run_id"],
-        "model": metadata["model"],
-        "data_fingerprint": metadata["data_fingerprint"],
-        "seed": metadata["config"]["seed"],
+        "id": checkpoint.recorded("run_id"),
+        "model": checkpoint.recorded("model"),
+        "data_fingerprint": checkpoint.recorded("data_fingerprint"),
+        "seed": checkpoint.recorded("config").get("seed"),
     }
 
 
@@ -149,7 +149,7 @@ def require_same_run(path: Path, existing: dict[str, Any], identity: dict[str, A
 
 def require_same_optimizer(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """An optimizer cannot continue with the state of another one. Raises CheckpointError."""
-    there, here = recorded_settings(checkpoint.metadata["config"])["optim"]["name"], config.optim.name
+    there, here = recorded_settings(checkpoint.recorded("config"))["optim"]["name"], config.optim.name
     if there != here:
         raise CheckpointError(
             f"{checkpoint.path} holds the state of optim={there}, with which optim={here} cannot continue; use "

@@ -51,11 +51,10 @@ def find_checkpoint_to_resume(
     checkpoint, problems = find_good_checkpoint(run.checkpoints, runtime)
     for problem in problems:
         print_line(f"passed over a damaged checkpoint: {problem}")
-    metadata = checkpoint.metadata
     for what, differs in (
         ("another model", model_of(checkpoint) != model_config),
-        ("a run on other data", metadata["data_fingerprint"] != data_fingerprint),
-        ("another run", metadata["run_id"] != run.run_id),
+        ("a run on other data", checkpoint.recorded("data_fingerprint") != data_fingerprint),
+        ("another run", checkpoint.recorded("run_id") != run.run_id),
     ):
         if differs:
             raise CheckpointError(f"{checkpoint.path} is the checkpoint of {what}; move it out of this run's folder")
@@ -68,7 +67,7 @@ def check_settings(
     checkpoint: Checkpoint, config: TrainConfig, context_length: int, print_line: Callable[[str], None]
 ) -> None:
     """Print which settings differ from the checkpoint's. Raises CheckpointError where no step is left to do."""
-    before, now = recorded_settings(checkpoint.metadata["config"]), to_dict(config)
+    before, now = recorded_settings(checkpoint.recorded("config")), to_dict(config)
     changes = changed_settings(before, now)
     for change in changes:
         print_line(f"changed since the checkpoint: {change}")
@@ -88,8 +87,8 @@ def check_settings(
 
 def position_of(checkpoint: Checkpoint) -> Position:
     """Older programs have not kept the tokens of the steps, only all that were consumed."""
-    metadata = checkpoint.metadata
-    return Position(checkpoint.step, metadata.get("trained_tokens", metadata["tokens"]))
+    tokens = "trained_tokens" if "trained_tokens" in checkpoint.metadata else "tokens"
+    return Position(checkpoint.step, checkpoint.recorded(tokens))
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -254,7 +254,7 @@ def test_missing_files(harness: None, files: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"passage": "x", "question": "y", "label": -1}', "answers are secret"),
+        ('{"passage": "x", "question": "y", "label": -1}', "test sets with secret answers"),
         ('{"passage": "x", "label": 1}', "in the schema of the data set on the Hub"),
         ('{"passage": ', "in the schema of the data set on the Hub"),
         ("", "cannot be used"),

@@ -26,6 +26,7 @@ from kraken_train.run.state import RunState, read_state
 
 ENOUGH_STEPS = 8  # the validation after step 6 included
 MANY_STEPS = 100_000_000  # which no machine does while it is looked at
+NOON = "2026-11-27T12:00:00+00:00"
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_died(changed: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize(("helps", "words"), [(False, "do what the error says"), (True, "the same command continues")])
 def test_failed(changed: Callable[..., Path], helps: bool, words: str) -> None:
-    run = changed(lambda events: [*without_end(events), {"time": "t", "event": "ended", "start": 1, "step": 9,
+    run = changed(lambda events: [*without_end(events), {"time": NOON, "event": "ended", "start": 1, "step": 9,
                                                          "outcome": "failed", "reason": "another rank"}])  # fmt: skip
     folder = run / "starts" / "0001"
     record_error(folder, RankError("2", 0, "n1", 7, "another rank has ended", None, True, True))
@@ -155,7 +156,7 @@ def test_failed(changed: Callable[..., Path], helps: bool, words: str) -> None:
 
 
 def test_waiting(changed: Callable[..., Path]) -> None:
-    requeued = {"time": "t", "event": "requeued", "job": "17", "reason": "a node failed"}
+    requeued = {"time": NOON, "event": "requeued", "job": "17", "reason": "a node failed"}
     run = changed(lambda events: [*events, requeued])
     state = read_state(run)
     assert (state.state, state.reason) == ("waiting", "job 17 was requeued: a node failed")
@@ -163,7 +164,7 @@ def test_waiting(changed: Callable[..., Path]) -> None:
     assert "squeue --job 17" in next_step(state)
     # Its next start has died before it could tell of itself.
     with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": "t", "event": "allocated", "job": "17", "earlier_starts": 1}) + "\n")
+        file.write(json.dumps({"time": NOON, "event": "allocated", "job": "17", "earlier_starts": 1}) + "\n")
     assert read_state(run).state == "waiting"
     (run / "starts" / "0002").mkdir()
     assert read_state(run).state == "died"

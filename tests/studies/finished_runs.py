@@ -19,5 +19,9 @@ def write_finished(
         json.dumps({"id": "a", "model": to_dict(model), "data_fingerprint": data, "seed": run.seed})
     )
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 400, "tokens": tokens, "validation_loss": loss}))
-    events = [{"event": "started", "start": 1, "step": 0}, {"event": "ended", "start": 1, "outcome": "finished"}]
-    (folder / "events.jsonl").write_text("".join(json.dumps({"time": "t", **event}) + "\n" for event in events))
+    noon = "2026-11-27T12:00:00+00:00"
+    events = [
+        {"time": noon, "event": "started", "start": 1, "step": 0},
+        {"time": noon, "event": "ended", "start": 1, "outcome": "finished"},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

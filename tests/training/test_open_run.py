@@ -20,6 +20,7 @@ from parity.common import settings
 
 from kraken_train.common.errors import CheckpointError
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.run import folder as folder_of_run
 from kraken_train.run.folder import RunFolder, locked
 from kraken_train.run.start import recorded, write_environment
 from kraken_train.training import open_run
@@ -119,7 +120,7 @@ def test_places_that_are_no_run(opened: Open, tmp_path: Path, monkeypatch: pytes
     def deny(*arguments: Any, **keywords: Any) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "read_text", deny)
+    monkeypatch.setattr(folder_of_run, "read_file", deny)
     with pytest.raises(CheckpointError) as refused:
         opened(run)
     assert str(refused.value) == (
