@@ -200,6 +200,14 @@ class ValidationConfig:
     # further prepared folders, by a name for each: {books: DIR, code: DIR}; measured on their validation splits, with
     # so many samples each; null: none
     sets: dict[str, FilePath] | None = None
+    # suites of tasks, files of conf/suite, or single tasks of them, that lm-evaluation-harness measures on the weights
+    # as they are: [lambada, blimp, superglue/boolq]; null: none
+    suites: list[str] | None = None
+    suites_every: int = 1000  # optimizer steps; the last step as well
+    # tokens, as in 1B, in place of suites_every: the step that reaches a multiple; null: suites_every counts
+    suites_every_tokens: Tokens | None = None
+    suite_data: FilePath | None = None  # folder of JSONL files for them, as in conf/evaluate.yaml; null: the Hub
+    suite_limit: int | None = None  # documents of each task, the first ones; null: all
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -211,12 +219,25 @@ class ValidationConfig:
         return Length("validation.every", self.every, "validation.every_tokens", self.every_tokens)
 
     @property
+    def suites_interval(self) -> Length:
+        names = "validation.suites_every", "validation.suites_every_tokens"
+        return Length(names[0], self.suites_every, names[1], self.suites_every_tokens)
+
+    @property
     def enabled(self) -> bool:
         return (self.every if self.every_tokens is None else self.every_tokens) > 0
 
     def validate(self) -> None:
         self.interval.validate(minimum=0)
         require_positive("validation.samples", self.samples)
+        self.suites_interval.validate(minimum=1)
+        if self.suite_limit is not None:
+            require_positive("validation.suite_limit", self.suite_limit)
+        if self.suites is not None and len(set(self.suites)) < max(1, len(self.suites)):
+            raise ConfigError(f"validation.suites={self.suites} must be names of suites, each once, or null for none")
+        for name in ("suite_data", "suite_limit"):
+            if self.suites is None and getattr(self, name) is not None:
+                raise ConfigError(f"validation.{name}={getattr(self, name)} needs validation.suites=[NAME, ...]")
         for name, folder in (self.sets or {}).items():
             if not SET_NAME.fullmatch(name) or not folder:
                 raise ConfigError(

@@ -38,7 +38,7 @@ from kraken_train.evaluation.results import (
     suite_record,
     suite_rows,
 )
-from kraken_train.evaluation.suites import Suite, SuiteRun, require_harness, run_suite
+from kraken_train.evaluation.suites import Suite, SuiteRun, TaskChoice, require_harness, run_suite
 from kraken_train.inference.ranks import end_rank, started_ranks
 from kraken_train.parallel.device import DEVICES, choose_device
 from kraken_train.parallel.ranks import Runtime, read_runtime
@@ -108,7 +108,7 @@ def evaluate_export(config: EvaluateConfig) -> None:
     if config.suite is not None:
         if runtime.world_size > 1:
             raise ConfigError(f"suite={config.suite.name} runs in one process; start it without a launcher")
-        require_harness(config.suite.name)
+        require_harness(f"suite={config.suite.name}")
     export = read_export(Path(config.export_dir))
     if config.record and not os.access(export.folder, os.W_OK):
         raise ConfigError(f"export_dir={export.folder} cannot be written; use record=false to record nothing in it")
@@ -218,9 +218,11 @@ def require_fitting_data(export: Export, manifest: Manifest, data_dir: Path) -> 
 
 def suite_run(config: EvaluateConfig) -> SuiteRun:
     return SuiteRun(
-        tasks=config.tasks,
-        data_dir=None if config.suite_data is None else Path(config.suite_data),
-        skip_missing=config.missing == "skip",
+        tasks=TaskChoice(
+            names=config.tasks,
+            data_dir=None if config.suite_data is None else Path(config.suite_data),
+            skip_missing=config.missing == "skip",
+        ),
         task_dir=None if config.task_dir is None else Path(config.task_dir),
         limit=config.limit,
         batch_size=config.batch_size,

@@ -35,6 +35,7 @@ from kraken_train.training.open_run import open_run_folder
 from kraken_train.training.precision import choose_precision, has_native_bf16
 from kraken_train.training.profiler import require_usable
 from kraken_train.training.recorded_choices import RecordedChoices, leaves_choices, recorded_choices
+from kraken_train.training.suites import open_suites
 from kraken_train.training.teacher import open_teacher
 from kraken_train.training.trainer import Trainer
 
@@ -60,6 +61,7 @@ def train(config: TrainConfig) -> None:
     config.require_fits(model_config)
     teacher = open_teacher(config, model_config, data.first.tokenizer_files)
     validated = validation_sets(data.first, config.validation.folders, config.validation.samples, data.later_manifests)
+    suites = open_suites(config.validation, data.first.tokenizer_dir, model_config.context_length)
     config.gradient_accumulation_steps(config.parallel.data_parallel_size(runtime.world_size))
     samples = data.samples(model_config.context_length, config.seed)
 
@@ -97,7 +99,9 @@ def train(config: TrainConfig) -> None:
             write_environment(run.start, runtime)
             if runtime.is_first:
                 print(precision.describe(), flush=True)
-            trainer = Trainer(config, model_config, data, samples, validated, run, runtime, stop, watchdog, teacher)
+            trainer = Trainer(
+                config, model_config, data, samples, validated, run, runtime, stop, watchdog, teacher, suites
+            )
             trainer.restore()
             with stop.on_signals():  # not before: until there is a step, there is nothing to save
                 trainer.train()

@@ -2,9 +2,9 @@
 
 It runs `lm_eval --model hf --model_args pretrained=EXPORT,dtype=float32` through its Python interface, with the model
 code of this program in place of the file in the export, which is not run; the harness is an optional dependency (the
-extra `eval`). The model computes in float32 even if the export is
-stored in bf16: the harness sums log-probabilities in the model's dtype, so in bf16 many answers would become equally
-likely by rounding, and the rounding would depend on the batch size.
+extra `eval`). The model computes in float32 even if the export is stored in bf16: the harness sums log-probabilities in
+the model's dtype, so in bf16 many answers would become equally likely by rounding, and the rounding would depend on the
+batch size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from checkpoints.exports.folder import MODELING_FILE, Export
+from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.errors import CheckpointError, ConfigError, DataError
-from kraken_train.common.validation import suggestion
+from kraken_train.common.settings import from_dict
+from kraken_train.common.validation import require_choice, suggestion
 from kraken_train.evaluation.offline import find_file, write_group, write_task
 from kraken_train.evaluation.results import Score, SuiteResult, TaskResult
 from kraken_train.evaluation.squad import provide_squad_metrics
@@ -47,12 +51,19 @@ class Suite:
 
 
 @dataclass(frozen=True)
-class SuiteRun:
-    """Which tasks of a suite are run, and how."""
+class TaskChoice:
+    """Which tasks of a suite are run, and on which documents."""
 
-    tasks: list[str] | None  # None: all
-    data_dir: Path | None  # folder of JSONL files; None: from the Hub
-    skip_missing: bool  # skip tasks whose file is missing
+    names: list[str] | None = None  # None: all
+    data_dir: Path | None = None  # folder of JSONL files; None: from the Hub
+    skip_missing: bool = False  # skip tasks whose file is missing
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """How the tasks are run."""
+
+    tasks: TaskChoice
     task_dir: Path | None  # where definitions of offline tasks are kept, for the harness's own command
     limit: int | None  # documents per task, for trials
     batch_size: int
@@ -66,14 +77,21 @@ class LoadedTask:
     dataset: str  # name of its (first task's) data set on the Hub
 
 
-def require_harness(suite: str) -> None:
-    """Raises ConfigError unless lm-evaluation-harness and accelerate are installed."""
+def read_suite(name: str) -> Suite:
+    """A file of conf/suite. Raises ConfigError for an unknown name."""
+    names = tuple(sorted(path.stem for path in (CONF_DIR / "suite").glob("*.yaml")))
+    require_choice("suite", name, names)
+    return from_dict(yaml.safe_load((CONF_DIR / "suite" / f"{name}.yaml").read_text(encoding="utf-8")), Suite)
+
+
+def require_harness(setting: str) -> None:
+    """Raises ConfigError, which names the `setting`, unless lm-evaluation-harness and accelerate are installed."""
     try:
         import accelerate  # noqa: F401, PLC0415 (optional, and takes seconds)
         import lm_eval  # noqa: F401, PLC0415
     except ImportError as error:
         raise ConfigError(
-            f"suite={suite} needs lm-evaluation-harness ({error}); install it with "
+            f"{setting} needs lm-evaluation-harness ({error}); install it with "
             "`pip install 'kraken-train[eval]'`, or in a checkout with `pip install -c constraints.txt -e '.[eval]'`"
         ) from error
 
@@ -84,13 +102,13 @@ def run_suite(export: Export, suite: Suite, run: SuiteRun) -> SuiteResult:
     Raises CheckpointError if transformers cannot load the export, ConfigError for an unknown task, and DataError if
     documents are missing or not in the Hub's schema, or if an answer alone is longer than the model's context.
     """
-    require_harness(suite.name)
+    require_harness(f"suite={suite.name}")
     require_loadable(export)
     register_own_model()
     import lm_eval  # noqa: PLC0415 (optional, and takes seconds)
 
     with tempfile.TemporaryDirectory() as temporary:
-        tasks, not_run = load_tasks(suite, run, run.task_dir or Path(temporary))
+        tasks, not_run = load_tasks(suite, run.tasks, run.task_dir or Path(temporary))
         if not tasks:
             raise DataError(f"suite={suite.name}: no task can be run: {describe(not_run)}")
         with counted_truncations() as truncations:
@@ -111,9 +129,7 @@ def run_suite(export: Export, suite: Suite, run: SuiteRun) -> SuiteResult:
         print(
             f"note: {len(truncations):,} requests were longer than the model's context and were cut at their beginning"
         )
-    source = "hub" if run.data_dir is None else "files"
-    results = {name: task_result(name, suite.tasks[name], tasks[name], found, source) for name in tasks}
-    return SuiteResult(suite.title, suite.average, results, not_run)
+    return suite_result(suite, run.tasks, tasks, not_run, found)
 
 
 def require_loadable(export: Export) -> None:
@@ -177,12 +193,12 @@ def counted_truncations() -> Iterator[list[str]]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_tasks(suite: Suite, run: SuiteRun, folder: Path) -> tuple[dict[str, LoadedTask], dict[str, str]]:
-    """(the tasks to run, the reason for each task that is not run)."""
+def load_tasks(suite: Suite, choice: TaskChoice, folder: Path) -> tuple[dict[str, LoadedTask], dict[str, str]]:
+    """(the tasks to run, the reason for each task that is not run); definitions of offline tasks go into `folder`."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415 (optional, and takes seconds)
 
     provide_squad_metrics()
-    selected = list(suite.tasks) if run.tasks is None else run.tasks
+    selected = list(suite.tasks) if choice.names is None else choice.names
     for name in selected:
         if name not in suite.tasks:
             raise ConfigError(
@@ -194,11 +210,11 @@ def load_tasks(suite: Suite, run: SuiteRun, folder: Path) -> tuple[dict[str, Loa
         if name not in stock.task_index:
             raise ConfigError(f"lm-eval {version('lm-eval')} has no task {name} of suite={suite.name}; install another")
     not_run = {name: "not selected" for name in suite.tasks if name not in selected}
-    if run.data_dir is not None:
-        missing = write_definitions(suite, selected, run.data_dir, stock.task_index, folder)
-        if missing and not run.skip_missing:
+    if choice.data_dir is not None:
+        missing = write_definitions(suite, selected, choice.data_dir, stock.task_index, folder)
+        if missing and not choice.skip_missing:
             raise DataError(
-                f"suite_data={run.data_dir} lacks files: {describe(missing)}; add them, choose tasks=[...], or skip "
+                f"suite_data={choice.data_dir} lacks files: {describe(missing)}; add them, choose tasks=[...], or skip "
                 "these tasks with missing=skip"
             )
         not_run |= missing
@@ -207,7 +223,7 @@ def load_tasks(suite: Suite, run: SuiteRun, folder: Path) -> tuple[dict[str, Loa
     for name in suite.tasks:
         if name not in not_run:
             dataset = stock.task_index[members(name, stock.task_index)[0]].cfg["dataset_path"]
-            tasks[name] = LoadedTask(load_task(name, manager, run.data_dir), dataset)
+            tasks[name] = LoadedTask(load_task(name, manager, choice.data_dir), dataset)
     return tasks, {name: not_run[name] for name in suite.tasks if name in not_run}
 
 
@@ -285,6 +301,15 @@ def describe(not_run: dict[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def suite_result(
+    suite: Suite, choice: TaskChoice, tasks: Mapping[str, LoadedTask], not_run: dict[str, str], found: Any
+) -> SuiteResult:
+    """The results of a suite out of what the harness has `found`."""
+    source = "hub" if choice.data_dir is None else "files"
+    results = {name: task_result(name, suite.tasks[name], tasks[name], found, source) for name in tasks}
+    return SuiteResult(suite.title, suite.average, results, not_run)
 
 
 def task_result(name: str, task: SuiteTask, loaded: LoadedTask, found: Any, source: str) -> TaskResult:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from kraken_train.common.ticks import label_log_axis
 from kraken_train.reporting.comparison import Entry, SuiteComparison, common_perplexity, compare_suites
-from kraken_train.reporting.curves import fill_curves, finish, save
+from kraken_train.reporting.curves import draw_suite_scores, fill_curves, finish, save
 
 
 def draw_comparison(entries: Sequence[Entry], output: Path) -> None:
@@ -22,11 +22,15 @@ def draw_comparison(entries: Sequence[Entry], output: Path) -> None:
         if entry.model is not None and (found := common_perplexity(entries).get(entry.label))
     }
     suites = compare_suites(entries)
-    extra_rows = bool(perplexities) + len(suites)
+    runs = [entry.run for entry in entries]
+    with_scores = any(run.suite_scores() for run in runs)
+    extra_rows = with_scores + bool(perplexities) + len(suites)
     figure = Figure(figsize=(12, 7.5 + 4.0 * extra_rows), layout="constrained")
     parts = figure.subfigures(1 + extra_rows, 1, height_ratios=[7.5] + [4.0] * extra_rows, squeeze=False)[:, 0]
-    fill_curves(parts[0], [entry.run for entry in entries])
+    fill_curves(parts[0], runs)
     remaining = list(parts[1:])
+    if with_scores:
+        draw_suite_scores(remaining.pop(0).subplots(), runs)
     if perplexities:
         draw_perplexities(remaining.pop(0).subplots(), perplexities, colors)
     for part, comparison in zip(remaining, suites.values(), strict=True):

@@ -11,16 +11,24 @@ from matplotlib.figure import Figure, SubFigure
 
 from kraken_train.common.errors import DataError
 from kraken_train.common.ticks import label_log_axis
-from kraken_train.run.metrics import Run
+from kraken_train.run.metrics import SUITE, Run
+
+STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
 
 def draw_curves(runs: Sequence[Run], output: Path) -> None:
     """Draw loss, learning rate, gradient norm and throughput over steps, with all runs in the same four plots.
 
-    Raises DataError if the file cannot be written.
+    Where suites were measured during a run, a plot below has their scores. Raises DataError if the file cannot be
+    written.
     """
-    figure = Figure(figsize=(12, 7.5), layout="constrained")  # not by pyplot, which would look for a display
-    fill_curves(figure, runs)
+    with_suites = any(run.suite_scores() for run in runs)
+    heights = [7.5, 4.0] if with_suites else [7.5]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")  # not by pyplot, which would look for a display
+    curves, *rest = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    fill_curves(curves, runs)
+    for part in rest:
+        draw_suite_scores(part.subplots(), runs)
     if len(runs) == 1:
         figure.suptitle(runs[0].label)
     save(figure, output)
@@ -69,10 +77,24 @@ def draw_loss(axes: Axes, run: Run, color: str, several: bool) -> None:
     for step in run.phase_begins():
         draw_border(axes, step, color)
     sets = sorted({key for record in run.records for key in record if key.startswith("validation_loss/")})
-    for key, style in zip(sets, itertools.cycle(("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))), strict=False):
+    for key, style in zip(sets, itertools.cycle(STYLES[1:]), strict=False):
         steps, values = run.series(key)
         label = f"{prefix}{key.partition('/')[2]} {values[-1]:.3f}"
         axes.plot(steps, values, color=color, linestyle=style, linewidth=1, label=label)
+
+
+def draw_suite_scores(axes: Axes, runs: Sequence[Run]) -> None:
+    """A line for each task and average; runs differ in the style of line."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.suite_scores()))
+    for run, style in zip(runs, itertools.cycle(STYLES), strict=False):
+        for index, key in enumerate(keys):
+            steps, values = run.series(key)
+            if steps:
+                name = f"{run.label} " if len(runs) > 1 else ""
+                label = f"{name}{key.removeprefix(f'{SUITE}/')} {values[-1]:.3f}"
+                axes.plot(steps, values, color=f"C{index % 10}", linestyle=style, marker="o", markersize=3, label=label)
+    finish(axes, "scores of suites", legend=True)
+    axes.set_xlabel("optimizer step")
 
 
 def draw_border(axes: Axes, step: int, color: str) -> None:

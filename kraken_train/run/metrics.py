@@ -14,7 +14,9 @@ from kraken_train.common.files import read_file
 from kraken_train.common.parsing import find_wrong_type, parse_mapping
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_LOSS = "validation_loss"
 RMS = "rms"
+SUITE = "suite"
 
 
 def rms_key(kind: str, place: str) -> str:
@@ -22,7 +24,6 @@ def rms_key(kind: str, place: str) -> str:
     return f"{RMS}/{kind}/{place}"
 
 
-VALIDATION_LOSS = "validation_loss"
 NUMBER = int | float | None  # None: it was not finite
 TYPES: dict[str, type | UnionType] = {
     "step": int,
@@ -52,6 +53,15 @@ class Run:
         prefix = rms_key(kind, "")
         keys = dict.fromkeys(key for record in self.records for key in record if key.startswith(prefix))
         return [key.removeprefix(prefix) for key in keys]
+
+    def suite_scores(self) -> list[str]:
+        """The keys of the scores of suites, of averages and of tasks, in the order of the first record with them."""
+        return list(dict.fromkeys(key for record in self.records for key in record if key.startswith(f"{SUITE}/")))
+
+
+def suite_key(name: str) -> str:
+    """The name of the average of a suite, or of the score of a task."""
+    return f"{SUITE}/{name}"
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:

@@ -18,11 +18,10 @@ from kraken_train.config import TrainConfig
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE, Interrupted
 from kraken_train.run.folder import RunFolder, system_errors
 from kraken_train.run.layout import LOGS
-from kraken_train.run.metrics import parse_record
+from kraken_train.run.metrics import SUITE, VALIDATION_LOSS, parse_record
 from kraken_train.tracking.process import start_follower
 
 Record = dict[str, float | int]
-VALIDATION_LOSS = "validation_loss"
 
 
 class PipeSafeConsole(Console):
@@ -117,11 +116,16 @@ def describe(record: Record) -> str:
         "data_wait": "data wait {:.1%}",
     }
     parts += [text.format(record[name]) for name, text in formats.items() if name in record]
-    prefix = f"{VALIDATION_LOSS}/"
-    sets = [f"{name.removeprefix(prefix)} {record[name]:.4f}" for name in record if name.startswith(prefix)]
-    if sets:
+    if sets := [f"{name} {value:.4f}" for name, value in within(record, VALIDATION_LOSS)]:
         parts.append(f"validation loss of {', '.join(sets)}")
+    if scores := [f"{name} {value:.3f}" for name, value in within(record, SUITE)]:
+        parts.append(", ".join(scores))
     return " | ".join(parts)
+
+
+def within(record: Record, group: str) -> list[tuple[str, float | int]]:
+    """(name, value) of the entries `group/name`."""
+    return [(name.removeprefix(f"{group}/"), value) for name, value in record.items() if name.startswith(f"{group}/")]
 
 
 def json_number(value: float | int) -> float | int | None:

@@ -18,6 +18,7 @@ from kraken_train.data.dataset import Samples
 from kraken_train.data.loader import BatchLoader, ranges_of_rank
 from kraken_train.data.phases import PhaseSamples, RunData
 from kraken_train.data.validation_set import ValidationSet
+from kraken_train.evaluation.live_suites import LiveSuites
 from kraken_train.health.loss_monitor import LossMonitor, Trouble
 from kraken_train.health.shutdown import Interrupted, StopRequest
 from kraken_train.health.stragglers import Stragglers, describe_change, describe_ranks
@@ -42,6 +43,7 @@ from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.started_phases import phase_records, started_phases
 from kraken_train.training.step_metrics import StepMetrics
+from kraken_train.training.suites import measure_suites
 from kraken_train.training.summary import summary_lines
 from kraken_train.training.teacher import TeacherExport, load_teacher
 from kraken_train.training.validation import validate
@@ -62,6 +64,7 @@ class Trainer:
         stop: StopRequest,
         watchdog: Watchdog,
         teacher: TeacherExport | None = None,
+        suites: LiveSuites | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
@@ -73,6 +76,7 @@ class Trainer:
         self.stop = stop
         self.watchdog = watchdog
         self.teacher = teacher
+        self.suites = suites
         size = config.parallel.sub_layer_parallel_size
         copies = config.parallel.data_parallel_size(runtime.world_size)
         budget = choose_budget(config.parallel.max_ctas, config.parallel.sm_carveout, runtime.device, size)
@@ -210,6 +214,8 @@ class Trainer:
                 record.update(self.norms.take())
             if self.is_validated(step):
                 record.update(self.validate())
+            if self.suites is not None and self.is_measured_by_suites(step):
+                record.update(self.measure(self.suites))
             self.log_step(step, record, result)
             self.loss_monitor.enter(self.plan.phase_at(step.before))
             trouble = self.loss_monitor.observe(step.number, result.loss, result.applied, last=self.is_last(step))
@@ -235,13 +241,19 @@ class Trainer:
 
     def is_recorded(self, step: Step) -> bool:
         """Whether there will be a record of it, whatever its result."""
-        return self.is_logged(step) or self.is_validated(step) or self.norms.is_due(step.number)
+        measured = self.is_validated(step) or self.is_measured_by_suites(step) or self.norms.is_due(step.number)
+        return measured or self.is_logged(step)
 
     def is_validated(self, step: Step) -> bool:
         validation = self.config.validation
         if not (self.validation_sets and validation.enabled):
             return False
         return self.is_last(step) or validation.interval.is_reached_by(step)
+
+    def is_measured_by_suites(self, step: Step) -> bool:
+        if self.suites is None:
+            return False
+        return self.is_last(step) or self.config.validation.suites_interval.is_reached_by(step)
 
     def is_saved(self, step: Step) -> bool:
         return self.config.checkpoint.interval.is_reached_by(step)
@@ -270,6 +282,10 @@ class Trainer:
     def validate(self) -> Record:
         batch_size, progress = self.config.micro_batch_size, self.watchdog.report_progress
         return validate(self.engine.model, self.validation_sets, batch_size, self.mesh, self.runtime, progress)
+
+    def measure(self, suites: LiveSuites) -> Record:
+        batch_size, progress = self.config.micro_batch_size, self.watchdog.report_progress
+        return measure_suites(suites, self.engine.model, batch_size, self.mesh, self.runtime, progress)
 
     def stop_early(self) -> None:
         """Wait for the save and raise Interrupted."""

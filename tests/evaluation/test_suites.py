@@ -6,92 +6,38 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import TEXTS, rough_model, run_here, small_configs, user_error, write_small_export
+from helpers import rough_model, run_here, small_configs, user_error, write_small_export
+from superglue_files import DOCUMENTS, WORDS, superglue
 
 from checkpoints.exports.folder import read_export, write_export
 from data_prep.tokenizers import Tokenizer
-from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.errors import ConfigError, DataError
-from kraken_train.common.settings import from_dict
 from kraken_train.data.dataset import TokenStream
 from kraken_train.evaluation.perplexity import Sequences, document_sequences, evaluate
 from kraken_train.evaluation.results import read_results
 from kraken_train.evaluation.squad import compute_exact, compute_f1
-from kraken_train.evaluation.suites import Suite, SuiteRun, SuiteTask, load_tasks, require_harness, run_suite
+from kraken_train.evaluation.suites import (
+    Suite,
+    SuiteRun,
+    SuiteTask,
+    TaskChoice,
+    load_tasks,
+    read_suite,
+    require_harness,
+    run_suite,
+)
 from kraken_train.model.language_model import LanguageModel
-
-DOCUMENTS = 20
-WORDS = " ".join(TEXTS).split()
-
-
-def sentence(*seed: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, 6))
-
-
-def superglue() -> dict[str, list[dict[str, Any]]]:
-    """DOCUMENTS documents of each file."""
-
-    def make(kind: int, i: int) -> dict[str, Any]:
-        a, b, c, label = sentence(kind, i, 0), sentence(kind, i, 1), sentence(kind, i, 2), (i * 7 + kind) % 2
-        return [
-            {"question": a, "passage": b, "label": label},
-            {"premise": a, "hypothesis": b, "label": i % 3},
-            {"premise": a, "choice1": b, "choice2": c, "question": ("cause", "effect")[i % 2], "label": label},
-            {"paragraph": a, "question": b, "answer": c, "label": label},
-            {"passage": f"{a}\n@highlight\n{b}", "query": "Where @placeholder stood", "label": label,
-             "entities": ["the mill", "a kraken", "the ice"], "answers": [["the mill", "the ice"][label]]},
-            {"premise": a, "hypothesis": b, "label": label},
-            {"word": "the", "sentence1": f"the {a}", "sentence2": f"the {b}", "start1": 0, "end1": 3, "start2": 0,
-             "end2": 3, "label": label},
-            {"text": f"Ann said that she {a}", "span1_index": 0, "span1_text": "Ann", "span2_index": 3,
-             "span2_text": "she", "label": label},
-        ][kind]  # fmt: skip
-
-    files = ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
-    return {name: [make(kind, i) | {"idx": i} for i in range(DOCUMENTS)] for kind, name in enumerate(files)}
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    for name, documents in superglue().items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    return folder
-
-
-@pytest.fixture
-def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Skips without the harness; puts its caches into a temporary folder."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra eval)")
-    import datasets  # noqa: PLC0415
-    import transformers.dynamic_module_utils as modules  # noqa: PLC0415
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads are slower for such a small model
-    yield
-    torch.set_num_threads(threads)
-
-
-def read_suite(name: str) -> Suite:
-    import yaml  # noqa: PLC0415
-
-    return from_dict(yaml.safe_load((CONF_DIR / "suite" / f"{name}.yaml").read_text()), Suite)
 
 
 def settings(folder: Path, tmp_path: Path, **changed: Any) -> SuiteRun:
-    return SuiteRun(**{"tasks": None, "data_dir": folder, "skip_missing": False, "task_dir": tmp_path, "limit": None,
-                       "batch_size": 4, "device": "cpu", "dtype": "float32", **changed})  # fmt: skip
+    return SuiteRun(**{"tasks": TaskChoice(data_dir=folder), "task_dir": tmp_path, "limit": None, "batch_size": 4,
+                       "device": "cpu", "dtype": "float32", **changed})  # fmt: skip
 
 
 @torch.no_grad()
@@ -186,7 +132,7 @@ def test_likelihoods_do_not_depend_on_the_batch_size(
     weights = rough_model(config, torch.float32).state_dict()
     write_export(tmp_path / "e", config, weights, tokenizer_dir=tokenizer_dir, metadata={}, dtype=torch.bfloat16)
     export = read_export(tmp_path / "e")
-    run, compute = settings(files, tmp_path, tasks=["boolq"]), HFLM.loglikelihood
+    run, compute = settings(files, tmp_path, tasks=TaskChoice(["boolq"], files)), HFLM.loglikelihood
     seen: list[list[float]] = []
 
     def recording(self: HFLM, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
@@ -241,10 +187,10 @@ def test_missing_files(harness: None, files: Path, tmp_path: Path) -> None:
     (files / "record.jsonl").unlink()
     (files / "rte.jsonl").unlink()
     with pytest.raises(DataError, match=r"lacks files: record \(record.jsonl missing\), sglue_rte \(rte.jsonl"):
-        load_tasks(suite, settings(files, tmp_path), tmp_path)
+        load_tasks(suite, TaskChoice(data_dir=files), tmp_path)
     with pytest.raises(ConfigError, match=r"copas is not in suite=superglue \(did you mean copa\?\)"):
-        load_tasks(suite, settings(files, tmp_path, tasks=["copas"]), tmp_path)
-    tasks, not_run = load_tasks(suite, settings(files, tmp_path, tasks=["copa", "record"], skip_missing=True), tmp_path)
+        load_tasks(suite, TaskChoice(["copas"], files), tmp_path)
+    tasks, not_run = load_tasks(suite, TaskChoice(["copa", "record"], files, skip_missing=True), tmp_path)
     assert list(tasks) == ["copa"]
     assert not_run["record"] == "record.jsonl missing"
     assert not_run["boolq"] == "not selected"
@@ -263,14 +209,14 @@ def test_missing_files(harness: None, files: Path, tmp_path: Path) -> None:
 def test_files_of_another_schema(harness: None, files: Path, tmp_path: Path, line: str, message: str) -> None:
     (files / "boolq.jsonl").write_text(line + "\n" if line else "")
     with pytest.raises(DataError, match=message):
-        load_tasks(read_suite("superglue"), settings(files, tmp_path, tasks=["boolq"]), tmp_path)
+        load_tasks(read_suite("superglue"), TaskChoice(["boolq"], files), tmp_path)
 
 
 def test_groups(harness: None, tmp_path: Path) -> None:
     """A group needs files for all of its tasks, and its tasks are those of the harness."""
     suite = Suite("blimp", "BLiMP", None, {"blimp": SuiteTask("acc")})
     with pytest.raises(DataError, match=r"blimp \(adjunct_island.jsonl and 66 more missing\)"):
-        load_tasks(suite, settings(tmp_path, tmp_path), tmp_path)
+        load_tasks(suite, TaskChoice(data_dir=tmp_path), tmp_path)
     from kraken_train.evaluation.suites import members, stock_tasks  # noqa: PLC0415
 
     index = stock_tasks().task_index
