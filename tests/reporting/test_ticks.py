@@ -81,6 +81,25 @@ def test_curves(figures: list[Figure], values: tuple[float, float]) -> None:
     require_labels(figures, logarithmic=1)
 
 
+def test_scores_of_suites(figures: list[Figure]) -> None:
+    """Each task of each run has a line, of the steps that measured it; a run without scores has none."""
+    keys = {"suite/superglue": 0.5, "suite/boolq": 0.6}
+    others = {"loss": 5.0, "lr": 1e-3, "tokens_per_second": 9e4}
+    runs = [
+        Run(name, [{"step": step, "grad_norm": 1.0 + step, **others, **scores} for step in range(1, 9)])
+        for name, scores in (("kraken", keys), ("gpt", keys), ("unmeasured", {}))
+    ]
+    draw_curves(runs, Path("unused"))
+    ((*_, axes),) = [figure.axes for figure in figures]
+    assert axes.get_title(loc="left") == "scores of suites"
+    legend = axes.get_legend()
+    assert legend is not None
+    expected = [f"{run} {task}" for run in ("kraken", "gpt") for task in ("superglue 0.500", "boolq 0.600")]
+    assert [text.get_text() for text in legend.get_texts()] == expected
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == len(expected)
+    require_labels(figures, logarithmic=1)
+
+
 @pytest.mark.parametrize("values", RANGES[::2])
 def test_norms(figures: list[Figure], values: tuple[float, float]) -> None:
     kinds = ("weight", "update", "gain", "activation", "attention", "sum")
