@@ -228,6 +228,8 @@ ARTEFACTS: dict[str, Callable[[Path], None]] = {
 def sign(folder: Path) -> None:
     """Make the checksums of a damaged folder right again, where what holds them can still be read."""
     for path in folder.rglob("manifest.json"):
+        if path.is_symlink() or not path.is_file():  # a pipe would be waited for, and a link may lead elsewhere
+            continue
         try:
             manifest = json.loads(path.read_bytes())
             if "content" in manifest:
