@@ -17,6 +17,7 @@ from data_prep.foreign import ForeignConfig
 from data_prep.prepare import PrepareConfig
 from data_prep.tokenizer_settings import TokenizerSettings
 from kraken_train.bench.acceptance import AcceptanceConfig
+from kraken_train.bench.checkpoint_stall import CheckpointStallConfig
 from kraken_train.bench.documents import DocumentsConfig
 from kraken_train.bench.kv_memory import KVMemoryConfig
 from kraken_train.bench.stages.preset import Preset
@@ -43,6 +44,7 @@ from launch.sweep import SweepConfig
 
 COMMANDS = {
     "acceptance": AcceptanceConfig,
+    "checkpoint_stall": CheckpointStallConfig,
     "derive": DeriveConfig,
     "documents": DocumentsConfig,
     "evaluate": EvaluateConfig,

@@ -260,12 +260,12 @@ class Engine:
         """
         state = {}
         for name, parameter in self.model.named_parameters():
-            tensors = {f"model.{name}": get_master_weight(parameter)}
+            tensors = {f"model.{name}": get_master_weight(parameter)}  # DeepSpeed makes new tensors
             for kept in self.states[name]:
                 tensors[f"optimizer.{kept}.{name}"] = get_optimizer_state(parameter, kept)
             if name in self.assigned:
                 partition = self.sharded_dims[name]
-                state.update({key: self.mesh.as_global(cpu_copy(part), partition) for key, part in tensors.items()})
+                state.update({key: self.mesh.as_global(part.cpu(), partition) for key, part in tensors.items()})
         return state
 
     def assign_parameters(self) -> set[str]:
@@ -362,10 +362,6 @@ class Engine:
         for state in self.deepspeed.optimizer.optimizer.state.values():
             if "step" in state:  # of AdamW, which corrects its moments by it
                 state["step"].fill_(steps)
-
-
-def cpu_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 class LossModule(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,18 @@ def has_native_bf16(device: torch.device) -> bool:
 
 def cpu_flags() -> set[str]:
     """The instruction sets of this machine's processor; none where Linux does not list them."""
+    return {flag for value in cpu_values("flags", "Features") for flag in value.split()}
+
+
+def processor_name() -> str:
+    """The model of this machine's processor; its instruction set where Linux does not name it."""
+    return next(iter(cpu_values("model name")), platform.machine())
+
+
+def cpu_values(*keys: str) -> list[str]:
+    """What Linux lists of the processor under any of these keys."""
     try:
         lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return set()
-    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(keys)]

@@ -35,8 +35,9 @@ def save(runtime: Runtime, sizes: list[int], folder: Path, modes: tuple[Mode, ..
             name = f"{size}x{runtime.world_size // size}-{precision}-zero{zero_stage}-{optimizer}"
             engine = make(runtime, size, precision, zero_stage, optimizer)
             run_steps(engine, CONFIG, range(SAVED_AT))
-            save_checkpoint(folder / name, SAVED_AT, engine.state(), {}, Retention(1), runtime)
+            state = engine.state()
             report[name] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))
+            save_checkpoint(folder / name, SAVED_AT, state, {}, Retention(1), runtime)  # late, as in the background
     return report
 
 
