@@ -16,6 +16,7 @@ from typing import Any
 
 from checkpoints.training.retention import Retention
 from kraken_train.common.errors import ConfigError
+from kraken_train.common.files import real_path
 from kraken_train.common.free_text import FilePath, Name
 from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
@@ -172,6 +173,9 @@ class CheckpointConfig:
     # steps; the first checkpoint at or after each multiple of it also stays; null: none
     keep_every: int | None = None
     keep_hours: float = 0  # checkpoints that are younger than so many hours also stay
+    # folder on a local disk of each node: a save is written there first, and copied to run_dir while training
+    # continues; null: none
+    stage_dir: FilePath | None = None
 
     @property
     def retention(self) -> Retention:
@@ -406,6 +410,12 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give {name}=FOLDER")
         self.data_phases  # noqa: B018 (checks the weights)
+        stage = self.checkpoint.stage_dir
+        if stage is not None and real_path(stage).is_relative_to(real_path(self.run_dir)):
+            raise ConfigError(
+                f"checkpoint.stage_dir={stage} is in run_dir={self.run_dir}, to which checkpoints are copied from "
+                "there; use a folder on a local disk of each node"
+            )
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("resume", self.resume, ("auto", "never", "must"))
         if self.peak_tflops is not None:

@@ -31,7 +31,7 @@ from kraken_train.run.start import describe_error, recorded, write_environment
 from kraken_train.tracking.ready import require_ready
 from kraken_train.training.determinism import deterministic_algorithms, prepare_deterministic
 from kraken_train.training.engine import start_processes, stop_processes
-from kraken_train.training.open_run import open_run_folder
+from kraken_train.training.open_run import check_run_folder, open_run_folder, take_up_staged_checkpoint
 from kraken_train.training.precision import choose_precision, has_native_bf16
 from kraken_train.training.profiler import require_usable
 from kraken_train.training.recorded_choices import RecordedChoices, leaves_choices, recorded_choices
@@ -99,6 +99,10 @@ def train(config: TrainConfig) -> None:
             write_environment(run.start, runtime)
             if runtime.is_first:
                 print(precision.describe(), flush=True)
+            run = take_up_staged_checkpoint(
+                run, runtime, lambda: check_run_folder(config, model_config, data.fingerprints, teacher)
+            )
+            watchdog.report_progress()
             trainer = Trainer(
                 config, model_config, data, samples, validated, run, runtime, stop, watchdog, teacher, suites
             )

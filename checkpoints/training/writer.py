@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints atomically, by all ranks together, while training waits or in the background.
+"""Writes a checkpoint atomically, by all ranks together; `checkpoints.training.background` says when.
 
 A checkpoint is written under a temporary name, with sizes and SHA-256 in its manifest, synced and renamed; only then
 `latest` names it. Each rank writes and hashes a share.
@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,10 +22,7 @@ from checkpoints.training.retention import Retention
 from checkpoints.training.store import read_index, root_message
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256, replace_synced, sync_folder, write_synced
-from kraken_train.parallel.device import own_queue
 from kraken_train.parallel.ranks import Runtime
-
-ERROR_TIMEOUT = 600.0  # seconds to wait for a background save after training failed; a dead disk may never answer
 
 
 @dataclass(frozen=True)
@@ -39,112 +31,6 @@ class WrittenPart:
 
     files: dict[str, dict[str, Any]]  # entries of the manifest
     failure: str | None  # why it could not be written
-
-
-class CheckpointWriter:
-    """Saves a run's checkpoints, while the caller waits or in the background. The constructor is a collective.
-
-    In the background a thread runs `save_checkpoint` with a process group of its own, so that its messages do not mix
-    with those of training. At most one save is in progress. All ranks must call `save` and `finish` in the same order.
-    As a context manager it calls `finish` when the block ends:
-
-        with CheckpointWriter(folder, Retention(keep=3), runtime, asynchronous=True) as writer:
-            writer.save(step, tensors, metadata)
-
-    An error that ends the block is raised; an error of a save is then only printed. The thread does not keep the
-    interpreter from exiting. `on_saved` is called on rank 0, possibly in the thread, with the step of each complete
-    checkpoint.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        retention: Retention,
-        runtime: Runtime,
-        asynchronous: bool,
-        on_saved: Callable[[int], None] = lambda step: None,
-    ) -> None:
-        self.folder = folder
-        self.retention = retention
-        self.asynchronous = asynchronous
-        if asynchronous and runtime.world_size > 1:
-            runtime = replace(runtime, group=dist.new_group(backend="gloo"))
-        self.runtime = runtime
-        self.on_saved = on_saved
-        self.under_way: BackgroundSave | None = None
-
-    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Run or start `save_checkpoint`, after waiting for a save that is still in progress.
-
-        With a background save, `tensors`, which are on the CPU, and `metadata` must not be changed afterwards. Raises
-        CheckpointError on all ranks if this save failed, or in the background the one before it.
-        """
-        self.finish()
-
-        def save() -> None:
-            save_checkpoint(self.folder, step, tensors, metadata, self.retention, self.runtime)
-            if self.runtime.is_first:
-                self.on_saved(step)
-
-        if self.asynchronous:
-            self.under_way = BackgroundSave(save, self.runtime.device)
-            self.under_way.start()
-        else:
-            save()
-
-    def finish(self) -> None:
-        """Wait for a save that is in progress. Raises CheckpointError on all ranks if it failed."""
-        failure = self.wait(None)
-        if failure is not None:
-            raise failure
-
-    @property
-    def failed(self) -> bool:
-        """Whether a background save has failed; `save` and `finish` will raise its error."""
-        return self.under_way is not None and self.under_way.failure is not None
-
-    def wait(self, seconds: float | None) -> BaseException | None:
-        """Wait for a save that is in progress and drop it; its error, if it failed."""
-        if self.under_way is None:
-            return None
-        self.under_way.join(seconds)  # if this is interrupted, `under_way` is kept
-        finished, self.under_way = self.under_way, None
-        return finished.failure
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.finish()
-            return
-        # The threads of all ranks communicate without the main threads, so the save can succeed after training failed.
-        failure = self.wait(ERROR_TIMEOUT)
-        if failure is not None and self.runtime.is_first:
-            reason = failure if isinstance(failure, CheckpointError) else "another rank has ended"
-            print(f"note: a checkpoint was being saved, which failed as well: {reason}", file=sys.stderr, flush=True)
-
-
-class BackgroundSave(threading.Thread):
-    """A thread that saves; `failure` is the error of a failed save. A daemon: Python exits without waiting for it.
-
-    The checkpoint library waits for the stream of its thread, although the tensors are on the CPU; that must not be
-    the stream of the training on `device`.
-    """
-
-    def __init__(self, save: Callable[[], None], device: torch.device) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self.save = save
-        self.device = device
-        self.failure: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            with own_queue(self.device):
-                self.save()
-        except BaseException as error:  # raised by the thread that waits; the library's errors are not Exceptions
-            self.failure = error
-        del self.save  # frees the tensors
 
 
 def save_checkpoint(
@@ -161,11 +47,16 @@ def save_checkpoint(
     different names. Raises CheckpointError with the same message on all ranks if one of them cannot write; the previous
     checkpoints are not changed then.
     """
-    temporary = folder / f".step-{step:08d}.tmp"
+    temporary = unfinished(folder, step)
     runtime.on_first(lambda: make_empty(temporary))
     parts = runtime.gather(write_part(tensors, temporary, runtime))
     runtime.on_first(lambda: publish(folder, temporary, step, metadata, parts))
     runtime.on_first(lambda: delete_old(folder, retention))
+
+
+def unfinished(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is until it is complete."""
+    return folder / f".step-{step:08d}.tmp"
 
 
 def write_part(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) -> WrittenPart:
@@ -199,11 +90,7 @@ def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], 
         written = {name: entry for part in parts for name, entry in part.files.items()}
         require_all_parts(temporary, written)
         files = {path.name: written.get(path.name) or describe_file(path) for path in sorted(temporary.iterdir())}
-        content = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
-        write_synced(
-            temporary / MANIFEST, json.dumps({"content": content, "sha256": content_sha256(content)}, indent=1)
-        )
-        sync_folder(temporary)
+        write_manifest(temporary, step, metadata, files)
         if final.exists():  # the run went back to an earlier checkpoint and reached this step again
             discard(final)
         temporary.rename(final)
@@ -214,6 +101,13 @@ def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], 
     except CheckpointError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_manifest(folder: Path, step: int, metadata: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """The last file of a checkpoint, after which the disk has all of it. Raises OSError."""
+    content = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
+    write_synced(folder / MANIFEST, json.dumps({"content": content, "sha256": content_sha256(content)}, indent=1))
+    sync_folder(folder)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -274,11 +168,13 @@ def make_empty(folder: Path) -> None:
         raise CheckpointError(f"cannot create {folder}: {error.strerror}") from error
 
 
-def describe_failed_save(folder: Path, step: int, reason: str) -> str:
-    free = shutil.disk_usage(folder).free / 2**20
+def describe_failed_save(folder: Path, step: int, reason: str, stage: Path | None = None) -> str:
+    """`folder` has the run's checkpoints; `stage`: it was to be written there first."""
+    place, setting = (folder, "run_dir") if stage is None else (stage, "checkpoint.stage_dir")
+    free = shutil.disk_usage(place).free / 2**20
     kept = step_folders(folder)
     previous = f"the newest good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
     return (
-        f"the checkpoint of step {step} could not be written to {folder}: {reason} ({free:.0f} MiB free on its disk); "
-        f"{previous}. Free some space, or set run_dir to another disk, and start the same command again"
+        f"the checkpoint of step {step} could not be written to {place}: {reason} ({free:.0f} MiB free on its disk); "
+        f"{previous}. Free some space, or set {setting} to another disk, and start the same command again"
     )

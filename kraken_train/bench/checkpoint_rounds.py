@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import read_manifest, step_folders
 from checkpoints.training.retention import Retention
-from checkpoints.training.writer import CheckpointWriter
-from kraken_train.bench.throughput_config import ThroughputConfig
+from kraken_train.bench.throughput_config import Entry, ThroughputConfig
 from kraken_train.bench.throughput_run import ModelInTraining, closing, make_mesh, make_samples
 from kraken_train.parallel.ranks import Runtime
 
@@ -40,9 +40,8 @@ class Measured:
     checkpoint_bytes: int  # of all files
 
 
-def measure(config: ThroughputConfig, output_dir: Path, runtime: Runtime) -> Measured:
+def measure(entry: Entry, config: ThroughputConfig, output_dir: Path, runtime: Runtime) -> Measured:
     """The checkpoints are written to a new folder in `output_dir`, which is deleted at the end. A collective."""
-    entry = config.entries()[0]
     mesh = make_mesh(config.parallel, runtime)
     rounds: dict[str, list[Times]] = {SYNCHRONOUS: [], ASYNCHRONOUS: []}
     with ExitStack() as held:

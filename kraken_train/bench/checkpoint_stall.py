@@ -22,14 +22,17 @@ from rich.console import Console
 from rich.table import Table
 
 from kraken_train.bench.throughput import device_name
-from kraken_train.bench.throughput_config import DEEPSPEED, ThroughputConfig
+from kraken_train.bench.throughput_config import DEEPSPEED, Entry, ThroughputConfig
 from kraken_train.common.cli import run_entry
+from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import replace_synced
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
-from kraken_train.config import EngineConfig, ParallelConfig
-from kraken_train.parallel.device import choose_device
+from kraken_train.common.validation import require_choice, require_positive
+from kraken_train.config import PRECISIONS, EngineConfig, ParallelConfig
+from kraken_train.model.config import ModelSettings, parse_model
+from kraken_train.parallel.device import DEVICES, choose_device
 from kraken_train.parallel.ranks import Runtime, read_runtime
 from kraken_train.recipe.optimizers import AnyOptimizer
 from kraken_train.training.precision import choose_precision, has_native_bf16, processor_name
@@ -45,7 +48,7 @@ RATIO = "stall, asynchronous / synchronous, %"
 class CheckpointStallConfig:
     """See conf/checkpoint_stall.yaml."""
 
-    model: str  # file of conf/model
+    model: ModelSettings
     vocab_size: int  # of a model without one
     micro_batch_size: int  # samples per rank and optimizer step, of random tokens
     # bf16 (with fp32 master weights and accumulation) | fp32 | auto: bf16 where all devices compute it natively
@@ -60,13 +63,29 @@ class CheckpointStallConfig:
 
     def validate(self) -> None:
         """Raises ConfigError."""
-        self.training.validate()
+        for name in ("vocab_size", "micro_batch_size", "steps", "rounds"):
+            require_positive(name, getattr(self, name))
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("device", self.device, DEVICES)
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty; give output_dir=FOLDER")
+        for part in (self.optim, self.parallel, self.engine):
+            part.validate()
+
+    def entry(self) -> Entry:
+        """The model. Raises ConfigError where it does not fit the settings of `parallel`."""
+        settings = dict(self.model)
+        if settings.get("vocab_size") is None:
+            settings["vocab_size"] = self.vocab_size
+        model = parse_model(settings)
+        self.parallel.require_fits(model)
+        return Entry(f"{model.architecture} of {model.num_parameters:,} parameters", model, DEEPSPEED)
 
     @property
     def training(self) -> ThroughputConfig:
-        """The model as `kraken_train.bench.throughput` trains it."""
+        """The settings with which `kraken_train.bench.throughput` trains a model."""
         return ThroughputConfig(
-            models=(self.model,),
+            models=(),
             reference=None,
             engines=(DEEPSPEED,),
             authors=(),
@@ -124,7 +143,7 @@ def measure_stalls(config: CheckpointStallConfig) -> None:
     from kraken_train.training.engine import start_processes, stop_processes  # noqa: PLC0415
 
     runtime = read_runtime()
-    config.training.entries()  # refuses a model that does not fit the ranks
+    entry = config.entry()
     config.parallel.data_parallel_size(runtime.world_size)
     open_output(Path(config.output_dir))
     start_processes(runtime)
@@ -132,19 +151,19 @@ def measure_stalls(config: CheckpointStallConfig) -> None:
     config = replace(config, precision=choose_precision(config.precision, None, native_bf16).name)
     from kraken_train.bench.checkpoint_rounds import measure  # noqa: PLC0415
 
-    measured = measure(config.training, Path(config.output_dir), runtime)
+    measured = measure(entry, config.training, Path(config.output_dir), runtime)
     if runtime.is_first:
-        report(measured, config, runtime)
+        report(measured, entry, config, runtime)
     stop_processes(runtime)
 
 
-def report(measured: Measured, config: CheckpointStallConfig, runtime: Runtime) -> None:
+def report(measured: Measured, entry: Entry, config: CheckpointStallConfig, runtime: Runtime) -> None:
     """The table and the JSON file."""
     found = figures(measured)
     ranks = "one rank" if runtime.world_size == 1 else f"{runtime.world_size} ranks"
     megabytes = measured.checkpoint_bytes / 1e6
     table = Table(
-        title=f"{config.model}, {config.precision}, a checkpoint of {megabytes:.0f} MB, {ranks}, "
+        title=f"{entry.name}, {config.precision}, a checkpoint of {megabytes:.0f} MB, {ranks}, "
         f"{device_name(runtime.device)}, {processor_name()}"
     )
     for column in ("figure", f"median of {config.rounds} rounds (quartiles)"):

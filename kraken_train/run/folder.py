@@ -28,7 +28,7 @@ from types import UnionType
 from typing import Any
 
 from kraken_train.common.errors import CheckpointError
-from kraken_train.common.files import read_file, replace_synced, try_lock
+from kraken_train.common.files import read_file, real_path, replace_synced, try_lock
 from kraken_train.common.parsing import find_wrong_type, parse_mapping
 from kraken_train.common.settings import to_yaml
 from kraken_train.config import TrainConfig
@@ -66,6 +66,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def stage(self, config: TrainConfig) -> Path | None:
+        """The folder on a node's own disk to which its checkpoints are written first; None: there is none."""
+        stage_dir = config.checkpoint.stage_dir
+        return None if stage_dir is None else real_path(stage_dir) / self.run_id
 
     @property
     def metrics(self) -> Path:

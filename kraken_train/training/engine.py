@@ -268,6 +268,12 @@ class Engine:
                 state.update({key: self.mesh.as_global(part.cpu(), partition) for key, part in tensors.items()})
         return state
 
+    @property
+    def state_bytes(self) -> int:
+        """Of what `state` returns on this rank."""
+        sizes = {name: parameter.numel() * torch.float32.itemsize for name, parameter in self.model.named_parameters()}
+        return sum(sizes[name] * (1 + len(self.states[name])) for name in self.assigned)
+
     def assign_parameters(self) -> set[str]:
         """The parameters that this rank keeps in `state`, so that memory and writing are shared evenly.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from checkpoints.training.manifest import Checkpoint, find_complete_checkpoint, has_checkpoints
+from checkpoints.training.staging import take_up_staged
 from checkpoints.training.store import find_good_checkpoint
 from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from kraken_train.common.errors import CheckpointError
@@ -18,6 +20,7 @@ from kraken_train.common.files import copy_folder, replace_synced
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
+from kraken_train.parallel.ranks import Runtime
 from kraken_train.run.exports import is_export
 from kraken_train.run.folder import SUBMISSIONS, RunFolder, locked, read_identity, system_errors
 from kraken_train.run.layout import EVENTS_FILE, IDENTITY_FILE, start_folders
@@ -56,6 +59,20 @@ def open_run_folder(
         run = RunFolder(path, run_id, resuming=has_checkpoints(path / "checkpoints"), start_number=number)
         run.start.mkdir(parents=True)
     return run
+
+
+def take_up_staged_checkpoint(run: RunFolder, runtime: Runtime, check: Callable[[], object]) -> RunFolder:
+    """Copy to the run's folder what an earlier start has staged on its nodes only, and `check` the folder again.
+
+    A collective. Returns the run, which then has a checkpoint. Raises CheckpointError.
+    """
+    line = take_up_staged(run.checkpoints, runtime)
+    if line is None:
+        return run
+    if runtime.is_first:
+        print(line, flush=True)
+    runtime.on_first(check)
+    return replace(run, resuming=runtime.on_first(lambda: has_checkpoints(run.checkpoints)))
 
 
 def check_run_folder(

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.exports.initial import export_reader, open_initial_export
+from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import Checkpoint
+from checkpoints.training.staging import open_stage
 from checkpoints.training.store import EMA_PREFIX, fill_tensors, stored_tensors
-from checkpoints.training.writer import CheckpointWriter, delete_newer_checkpoints
+from checkpoints.training.writer import delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import Samples
@@ -95,12 +97,16 @@ class Trainer:
             self.teacher_record = runtime.on_first(lambda: teacher.record)
             self.engine.teacher = load_teacher(teacher, config, communicator, model.end_of_document, runtime.device)
         self.norms = StepNorms(self.engine, config.norms.every)
+        stage = run.stage(config)
+        if stage is not None:
+            open_stage(stage, self.engine.state_bytes, runtime)
         self.checkpoints = CheckpointWriter(
             run.checkpoints,
             config.checkpoint.retention,
             runtime,
             config.checkpoint.asynchronous,
             on_saved=lambda step: self.log_event("saved", step=step),
+            stage=stage,
         )
         self.loss_monitor = LossMonitor(config.health, config.max_nonfinite_steps)
         self.stragglers = Stragglers(config.health.straggler_factor)

@@ -43,9 +43,7 @@ class Pretended:
     ("save", "finish", "expected"),
     [(8.0, 0.0, Times(stall=8.75, steps=30.0, rest=0.0)), (0.125, 4.0, Times(stall=0.875, steps=30.0, rest=4.0))],
 )
-def test_what_counts_as_the_stall(
-    monkeypatch: pytest.MonkeyPatch, save: float, finish: float, expected: Times
-) -> None:
+def test_what_counts_as_the_stall(monkeypatch: pytest.MonkeyPatch, save: float, finish: float, expected: Times) -> None:
     """The comparison of replicas, the copy of the state and the call of the writer; no step, and no wait after it."""
     clock = Clock()
     monkeypatch.setattr(checkpoint_rounds, "time", clock)
@@ -72,7 +70,7 @@ def test_command(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "checkpoint-stall.json").read_text())
     assert {kind: len(of) for kind, of in found["rounds"].items()} == {SYNCHRONOUS: 2, ASYNCHRONOUS: 2}
     assert all(times["rest"] < times["stall"] for times in found["rounds"][SYNCHRONOUS])
-    assert all(part in result.stdout for part in (RATIO, found["processor"], "kraken-tiny-4way"))
+    assert all(part in result.stdout for part in (RATIO, found["processor"], "kraken of "))
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch.distributed.tensor import DTensor
 
-from checkpoints.training import writer
+from checkpoints.training import staging, writer
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.store import find_good_checkpoint, load_tensors
 from kraken_train.data.dataset import Samples
@@ -42,6 +42,11 @@ SAVE_PHASES = {  # phase: (function, the rank that calls it, calls per save, whe
     "before the rename": ("sync_folder", 0, 1, True),
     "before the pointer": ("replace_synced", 0, 1, True),
     "after the pointer": ("replace_synced", 0, 1, False),
+}
+STAGE_PHASES = {  # likewise, with checkpoint.stage_dir, in checkpoints.training.staging
+    "before it is named": ("write_record", 0, 1, True),
+    "before the copy": ("copy_synced", 1, 1, True),
+    "after the copy": ("copy_synced", 1, 1, False),
 }
 
 
@@ -237,6 +242,9 @@ def arrange(fault: str, when: int) -> None:
     if fault in SAVE_PHASES:
         name, _, calls, before = SAVE_PHASES[fault]
         setattr(writer, name, dying(getattr(writer, name), before, when * calls))
+    elif fault in STAGE_PHASES:
+        name, _, calls, before = STAGE_PHASES[fault]
+        setattr(staging, name, dying(getattr(staging, name), before, when * calls))
     elif fault in DATA_FAULTS:
         before_bad_data(when, DATA_FAULTS[fault])
         if os.environ["WORLD_SIZE"] == "1":

@@ -16,7 +16,7 @@ import pytest
 from helpers import PATIENCE, REPOSITORY, wait_until
 
 from checkpoints.training.store import find_good_checkpoint, read_weights
-from integration.faulty_train import SAVE_PHASES
+from integration.faulty_train import SAVE_PHASES, STAGE_PHASES
 from integration.training import learned, overrides, records
 from kraken_train.data.dataset import open_split, sequential
 from kraken_train.evaluation.perplexity import token_losses
@@ -222,3 +222,25 @@ def test_killed_in_phases_of_a_save(launch: Launch, undisturbed: Path, tmp_path:
     assert learned(run) == learned(undisturbed)
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert left == ["latest", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"], "a save cut short has left something"
+
+
+@pytest.mark.slow
+def test_killed_between_stage_and_copy(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
+    """Each start dies in its second save; the next one takes up what is staged, and the run ends as the reference."""
+    run, stage = tmp_path / "run", tmp_path / "stage"
+    settings = ["checkpoint.every=1", "checkpoint.keep=2", f"checkpoint.stage_dir={stage}"]
+    for phase, (_, rank, *_) in STAGE_PHASES.items():
+        before = good_step(run) if run.exists() else 0
+        result = launch(run, [phase, str(rank), "2"], *settings)
+        assert result.returncode != 0, phase
+        checkpoint, problems = find_good_checkpoint(run / "checkpoints")
+        assert not problems, phase
+        assert checkpoint.step > before, phase
+        assert ("copied the checkpoint of step" in result.stdout) == (phase == "after the copy"), phase
+    result = launch(run, None, *settings)
+    assert result.returncode == 0, result.stdout
+    assert "copied the checkpoint of step" in result.stdout
+    assert learned(run) == learned(undisturbed)
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["latest", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"]
+    assert not [path for path in stage.rglob("*") if path.is_file()]

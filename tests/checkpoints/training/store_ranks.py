@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpoints.training import store, writer
+from checkpoints.training import background, staging, store, writer
+from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import step_folders
 from checkpoints.training.retention import Retention
+from checkpoints.training.staging import open_stage
 from checkpoints.training.store import fill_tensors, find_good_checkpoint
-from checkpoints.training.writer import CheckpointWriter
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
 from kraken_train.parallel.ranks import Runtime, read_runtime
@@ -38,7 +39,7 @@ AXES = {
     "optimizer.exp_avg.a": 0,
     "optimizer.exp_avg.b": 1,
 }  # the sharded dimension
-WRITE_TENSORS = writer.write_tensors
+WRITE_TENSORS, COPY_SYNCED = writer.write_tensors, staging.copy_synced
 PLAIN = ("model.norm", "optimizer.exp_avg.norm")
 
 
@@ -164,6 +165,48 @@ def fail_to_save(folder: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, 
     return found
 
 
+def stage(folder: Path, local: Path, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
+    """Save by way of a local disk: step 1 whole, 2 as if killed before the copy, 3 with a full disk on a rank."""
+    open_stage(local, 10, runtime)
+    found: dict[str, Any] = {"small": message(open_stage, local, 2**60, runtime)}
+    parts = []
+
+    def copied(source: Path, target: Path) -> str:
+        parts.append(f"{source.parent.name}/{source.name}")
+        return COPY_SYNCED(source, target)
+
+    with CheckpointWriter(folder, Retention(9), runtime, asynchronous=False, stage=local) as saves:
+        with mock.patch.object(staging, "copy_synced", copied):
+            saves.save(1, tensors_of_rank(1, runtime, mesh), {"tokens": 1})
+            saves.finish()
+        found["copied"] = parts
+        with mock.patch.object(background, "publish_staged", return_value=None):
+            saves.save(2, tensors_of_rank(2, runtime, mesh), {"tokens": 2})
+            saves.finish()
+        dist.barrier()
+        found["before"] = [path.name for path in step_folders(folder)]
+        lost = local / "step-00000002.rank-00001"
+        if runtime.is_first:
+            lost.rename(local / "lost")
+            (folder / "kept.json").write_bytes((folder / staging.STAGED).read_bytes())
+        dist.barrier()
+        found["without a node"] = staging.take_up_staged(folder, runtime)
+        dist.barrier()
+        if runtime.is_first:
+            (local / "lost").rename(lost)
+            (folder / "kept.json").rename(folder / staging.STAGED)
+        dist.barrier()
+        found["with it"] = staging.take_up_staged(folder, runtime)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if runtime.rank == runtime.world_size - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        found["full"] = message(saves.save, 3, tensors_of_rank(3, runtime, mesh), {})
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    found["staged"] = sorted(path.name for path in local.iterdir())
+    return found
+
+
 def verify(folder: Path, runtime: Runtime) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
@@ -227,6 +270,7 @@ def main() -> None:
     report: dict[str, Any] = {"collectives": collectives(runtime)}
     report["save"] = save(folder / "ranks", runtime, mesh["sub_layers"])
     report["fail"] = fail_to_save(folder / "ranks", runtime, mesh["sub_layers"])
+    report["stage"] = stage(folder / "staged", folder / "local disk", runtime, mesh["sub_layers"])
     report["verify"] = verify(folder / "ranks", runtime)
     for name in ("ranks", "one process"):
         checkpoint, _ = find_good_checkpoint(folder / name)

@@ -200,6 +200,27 @@ def test_ranks_save_in_the_background(two_ranks: Ranks) -> None:
         assert saved["after_error"] == ["step-00000001", "step-00000002", "step-00000003"]
 
 
+def test_ranks_save_by_way_of_a_local_disk(two_ranks: Ranks) -> None:
+    """Each rank copies files, also the other's, since both are on one node here."""
+    folder, found = two_ranks[0].parent / "staged", [report["stage"] for report in two_ranks[1]]
+    assert sorted(name for each in found for name in each.pop("copied")) == [
+        "step-00000001.rank-00000/.metadata", "step-00000001.rank-00000/__0_0.distcp",
+        "step-00000001.rank-00001/__1_0.distcp",
+    ]  # fmt: skip
+    assert found[0] == found[1]
+    assert "MiB free, but a checkpoint takes 2199023255552 MiB there" in found[0]["small"]  # twice 2^60 bytes
+    assert found[0]["before"] == ["step-00000001"]
+    assert "__1_0.distcp of it is on no node of this start; it is passed over" in found[0]["without a node"]
+    assert found[0]["with it"].startswith("copied the checkpoint of step 2")
+    assert found[0]["full"].startswith("the checkpoint of step 3 could not be written to ")
+    assert "local disk: File too large" in found[0]["full"]
+    assert found[0]["staged"] == []
+    for step in (1, 2):
+        checkpoint = verify_checkpoint(folder / f"step-{step:08d}")
+        assert checkpoint.metadata == {"tokens": step}
+        assert equal(load_tensors(checkpoint), store_ranks.unsharded_tensors(step))
+
+
 def test_a_failure_of_one_rank_fails_on_all(two_ranks: Ranks) -> None:
     reports = [report["fail"] for report in two_ranks[1]]
     assert reports[0] == reports[1]

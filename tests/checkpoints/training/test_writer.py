@@ -17,9 +17,9 @@ from helpers import REPOSITORY
 from small_checkpoints import equal, files, save, tensors
 
 from checkpoints.training import writer
+from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.retention import Retention
 from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, load_tensors, verify_checkpoint
-from checkpoints.training.writer import CheckpointWriter
 from kraken_train.common.errors import CheckpointError
 from kraken_train.parallel.ranks import Runtime
 
@@ -237,10 +237,10 @@ EXITS_DURING_A_SAVE = """
 import sys, threading
 from pathlib import Path
 import torch
-from checkpoints.training import store, writer
+from checkpoints.training import background, store, writer
 from checkpoints.training.retention import Retention
 folder = Path(sys.argv[1])
-saves = writer.CheckpointWriter(folder, Retention(3), store.SINGLE_PROCESS, asynchronous=True)
+saves = background.CheckpointWriter(folder, Retention(3), store.SINGLE_PROCESS, asynchronous=True)
 saves.save(1, {"model.a": torch.ones(3)}, {})
 saves.finish()
 written, real = threading.Event(), writer.write_tensors
