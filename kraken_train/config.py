@@ -17,7 +17,7 @@ from typing import Any
 from checkpoints.training.retention import Retention
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import real_path
-from kraken_train.common.free_text import FilePath, Name
+from kraken_train.common.free_text import FilePath, Name, Text
 from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
 from kraken_train.data.shares import whole_shares
@@ -176,6 +176,9 @@ class CheckpointConfig:
     # folder on a local disk of each node: a save is written there first, and copied to run_dir while training
     # continues; null: none
     stage_dir: FilePath | None = None
+    # URL of object storage, such as s3://bucket/run or gs://bucket/run, to which finished checkpoints are copied too,
+    # with the same ones kept; an empty run_dir continues from the newest there; null: none
+    remote_dir: Text | None = None
 
     @property
     def retention(self) -> Retention:

@@ -35,6 +35,7 @@ from kraken_train.training.open_run import check_run_folder, open_run_folder, ta
 from kraken_train.training.precision import choose_precision, has_native_bf16
 from kraken_train.training.profiler import require_usable
 from kraken_train.training.recorded_choices import RecordedChoices, leaves_choices, recorded_choices
+from kraken_train.training.remote import fetch_remote_checkpoint, require_own_remote
 from kraken_train.training.suites import open_suites
 from kraken_train.training.teacher import open_teacher
 from kraken_train.training.trainer import Trainer
@@ -69,6 +70,7 @@ def train(config: TrainConfig) -> None:
     try:
         with ExitStack() as stack:
             rendezvous = start_processes(runtime, config.rendezvous_seconds)
+            runtime.on_first(lambda: fetch_remote_checkpoint(config))
             choices = find_choices(config, runtime)
             native_bf16 = runtime.all_true(has_native_bf16(runtime.device))
             precision = choose_precision(config.precision, choices.precision, native_bf16)
@@ -89,6 +91,7 @@ def train(config: TrainConfig) -> None:
                     config, model_config, data.first.tokenizer_dir, data.fingerprints, stack, teacher
                 )
             )
+            runtime.on_first(lambda: require_own_remote(config, run.run_id))
             watchdog.log = stack.enter_context(recorded(run.start, runtime))
             watchdog.on_end = record_end_by_watchdog(run, runtime, watchdog)
             stack.enter_context(stacks_on_signal(watchdog.log))
@@ -102,7 +105,6 @@ def train(config: TrainConfig) -> None:
             run = take_up_staged_checkpoint(
                 run, runtime, lambda: check_run_folder(config, model_config, data.fingerprints, teacher)
             )
-            watchdog.report_progress()
             trainer = Trainer(
                 config, model_config, data, samples, validated, run, runtime, stop, watchdog, teacher, suites
             )

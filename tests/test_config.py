@@ -200,6 +200,10 @@ def test_settings_of_another_optimizer() -> None:
         (["optim=muon", "optim.ns_steps=0"], r"optim\.ns_steps=0 must be between 1 and 99"),
         (["optim=muon", "+optim.nesterov=false"], r"optim\.nesterov is not a setting; known: optim\.lr"),
         (["optim=moun"], r"optim=moun is not known; use one of adamw, muon"),
+        (
+            ["run_dir=r", "checkpoint.stage_dir=q/../r/stage"],
+            r"stage_dir=q/\.\./r/stage is in run_dir=r, to which",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             compose_command([*given, *arguments], TrainConfig, "train")

@@ -1,4 +1,4 @@
-"""A run's saves: while training waits or in the background, and by way of a local disk."""
+"""A run's saves: while training waits or in the background, by way of a local disk, and to object storage."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpoints.training.manifest import Checkpoint
+from checkpoints.training.remote import RemoteFolder, delete_newer_remote, upload_checkpoint
 from checkpoints.training.retention import Retention
 from checkpoints.training.staging import publish_staged, stage_checkpoint
-from checkpoints.training.writer import save_checkpoint
+from checkpoints.training.writer import delete_newer_checkpoints, save_checkpoint
 from kraken_train.common.errors import CheckpointError
 from kraken_train.parallel.device import own_queue
 from kraken_train.parallel.ranks import Runtime
@@ -29,8 +31,9 @@ class CheckpointWriter:
 
     In the background a thread runs `save_checkpoint` with a process group of its own, so that its messages do not mix
     with those of training. At most one save is in progress. All ranks must call `save` and `finish` in the same order.
-    With `stage`, a folder on a disk of this node, a save is written there first; the copy to `folder` is always made in
-    the background. As a context manager it calls `finish` when the block ends:
+    With `stage`, a folder on a disk of this node, a save is written there first. The copy to `folder`, and that of a
+    complete checkpoint to `remote`, are always made in the background. As a context manager it calls `finish` when the
+    block ends:
 
         with CheckpointWriter(folder, Retention(keep=3), runtime, asynchronous=True) as writer:
             writer.save(step, tensors, metadata)
@@ -48,12 +51,14 @@ class CheckpointWriter:
         asynchronous: bool,
         on_saved: Callable[[int], None] = lambda step: None,
         stage: Path | None = None,
+        remote: RemoteFolder | None = None,
     ) -> None:
         self.folder = folder
         self.retention = retention
         self.asynchronous = asynchronous
         self.stage = stage
-        if (asynchronous or stage is not None) and runtime.world_size > 1:
+        self.remote = remote
+        if (asynchronous or stage is not None or remote is not None) and runtime.world_size > 1:
             runtime = replace(runtime, group=dist.new_group(backend="gloo"))
         self.runtime = runtime
         self.on_saved = on_saved
@@ -74,13 +79,27 @@ class CheckpointWriter:
             phases.append(partial(stage_checkpoint, self.stage, self.folder, *arguments, self.runtime))
             phases.append(partial(publish_staged, self.folder, step, self.retention, self.runtime))
         phases.append(partial(self.report, step))
+        if self.remote is not None:
+            path = self.folder / f"step-{step:08d}"
+            phases.append(partial(upload_checkpoint, self.remote, path, self.retention, self.runtime))
         if not self.asynchronous:
             phases.pop(0)()
-        if self.asynchronous or self.stage is not None:
+        if self.asynchronous or len(phases) > 1:
             self.under_way = BackgroundSave(phases, self.runtime.device)
             self.under_way.start()
         else:
             self.report(step)
+
+    def discard_newer(self, checkpoint: Checkpoint) -> None:
+        """Delete the checkpoints of later steps, which the run will repeat. A collective. Raises CheckpointError."""
+        self.finish()
+
+        def discard() -> None:
+            delete_newer_checkpoints(checkpoint)
+            if self.remote is not None:
+                delete_newer_remote(self.remote, checkpoint.step)
+
+        self.runtime.on_first(discard)
 
     def report(self, step: int) -> None:
         """That the checkpoint is complete."""

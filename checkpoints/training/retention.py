@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,15 @@ class Retention:
 
     def superfluous(self, folders: Sequence[Path], now: float) -> list[Path]:
         """Of the folders of checkpoints, the oldest first, those to delete at this time. Raises OSError."""
-        milestones: dict[int, Path] = {}
-        for folder in folders:
-            multiple = step_of(folder) // self.milestone if self.milestone else 0
+        steps = self.superfluous_steps({step_of(folder): folder.stat().st_mtime for folder in folders}, now)
+        return [folder for folder in folders if step_of(folder) in steps]
+
+    def superfluous_steps(self, written: Mapping[int, float], now: float) -> set[int]:
+        """The same of their steps, by the time at which each was written, in seconds."""
+        milestones: dict[int, int] = {}
+        for step in sorted(written):
+            multiple = step // self.milestone if self.milestone else 0
             if multiple:
-                milestones.setdefault(multiple, folder)
-        staying = {*folders[-self.keep :], *milestones.values()}
-        return [folder for folder in folders if folder not in staying and now - folder.stat().st_mtime >= self.seconds]
+                milestones.setdefault(multiple, step)
+        staying = {*sorted(written)[-self.keep :], *milestones.values()}
+        return {step for step, time in written.items() if step not in staying and now - time >= self.seconds}

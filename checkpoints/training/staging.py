@@ -36,10 +36,12 @@ from checkpoints.training.writer import (
     write_tensors,
 )
 from kraken_train.common.errors import CheckpointError
-from kraken_train.common.files import BLOCK_BYTES, file_sha256, replace_synced, sync_folder
+from kraken_train.common.files import BLOCK_BYTES, file_sha256, read_file, replace_synced, sync_folder
+from kraken_train.common.parsing import find_wrong_type, parse_mapping
 from kraken_train.parallel.ranks import Runtime
 
 STAGED = "staged.json"
+RECORD: dict[str, type] = {"step": int, "manifest_sha256": str, "stage": str, "hosts": list}
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,9 @@ def write_record(folder: Path, staged: Staged) -> None:
 def read_record(folder: Path) -> Staged | None:
     """None: nothing is staged. Raises CheckpointError."""
     try:
-        record = json.loads((folder / STAGED).read_text(encoding="utf-8"))
+        record = parse_mapping(read_file(folder / STAGED))
+        if (wrong := find_wrong_type(record, RECORD)) is not None:
+            raise ValueError(f"its entry {wrong} is of another type")
         return Staged(record["step"], record["manifest_sha256"], record["stage"], tuple(record["hosts"]))
     except FileNotFoundError:
         return None

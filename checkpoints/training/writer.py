@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, runtime: Runtime) ->
     return None
 
 
-def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], parts: list[WrittenPart]) -> None:
+def publish(folder: Path, temporary: Path, step: int, metadata: dict[str, Any], parts: Sequence[WrittenPart]) -> None:
     """On rank 0: complete what all ranks wrote to the checkpoint of `step`. Raises CheckpointError."""
     final = folder / f"step-{step:08d}"
     try:

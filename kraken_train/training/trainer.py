@@ -13,7 +13,6 @@ from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.staging import open_stage
 from checkpoints.training.store import EMA_PREFIX, fill_tensors, stored_tensors
-from checkpoints.training.writer import delete_newer_checkpoints
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import Samples
@@ -41,6 +40,7 @@ from kraken_train.training.metrics_logger import MetricsLogger, Record
 from kraken_train.training.norms import StepNorms
 from kraken_train.training.precision import reduce_dtype
 from kraken_train.training.profiler import StepProfiler
+from kraken_train.training.remote import remote_folder
 from kraken_train.training.resume import find_checkpoint_to_resume, position_of
 from kraken_train.training.rollback import find_checkpoint_before, require_rollback
 from kraken_train.training.started_phases import phase_records, started_phases
@@ -107,6 +107,7 @@ class Trainer:
             config.checkpoint.asynchronous,
             on_saved=lambda step: self.log_event("saved", step=step),
             stage=stage,
+            remote=remote_folder(config),
         )
         self.loss_monitor = LossMonitor(config.health, config.max_nonfinite_steps)
         self.stragglers = Stragglers(config.health.straggler_factor)
@@ -384,7 +385,7 @@ class Trainer:
         self.consumed_samples, skipped = consumed, consumed - self.consumed_samples
         self.batches.go_on_with(self.reads_of_rank())
         self.engine.verify_replicas()
-        self.runtime.on_first(lambda: delete_newer_checkpoints(checkpoint))
+        self.checkpoints.discard_newer(checkpoint)
         if self.metrics is not None:
             self.metrics.rewind(self.step)
         self.watchdog.report_progress()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import REPOSITORY
 from small_checkpoints import equal, files, save, tensors
 
@@ -135,11 +133,12 @@ saves.finish()
         ("writer", "replace_synced", 2),  # after the checkpoint has its name
     ],
 )
-def test_a_kill(folders: Folders, module: str, name: str, step: int) -> None:
+def test_a_kill(folders: Folders, tmp_path: Path, module: str, name: str, step: int) -> None:
     """The run's folder has only complete checkpoints, and the next start continues from all that was staged."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", DIES, str(folders.checkpoints), str(folders.stage), module, name]
-    assert subprocess.run(command, env=environment, check=False).returncode == 9
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    program = [str(script), str(folders.checkpoints), str(folders.stage), module, name]
+    assert run_forked([program], [{"PYTHONPATH": str(REPOSITORY)}])[0].returncode == 9
     visible, problems = find_good_checkpoint(folders.checkpoints)
     assert problems == []
     assert visible.step == (2 if name == "replace_synced" else 1)
