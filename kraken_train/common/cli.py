@@ -21,6 +21,7 @@ from kraken_train.common.errors import ConfigError, KrakenError
 from kraken_train.common.free_text import quote_arguments
 from kraken_train.common.help import answer_help
 from kraken_train.common.locales import use_unicode
+from kraken_train.common.memory import memory_errors
 from kraken_train.common.settings import (
     COMPOSITION_ERRORS,
     describe_composition_error,
@@ -60,7 +61,8 @@ def run_entry(
 
     def task(composed: Any) -> None:
         try:
-            main(from_hydra(composed, schema))
+            with memory_errors("use a smaller batch or fewer workers, or a machine with more memory"):
+                main(from_hydra(composed, schema))
         except KrakenError as error:  # here, since Hydra would add lines of its own
             exit_with_message(str(error), FAULT_EXIT_CODE if error.restart_helps else USER_ERROR_EXIT_CODE)
 

@@ -29,6 +29,12 @@ class CheckpointError(KrakenError):
     """A checkpoint or export cannot be written, found, verified, or belongs to something else."""
 
 
+class OutOfMemoryError(KrakenError):
+    """The machine or the GPU has no more memory."""
+
+    restart_helps = True  # where others took it
+
+
 class TrainingError(KrakenError):
     """Training cannot continue, for example because the loss is no longer finite."""
 

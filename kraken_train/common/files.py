@@ -141,6 +141,14 @@ def try_lock(descriptor: int, shared: bool = False) -> bool:
     return True
 
 
+def is_still(path: Path, descriptor: int) -> bool:
+    """Whether `path` still leads to what is open, which may have been renamed or removed before it was locked."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file of any size."""
     digest = hashlib.sha256()

@@ -50,9 +50,15 @@ class Training:
         return cls(settings, Run(run.label, [record for record in run.records if record["step"] <= last_step]))
 
 
-def write_card(export_dir: Path, training: Training | None = None, license_name: str | None = None) -> None:
-    """Write the card, and the loss curve if there are metrics. Raises CheckpointError."""
+def write_card(
+    export_dir: Path, training: Training | None = None, license_name: str | None = None, name: str | None = None
+) -> None:
+    """Write the card, and the loss curve if there are metrics. Raises CheckpointError.
+
+    `name` is that of the folder, where it has another one while it is being written.
+    """
     export = read_export(export_dir)
+    name = name or export_dir.resolve().name
     results = read_results(export_dir)
     has_curve = training is not None and training.metrics is not None and len(training.metrics.records) > 0
     if has_curve:
@@ -62,10 +68,10 @@ def write_card(export_dir: Path, training: Training | None = None, license_name:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([PROJECT_TAG, export.config.architecture])),
-        model_name=export_dir.resolve().name,
+        model_name=name,
         eval_results=eval_results(results) or None,
     )
-    text = body(export, training, has_curve, results)
+    text = body(export, name, training, has_curve, results)
     save(export_dir, f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -121,10 +127,10 @@ def eval_results(results: Results) -> list[EvalResult]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def body(export: Export, training: Training | None, has_curve: bool, results: Results) -> str:
+def body(export: Export, name: str, training: Training | None, has_curve: bool, results: Results) -> str:
     """The card below its front matter."""
     parts = [
-        f"# {export.folder.resolve().name}",
+        f"# {name}",
         f"{export.config.introduction} Trained with kraken-train.",
         "## Configuration",
         two_columns({**to_dict(export.config), "parameters": f"{export.config.num_parameters:,}"}),
@@ -133,7 +139,7 @@ def body(export: Export, training: Training | None, has_curve: bool, results: Re
     ]
     if has_curve:
         parts.append(f"![loss over the steps of training]({LOSS_CURVE_FILE})")
-    parts += ["## Evaluation", section(results), "## How to load it", loading(export)]
+    parts += ["## Evaluation", section(results), "## How to load it", loading(name)]
     return "\n\n".join(parts)
 
 
@@ -177,8 +183,7 @@ def section(results: Results) -> str:
     return f"{BEGIN}\n{markdown(results)}{END}"
 
 
-def loading(export: Export) -> str:
-    name = export.folder.resolve().name
+def loading(name: str) -> str:
     return f"""The files of this folder are all that is needed; `trust_remote_code=True` runs its modeling file.
 
 ```python

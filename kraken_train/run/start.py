@@ -28,7 +28,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from kraken_train.common.errors import KrakenError, RankLostError
+from kraken_train.common.errors import KrakenError, OutOfMemoryError, RankLostError
 from kraken_train.common.files import replace_synced
 from kraken_train.health.shutdown import Interrupted, Launchers
 from kraken_train.parallel.ranks import Runtime, slurm_job
@@ -110,13 +110,14 @@ def overwritten(line: str) -> str:
 
 def describe_error(error: Exception, runtime: Runtime) -> RankError:
     expected = isinstance(error, KrakenError)
+    lacks_memory = isinstance(error, OutOfMemoryError)  # where it was asked for helps to find out why
     return RankError(
         time=now(),
         rank=runtime.rank,
         host=socket.gethostname(),
         pid=os.getpid(),
         message=str(error) if expected else f"{type(error).__name__}: {error}",
-        traceback=None if expected else "".join(traceback.format_exception(error)),
+        traceback=None if expected and not lacks_memory else "".join(traceback.format_exception(error)),
         follows=isinstance(error, RankLostError),
         restart_helps=error.restart_helps if isinstance(error, KrakenError) else True,
     )

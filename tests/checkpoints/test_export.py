@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from checkpoints.training.retention import Retention
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.common.settings import to_dict
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.reporting import model_card
 
 CONFIG = small_configs(vocab_size=320)["kraken"]
 
@@ -117,6 +119,26 @@ def test_bf16(run_dir: Path, tmp_path: Path) -> None:
     run_here("checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}", "dtype=bf16")
     loaded = read_export(tmp_path / "e").load_model().state_dict()
     assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in weights(10).items())
+
+
+def test_an_export_has_its_name_only_once_it_has_its_card(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what is killed before its card is written does not keep the same command from being repeated."""
+    command = ["checkpoints.export", f"run_dir={run_dir}", f"output_dir={tmp_path / 'e'}"]
+
+    def refuse(path: Path, text: str) -> None:
+        assert not (tmp_path / "e").exists()
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_card, "replace_synced", refuse)
+        assert "README.md cannot be written: Input/output error" in user_error(run_here(*command))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("tmp")) == []
+    assert run_here(*command).returncode == 0
+    card = (tmp_path / "e" / "README.md").read_text()
+    assert "export_dir=e " in card
+    assert ".e.tmp" not in card
 
 
 def test_export_errors(run_dir: Path, tmp_path: Path) -> None:

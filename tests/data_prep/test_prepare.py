@@ -262,6 +262,26 @@ def test_full_disk(config: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert siblings(tmp_path / "data") == []
 
 
+def test_a_disk_that_can_no_longer_be_written(
+    config: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Then nothing can be removed either; the next attempt does it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append_many", refuse)
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(
+            DataError, match=r"Read-only file system; .*\.data\.partial is left, for the same command to"
+        ):
+            prepare(config())
+    assert siblings(tmp_path / "data") != []
+    prepare(config())
+    assert siblings(tmp_path / "data") == []
+
+
 def test_wide_tokens(config: Configure, tmp_path: Path) -> None:
     vocabulary = {f"word{i}": i for i in range(70_000)} | {"[UNK]": 70_000, "<eos>": 70_001}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

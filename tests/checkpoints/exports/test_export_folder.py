@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.exports.folder import read_export, write_export
 from kraken_train.common.errors import CheckpointError
+from kraken_train.common.output import sole_writer
 from kraken_train.model.config import ModelConfig
 
 CONFIGS = small_configs(vocab_size=320)
@@ -97,6 +98,20 @@ def write_into(output_dir: Path) -> None:
     config = CONFIGS["kraken"]
     weights = rough_model(config).state_dict()
     write_export(output_dir, config, weights, tokenizer_dir=None, metadata={}, dtype=torch.float32)
+
+
+def test_two_at_the_same_time(tmp_path: Path) -> None:
+    """The second is refused and leaves the first one's files alone."""
+    (tmp_path / ".e.tmp").mkdir()
+    (tmp_path / ".e.tmp" / "left by a process that was killed").touch()
+    with sole_writer(tmp_path / ".e.tmp", tmp_path / "e"):
+        (tmp_path / ".e.tmp" / "of the first").touch()
+        with pytest.raises(CheckpointError, match="e is being written by another process right now"):
+            write_into(tmp_path / "e")
+        assert os.listdir(tmp_path / ".e.tmp") == ["of the first"]
+    write_into(tmp_path / "e")
+    assert "of the first" not in os.listdir(tmp_path / "e")
+    assert os.listdir(tmp_path) == ["e"]
 
 
 def test_a_folder_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
