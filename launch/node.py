@@ -32,7 +32,7 @@ from kraken_train.health.shutdown import (
     has_ended,
 )
 from kraken_train.run.events import now
-from kraken_train.run.rank_errors import RankError, error_file, record_error
+from kraken_train.run.rank_errors import RankError, error_file, read_errors, record_error
 from launch.plan import Plan
 
 STOP, KILL, KEEP_ALIVE = b"stop\n", b"kill\n", b"\n"
@@ -181,8 +181,10 @@ class Node:
         first = next((rank for rank in self.ended_ranks if rank.exit_code in (None, code)), None)
         if first is None:
             return
-        print_error(f"{first}: {describe_end(code)}")
         start = self.plan.newest_start()
+        if start is not None and any(str(first) in error.message for error in read_errors(start)):
+            return  # the watchdog of another rank has killed it, and said why
+        print_error(f"{first}: {describe_end(code)}")
         if start is not None and not error_file(start, first.number).exists():
             pid, host = first.process.pid, socket.gethostname()
             record_error(start, RankError(now(), first.number, host, pid, describe_end(code), None, False, True))
