@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ YAML_VALUES = [
     b"&g [*f,*f,*f,*f,*f,*f,*f,*f,*f], &h [*g,*g,*g,*g,*g,*g,*g,*g,*g], &i [*h,*h,*h,*h,*h,*h,*h,*h,*h]]",
 ]  # fmt: skip
 NUMBERS = [0, 1, 2, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
+MOST_NODES = 100_000
 JSON_KINDS, LINE_KINDS, YAML_KINDS = (".json",), (".jsonl",), (".yaml",)
 
 
@@ -185,8 +187,13 @@ def changed_line(data: bytes, change: Change) -> bytes:
 
 
 def changed_tree(tree: Any, change: Change, values: list[bytes]) -> bytes:
-    """JSON (which is YAML too) of `tree` with its node number `at` changed; `what` chooses the value."""
-    nodes = list(nodes_of(tree))
+    """JSON (which is YAML too) of `tree` with its node number `at` changed; `what` chooses the value.
+
+    Raises ValueError for a tree that is too large.
+    """
+    nodes = list(islice(nodes_of(tree), MOST_NODES))
+    if len(nodes) == MOST_NODES:
+        raise ValueError("an earlier change has made a tree of aliases that has no end")
     if not nodes:
         return values[change.what % len(values)]
     parent, key = nodes[change.at % len(nodes)]
