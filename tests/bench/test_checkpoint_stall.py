@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import run_here, user_error
+from helpers import run_here, run_module, user_error
 
 from kraken_train.bench import checkpoint_rounds
 from kraken_train.bench.checkpoint_rounds import ASYNCHRONOUS, SYNCHRONOUS, Measured, Times, one_save
@@ -64,12 +64,11 @@ def test_figures_compare_within_a_round() -> None:
 
 def test_command(tmp_path: Path) -> None:
     tiny = ("model=kraken-tiny-4way", "vocab_size=512", "micro_batch_size=1", "precision=fp32", "device=cpu")
-    result = run_here("kraken_train.bench.checkpoint_stall", *tiny, "steps=1", "rounds=2", f"output_dir={tmp_path}")
+    result = run_module("kraken_train.bench.checkpoint_stall", *tiny, "steps=1", "rounds=2", f"output_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-stall.json"], "the checkpoints are still there"
     found = json.loads((tmp_path / "checkpoint-stall.json").read_text())
     assert {kind: len(of) for kind, of in found["rounds"].items()} == {SYNCHRONOUS: 2, ASYNCHRONOUS: 2}
-    assert all(times["rest"] < times["stall"] for times in found["rounds"][SYNCHRONOUS])
     assert all(part in result.stdout for part in (RATIO, found["processor"], "kraken of "))
 
 

@@ -24,13 +24,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from checkpoints.training import staging, writer
+from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.store import find_good_checkpoint, load_tensors
 from kraken_train.data.dataset import Samples
 from kraken_train.health.loss_monitor import Trouble
 from kraken_train.train import main
 from kraken_train.training import precision
-from kraken_train.training import trainer as trainer_module
 from kraken_train.training.trainer import Trainer
 
 SLOW_STEPS, SLOW_SECONDS = 10, 100.0  # on a clock on which a forward pass takes 1 second otherwise
@@ -199,13 +199,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def die_after_rollback(when: int) -> None:
     """A spike, and the end before the run has saved again."""
     before_bad_data(when, raise_loss)
-    original = trainer_module.delete_newer_checkpoints
+    original = CheckpointWriter.discard_newer
 
-    def last_wish(checkpoint: Checkpoint) -> None:
-        original(checkpoint)
+    def last_wish(self: CheckpointWriter, checkpoint: Checkpoint) -> None:
+        original(self, checkpoint)
         die()
 
-    trainer_module.delete_newer_checkpoints = last_wish
+    CheckpointWriter.discard_newer = last_wish  # type: ignore[method-assign]
 
 
 TRAINER_FAULTS = {

@@ -36,7 +36,7 @@ class ReadingTrainer(Trainer):
         self.run = self.loss_monitor = SimpleNamespace(checkpoints=None)  # type: ignore[assignment]
         self.runtime = SimpleNamespace(on_first=lambda work: work(), is_first=False)  # type: ignore[assignment]
         self.engine = SimpleNamespace(verify_replicas=lambda: None)  # type: ignore[assignment]
-        self.checkpoints = SimpleNamespace(finish=lambda: None)  # type: ignore[assignment]
+        self.checkpoints = SimpleNamespace(finish=lambda: None, discard_newer=lambda checkpoint: None)  # type: ignore[assignment]
         self.watchdog = SimpleNamespace(report_progress=lambda: None)  # type: ignore[assignment]
         self.metrics = None
         length: Length = run_length(1, None, PHASES)
@@ -82,7 +82,7 @@ def test_ranks_divide_the_samples_of_all_phases(data: RunData) -> None:
 
 def test_a_rollback_into_the_phase_before(data: RunData, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read ahead is of the second phase; the steps that are done again are of the first."""
-    for name in ("require_rollback", "find_checkpoint_before", "delete_newer_checkpoints"):
+    for name in ("require_rollback", "find_checkpoint_before"):
         monkeypatch.setattr(trainer_module, name, lambda *arguments: SimpleNamespace(path="the checkpoint"))
     trainer = ReadingTrainer(data)
     with BatchLoader(trainer.reads_of_rank(), CPU) as trainer.batches:
