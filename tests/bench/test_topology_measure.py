@@ -121,7 +121,7 @@ def test_command(tmp_path: Path) -> None:
     [
         (["cluster=dgx_h100"], "measure=true measures the device of this machine, and cluster=dgx_h100"),
         (["cluster=this", "degrees=[1,4]"], "degrees=1 must be at least 2"),
-        (["cluster=this", "sizes=[175b]", "degrees=[2]"], "use smaller sizes"),
+        (["cluster=this", "sizes=[175b]", "degrees=[2]", "contexts=[512]", "batch_sizes=[1]"], "use smaller sizes"),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path: Path, settings: list[str], words: str) -> None:
