@@ -138,8 +138,9 @@ def read_results(export_dir: Path) -> Results:
             )
         suites = {name: without_averages(suite) for name, suite in record["suites"].items()}
         for entry in record["perplexity"]:
-            if not entry.keys() >= PERPLEXITY.keys() or (wrong := find_wrong_type(entry, PERPLEXITY)):
-                raise ValueError(f"an entry of perplexity lacks a number, or has one that is none: {wrong}")
+            wrong = find_wrong_type(entry, PERPLEXITY) or next((name for name in PERPLEXITY if name not in entry), None)
+            if wrong is not None:
+                raise ValueError(f"an entry of perplexity has no {wrong}, or one of another type")
         return Results(list(record["perplexity"]), {n: from_dict(s, SuiteResult) for n, s in suites.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it and evaluate again") from error

@@ -85,6 +85,7 @@ def test_unusable_file(tmp_path: Path) -> None:
         ("{", "is damaged"),
         ('{"format_version": 1, "perplexity": []}', "is damaged"),
         ('{"format_version": 1, "perplexity": [], "suites": {"s": {"title": 3}}}', "is damaged"),
+        ('{"format_version": 1, "perplexity": [{}], "suites": {}}', "an entry of perplexity has no "),
         ('{"format_version": 2, "perplexity": [], "suites": {}}', "reads up to 1"),
     ):
         (tmp_path / "evaluation.json").write_text(text)
