@@ -1,11 +1,13 @@
-"""Files that mean harm: code in pickles, names and links that lead elsewhere, sizes that only a header claims."""
+"""Files that mean harm: code in pickles, names and links that lead elsewhere, sizes that only a header claims.
+
+`tests/checkpoints/training/test_index.py` has those of the index of a checkpoint.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -73,15 +75,6 @@ def data(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_code_in_the_index_of_a_checkpoint_is_not_run(run: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "was run"
-    (run / STEP / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
-    sign(run)
-    with pytest.raises(CheckpointError, match=r"posix\.mkdir.*it was not loaded"):
-        read_weights(run)
-    assert not marker.exists()
-
-
 def test_code_in_the_tensors_of_a_checkpoint_is_not_run(run: Path, tmp_path: Path) -> None:
     """The place of the first tensor holds a pickle of the same length."""
     marker = tmp_path / "was run"
@@ -96,17 +89,6 @@ def test_code_in_the_tensors_of_a_checkpoint_is_not_run(run: Path, tmp_path: Pat
     with pytest.raises(CheckpointError):
         read_weights(run)
     assert not marker.exists()
-
-
-def test_a_pickled_index_changes_no_class(run: Path) -> None:
-    """BUILD on a class would set its attributes; here it meets one that ends with the file."""
-    content = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x8c\x08__init__cbuiltins\nlen\ns\x86b."
-    with pytest.raises(ValueError, match=r"builtins\.len"):
-        parse_index(content, None)
-    before = dict(vars(torch.distributed.checkpoint.metadata.Metadata))
-    with pytest.raises(ValueError, match="it is damaged"):
-        parse_index(content.replace(b"cbuiltins\nlen\n", b"K\x01"), None)
-    assert dict(vars(torch.distributed.checkpoint.metadata.Metadata)) == before
 
 
 def test_code_in_a_reference_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -183,18 +165,6 @@ def test_names_in_the_manifest_of_a_checkpoint(run: Path, name: str) -> None:
     path.write_text(json.dumps({"content": content, "sha256": content_sha256(content)}))
     with pytest.raises(CheckpointError, match="cannot be that of a checkpoint"):
         read_weights(run)
-
-
-def test_a_file_elsewhere_in_the_index_of_a_checkpoint(run: Path, tmp_path: Path) -> None:
-    """The name in the pickle has the length of the one that it replaces, so that the rest stays as it is."""
-    shutil.copy(run / STEP / "__0_0.distcp", run / "ab.distcp")
-    for name in (b"../ab.distcp", str(tmp_path).encode()[:12]):
-        index = (WRITTEN / "run" / STEP / ".metadata").read_bytes()
-        assert b"__0_0.distcp" in index
-        (run / STEP / ".metadata").write_bytes(index.replace(b"__0_0.distcp", name))
-        sign(run)
-        with pytest.raises(CheckpointError, match="which is no file of the checkpoint"):
-            read_weights(run)
 
 
 def test_a_link_in_a_checkpoint(run: Path) -> None:
@@ -321,24 +291,6 @@ def test_a_model_that_its_weights_are_not(export: Path) -> None:
     (export / "config.json").write_text(json.dumps({**description, "num_layers": 2**40}))
     with pytest.raises(CheckpointError, match="must be at most 2147483647"):
         read_export(export)
-
-
-def test_tensors_that_an_index_claims(run: Path) -> None:
-    """A part that lies outside, and more values than the files have bytes."""
-    content = (run / STEP / ".metadata").read_bytes()
-    index = parse_index(content, None)
-    assert len(index.state_dict_metadata) > 10
-    with pytest.raises(ValueError, match=r"outside of __0_0\.distcp"):
-        parse_index(content, {"__0_0.distcp": 1000})
-    largest = b"M@\x01"  # 320 rows
-    assert content.count(largest) > 2
-    with pytest.raises(ValueError, match=r"lacks a part|lies outside"):
-        parse_index(content.replace(largest, b"M\xff\xff", 1), None)
-
-
-def test_an_unpickler_reserves_no_memory_for_a_number() -> None:
-    with pytest.raises(ValueError, match="no pickle"):
-        parse_index(b"\x80\x04Nr\xff\xff\xff\x7f.", None)
 
 
 def test_data_and_its_manifest(data: Path) -> None:
