@@ -254,7 +254,9 @@ class HuggingFaceTokenizer:
     def __init__(self, tokenizer_json: str, end_token: str, origin: str) -> None:
         try:
             self.backend = Backend.from_str(tokenizer_json)
-        except Exception as error:  # the library raises nothing more specific
+        except BaseException as error:  # nothing more specific, and no Exception where the library's Rust code panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise DataError(f"{origin} is no Hugging Face tokenizer ({error}); name another file") from error
         end = self.backend.token_to_id(end_token)
         if end is None:

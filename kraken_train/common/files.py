@@ -22,6 +22,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+LONGEST_NAME = 255  # bytes, on file systems of Linux
 
 
 def real_path(path: str | Path) -> Path:
@@ -83,7 +84,9 @@ def find_escape(folder: Path, path: Path) -> str | None:
 
 def is_plain_name(name: object) -> bool:
     """Whether it names a file in a folder and nothing else, in a list of such files."""
-    return isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name:
+        return False
+    return Path(name).name == name and len(name.encode(errors="surrogateescape")) <= LONGEST_NAME
 
 
 def write_synced(path: Path, text: str) -> None:
