@@ -13,13 +13,13 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from artefacts import ARTEFACTS, WRITTEN, sign, write_model
 from forked import REPOSITORY
 from helpers import small_configs
+from payload import Payload
 
 from checkpoints.exports.folder import read_export
 from checkpoints.import_reference import ImportConfig, import_reference
@@ -40,16 +40,6 @@ from kraken_train.run.inventory import read_mapping
 from kraken_train.run.recorded_settings import recorded_settings
 
 STEP = Path("checkpoints") / "step-00000100"
-
-
-class Payload:
-    """Unpickling this creates a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture

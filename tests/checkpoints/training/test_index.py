@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import REPOSITORY
+from payload import Payload
 
 from checkpoints.training.index import INDEX, parse_index
 from checkpoints.training.manifest import MANIFEST, content_sha256
@@ -23,16 +23,6 @@ from kraken_train.common.files import file_sha256
 WRITTEN = REPOSITORY / "tests" / "artefacts" / "written_by_9a2225f" / "run"
 STEP = Path("checkpoints") / "step-00000100"
 DATA = "__0_0.distcp"
-
-
-class Payload:
-    """Unpickling this creates a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
