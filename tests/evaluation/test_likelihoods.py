@@ -35,7 +35,10 @@ def make_requests(model: LanguageModel) -> list[Request]:
         if index % 3 == 0:
             continuation = [most_likely(model, context)]
         requests.append(Request(context, continuation))
-    return [*requests, Request([3], random.integers(0, VOCABULARY, CONTEXT).tolist())]
+    context = [5, 7, 11]
+    greedy = most_likely(model, context)
+    half_greedy = Request(context, [greedy, (most_likely(model, [*context, greedy]) + 1) % VOCABULARY])
+    return [*requests, half_greedy, Request([3], random.integers(0, VOCABULARY, CONTEXT).tolist())]
 
 
 @torch.no_grad()
