@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs_dir", type=Path, metavar="RUNS", help="folder for the runs")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="names of questions; default: all")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one per GPU, or one")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with user_errors(options.runs_dir):
         at = places(options.workers, usable_cores(), visible_gpus())
         results = Results(STUDY, options.runs_dir)
@@ -39,14 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def missing(names: Sequence[str], results: Results) -> list[Run]:
     """The runs of these questions that are not finished: the first seed of all arms, then the second.
 
+    Within a seed they follow `names`, or the order of the questions where that is empty.
+
     Raises ConfigError for an unknown question, and for a run that was started with other settings.
     """
-    questions = read_questions()
-    unknown = set(names) - {question.name for question in questions}
-    if unknown:
+    by_name = {question.name: question for question in read_questions()}
+    if unknown := set(names) - set(by_name):
         raise ConfigError(f"there is no question {', '.join(sorted(unknown))}")
-    chosen = [question for question in questions if not names or question.name in names]
-    runs = sorted({run for question in chosen for run in question.runs}, key=lambda run: (run.seed, run.arm))
+    unique = dict.fromkeys(run for name in names or by_name for run in by_name[name].runs)
+    runs = sorted(unique, key=lambda run: run.seed)  # a stable sort: it keeps the order of the questions
     return [run for run in runs if not results.is_known(run)]
 
 
