@@ -114,6 +114,8 @@ def export(config: ExportConfig) -> None:
 
 def exported_metadata(metadata: dict[str, Any], weights: str) -> dict[str, Any]:
     exported = {key: metadata[key] for key in EXPORTED_METADATA if key in metadata}
+    if len(phases := metadata.get("phases", [])) > 1:  # `data_fingerprint` is that of the first
+        exported["phase_data_fingerprints"] = [phase["data_fingerprint"] for phase in phases]
     return exported if weights == "last" else {**exported, "weights": weights}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,15 @@ class Result:
     @property
     def run(self) -> Run:
         return Run(self.arm, self.seed)
+
+
+def differences(results: Mapping[Run, Result], arm: str, base: str) -> list[float]:
+    """Validation loss of `arm` minus that of `base`, for each seed that both have, in the order of the seeds.
+
+    Runs of one seed have the same samples in the same order, so that their difference says more than their means'.
+    """
+    seeds = sorted(run.seed for run in results if run.arm == arm and Run(base, run.seed) in results)
+    return [results[Run(arm, seed)].validation_loss - results[Run(base, seed)].validation_loss for seed in seeds]
 
 
 @dataclass(frozen=True)

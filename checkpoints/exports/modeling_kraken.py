@@ -46,7 +46,8 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.4", "This model's file builds on it: pip install -U transformers")
 import transformers.initialization as init  # noqa: E402 (older versions have none)
 
-FORMAT_VERSION = 3  # of config.json and the weights; 3 added the settings of layers other than GPT-2's
+# Of config.json and the weights; 3 added the settings of layers other than GPT-2's, 4 `ffn_reads_stream`.
+FORMAT_VERSION = 4
 INITIAL_STD = 0.02
 
 
@@ -352,10 +353,14 @@ class StackedAttention(KrakenAttention):
 
 
 class StackedFFN(nn.Module):
-    """x_i + a_i + FFN_i(LN2_i(a_i + s)) of all sub-layers, each (N, B, T, D), but s (B, T, D)."""
+    """x_i + a_i + FFN_i(LN2_i(a_i + s)) of all sub-layers, each (N, B, T, D), but s (B, T, D).
 
-    def __init__(self, config: KrakenConfig) -> None:
+    With `reads_stream` the FFN reads LN2_i(x_i + a_i + s).
+    """
+
+    def __init__(self, config: KrakenConfig, reads_stream: bool) -> None:
         super().__init__()
+        self.reads_stream = reads_stream
         count, width, inner = config.streams, config.hidden_size, config.intermediate_size
         self.norm = StackedNorm(count, config.norm, width, config.norm_epsilon)
         self.gate = StackedLinear(count, width, inner) if config.ffn == "swiglu" else None
@@ -363,16 +368,21 @@ class StackedFFN(nn.Module):
         self.down = StackedLinear(count, inner, width)
 
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Tensor:
-        inner = ffn_inner(self.norm(attended + total), self.gate, self.up)
-        result: Tensor = streams + attended + self.down(inner)
+        residual = streams + attended
+        own = residual if self.reads_stream else attended
+        result: Tensor = residual + self.down(ffn_inner(self.norm(own + total), self.gate, self.up))
         return result
 
 
 class KrakenLayer(GradientCheckpointingLayer):
-    """a_i = MHA_i(LN1_i(x_i)); x_i = x_i + a_i + FFN_i(LN2_i(a_i + sum_j x_j)), (N, B, T, D) -> (N, B, T, D)."""
+    """a_i = MHA_i(LN1_i(x_i)); x_i = x_i + a_i + FFN_i(LN2_i(a_i + sum_j x_j)), (N, B, T, D) -> (N, B, T, D).
+
+    With `ffn_reads_stream` the FFN reads LN2_i(x_i + a_i + sum_j x_j).
+    """
 
     settings: ClassVar[dict[str, Any]] = {  # of this architecture, with their defaults
         "ffn_multiplier": 2, "num_sub_layers": 2, "heads_per_sub_layer": 2, "kv_heads_per_sub_layer": None,
+        "ffn_reads_stream": False,
     }  # fmt: skip
     streams_setting: ClassVar[str | None] = "num_sub_layers"
     has_conjunction: ClassVar[bool] = True
@@ -383,7 +393,7 @@ class KrakenLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_first = layer_idx == 0
         self.attention = StackedAttention(config, layer_idx)
-        self.ffn = StackedFFN(config)
+        self.ffn = StackedFFN(config, getattr(config, "ffn_reads_stream", False))
 
     @staticmethod
     def begin(embedding: Tensor, config: KrakenConfig) -> Any:

@@ -91,7 +91,7 @@ def make_calls(config: ModelConfig, samples: int, device: torch.device, dtype: t
         *passes(
             "ffn_entry",
             (x, added, total, gain),
-            (EPSILON, center),
+            (EPSILON, center, False),
             (gradients[0], gradients[1]),
             (4 * stream + one, 4 * stream + 2 * one),
         ),

@@ -25,9 +25,9 @@ class FusedKernels:
 
     @staticmethod
     def ffn_entry(
-        x: Tensor, attended: Tensor, total: Tensor, gain: Tensor, epsilon: float, center: bool
+        x: Tensor, attended: Tensor, total: Tensor, gain: Tensor, epsilon: float, center: bool, reads_stream: bool
     ) -> tuple[Tensor, Tensor]:
-        residual, normed, _, _ = ffn_entry(x, attended, total, gain, epsilon, center)
+        residual, normed, _, _ = ffn_entry(x, attended, total, gain, epsilon, center, reads_stream)
         return residual, normed
 
     @staticmethod

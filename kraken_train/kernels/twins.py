@@ -25,10 +25,11 @@ def layer_entry(
 
 
 def ffn_entry(
-    x: Tensor, attended: Tensor, total: Tensor, gain: Tensor, epsilon: float, center: bool
+    x: Tensor, attended: Tensor, total: Tensor, gain: Tensor, epsilon: float, center: bool, reads_stream: bool
 ) -> tuple[Tensor, Tensor]:
-    """x_i + a_i and norm(a_i + s) w_i, both (n, B, T, D); s is (B, T, D)."""
-    return x + attended, norm(attended + total, gain, epsilon, center)
+    """x_i + a_i and norm(a_i + s) w_i, both (n, B, T, D); s is (B, T, D). With `reads_stream`: norm(x_i + a_i + s)."""
+    residual = x + attended
+    return residual, norm((residual if reads_stream else attended) + total, gain, epsilon, center)
 
 
 def activated_product(gate: Tensor | None, up: Tensor, weight: Tensor) -> Tensor:

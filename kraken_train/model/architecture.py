@@ -43,6 +43,7 @@ class Passes:
 
 NORM = Passes(2, 5)  # x in, normed out; its gradient, x and what has been added up in, gradient out and added
 JOIN_HEADS = Passes(2, 2)
+READ_STREAM = Passes(1, 1)  # by the norm before an FFN, and its gradient
 RESIDUAL = Passes(4, 3)  # of Kraken: streams, attended and FFN in, streams out
 ADD = Passes(2, 2)  # of the baselines, whose norm makes the sum
 GELU = Passes(2, 3)
@@ -108,9 +109,12 @@ class ModelConfig(LayerSettings, ABC):
         self.validate_layers()
         shared = {field.name for field in dataclasses.fields(LayerSettings)}
         optional = {name for name, default in self.defaults().items() if default is None}
+        switches = {name for name, default in self.defaults().items() if isinstance(default, bool)}
         for name in self.setting_names():
             value = getattr(self, name)
-            if name in {"architecture", self.kv_heads_setting, *shared} or (value is None and name in optional):
+            if name in {"architecture", self.kv_heads_setting, *shared, *switches}:
+                continue
+            if value is None and name in optional:
                 continue
             require_positive(f"model.{name}", value)
             if value > LARGEST_SIZE:

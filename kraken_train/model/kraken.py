@@ -7,6 +7,8 @@ Inference", NeurIPS 2024, arXiv 2408.07802, section 3.
     layer l > 1  s = sum_j x_j;  a_i = MHA_i(LN1_i(x_i));  x_i = x_i + a_i + FFN_i(LN2_i(a_i + s))
     conjunction  y = sum_i W_i x_i;  logits = LN(y) E^T
 
+With `ffn_reads_stream`, which is not the paper's, every FFN reads LN2_i(x_i + a_i + s), s = e in layer 1.
+
 The all-reduce of the sum s starts before the attention and is needed only after it, so the attention hides it.
 
 Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V vocabulary size.
@@ -106,7 +108,7 @@ class KrakenLayer(Layer):
         super().__init__()
         self.communicator = communicator
         self.attention = StackedAttention(units, config)
-        self.ffn = StackedFFN(units, config)
+        self.ffn = StackedFFN(units, config, reads_stream=config.ffn_reads_stream)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from kraken_train.model.architecture import (
     ATTENTION,
     FFN,
     NORM,
+    READ_STREAM,
     RESIDUAL,
     SUM_OF_STREAMS,
     AllReduces,
@@ -40,6 +41,9 @@ class KrakenConfig(ModelConfig):
     # key-value heads of each sub-layer: fewer than heads is grouped-query attention, 1 multi-query; null: as many as
     # heads
     kv_heads_per_sub_layer: int | None = None
+    # the FFN reads the sub-layer's own stream beside its attention and the sum, LN2_i(x_i + a_i + s) instead of
+    # LN2_i(a_i + s); false: as in the paper
+    ffn_reads_stream: bool = False
     architecture: str = "kraken"  # class of the model
 
     architectures = ("kraken",)
@@ -68,6 +72,8 @@ class KrakenConfig(ModelConfig):
         own = here * d
         attention = ((NORM, own), (SUM_OF_STREAMS, own + d), *self.attention_passes(here, 1))
         ffn = ((NORM, own), (SUM_OF_STREAMS, d), (RESIDUAL, own), *self.ffn_passes(here, 1))
+        if self.ffn_reads_stream:
+            ffn += ((READ_STREAM, own),)
         return {
             ATTENTION: LayerPart(self.attention_matrices(here, 1), attention),
             FFN: LayerPart(self.ffn_matrices(here, 1), ffn),

@@ -191,14 +191,16 @@ class Ahead(NamedTuple):
 class StackedFFN(nn.Module):
     """x_i + a_i + FFN_i(LN2_i(a_i + s)) of all sub-layers here, each (n, B, T, D), but s (B, T, D).
 
-    The sums belong to it so that compilation can fuse them with the norm and with each other.
+    With `reads_stream` the FFN reads LN2_i(x_i + a_i + s). The sums belong to it so that compilation can fuse them with
+    the norm and with each other.
     """
 
     kernels: type[FusedKernels] | None = None
 
-    def __init__(self, units: UnitRange, config: ModelConfig) -> None:
+    def __init__(self, units: UnitRange, config: ModelConfig, reads_stream: bool = False) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.ffn_size
+        self.reads_stream = reads_stream
         self.norm = StackedNorm(units, width, config.norm, config.norm_epsilon)
         self.gate = StackedLinear(units, width, inner) if config.ffn == "swiglu" else None
         self.up = StackedLinear(units, width, inner)
@@ -207,10 +209,12 @@ class StackedFFN(nn.Module):
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor, ahead: Ahead | None = None) -> Any:
         """With `ahead`, which needs `kernels`, it begins the next layer: see `Ahead`."""
         if self.kernels is None:
-            inner = ffn_inner(self.norm(attended + total), self.gate, self.up)
-            return streams + attended + self.down(inner)
+            normed = self.norm((streams + attended if self.reads_stream else attended) + total)
+            return streams + attended + self.down(ffn_inner(normed, self.gate, self.up))
         norm = self.norm
-        streams, normed = self.kernels.ffn_entry(streams, attended, total, norm.weight, norm.epsilon, norm.is_centered)
+        streams, normed = self.kernels.ffn_entry(
+            streams, attended, total, norm.weight, norm.epsilon, norm.is_centered, self.reads_stream
+        )
         gate = None if self.gate is None else self.gate(normed)
         added = self.kernels.activated_product(gate, self.up(normed), self.down.weight)
         if ahead is None:

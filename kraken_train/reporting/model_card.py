@@ -150,7 +150,7 @@ def training_facts(export: Export, training: Training | None) -> dict[str, Any]:
         "optimizer steps": f"{known['step']:,}" if "step" in known else None,
         "mean of the weights of steps": ", ".join(map(str, known.get("averaged_steps", []))) or None,
         "weights": "exponential average" if known.get("weights") == "ema" else None,
-        "data fingerprint": known.get("data_fingerprint"),
+        "data fingerprint": ", ".join(known.get("phase_data_fingerprints", [])) or known.get("data_fingerprint"),
     }
     if training is not None:
         if training.metrics is not None:

@@ -1,9 +1,8 @@
-"""Writes the study's ledger, studies/quality/ledger.md: python -m studies.quality.ledger RUNS
+"""Writes the study's ledger, studies/quality/ledger.md, and its figure: python -m studies.quality.ledger RUNS
 
 Finished runs in RUNS are first added to `results.jsonl`, so that RUNS can be removed.
 
-Losses are those of the validation after the last step, in nats per token, with standard errors over seeds. Differences
-are taken seed by seed, since runs of one seed have the same samples in the same order.
+Losses are those of the validation after the last step, in nats per token, with standard errors over seeds.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from kraken_train.common.cli import user_errors
 from kraken_train.common.help import make_parser
 from kraken_train.evaluation.results import markdown_table
 from studies.quality.arms import FOLDER, STUDY, Question, read_questions
+from studies.quality.figure import draw, percent
 from studies.quality.variant_config import register
-from studies.results import Result, Results
+from studies.results import Result, Results, differences
 from studies.spread import standard_error
 from studies.study import Run
 
+FIGURE = FOLDER.parents[1] / "docs" / "quality-3m.png"
 HEADER = ("arm", "parameters", "tokens", "validation loss", "perplexity", "against the first arm")
 
 
@@ -40,25 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = Results(STUDY, options.runs_dir).add([run for question in questions for run in question.runs])
         parts += [section(question, results) for question in questions]
         output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        print(f"wrote {output}")
+        draw([arm for question in questions for arm in question.arms], results, FIGURE)
+        print(f"wrote {output} and {FIGURE}")
 
 
 def section(question: Question, results: Mapping[Run, Result]) -> str:
-    found = [{run.seed: results[run] for run in question.runs if run.arm == arm and run in results}
-             for arm in question.arms]  # fmt: skip
-    first = {seed: result.validation_loss for seed, result in found[0].items()}
+    # All seeds that are recorded, also those that only another question asks for.
+    found = [[result for run, result in results.items() if run.arm == arm] for arm in question.arms]
     rows = []
     for arm, of_arm in zip(question.arms, found, strict=True):
         if not of_arm:
             rows.append((f"`{arm}`", "-", "-", "not run", "-", "-"))
             continue
-        losses = {seed: result.validation_loss for seed, result in of_arm.items()}
-        size = next(iter(of_arm.values()))
-        mean = statistics.mean(losses.values())
-        shared = [loss - first[seed] for seed, loss in losses.items() if seed in first]
+        losses = [result.validation_loss for result in of_arm]
+        size, mean = of_arm[0], statistics.mean(losses)
+        shared = differences(results, arm, question.arms[0])
         difference = "" if of_arm is found[0] or not shared else as_percent(shared)
         rows.append((f"`{arm}`", f"{size.parameters:,}", f"{size.tokens / 1e6:.2f}M",
-                     f"{mean:.4f}{error(list(losses.values()))}", f"{math.exp(mean):.2f}", difference))  # fmt: skip
+                     f"{mean:.4f}{error(losses)}", f"{math.exp(mean):.2f}", difference))  # fmt: skip
     return "\n\n".join(
         [
             f"## {question.name}\n\n**{question.question}**",
@@ -69,9 +69,9 @@ def section(question: Question, results: Mapping[Run, Result]) -> str:
     )
 
 
-def as_percent(differences: Sequence[float]) -> str:
+def as_percent(values: Sequence[float]) -> str:
     """A difference of losses as one of perplexities: +0.01 nats are 1.0% more."""
-    return f"{100 * math.expm1(statistics.mean(differences)):+.1f}%{error(differences, 100, '%')}"
+    return f"{percent(statistics.mean(values)):+.1f}%{error(values, 100, '%')}"
 
 
 def error(values: Sequence[float], scale: float = 1, unit: str = "") -> str:

@@ -129,7 +129,7 @@ class VariantFFN(StackedFFN):
     """x_i + a_i + FFN_i(LN2_i(a_i + g s + g x_i)) + g s, each (n, B, T, D), but s (B, T, D)."""
 
     def __init__(self, units: UnitRange, config: VariantConfig) -> None:
-        super().__init__(units, config)
+        super().__init__(units, config, config.ffn_reads_stream)
         width, inner = config.hidden_size, config.ffn_size
         self.sum_gain = make_gain(config, units, config.sum_start)
         self.own_gain = make_gain(config, units, config.own_start)
@@ -143,7 +143,8 @@ class VariantFFN(StackedFFN):
             self.up = StackedLinear(units, 2 * width, inner)
 
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor) -> Any:  # type: ignore[override]
-        own = attended if self.own_gain is None else attended + self.own_gain(streams)
+        own = streams + attended if self.reads_stream else attended
+        own = own if self.own_gain is None else own + self.own_gain(streams)
         exchanged = total if self.sum_gain is None else self.sum_gain(total)
         if self.sum_norm is None:
             normed = self.norm(own + exchanged)

@@ -16,7 +16,9 @@ import torch
 from helpers import REPOSITORY, launch_ranks, run_here, run_module
 from torch import Tensor
 
+from checkpoints.export import exported_metadata
 from checkpoints.training.store import find_good_checkpoint
+from data_prep.manifest import load_manifest
 from integration.training import learned, overrides, records
 from kraken_train.common.errors import CheckpointError
 from kraken_train.data.blend import Blend
@@ -105,6 +107,15 @@ def batches(data: Path, books: Path) -> Iterator[Tensor]:
                 rows.append(read_one_by_one(books, 1, k - 32 + half.counts(17)[1]))
         yield torch.tensor(rows)
         consumed, begin = consumed + len(rows), end
+
+
+def test_an_export_names_the_data_of_all_phases(phased: Path, data: Path, books: Path) -> None:
+    checkpoint, _ = find_good_checkpoint(phased / "checkpoints")
+    exported = exported_metadata(checkpoint.metadata, "last")
+    first, blend, last = exported["phase_data_fingerprints"]
+    assert [first, last] == [load_manifest(folder).fingerprint for folder in (data, books)]
+    assert first == exported["data_fingerprint"]
+    assert blend not in (first, last)
 
 
 def rate(begin: int, end: int) -> float:

@@ -32,7 +32,7 @@ def entry_cases(
         for wide in {dtype, torch.promote_types(dtype, torch.float32)}
         for case in (
             Case("layer_entry", (x, added, gain), (1e-5, center, wide)),
-            Case("ffn_entry", (x, added, total.to(wide), gain), (1e-5, center)),
+            *(Case("ffn_entry", (x, added, total.to(wide), gain), (1e-5, center, reads)) for reads in (False, True)),
         )
     ]
 

@@ -85,7 +85,7 @@ WRITES = {
     "layer_entry_kernel": {"y", "sum", "normed", "mean", "reciprocal"},
     "layer_entry_backward_kernel": {"gradient", "gain_gradient"},
     "ffn_entry_kernel": {"residual", "normed", "mean", "reciprocal"},
-    "ffn_entry_backward_kernel": {"attended_gradient", "total_gradient", "gain_gradient"},
+    "ffn_entry_backward_kernel": {"own_gradient", "total_gradient", "gain_gradient"},
     "gelu_kernel": {"result"},
     "gelu_backward_kernel": {"up_gradient", "result"},
     "swiglu_kernel": {"result"},
@@ -108,15 +108,18 @@ def test_what_compilation_sees(compiled: bool, tmp_path: Path) -> None:
         assert kernel["local"] == (0 if compiled else None), kernel
 
 
-def test_twins_are_the_model() -> None:
+@pytest.mark.parametrize("reads_stream", [False, True])
+def test_twins_are_the_model(reads_stream: bool) -> None:
     """A layer of the model, put together from the twins."""
-    config = KrakenConfig(2, 2, hidden_size=24, heads_per_sub_layer=2, vocab_size=32, context_length=8)
+    config = KrakenConfig(
+        2, 2, hidden_size=24, heads_per_sub_layer=2, vocab_size=32, context_length=8, ffn_reads_stream=reads_stream
+    )
     model = build_model(config).double()
     first, second = (layer for layer in model.layers)
     x = torch.randn(2, 1, 8, 24, dtype=torch.float64)
     ffn, norm = first.ffn, second.attention.norm
     attended, total = first.attention(x), x.sum(0)
-    residual, normed = twins.ffn_entry(x, attended, total, ffn.norm.weight, config.norm_epsilon, center=True)
+    residual, normed = twins.ffn_entry(x, attended, total, ffn.norm.weight, config.norm_epsilon, True, reads_stream)
     added = twins.activated_product(None, ffn.up(normed), ffn.down.weight)
     y, part, entered = twins.layer_entry(residual, added, norm.weight, config.norm_epsilon, True, torch.float64)
     expected = ffn(x, attended, total)

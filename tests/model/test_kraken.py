@@ -18,7 +18,11 @@ from kraken_train.parallel.communicator import LocalCommunicator
 
 
 def kraken_by_hand(weights: dict[str, Tensor], config: KrakenConfig, input_ids: Tensor) -> Tensor:
-    """Section 3 of the paper, sub-layer by sub-layer; PyTorch's own attention module is the oracle of MHA."""
+    """Section 3 of the paper, sub-layer by sub-layer; PyTorch's own attention module is the oracle of MHA.
+
+    `ffn_reads_stream` adds x_i to what an FFN reads.
+    """
+    read = float(config.ffn_reads_stream)
     n, d = config.num_sub_layers, config.hidden_size
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -44,18 +48,19 @@ def kraken_by_hand(weights: dict[str, Tensor], config: KrakenConfig, input_ids: 
     streams = []
     for i in range(n):
         a = mha(0, i, embedding)
-        streams.append(embedding + a + ffn(0, i, embedding + a))
+        streams.append(embedding + a + ffn(0, i, embedding + a + read * embedding))
     for layer in range(1, config.num_layers):
         s = sum(streams)
         attended = [mha(layer, i, streams[i]) for i in range(n)]
-        streams = [streams[i] + attended[i] + ffn(layer, i, attended[i] + s) for i in range(n)]
+        read_by_ffn = [attended[i] + s + read * streams[i] for i in range(n)]
+        streams = [streams[i] + attended[i] + ffn(layer, i, read_by_ffn[i]) for i in range(n)]
     y = sum(streams[i] @ weights["conjunction.weight"][i].T for i in range(n))
     return norm(y, weights["final_norm.weight"]) @ weights["token_embedding.weight"].T
 
 
-@pytest.mark.parametrize("num_sub_layers", [1, 2, 3, 6])
-def test_logits_and_gradients(num_sub_layers: int) -> None:
-    config = KrakenConfig(num_sub_layers, 3, 16, 2, 40, 12, ffn_multiplier=3)
+@pytest.mark.parametrize(("num_sub_layers", "reads_stream"), [(1, False), (2, False), (3, False), (3, True), (6, True)])
+def test_logits_and_gradients(num_sub_layers: int, reads_stream: bool) -> None:
+    config = KrakenConfig(num_sub_layers, 3, 16, 2, 40, 12, ffn_multiplier=3, ffn_reads_stream=reads_stream)
     model = rough_model(config)
     input_ids, targets = random_ids(config, 2, 9), random_ids(config, 2, 9, seed=1)
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}

@@ -82,12 +82,12 @@ class ThreadBackend:
         self.started = partial.clone()
         return torch.full_like(partial, torch.nan)  # nobody may look at it yet
 
-    def add_sum(self, partial: Tensor, pending: Tensor, attended: Tensor) -> Tensor:
+    def add_sum(self, partial: Tensor, pending: Tensor, own: Tensor) -> Tensor:
         self.events.append("add_sum")
         assert self.started is not None
         assert torch.equal(partial, self.started)  # not overwritten meanwhile
         total, self.started = self.exchange.sum(self.share.rank, self.started), None
-        return attended + total
+        return own + total
 
 
 def hidden_on_ranks(

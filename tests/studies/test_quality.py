@@ -20,6 +20,7 @@ from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.registry import ARCHITECTURES, build_model
 from studies.quality import ledger
 from studies.quality.arms import STUDY, overrides, read_questions
+from studies.quality.run import main as run_main
 from studies.quality.run import missing, stages
 from studies.quality.variant_config import VariantConfig
 from studies.results import Results
@@ -51,6 +52,16 @@ def test_without_changes_it_is_a_kraken() -> None:
     variant = build_model(config, seed=2).double()
     ids = random_ids(config, 2, 20)
     assert torch.equal(plain(ids), variant(ids))
+
+
+def test_a_fixed_gain_of_one_is_the_setting_of_the_library() -> None:
+    """`ffn_reads_stream` came from question 20; the variant computes it too, for arms that change more."""
+    settings = {**SIZES, **MODERN}
+    library = build_model(KrakenConfig(**settings, ffn_reads_stream=True), seed=2).double()
+    ids = random_ids(library.config, 2, 20)
+    for changes in ({"own_start": 1.0, "learned_gains": False}, {"ffn_reads_stream": True}):
+        variant = build_model(VariantConfig(**settings, **changes), seed=2).double()  # type: ignore[arg-type]
+        torch.testing.assert_close(variant(ids), library(ids), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -99,11 +110,14 @@ def test_comparisons_are_fair() -> None:
         assert {sizes[arm][1] for arm in question.arms} == {tokens}
 
 
-def test_unknown_names(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="there is no model gpt-4m; use one of gpt-3m"):
         overrides(Run("gpt-4m", 0))
     with pytest.raises(ConfigError, match="there is no question 99-none"):
         missing(["99-none"], Results(STUDY, tmp_path))
+    with pytest.raises(SystemExit):  # an option stands before the names of questions
+        run_main([str(tmp_path / "data"), str(tmp_path / "runs"), "--workers", "1", "99-none"])
+    assert f"{tmp_path / 'data'}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def results_in(folder: Path) -> Results:
@@ -115,7 +129,7 @@ def test_results_outlive_their_runs(tmp_path: Path) -> None:
     """A recorded run is not asked for again, unless the settings of the study have changed."""
     results = results_in(tmp_path)
     runs = missing(["01-noise"], results)
-    assert len(runs) == 2 * 4
+    assert len(runs) == 3 * 3
     write_finished(results, runs[0], 5.25, KrakenConfig(**SIZES, **MODERN))
     job_of(runs[0], tmp_path, results)
     assert missing(["01-noise"], results) == runs[1:]
@@ -130,8 +144,8 @@ def test_results_outlive_their_runs(tmp_path: Path) -> None:
     write_finished(results, runs[1], 5.5, KrakenConfig(**SIZES, **MODERN), data="other")
     with pytest.raises(ConfigError, match="were trained on other data than those in"):
         results.add(runs)
-    results.record.write_text(results.record.read_text().replace("optim.lr=0.008", "optim.lr=0.004"))
-    with pytest.raises(ConfigError, match=r"has optim.lr=0.004, but the study now asks for optim.lr=0.008"):
+    results.record.write_text(results.record.read_text().replace("optim.lr=0.004", "optim.lr=0.001"))
+    with pytest.raises(ConfigError, match=r"has optim.lr=0.001, but the study now asks for optim.lr=0.004"):
         missing(["01-noise"], results_in(tmp_path))
     results.record.write_text("<<<<<<< HEAD\n")
     with pytest.raises(ConfigError, match=r"results.jsonl:1 is no result of a run; restore the file"):

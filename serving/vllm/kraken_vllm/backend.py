@@ -27,8 +27,8 @@ class Backend(Protocol):
     def start_sum(self, partial: Tensor) -> Tensor:
         """Begins the sum over ranks; only `add_sum` may look at what is returned."""
 
-    def add_sum(self, partial: Tensor, pending: Tensor, attended: Tensor) -> Tensor:
-        """`start_sum`'s argument and result, and (n, T, D) -> `attended` + the sum, (n, T, D)."""
+    def add_sum(self, partial: Tensor, pending: Tensor, own: Tensor) -> Tensor:
+        """`start_sum`'s argument and result, and (n, T, D) -> `own` + the sum, (n, T, D)."""
 
 
 def load_parameter(parameter: nn.Parameter, part: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-FORMAT_VERSION = 3  # the newest that this plugin reads
+FORMAT_VERSION = 4  # the newest that this plugin reads
 # Head dimensions for which the attention kernels of CPUs and GPUs are built; a head is padded to the next one.
 KERNEL_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -64,6 +64,7 @@ class KrakenConfig(PretrainedConfig):
         rope_theta: float = 10000.0,
         qk_norm: bool = False,
         head_dim: int | None = None,  # None: hidden_size / heads
+        ffn_reads_stream: bool = False,  # of a Kraken
         tie_embeddings: bool = True,
         tie_word_embeddings: bool | None = None,  # the library's name of `tie_embeddings`
         bos_token_id: int | None = None,
@@ -99,6 +100,7 @@ class KrakenConfig(PretrainedConfig):
         self.positions = positions
         self.rope_theta = rope_theta
         self.qk_norm = qk_norm
+        self.ffn_reads_stream = ffn_reads_stream
         self.tie_embeddings = tie_embeddings if tie_word_embeddings is None else tie_word_embeddings
         if form.streams is not None:
             setattr(self, form.streams, kwargs.pop(form.streams, 2))

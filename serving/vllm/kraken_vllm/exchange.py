@@ -46,21 +46,21 @@ def start_sum(partial: Tensor) -> Tensor:
     return buffer
 
 
-def add_sum(partial: Tensor, started: Tensor, attended: Tensor) -> Tensor:
+def add_sum(partial: Tensor, started: Tensor, own: Tensor) -> Tensor:
     """See `Backend.add_sum`. A new tensor, since an operator's result may not be one of its arguments."""
     if started.is_cuda:
         torch.cuda.current_stream(started.device).wait_stream(side_stream(started.device))
     else:
         pending.pop().wait()
-    return attended + started
+    return own + started
 
 
 def like_first(partial: Tensor) -> Tensor:
     return torch.empty_like(partial)
 
 
-def like_last(partial: Tensor, started: Tensor, attended: Tensor) -> Tensor:
-    return torch.empty_like(attended)
+def like_last(partial: Tensor, started: Tensor, own: Tensor) -> Tensor:
+    return torch.empty_like(own)
 
 
 direct_register_custom_op("kraken_start_sum", start_sum, fake_impl=like_first)

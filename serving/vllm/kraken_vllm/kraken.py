@@ -78,6 +78,7 @@ class KrakenFFN(nn.Module):
 class KrakenLayer(nn.Module):
     """a_i = MHA_i(LN1_i(x_i)); x_i = x_i + a_i + FFN_i(LN2_i(a_i + sum_j x_j)), (n, T, D) -> (n, T, D).
 
+    With `ffn_reads_stream` the FFN reads LN2_i(x_i + a_i + sum_j x_j).
     The sum over the sub-layers of all ranks is under way while the attention computes (arXiv 2408.07802, section 3).
     """
 
@@ -86,6 +87,7 @@ class KrakenLayer(nn.Module):
         self.is_first = index == 0
         self.is_alone = backend.share.size == 1
         self.overlap = config.overlap
+        self.reads_stream = config.ffn_reads_stream
         self.all_reduce, self.start_sum, self.add_sum = backend.all_reduce, backend.start_sum, backend.add_sum
         self.attention = KrakenAttention(config, backend, f"{prefix}.attention")
         self.ffn = KrakenFFN(config, backend, f"{prefix}.ffn")
@@ -93,16 +95,15 @@ class KrakenLayer(nn.Module):
     def forward(self, streams: Tensor, rotary: Rotary | None) -> Tensor:
         # All streams start as the embedding, and it counts once, not N times.
         partial = streams[0] if self.is_first else streams.sum(dim=0)
-        if self.is_first or self.is_alone:
-            attended = self.attention(streams, rotary)
-            with_sum = attended + partial
-        elif not self.overlap:
-            total = self.all_reduce(partial)
-            attended = self.attention(streams, rotary)
-            with_sum = attended + total
-        else:
-            pending = self.start_sum(partial)
-            attended = self.attention(streams, rotary)
-            with_sum = self.add_sum(partial, pending, attended)
-        result: Tensor = streams + attended + self.ffn(with_sum)
+        pending, total = None, partial
+        if not self.is_first and not self.is_alone:
+            if self.overlap:
+                pending = self.start_sum(partial)
+            else:
+                total = self.all_reduce(partial)
+        attended = self.attention(streams, rotary)
+        residual = streams + attended
+        own = residual if self.reads_stream else attended
+        with_sum = own + total if pending is None else self.add_sum(partial, pending, own)
+        result: Tensor = residual + self.ffn(with_sum)
         return result

@@ -189,7 +189,7 @@ def test_what_cannot_be_imported(cases: Path, tmp_path: Path) -> None:
         return message
 
     assert "m is not a folder" in attempt()
-    assert "format_version=4, and this program knows up to 3" in refused(format_version=4)
+    assert "format_version=5, and this program knows up to 4" in refused(format_version=5)
     assert "model_type is not kraken" in refused(model_type="gpt2")
     assert "architecture=rwkv; known: kraken, standard, parallel" in refused(architecture="rwkv")
     assert "lacks the weight layers.2" in refused(num_layers=3)

@@ -1,0 +1,42 @@
+"""The figure of the ledger: what each change of a Kraken does to its perplexity, and where the GPT is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from kraken_train.reporting.curves import save
+from studies.results import Result, differences
+from studies.spread import standard_error
+from studies.study import Run
+
+GPT, KRAKEN = "gpt-3m", "kraken-3m"
+CHOSEN = "ffn_reads_stream=true"
+COLORS = {GPT: "#444444", f"{KRAKEN} {CHOSEN}": "#d1495b"}
+
+
+def draw(arms: Sequence[str], results: Mapping[Run, Result], path: Path) -> None:
+    """Each arm's perplexity against the Kraken of the same seeds, best first. Raises DataError."""
+    found = {arm: differences(results, arm, KRAKEN) for arm in dict.fromkeys(arms) if arm != KRAKEN}
+    ordered = sorted((arm for arm in found if found[arm]), key=lambda arm: statistics.mean(found[arm]), reverse=True)
+    figure = Figure(figsize=(9, 0.8 + 0.24 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    for place, arm in enumerate(ordered):
+        values, color = found[arm], COLORS.get(arm, "#4a7fb5")
+        mean, error = percent(statistics.mean(values)), 100 * (standard_error(values) or 0.0)
+        axes.plot([0, mean], [place, place], color=color, linewidth=1, alpha=0.5)
+        axes.errorbar(mean, place, xerr=error, color=color, marker="o", markersize=5, capsize=2)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(ordered)), [arm.removeprefix(f"{KRAKEN} ") for arm in ordered], fontsize="small")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(f"validation perplexity against that of {KRAKEN}, same seeds (%); less is better")
+    save(figure, path)
+
+
+def percent(difference: float) -> float:
+    """A difference of losses, in nats, as one of perplexities."""
+    return 100 * math.expm1(difference)
