@@ -48,7 +48,7 @@ CaseKey = tuple[str, int, int, str]  # size, context, devices, architecture
 class VllmConfig:
     """See conf/vllm.yaml."""
 
-    architectures: tuple[str, ...]  # kraken, standard, parallel
+    architectures: tuple[str, ...]  # values of model.architecture, which docs/models.md lists
     sizes: tuple[str, ...]  # of the standard Transformer: tiny, 1.3b, 6.7b, 13b, 65b, 175b
     contexts: tuple[int, ...]  # tokens of the prompt
     degrees: tuple[int, ...]  # devices, and sub-layers of the Kraken
@@ -95,7 +95,7 @@ class Served:
     size: str
     degree: int
     model: ModelConfig
-    overlap: bool  # false: a Kraken whose ranks wait for each all-reduce
+    overlap: bool  # false: the ranks wait for each all-reduce, also for those that could be hidden
 
     @property
     def name(self) -> str:

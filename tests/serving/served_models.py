@@ -15,6 +15,9 @@ from kraken_train.inference.engine import InferenceEngine
 from kraken_train.inference.generation import continue_prompts
 from kraken_train.inference.sampling import Sampling
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
+from kraken_train.model.fal_config import FALConfig
+from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 
 CONTEXT = 128
 COMMON = {"vocab_size": 131, "context_length": CONTEXT, "num_layers": 3}
@@ -25,7 +28,7 @@ CONFIGS: dict[str, ModelConfig] = {
     # Heads of 24 are computed as 32.
     "kraken-modern": KrakenConfig(
         4, hidden_size=48, heads_per_sub_layer=2, head_dim=24, tie_embeddings=False, ffn_hidden_size=64,
-        **COMMON, **MODERN,
+        ffn_reads_stream=True, **COMMON, **MODERN,
     ),
     "standard": GPTConfig(hidden_size=128, num_heads=4, **COMMON),
     "standard-modern": GPTConfig(
@@ -37,6 +40,16 @@ CONFIGS: dict[str, ModelConfig] = {
         hidden_size=96, num_heads=4, ffn_hidden_size=128, architecture="parallel", tie_embeddings=False,
         **COMMON, **MODERN,
     ),
+    "track": TrackConfig(4, hidden_size=64, heads_per_track=2, sync_every=2, **COMMON),
+    "track-modern": TrackConfig(
+        2, hidden_size=48, heads_per_track=2, head_dim=24, ffn_hidden_size=64, sync_every=1, **COMMON, **MODERN
+    ),
+    "ladder": LadderConfig(hidden_size=128, num_heads=4, **COMMON),
+    "ladder-modern": LadderConfig(
+        hidden_size=96, num_heads=4, num_kv_heads=2, ffn_hidden_size=128, ladder_layers=2, **COMMON, **MODERN
+    ),
+    "fal": FALConfig(hidden_size=128, num_heads=4, **COMMON),
+    "fal-modern": FALConfig(hidden_size=96, num_heads=4, num_kv_heads=1, ffn_hidden_size=128, **COMMON, **MODERN),
 }  # fmt: skip
 
 Call = list[tuple[list[int], int]]  # prompts, each with a number of new tokens

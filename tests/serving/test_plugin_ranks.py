@@ -27,6 +27,9 @@ SIZES = {
     "standard": (1, 3), "standard-gqa": (1, 3), "standard-modern": (1, 3),
     "parallel": (1, 3), "parallel-mqa": (1, 3), "parallel-modern": (3,),
     "shareable-kraken-4": (2, 4), "shareable-kraken-6": (2, 6), "shareable-kraken-modern": (2, 4),
+    "track": (1, 3), "track-modern": (1, 3), "ladder": (1, 3), "ladder-modern": (1, 3), "fal": (1, 3),
+    "fal-modern": (1, 3), "shareable-track": (2, 4), "shareable-track-modern": (4,), "shareable-ladder": (2, 4),
+    "shareable-ladder-modern": (2, 4), "shareable-fal": (2, 4), "shareable-fal-modern": (2, 4),
     "shareable-standard": (2, 4), "shareable-parallel": (2, 4), "shareable-standard-modern": (2, 4),
     "odd-heads": (1, 2), "kernel-heads": (1, 2), "wide-heads": (1, 2, 4),
     "more-ranks-than-kv-heads": (2, 4, 8), "multi-query": (1, 2, 4),
@@ -58,16 +61,29 @@ def test_products_one_by_one_are_those_of_the_stack(name: str, size: int) -> Non
     torch.testing.assert_close(one_by_one, together, rtol=0, atol=1e-12)
 
 
-def test_the_attention_of_a_kraken_runs_while_its_sum_is_under_way() -> None:
-    config = CONFIGS["shareable-kraken-4"]
+HIDDEN = ["start_sum", "attention", "add_sum"]
+BEHIND_FFN = ["start_sum", "add_sum"]  # the FFN is no event
+EVENTS = {  # of three layers
+    "shareable-kraken-4": ["attention", *HIDDEN, *HIDDEN, "all_reduce"],
+    "shareable-ladder": ["attention", *BEHIND_FFN, *[*HIDDEN, *BEHIND_FFN] * 2, "all_reduce"],
+    # The first layer is a standard one.
+    "shareable-ladder-modern": ["attention", "all_reduce", *[*HIDDEN, *BEHIND_FFN] * 2, "all_reduce"],
+    "shareable-standard": ["attention", "all_reduce", "all_reduce"] * 3,
+    "shareable-parallel": ["attention", "all_reduce"] * 3,
+    "shareable-track": ["attention", "attention", "all_reduce", "attention", "all_reduce"],  # one for two layers
+    "shareable-fal": ["attention", "all_reduce", "all_reduce", *["attention", "all_reduce"] * 2],
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_sums_are_under_way_while_a_layer_computes(name: str) -> None:
+    config = CONFIGS[name]
     weights, ids = rough_model(config).state_dict(), random_ids(config, 1, 5)[0]
-    _, events = hidden_on_ranks(config, weights, ids, 2)
-    later = ["start_sum", "attention", "add_sum"]
-    assert events == [["attention", *later, *later, "all_reduce"]] * 2
-    _, waiting = hidden_on_ranks(config, weights, ids, 2, overlap=False)
-    assert waiting == [["attention", *["all_reduce", "attention"] * 2, "all_reduce"]] * 2
-    _, alone = hidden_on_ranks(config, weights, ids, 1)
-    assert alone == [["attention"] * 3 + ["all_reduce"]]
+    assert hidden_on_ranks(config, weights, ids, 2)[1] == [EVENTS[name]] * 2
+    waiting = [("all_reduce" if event == "start_sum" else event) for event in EVENTS[name] if event != "add_sum"]
+    assert hidden_on_ranks(config, weights, ids, 2, overlap=False)[1] == [waiting] * 2
+    assert plugin_config(config).hides_sums == ("start_sum" in EVENTS[name])
+    assert "start_sum" not in hidden_on_ranks(config, weights, ids, 1)[1][0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -21,8 +21,8 @@ STANDARD = models.GPTConfig(hidden_size=48, num_heads=12, num_kv_heads=6, **COMM
 def test_an_architecture_is_served_or_refused() -> None:
     assert set(ARCHITECTURES) == set(LAYERS) <= set(registry.ARCHITECTURES)
     assert FORMAT_VERSION == folder.FORMAT_VERSION
-    with pytest.raises(ValueError, match=r"architecture=ladder in config.json is not known .* kraken_train.generate"):
-        KrakenConfig(architecture="ladder")
+    with pytest.raises(ValueError, match=r"architecture=mamba in config.json is not known .* kraken_train.generate"):
+        KrakenConfig(architecture="mamba")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -60,7 +60,7 @@ def test_learned_positions_end_with_the_context() -> None:
 
 def test_unknown_configurations() -> None:
     description = folder.describe(STANDARD, {}, torch.float32)
-    with pytest.raises(ValueError, match=r"architecture=squid .* serves kraken, standard, parallel"):
+    with pytest.raises(ValueError, match=r"architecture=squid .* serves kraken, standard, parallel, track"):
         KrakenConfig(**{**description, "architecture": "squid"})
     for version in (1, FORMAT_VERSION + 1):
         with pytest.raises(ValueError, match=rf"format_version={version} .* reads versions 2 to {FORMAT_VERSION}"):

@@ -41,7 +41,9 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 8,  # the others wait, and join when one ends
     "max_num_batched_tokens": 48,  # longer prompts are read in pieces
 }
-OF_TWO_RANKS = ("kraken", "kraken-gqa", "kraken-modern", "standard-modern", "parallel-mqa")
+OF_TWO_RANKS = (
+    "kraken", "kraken-gqa", "kraken-modern", "standard-modern", "parallel-mqa", "track", "ladder-modern", "fal",
+)  # fmt: skip
 COMPILED = "kraken-modern"
 QUANTIZED = ("kraken", "standard")
 Expected = Callable[[str], list[list[int]]]

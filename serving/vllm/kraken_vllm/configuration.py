@@ -17,11 +17,13 @@ KERNEL_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 class Architecture:
     """How the settings of an architecture are called, and what the ranks share."""
 
-    heads: str
-    kv_heads: str  # may be None in config.json, for as many as heads
-    ffn_multiplier: int
+    heads: str = "num_heads"
+    kv_heads: str = "num_kv_heads"  # may be None in config.json, for as many as heads
+    ffn_multiplier: int = 4
     streams: str | None = None  # residual streams side by side, each with heads of its own; None: one
-    first_format: int = 1  # the first format_version with today's order of weights
+    first_format: int = 2  # the first format_version with today's order of weights
+    hides_sums: bool = False  # whether sums over the ranks are under way while a layer computes
+    further: tuple[tuple[str, Any], ...] = ()  # other settings of its own, with their defaults
 
     @property
     def is_stacked(self) -> bool:
@@ -30,10 +32,16 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "kraken": Architecture("heads_per_sub_layer", "kv_heads_per_sub_layer", 2, streams="num_sub_layers"),
-    "standard": Architecture("num_heads", "num_kv_heads", 4, first_format=2),
-    "parallel": Architecture("num_heads", "num_kv_heads", 4, first_format=2),
-}
+    "kraken": Architecture(
+        "heads_per_sub_layer", "kv_heads_per_sub_layer", 2, "num_sub_layers",
+        first_format=1, hides_sums=True, further=(("ffn_reads_stream", False),),
+    ),
+    "standard": Architecture(),
+    "parallel": Architecture(),
+    "track": Architecture("heads_per_track", "kv_heads_per_track", 4, "num_tracks", further=(("sync_every", 4),)),
+    "ladder": Architecture(hides_sums=True, further=(("ladder_layers", None),)),
+    "fal": Architecture(),
+}  # fmt: skip
 
 
 class KrakenConfig(PretrainedConfig):
@@ -64,14 +72,13 @@ class KrakenConfig(PretrainedConfig):
         rope_theta: float = 10000.0,
         qk_norm: bool = False,
         head_dim: int | None = None,  # None: hidden_size / heads
-        ffn_reads_stream: bool = False,  # of a Kraken
         tie_embeddings: bool = True,
         tie_word_embeddings: bool | None = None,  # the library's name of `tie_embeddings`
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         format_version: int = FORMAT_VERSION,
-        overlap: bool = True,  # not in an export: whether a Kraken's sums run beside the attention; else ranks wait
+        overlap: bool = True,  # not in an export: false: ranks wait for sums that could be hidden
         **kwargs: Any,
     ) -> None:
         if architecture not in ARCHITECTURES:
@@ -100,8 +107,9 @@ class KrakenConfig(PretrainedConfig):
         self.positions = positions
         self.rope_theta = rope_theta
         self.qk_norm = qk_norm
-        self.ffn_reads_stream = ffn_reads_stream
         self.tie_embeddings = tie_embeddings if tie_word_embeddings is None else tie_word_embeddings
+        for name, default in form.further:
+            setattr(self, name, kwargs.pop(name, default))
         if form.streams is not None:
             setattr(self, form.streams, kwargs.pop(form.streams, 2))
         setattr(self, form.heads, kwargs.pop(form.heads, 2))
@@ -123,6 +131,10 @@ class KrakenConfig(PretrainedConfig):
     @property
     def is_stacked(self) -> bool:
         return self.form.is_stacked
+
+    @property
+    def hides_sums(self) -> bool:
+        return self.form.hides_sums
 
     @property
     def streams(self) -> int:

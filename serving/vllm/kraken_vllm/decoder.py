@@ -12,16 +12,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from kraken_vllm.backend import Backend
+from kraken_vllm.fal import FALLayer
 from kraken_vllm.gpt import ParallelLayer, StandardLayer
 from kraken_vllm.kraken import KrakenLayer
+from kraken_vllm.ladder import LadderLayer
 from kraken_vllm.layers import Embedding, Norm, StackedLinear, rotary_angles
+from kraken_vllm.track import TrackLayer
 
-# By architecture: built with (config, backend, prefix, index), called with the streams (n, T, D), or (T, D) where there
-# is one only, and the angles of the rotary embeddings.
-LAYERS: dict[str, type[nn.Module]] = {
+# By architecture: built with (config, backend, prefix, index), called with what the layer before returned and the
+# angles of the rotary embeddings. `begin(embedding, n)` is what the first layer takes, for n streams on this rank;
+# `end` makes the residual stream (T, D) of what the last one returned, in a Kraken the streams (n, T, D).
+LAYERS: dict[str, Any] = {
     "kraken": KrakenLayer,
     "standard": StandardLayer,
     "parallel": ParallelLayer,
+    "track": TrackLayer,
+    "ladder": LadderLayer,
+    "fal": FALLayer,
 }
 
 
@@ -32,16 +39,16 @@ class Decoder(nn.Module):
         super().__init__()
         share, width = backend.share, config.hidden_size
         self.config = config
-        self.is_stacked = config.is_stacked
-        self.count = share.of(config.streams) if self.is_stacked else 1
+        self.count = share.of(config.streams) if config.is_stacked else 1
         self.all_reduce = backend.all_reduce
         self.token_embedding = Embedding(config.vocab_size, width)
         self.position_embedding = Embedding(config.context_length, width) if config.positions == "learned" else None
-        layer = LAYERS[config.architecture]
+        self.layer_class = LAYERS[config.architecture]
         self.layers = nn.ModuleList(
-            layer(config, backend, f"{prefix}.layers.{index}", index) for index in range(config.num_layers)
+            self.layer_class(config, backend, f"{prefix}.layers.{index}", index) for index in range(config.num_layers)
         )
-        if self.is_stacked:
+        self.conjunction = None
+        if self.layer_class.has_conjunction:
             self.conjunction = StackedLinear(backend, self.count, width, width, f"{prefix}.conjunction", share.along)
         self.final_norm = Norm(config.norm, width, config.norm_epsilon)
 
@@ -58,12 +65,13 @@ class Decoder(nn.Module):
             embedding = embedding + self.position_embedding(positions)
         else:
             rotary = rotary_angles(positions, self.config, embedding.dtype)
-        streams = embedding.expand(self.count, -1, -1) if self.is_stacked else embedding
+        state = self.layer_class.begin(embedding, self.count)
         for layer in self.layers:
-            streams = layer(streams, rotary)
-        if self.is_stacked:
-            streams = self.all_reduce(self.conjunction(streams).sum(dim=0))
-        result: Tensor = self.final_norm(streams)
+            state = layer(state, rotary)
+        stream = self.layers[-1].end(state)
+        if self.conjunction is not None:
+            stream = self.all_reduce(self.conjunction(stream).sum(dim=0))
+        result: Tensor = self.final_norm(stream)
         return result
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:

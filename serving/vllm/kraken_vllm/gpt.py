@@ -1,4 +1,4 @@
-"""A layer of the baselines, with tensor parallelism by heads and columns of the FFN. Imports no vLLM.
+"""A layer of the baselines, and its parts, with tensor parallelism by heads and columns of the FFN. Imports no vLLM.
 
 Shapes: T tokens, D hidden size, h heads and g key-value heads of this rank, K head dimension as the attention kernel
 has it.
@@ -64,9 +64,10 @@ class GPTFFN(nn.Module):
 
 
 class GPTLayer(nn.Module):
-    """The parts of a layer of both forms."""
+    """The parts of a layer with one residual stream."""
 
     norms: tuple[str, ...]
+    has_conjunction = False
 
     def __init__(self, config: Any, backend: Backend, prefix: str, index: int) -> None:
         super().__init__()
@@ -76,13 +77,25 @@ class GPTLayer(nn.Module):
         self.attention = GPTAttention(config, backend, f"{prefix}.attention")
         self.ffn = GPTFFN(config, backend, f"{prefix}.ffn")
 
+    @staticmethod
+    def begin(embedding: Tensor, count: int) -> Any:
+        return embedding
 
-class StandardLayer(GPTLayer):
-    """x = x + MHA(LN1 x); x = x + FFN(LN2 x), (T, D) -> (T, D)."""
+    def end(self, state: Any) -> Tensor:
+        stream: Tensor = state
+        return stream
+
+
+class LayerOfTwoNorms(GPTLayer):
+    """One before the attention, one before the FFN; subclasses define `forward`."""
 
     norms = ("attention_norm", "ffn_norm")
     attention_norm: Norm
     ffn_norm: Norm
+
+
+class StandardLayer(LayerOfTwoNorms):
+    """x = x + MHA(LN1 x); x = x + FFN(LN2 x), (T, D) -> (T, D)."""
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         x = x + self.all_reduce(self.attention(self.attention_norm(x), rotary))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kraken_vllm.backend import Backend
+from kraken_vllm.late_sum import LateSum
 from kraken_vllm.layers import Heads, Rotary, StackedLinear, StackedNorm, ffn_inner
 
 
@@ -82,28 +83,30 @@ class KrakenLayer(nn.Module):
     The sum over the sub-layers of all ranks is under way while the attention computes (arXiv 2408.07802, section 3).
     """
 
+    has_conjunction = True
+
     def __init__(self, config: Any, backend: Backend, prefix: str, index: int) -> None:
         super().__init__()
         self.is_first = index == 0
-        self.is_alone = backend.share.size == 1
-        self.overlap = config.overlap
         self.reads_stream = config.ffn_reads_stream
-        self.all_reduce, self.start_sum, self.add_sum = backend.all_reduce, backend.start_sum, backend.add_sum
+        self.sum = LateSum(backend, config.overlap)
         self.attention = KrakenAttention(config, backend, f"{prefix}.attention")
         self.ffn = KrakenFFN(config, backend, f"{prefix}.ffn")
+
+    @staticmethod
+    def begin(embedding: Tensor, count: int) -> Tensor:
+        return embedding.expand(count, -1, -1)
+
+    def end(self, state: Tensor) -> Tensor:
+        return state  # the conjunction joins them
 
     def forward(self, streams: Tensor, rotary: Rotary | None) -> Tensor:
         # All streams start as the embedding, and it counts once, not N times.
         partial = streams[0] if self.is_first else streams.sum(dim=0)
-        pending, total = None, partial
-        if not self.is_first and not self.is_alone:
-            if self.overlap:
-                pending = self.start_sum(partial)
-            else:
-                total = self.all_reduce(partial)
+        begun = partial if self.is_first else self.sum.begin(partial)
         attended = self.attention(streams, rotary)
         residual = streams + attended
         own = residual if self.reads_stream else attended
-        with_sum = own + total if pending is None else self.add_sum(partial, pending, own)
+        with_sum = own + partial if self.is_first else self.sum.add(partial, begun, own)
         result: Tensor = residual + self.ffn(with_sum)
         return result
