@@ -65,10 +65,11 @@ class Decoder(nn.Module):
             embedding = embedding + self.position_embedding(positions)
         else:
             rotary = rotary_angles(positions, self.config, embedding.dtype)
+        layer: Any = None
         state = self.layer_class.begin(embedding, self.count)
         for layer in self.layers:
             state = layer(state, rotary)
-        stream = self.layers[-1].end(state)
+        stream = layer.end(state)
         if self.conjunction is not None:
             stream = self.all_reduce(self.conjunction(stream).sum(dim=0))
         result: Tensor = self.final_norm(stream)
