@@ -14,7 +14,7 @@ from kraken_train.common.durations import duration
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
-from kraken_train.common.settings import choices_of, to_dict
+from kraken_train.common.settings import to_dict
 from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.config import AUTO, PRECISIONS, EngineConfig
@@ -46,7 +46,7 @@ class PlanConfig:
     activation_checkpointing: bool | None
     vocab_parallel: bool | None  # as parallel.vocab_parallel in conf/train.yaml; null: the best is searched
     precision: str  # bf16 | fp32 | auto: bf16 where the devices compute it faster than fp32
-    optim: str  # adamw | muon, as in conf/train.yaml
+    optim: AnyOptimizer  # only its kind matters here
     # export, as distill.teacher in conf/train.yaml: its weights and its forward pass are counted; null: none
     teacher: FilePath | None
     shown: int  # layouts in the table
@@ -68,7 +68,6 @@ class PlanConfig:
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
         require_choice("precision", self.precision, PRECISIONS)
-        require_choice("optim", self.optim, tuple(choices_of(AnyOptimizer)))
         if self.zero_stage is not None:
             EngineConfig(self.zero_stage, activation_checkpointing=False, compile=None).validate()
 
@@ -76,7 +75,7 @@ class PlanConfig:
         precision = cluster.faster_precision if self.precision == AUTO else self.precision
         return Constraints(
             self.sub_layer_parallel_size, self.micro_batch_size, self.zero_stage, self.activation_checkpointing,
-            self.vocab_parallel, precision, self.optim, self.teacher_config(model),
+            self.vocab_parallel, precision, self.optim.name, self.teacher_config(model),
         )  # fmt: skip
 
     def teacher_config(self, model: ModelConfig) -> ModelConfig | None:

@@ -216,7 +216,28 @@ def test_free_text_is_not_an_interpolation() -> None:
     assert from_dict({**settings, "export_dir": "e", "prompt": text}, GenerateConfig).prompt == text
 
 
-@pytest.mark.parametrize("path", EXPERIMENT_FILES, ids=lambda path: path.stem)
+def test_plain_settings_have_no_name_of_a_group() -> None:
+    """Hydra takes NAME=VALUE on the command line for the choice of a file where conf/NAME is a folder."""
+    groups = {path.name for path in (REPOSITORY / "conf").iterdir() if path.is_dir()}
+    for path in (REPOSITORY / "conf").glob("*.yaml"):
+        settings = yaml.safe_load(path.read_text())
+        assert not groups & set(settings), path
+
+
+@pytest.mark.parametrize("size", ["125m", "350m"])
+def test_models_that_are_compared_have_equal_sizes(size: str) -> None:
+    """Each in the experiment of docs/quality.md: the same tokens and schedule, parameters within 1%."""
+    sizes = []
+    for model in (f"kraken-{size}-4way-stream", f"kraken-{size}-4way-modern", f"gpt-{size}-modern"):
+        given = [f"experiment=quality-{size}", f"model={model}", "data_dir=data", "run_dir=run"]
+        config = compose_command(given, TrainConfig, "train")
+        sizes.append(parse_model(config.model).num_parameters)
+        assert config.optim.name == "muon"
+        assert config.schedule.warmup_tokens == config.max_tokens * (0.05 if size == "125m" else 0.025)
+    assert max(sizes) < 1.01 * min(sizes)
+
+
+@pytest.mark.parametrize("path", [path for path in EXPERIMENT_FILES if path.stem.startswith("paper")], ids=str)
 def test_experiments_are_the_papers(path: Path) -> None:
     """Each experiment composes into a valid run of its model with the paper's batch, schedule and learning rate."""
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):

@@ -172,10 +172,12 @@ def test_a_large_vocabulary_is_shared(vocab_size: int) -> None:
 def test_command(tmp_path: Path) -> None:
     done = run_here(
         "kraken_train.plan", "model=kraken-tiny-4way", "vocab_size=300", "cluster=l40s_pcie", "nodes=2",
-        "global_batch_size=32", "max_tokens=1M", f"output={tmp_path}/plan.json", f"output_dir={tmp_path}",
+        "global_batch_size=32", "max_tokens=1M", "optim=muon", f"output={tmp_path}/plan.json",
+        f"output_dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "to train so: parallel.sub_layer_parallel_size=" in done.stdout
+    assert " optim=muon" in " ".join(done.stdout.split())
     record = json.loads((tmp_path / "plan.json").read_text())
     best = record["ranked"][0]
     run = re.search(r"1M tokens are 245 steps of 4,096 tokens, which take (\d+) s, without", done.stdout)  # 244.1 steps
