@@ -40,7 +40,8 @@ class CheckpointWriter:
 
     An error that ends the block is raised; an error of a save is then only printed. The thread does not keep the
     interpreter from exiting. `on_saved` is called on rank 0, possibly in the thread, with the step of each complete
-    checkpoint.
+    checkpoint, `on_upload_failed` likewise with that of one that could not be copied to `remote`, and why. The end of
+    the block raises the error of the last upload, if that failed.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CheckpointWriter:
         on_saved: Callable[[int], None] = lambda step: None,
         stage: Path | None = None,
         remote: RemoteFolder | None = None,
+        on_upload_failed: Callable[[int, str], None] = lambda step, reason: None,
     ) -> None:
         self.folder = folder
         self.retention = retention
@@ -62,6 +64,8 @@ class CheckpointWriter:
             runtime = replace(runtime, group=dist.new_group(backend="gloo"))
         self.runtime = runtime
         self.on_saved = on_saved
+        self.on_upload_failed = on_upload_failed
+        self.upload_failure: CheckpointError | None = None  # of the newest checkpoint
         self.under_way: BackgroundSave | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -80,8 +84,7 @@ class CheckpointWriter:
             phases.append(partial(publish_staged, self.folder, step, self.retention, self.runtime))
         phases.append(partial(self.report, step))
         if self.remote is not None:
-            path = self.folder / f"step-{step:08d}"
-            phases.append(partial(upload_checkpoint, self.remote, path, self.retention, self.runtime))
+            phases.append(partial(self.upload, self.remote, step))
         if not self.asynchronous:
             phases.pop(0)()
         if self.asynchronous or len(phases) > 1:
@@ -105,6 +108,16 @@ class CheckpointWriter:
         """That the checkpoint is complete."""
         if self.runtime.is_first:
             self.on_saved(step)
+
+    def upload(self, remote: RemoteFolder, step: int) -> None:
+        """Copy a complete checkpoint to `remote`. Where it fails training goes on, and the next one is copied."""
+        self.upload_failure = None
+        try:
+            upload_checkpoint(remote, self.folder / f"step-{step:08d}", self.retention, self.runtime)
+        except CheckpointError as error:
+            self.upload_failure = error
+            if self.runtime.is_first:
+                self.on_upload_failed(step, str(error))
 
     def finish(self) -> None:
         """Wait for a save that is in progress. Raises CheckpointError on all ranks if it failed."""
@@ -131,6 +144,8 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.finish()
+            if self.upload_failure is not None:  # of the last checkpoint
+                raise self.upload_failure
             return
         # The threads of all ranks communicate without the main threads, so the save can succeed after training failed.
         failure = self.wait(ERROR_TIMEOUT)

@@ -5,6 +5,8 @@
                 earlier_starts (their number)
     started     a start began, from `step`: start, world_size, and under Slurm job, requeues
     saved       a checkpoint is complete: step
+    upload_failed
+                it could not be copied to checkpoint.remote_dir: step, reason
     skipped     a step changed no weight, since its loss or a gradient was not finite: step
     straggler   a rank needs `factor` times as long as the median one for its own part of a step: step, rank, host,
                 factor; `straggler_over` when it no longer does

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.training.manifest import Checkpoint, find_complete_checkpoint, has_checkpoints
-from checkpoints.training.staging import take_up_staged
+from checkpoints.training.staging import read_record, take_up_staged
 from checkpoints.training.store import find_good_checkpoint
 from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from kraken_train.common.errors import CheckpointError
@@ -91,7 +91,8 @@ def check_run_folder(
             raise CheckpointError(
                 f"run_dir={path} is not empty and holds {describe_content(path)}; use a new or empty folder"
             )
-    if config.resume == "must" and not has_checkpoints(checkpoints):
+    # What is staged is taken up later, by the ranks of its nodes; where it is lost, it is not named any more then.
+    if config.resume == "must" and not has_checkpoints(checkpoints) and read_record(checkpoints) is None:
         raise CheckpointError(
             f"resume=must, but there is no checkpoint in {checkpoints}; name the run's folder in run_dir, or start "
             "from the beginning with resume=auto"

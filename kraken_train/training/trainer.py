@@ -108,6 +108,7 @@ class Trainer:
             on_saved=lambda step: self.log_event("saved", step=step),
             stage=stage,
             remote=remote_folder(config),
+            on_upload_failed=self.report_failed_upload,
         )
         self.loss_monitor = LossMonitor(config.health, config.max_nonfinite_steps)
         self.stragglers = Stragglers(config.health.straggler_factor)
@@ -440,6 +441,10 @@ class Trainer:
         """Append to events.jsonl, on rank 0."""
         if self.runtime.is_first:
             self.run.events.write(event, **details)
+
+    def report_failed_upload(self, step: int, reason: str) -> None:
+        self.log_event("upload_failed", step=step, reason=reason)
+        self.print_rank0(f"note: {reason}; training goes on, and the next checkpoint is copied")
 
     def print_rank0(self, text: str) -> None:
         if self.runtime.is_first:

@@ -225,6 +225,23 @@ def test_killed_in_phases_of_a_save(launch: Launch, undisturbed: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_the_first_checkpoint_is_only_staged(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
+    """`resume=must` continues from it, and refuses to begin anew where it is lost."""
+    run, stage = tmp_path / "run", tmp_path / "stage"
+    settings = ["checkpoint.every=1", f"checkpoint.stage_dir={stage}"]
+    assert launch(run, ["before the copy", "1", "1"], *settings).returncode != 0
+    assert not list((run / "checkpoints").glob("step-*"))
+    lost = tmp_path / "lost"
+    shutil.copytree(run, lost)
+    result = launch(run, None, *settings, "resume=must")
+    assert result.returncode == 0, result.stdout
+    assert learned(run) == learned(undisturbed)
+    result = launch(lost, None, *settings, "resume=must")
+    assert result.returncode != 0
+    assert "resume=must, but there is no checkpoint in" in result.stdout
+
+
+@pytest.mark.slow
 def test_killed_between_stage_and_copy(launch: Launch, undisturbed: Path, tmp_path: Path) -> None:
     """Each start dies in its second save; the next one takes up what is staged, and the run ends as the reference."""
     run, stage = tmp_path / "run", tmp_path / "stage"
