@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from kraken_train.common.parsing import parse_json
 DESCRIPTION_NAME = "kraken_tokenizer.json"
 VERSION = 1
 END_OF_DOCUMENT = "<|endoftext|>"
+MOST_IDS = 2**24  # the largest vocabularies have less than a million tokens
 
 
 class Tokenizer(Protocol):
@@ -271,7 +273,7 @@ class HuggingFaceTokenizer:
         known = self.backend.get_added_tokens_decoder().get(end)
         if known is None or not known.special:
             self.backend.add_special_tokens([AddedToken(end_token, normalized=False, special=True)])
-        self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = _count_ids(self.backend, origin)
         self.end_token = end_token
         self.end_of_document: int = end
         self.words = GPT2_WORDS if _is_like_gpt2(json.loads(self.backend.to_str())) else None
@@ -305,6 +307,18 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_text(self.backend.to_str(), encoding="utf-8")
         _save_description(folder, self.kind, end_of_document=self.end_token)
+
+
+def _count_ids(backend: Backend, origin: str) -> int:
+    """One more than the largest id. Raises DataError where tokens share an id, or an id is far too large."""
+    ids = Counter(backend.get_vocab(with_added_tokens=True).values())
+    shared, tokens = ids.most_common(1)[0]
+    if tokens > 1:  # the library would save one of them, and not always the same
+        raise DataError(f"{origin}: {tokens} tokens have the id {shared}; name a file in which each has its own")
+    largest = max(ids)
+    if largest >= MOST_IDS:  # the library would make a list of all ids that no token has
+        raise DataError(f"{origin}: a token has the id {largest}, and ids are less than {MOST_IDS}; name another file")
+    return largest + 1
 
 
 def _is_like_gpt2(description: dict[str, Any]) -> bool:

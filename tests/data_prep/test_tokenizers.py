@@ -166,6 +166,24 @@ def test_huggingface(tmp_path: Path) -> None:
     assert_lossless(round_trip(tokenizer, tmp_path / "saved"), HARD_TEXTS)
 
 
+def test_tokens_that_share_an_id(tmp_path: Path) -> None:
+    """The library saves one of them, by chance, so that what it has saved may not be readable."""
+    file = make_huggingface(tmp_path) / "tokenizer.json"
+    description = json.loads(file.read_text())
+    vocabulary = description["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first] = vocabulary[second]
+    file.write_text(json.dumps(description))
+    with pytest.raises(DataError, match=rf"tokenizer.json: 2 tokens have the id {vocabulary[second]}; name a file"):
+        build(kind="huggingface", path=str(tmp_path), end_of_document="<|endoftext|>")
+    vocabulary[first] = 2**31
+    file.write_text(json.dumps(description))
+    with pytest.raises(
+        DataError, match=r"a token has the id 2147483648, and ids are less than 16777216; name another"
+    ):
+        build(kind="huggingface", path=str(tmp_path), end_of_document="<|endoftext|>")
+
+
 def test_huggingface_end_is_never_text(tmp_path: Path) -> None:
     """Also of a file that lists it as an added token like any other."""
     backend = Backend(models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
