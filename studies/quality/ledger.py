@@ -23,7 +23,7 @@ from studies.spread import standard_error
 from studies.study import Run
 
 FIGURE = FOLDER.parents[1] / "docs" / "quality-3m.png"
-HEADER = ("arm", "parameters", "tokens", "validation loss", "perplexity", "against the first arm")
+HEADER = ("arm", "parameters", "tokens", "seeds", "validation loss", "perplexity", "against the first arm")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,13 +51,14 @@ def section(question: Question, results: Mapping[Run, Result]) -> str:
     rows = []
     for arm, of_arm in zip(question.arms, found, strict=True):
         if not of_arm:
-            rows.append((f"`{arm}`", "-", "-", "not run", "-", "-"))
+            rows.append((f"`{arm}`", "-", "-", "-", "not run", "-", "-"))
             continue
         losses = [result.validation_loss for result in of_arm]
         size, mean = of_arm[0], statistics.mean(losses)
         shared = differences(results, arm, question.arms[0])
         difference = "" if of_arm is found[0] or not shared else as_percent(shared)
-        rows.append((f"`{arm}`", f"{size.parameters:,}", f"{size.tokens / 1e6:.2f}M",
+        seeds = ", ".join(str(result.seed) for result in of_arm)
+        rows.append((f"`{arm}`", f"{size.parameters:,}", f"{size.tokens / 1e6:.2f}M", seeds,
                      f"{mean:.4f}{error(losses)}", f"{math.exp(mean):.2f}", difference))  # fmt: skip
     return "\n\n".join(
         [

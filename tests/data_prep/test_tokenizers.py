@@ -178,9 +178,7 @@ def test_tokens_that_share_an_id(tmp_path: Path) -> None:
         build(kind="huggingface", path=str(tmp_path), end_of_document="<|endoftext|>")
     vocabulary[first] = 2**31
     file.write_text(json.dumps(description))
-    with pytest.raises(
-        DataError, match=r"a token has the id 2147483648, and ids are less than 16777216; name another"
-    ):
+    with pytest.raises(DataError, match=r"a token has the id 2147483648, and ids are less than 16777216; name another"):
         build(kind="huggingface", path=str(tmp_path), end_of_document="<|endoftext|>")
 
 
