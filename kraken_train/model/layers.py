@@ -209,8 +209,11 @@ class StackedFFN(nn.Module):
     def forward(self, streams: Tensor, attended: Tensor, total: Tensor, ahead: Ahead | None = None) -> Any:
         """With `ahead`, which needs `kernels`, it begins the next layer: see `Ahead`."""
         if self.kernels is None:
-            normed = self.norm((streams + attended if self.reads_stream else attended) + total)
-            return streams + attended + self.down(ffn_inner(normed, self.gate, self.up))
+            # No name holds the sum or the norm, which nothing needs any more.
+            inner = ffn_inner(
+                self.norm((streams + attended if self.reads_stream else attended) + total), self.gate, self.up
+            )
+            return streams + attended + self.down(inner)
         norm = self.norm
         streams, normed = self.kernels.ffn_entry(
             streams, attended, total, norm.weight, norm.epsilon, norm.is_centered, self.reads_stream

@@ -22,6 +22,10 @@ CASES = [
     (GPTConfig(hidden_size=256, num_heads=8, num_kv_heads=4, **SIZES), UnitRange(4, 2, 1)),
     (GPTConfig(hidden_size=256, num_heads=8, architecture="parallel", **SIZES), UnitRange(8, 0, 2)),
     (KrakenConfig(4, hidden_size=128, heads_per_sub_layer=2, head_dim=64, **SIZES, **MODERN), UnitRange(4, 0, 2)),
+    (
+        KrakenConfig(4, hidden_size=128, heads_per_sub_layer=2, ffn_reads_stream=True, **SIZES, **MODERN),
+        UnitRange(4, 0, 2),
+    ),
     (GPTConfig(hidden_size=256, num_heads=8, **SIZES, **MODERN), all_units(8)),
 ]
 
