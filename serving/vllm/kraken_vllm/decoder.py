@@ -7,7 +7,7 @@ computes, and one for the conjunction.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -65,11 +65,10 @@ class Decoder(nn.Module):
             embedding = embedding + self.position_embedding(positions)
         else:
             rotary = rotary_angles(positions, self.config, embedding.dtype)
-        layer: Any = None
         state = self.layer_class.begin(embedding, self.count)
         for layer in self.layers:
             state = layer(state, rotary)
-        stream = layer.end(state)
+        stream = cast(Any, self.layers[-1]).end(state)
         if self.conjunction is not None:
             stream = self.all_reduce(self.conjunction(stream).sum(dim=0))
         result: Tensor = self.final_norm(stream)
