@@ -21,8 +21,8 @@ COLORS = {GPT: "#444444", f"{KRAKEN} {CHOSEN}": "#d1495b"}
 
 def draw(arms: Sequence[str], results: Mapping[Run, Result], path: Path) -> None:
     """Each arm's perplexity against the Kraken of the same seeds, best first. Raises DataError."""
-    models = [arm for arm in dict.fromkeys(arms) if arm != KRAKEN and "optim." not in arm]
-    found = {arm: differences(results, arm, KRAKEN) for arm in models}
+    models = [arm for arm in dict.fromkeys(arms) if arm.split()[0] in (GPT, KRAKEN) and "optim." not in arm]
+    found = {arm: differences(results, arm, KRAKEN) for arm in models if arm != KRAKEN}
     ordered = sorted((arm for arm in found if found[arm]), key=lambda arm: statistics.mean(found[arm]), reverse=True)
     figure = Figure(figsize=(9, 0.8 + 0.24 * len(ordered)), layout="constrained")
     axes = figure.subplots()
