@@ -66,6 +66,7 @@ class CheckpointWriter:
         self.on_saved = on_saved
         self.on_upload_failed = on_upload_failed
         self.upload_failure: CheckpointError | None = None  # of the newest checkpoint
+        self.last_kept: int | None = None  # later steps in `remote` are to be deleted before the next upload
         self.under_way: BackgroundSave | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -94,15 +95,26 @@ class CheckpointWriter:
             self.report(step)
 
     def discard_newer(self, checkpoint: Checkpoint) -> None:
-        """Delete the checkpoints of later steps, which the run will repeat. A collective. Raises CheckpointError."""
+        """Delete the checkpoints of later steps, which the run will repeat. A collective. Raises CheckpointError.
+
+        Those in `remote` are deleted before the next upload, if that cannot be done now.
+        """
         self.finish()
 
-        def discard() -> None:
-            delete_newer_checkpoints(checkpoint)
-            if self.remote is not None:
-                delete_newer_remote(self.remote, checkpoint.step)
+        self.runtime.on_first(lambda: delete_newer_checkpoints(checkpoint))
+        if self.remote is not None:
+            self.last_kept = checkpoint.step
+            try:
+                self.discard_remote(self.remote)
+            except CheckpointError as error:
+                self.report_failed_upload(checkpoint.step, error)
 
-        self.runtime.on_first(discard)
+    def discard_remote(self, remote: RemoteFolder) -> None:
+        """Delete in `remote` what was discarded here and is still there. A collective. Raises CheckpointError."""
+        if self.last_kept is not None:
+            last = self.last_kept
+            self.runtime.on_first(lambda: delete_newer_remote(remote, last))
+            self.last_kept = None
 
     def report(self, step: int) -> None:
         """That the checkpoint is complete."""
@@ -113,11 +125,15 @@ class CheckpointWriter:
         """Copy a complete checkpoint to `remote`. Where it fails training goes on, and the next one is copied."""
         self.upload_failure = None
         try:
+            self.discard_remote(remote)
             upload_checkpoint(remote, self.folder / f"step-{step:08d}", self.retention, self.runtime)
         except CheckpointError as error:
             self.upload_failure = error
-            if self.runtime.is_first:
-                self.on_upload_failed(step, str(error))
+            self.report_failed_upload(step, error)
+
+    def report_failed_upload(self, step: int, error: CheckpointError) -> None:
+        if self.runtime.is_first:
+            self.on_upload_failed(step, str(error))
 
     def finish(self) -> None:
         """Wait for a save that is in progress. Raises CheckpointError on all ranks if it failed."""

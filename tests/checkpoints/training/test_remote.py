@@ -145,6 +145,30 @@ def test_a_failed_upload_ends_no_run(remote: RemoteFolder, tmp_path: Path, monke
     assert find_good_checkpoint(tmp_path / "here")[0].step == 4
 
 
+def test_a_rollback_without_the_network(remote: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is discarded there is deleted with the next upload."""
+
+    def unreachable(self: RemoteFolder) -> dict[int, float]:
+        raise CheckpointError("the network is gone")
+
+    failures: list[tuple[int, str]] = []
+    with CheckpointWriter(
+        tmp_path / "here", Retention(9), SINGLE_PROCESS, asynchronous=False, remote=remote,
+        on_upload_failed=lambda *failure: failures.append(failure),
+    ) as saves:  # fmt: skip
+        for step in (1, 2, 3):
+            saves.save(step, tensors(step), {})
+        saves.finish()
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteFolder, "steps", unreachable)
+            saves.discard_newer(read_manifest(tmp_path / "here" / "step-00000001"))
+        assert failures == [(1, "the network is gone")]
+        assert list(remote.steps()) == [1, 2, 3]
+        saves.save(2, tensors(2), {})
+        saves.finish()
+        assert list(remote.steps()) == [1, 2]
+
+
 def test_an_interrupted_upload_is_no_checkpoint(
     remote: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
