@@ -70,6 +70,16 @@ def test_exchange() -> None:
     assert apart.exchange > 2 * kraken.exchange, "between nodes it is slower"
 
 
+def test_an_ffn_that_reads_its_stream() -> None:
+    """Each stream is read once more, and its gradient written once more; nothing else changes."""
+    plain, reading = (predict(replace(KRAKEN, ffn_reads_stream=on), ALONE, H100).time for on in (False, True))
+    streams = KRAKEN.num_layers * KRAKEN.num_sub_layers * KRAKEN.hidden_size
+    tokens = ALONE.micro_batch_size * ALONE.accumulation_steps * KRAKEN.context_length
+    more = reading.element_wise - plain.element_wise
+    assert more == pytest.approx(2 * streams * 2 * tokens / H100.bandwidth, rel=1e-6)
+    assert reading.total - plain.total == pytest.approx(more, rel=1e-6)
+
+
 def test_choices_cost_time() -> None:
     plain = predict(KRAKEN, replace(ALONE, data_parallel_size=8, accumulation_steps=4), H100).time
     again = predict(KRAKEN, replace(ALONE, data_parallel_size=8, accumulation_steps=4, activation_checkpointing=True),

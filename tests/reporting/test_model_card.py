@@ -87,6 +87,15 @@ def test_card_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     assert "(loss.png)" in card
 
 
+def test_data_of_all_phases(tmp_path: Path) -> None:
+    write(tmp_path / "e")
+    description = json.loads((tmp_path / "e" / "config.json").read_text())
+    description["training"]["phase_data_fingerprints"] = ["f00d", "beef"]
+    (tmp_path / "e" / "config.json").write_text(json.dumps(description))
+    write_card(tmp_path / "e")
+    assert "| data fingerprint | f00d, beef |" in (tmp_path / "e" / "README.md").read_text()
+
+
 def test_the_code_in_the_card_works(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers asks no question when it runs, and the text ends at the context length."""
     import transformers.dynamic_module_utils as modules  # noqa: PLC0415

@@ -20,10 +20,11 @@ from kraken_train.model.kraken_config import KrakenConfig
 from kraken_train.model.registry import ARCHITECTURES, build_model
 from studies.quality import ledger
 from studies.quality.arms import STUDY, overrides, read_questions
+from studies.quality.figure import draw
 from studies.quality.run import main as run_main
 from studies.quality.run import missing, stages
 from studies.quality.variant_config import VariantConfig
-from studies.results import Results
+from studies.results import Result, Results, differences
 from studies.study import Run
 from studies.training import job_of
 
@@ -189,7 +190,15 @@ def test_a_teacher_is_trained_and_exported_before(tmp_path: Path) -> None:
     assert (plain, exports, len(taught)) == ([], [], 1)
 
 
-def test_differences_are_taken_seed_by_seed() -> None:
+def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    losses = {("a", 0): 4.0, ("a", 1): 5.0, ("a", 2): 6.0, ("b", 1): 5.5, ("b", 0): 4.25, ("b", 3): 9.0}
+    results = {Run(arm, seed): Result(arm, seed, loss, 10, 10, "data", ()) for (arm, seed), loss in losses.items()}
+    assert differences(results, "b", "a") == [0.25, 0.5]
+    assert differences(results, "c", "a") == []
+    draw(["gpt-3m", "kraken-3m", "kraken-3m own_start=1", "kraken-6m", "kraken-3m optim.lr=1"], {
+        Run(arm, 0): Result(arm, 0, 4.0, 10, 10, "data", ()) for arm in ("gpt-3m", "kraken-3m", "kraken-6m")
+    }, tmp_path / "figure.png")  # fmt: skip
+    assert (tmp_path / "figure.png").stat().st_size > 5000
     assert ledger.as_percent([0.01, 0.01]) == "+1.0% ± 0.0%"
     assert ledger.error([1.0, 1.0, 2.0, 4.0]) == " ± 0.7071"
     assert ledger.error([1.0]) == ""

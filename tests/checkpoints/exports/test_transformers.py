@@ -47,6 +47,7 @@ CONFIGS: dict[str, ModelConfig] = {
         for form in ("standard", "parallel")
         for kv in (None, 3, 1)
     },
+    "kraken-stream": KrakenConfig(3, hidden_size=16, heads_per_sub_layer=4, ffn_reads_stream=True, **COMMON, **MODERN),
     "ladder": LadderConfig(hidden_size=24, num_heads=6, **COMMON),
     "fal": FALConfig(hidden_size=24, num_heads=6, **COMMON),
     "fal-modern": FALConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **COMMON, **MODERN),
