@@ -6,20 +6,17 @@ Below the entry points there is no `DictConfig`. A class here says what its sett
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from checkpoints.training.retention import Retention
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.files import real_path
-from kraken_train.common.free_text import FilePath, Name, Text
+from kraken_train.common.free_text import FilePath
 from kraken_train.common.token_counts import Tokens, format_tokens
-from kraken_train.common.validation import divisors, require_at_least, require_choice, require_positive
+from kraken_train.common.validation import require_at_least, require_choice, require_positive
 from kraken_train.data.shares import whole_shares
 from kraken_train.model.config import ModelConfig, ModelSettings
 from kraken_train.recipe.batch_ramp import BatchRamp, BatchSize, describe_batch_size, validate_batch_size
@@ -29,314 +26,17 @@ from kraken_train.recipe.parametrization import parametrization_of
 from kraken_train.recipe.phases import Phase, run_length, validate_phases
 from kraken_train.recipe.schedules import AnySchedule
 from kraken_train.recipe.step_plan import StepPlan
+from kraken_train.settings.checkpoint import CheckpointConfig
+from kraken_train.settings.engine import EngineConfig
+from kraken_train.settings.health import HealthConfig
+from kraken_train.settings.inspection import NormsConfig, ProfileConfig
+from kraken_train.settings.loss import DistillConfig, LossConfig
+from kraken_train.settings.parallel import ParallelConfig
+from kraken_train.settings.tracking import TrackingConfig
+from kraken_train.settings.validation import ValidationConfig
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
-MOST_CTAS = 64  # NCCL's own limit
-MOST_SPARED = 64  # multiprocessors; an A100 has 108, an H100 132
-SET_NAME = re.compile(r"[\w.-]+")  # part of the name of a metric
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the ranks of a run share the work: `sub_layer_parallel_size` of them hold one copy of the model.
-
-    The copies are data parallel. A Kraken is divided by sub-layers, a baseline by attention heads.
-    """
-
-    # ranks that share one copy of the model; it divides the number of ranks and the model's num_sub_layers (a GPT's
-    # num_heads)
-    sub_layer_parallel_size: int
-    # shard the embedding, the head and the cross-entropy as well, by rows of the vocabulary; null: where several ranks
-    # share a copy
-    vocab_parallel: bool | None
-    reduce_dtype: str | None  # bf16 | fp32: number format of the sums over the ranks of a copy; null: that of precision
-    # optimizer steps between checks that equal weights are equal on all ranks; 0: only at the start and at checkpoints
-    verify_every: int
-    # on a GPU, the most blocks of NCCL's kernels for the sums over the ranks of a copy, each of which occupies a
-    # multiprocessor; 0: NCCL's choice; null: 16 on Hopper GPUs, else 0
-    max_ctas: int | None = None
-    # on a GPU, multiprocessors that GEMMs leave free while such a sum is under way; null: 16 on Hopper GPUs, else 0
-    sm_carveout: int | None = None
-
-    def validate(self) -> None:
-        require_positive("parallel.sub_layer_parallel_size", self.sub_layer_parallel_size)
-        for name, limit in (("max_ctas", MOST_CTAS), ("sm_carveout", MOST_SPARED)):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= limit:
-                raise ConfigError(f"parallel.{name}={value} must be from 0 to {limit}, or null: by the device")
-        if self.reduce_dtype is not None:
-            require_choice("parallel.reduce_dtype", self.reduce_dtype, ("bf16", "fp32"))
-        require_at_least("parallel.verify_every", self.verify_every, 0)
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model among `world_size` ranks. Raises ConfigError."""
-        size = self.sub_layer_parallel_size
-        if world_size % size:
-            raise ConfigError(
-                f"parallel.sub_layer_parallel_size={size} does not divide the {world_size} "
-                f"rank{'s' if world_size > 1 else ''} of this run; start a multiple of {size} ranks, or use "
-                f"{' or '.join(divisors(world_size))}"
-            )
-        return world_size // size
-
-    def require_fits(self, model: ModelConfig) -> None:
-        """Raises ConfigError unless the ranks of a copy can share the model evenly."""
-        size = self.sub_layer_parallel_size
-        name, total = model.parallel_units
-        if total % size:
-            raise ConfigError(
-                f"parallel.sub_layer_parallel_size={size} does not divide {name}={total}; use "
-                f"{' or '.join(divisors(total))}"
-            )
-        if self.vocab_parallel and not self.can_share_vocabulary(model.vocab_size):
-            raise ConfigError(
-                f"parallel.vocab_parallel=true would leave one of parallel.sub_layer_parallel_size={size} ranks "
-                f"without a row of model.vocab_size={model.vocab_size}; use parallel.vocab_parallel=false, or fewer "
-                "ranks"
-            )
-
-    def can_share_vocabulary(self, vocab_size: int) -> bool:
-        """Whether each rank of a copy would have some rows (`ModelRank.row_range`)."""
-        size = self.sub_layer_parallel_size
-        return (size - 1) * -(-vocab_size // size) < vocab_size
-
-    def shares_vocabulary(self, vocab_size: int) -> bool:
-        """Whether the ranks of a copy hold some rows of the vocabulary each, and not all."""
-        if self.vocab_parallel is None:
-            return self.sub_layer_parallel_size > 1 and self.can_share_vocabulary(vocab_size)
-        return self.vocab_parallel
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How a step is computed."""
-
-    # DeepSpeed's ZeRO: 1 shards the optimizer state over the data-parallel ranks, 2 the gradients as well
-    zero_stage: int
-    # recompute the activations of attention and FFN in the backward pass instead of keeping them
-    activation_checkpointing: bool
-    # torch.compile attention, FFN and the loss; the first step then takes a minute; null: on a GPU, not on a CPU
-    compile: bool | None
-    # compute what lies between a Kraken's matrix products with Triton kernels; null: on a GPU where Triton is installed
-    fused_kernels: bool | None = None
-
-    def compiles(self, device_type: str) -> bool:
-        """Whether to compile on devices of this type, a name of torch.device."""
-        return device_type == "cuda" if self.compile is None else self.compile
-
-    def validate(self) -> None:
-        if self.zero_stage not in (1, 2):
-            why = {
-                0: "DeepSpeed's ZeRO-0 reports and clips wrong gradient norms in bf16, and stage 1 costs no more",
-                3: "stage 3 shards the weights as well, which Kraken's sub-layers already do",
-            }.get(self.zero_stage, "there is no such stage")
-            raise ConfigError(f"engine.zero_stage={self.zero_stage} is not supported ({why}); use 1 or 2")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is added to the cross-entropy in training."""
-
-    # weight of the z-loss, the mean of (log Z)^2 with Z = sum of exp(logit) over the vocabulary; 1e-4 in PaLM; 0: none
-    z_loss: float
-
-    def validate(self) -> None:
-        if not 0 <= self.z_loss < math.inf:
-            raise ConfigError(f"loss.z_loss={self.z_loss} must be at least 0 and finite, as 1e-4; 0 switches it off")
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """A teacher from whose predictions the model learns, see `kraken_train.training.teacher`."""
-
-    # export of a model with the same tokenizer, of any architecture; its weights stay as they are; null: none
-    teacher: FilePath | None = None
-    # share w of the teacher in the loss (1 - w) cross-entropy + w T^2 KL(teacher || model); 0 measures KL only
-    weight: float = 0.5
-    temperature: float = 1.0  # T, by which the logits of both are divided in KL
-
-    def validate(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise ConfigError(f"distill.weight={self.weight} must be from 0 (text alone) to 1 (teacher alone)")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"distill.temperature={self.temperature} must be above 0 and finite, as 1 or 2")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int  # optimizer steps; the last step is saved as well
-    keep: int  # checkpoints that stay on disk, the newest ones
-    asynchronous: bool  # write in the background while training continues
-    # tokens, as in 100M, in place of every: the step that reaches a multiple is saved; null: every counts
-    every_tokens: Tokens | None = None
-    # steps; the first checkpoint at or after each multiple of it also stays; null: none
-    keep_every: int | None = None
-    keep_hours: float = 0  # checkpoints that are younger than so many hours also stay
-    # folder on a local disk of each node: a save is written there first, and copied to run_dir while training
-    # continues; null: none
-    stage_dir: FilePath | None = None
-    # URL of object storage, such as s3://bucket/run or gs://bucket/run, to which finished checkpoints are copied too,
-    # with the same ones kept; an empty run_dir continues from the newest there; null: none
-    remote_dir: Text | None = None
-
-    @property
-    def retention(self) -> Retention:
-        return Retention(self.keep, self.keep_every, 3600 * self.keep_hours)
-
-    @property
-    def interval(self) -> Length:
-        return Length("checkpoint.every", self.every, "checkpoint.every_tokens", self.every_tokens)
-
-    def validate(self) -> None:
-        require_positive("checkpoint.every", self.every)
-        if self.every_tokens is not None:
-            require_positive("checkpoint.every_tokens", self.every_tokens)
-        require_positive("checkpoint.keep", self.keep)
-        if self.keep_every is not None:
-            require_positive("checkpoint.keep_every", self.keep_every)
-        require_at_least("checkpoint.keep_hours", self.keep_hours, 0)
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    every: int  # optimizer steps; the last step is validated as well; 0: never
-    samples: int  # samples, from the start of the validation split
-    # tokens, as in 100M, in place of every: the step that reaches a multiple is validated; 0: never; null: every counts
-    every_tokens: Tokens | None = None
-    # further prepared folders, by a name for each: {books: DIR, code: DIR}; measured on their validation splits, with
-    # so many samples each; null: none
-    sets: dict[str, FilePath] | None = None
-    # suites of tasks, files of conf/suite, or single tasks of them, that lm-evaluation-harness measures on the weights
-    # as they are: [lambada, blimp, superglue/boolq]; null: none
-    suites: list[str] | None = None
-    suites_every: int = 1000  # optimizer steps; the last step as well
-    # tokens, as in 1B, in place of suites_every: the step that reaches a multiple; null: suites_every counts
-    suites_every_tokens: Tokens | None = None
-    suite_data: FilePath | None = None  # folder of JSONL files for them, as in conf/evaluate.yaml; null: the Hub
-    suite_limit: int | None = None  # documents of each task, the first ones; null: all
-
-    @property
-    def folders(self) -> dict[str, Path]:
-        """Of the further sets."""
-        return {name: Path(folder).expanduser() for name, folder in (self.sets or {}).items()}
-
-    @property
-    def interval(self) -> Length:
-        return Length("validation.every", self.every, "validation.every_tokens", self.every_tokens)
-
-    @property
-    def suites_interval(self) -> Length:
-        names = "validation.suites_every", "validation.suites_every_tokens"
-        return Length(names[0], self.suites_every, names[1], self.suites_every_tokens)
-
-    @property
-    def enabled(self) -> bool:
-        return (self.every if self.every_tokens is None else self.every_tokens) > 0
-
-    def validate(self) -> None:
-        self.interval.validate(minimum=0)
-        require_positive("validation.samples", self.samples)
-        self.suites_interval.validate(minimum=1)
-        if self.suite_limit is not None:
-            require_positive("validation.suite_limit", self.suite_limit)
-        if self.suites is not None and len(set(self.suites)) < max(1, len(self.suites)):
-            raise ConfigError(f"validation.suites={self.suites} must be names of suites, each once, or null for none")
-        for name in ("suite_data", "suite_limit"):
-            if self.suites is None and getattr(self, name) is not None:
-                raise ConfigError(f"validation.{name}={getattr(self, name)} needs validation.suites=[NAME, ...]")
-        for name, folder in (self.sets or {}).items():
-            if not SET_NAME.fullmatch(name) or not folder:
-                raise ConfigError(
-                    f"validation.sets: {name or 'an empty name'}={folder} must be a name of letters, digits, '.', '_' "
-                    "and '-' with the folder of prepared data, as in 'validation.sets={books: data/books}'"
-                )
-
-
-@dataclass(frozen=True)
-class HealthConfig:
-    """What is done when a run does not go well; see `kraken_train.health.loss_monitor` for what a spike is."""
-
-    # time without a step, save, validation or restore after which the job ends, and three times that before the first
-    # step; all ranks write their stacks to RUN_DIR/starts/NUMBER/logs first, as they do after `kill -USR2 PROCESS`;
-    # less than the 1800 s after which collectives time out without such a message; 0: never
-    step_seconds: float
-    # warn about a rank whose own work takes so many times longer than that of the median rank; 0: never
-    straggler_factor: float
-    nonfinite: str  # stop | rollback: after max_nonfinite_steps
-    # ignore | stop | rollback: to the newest checkpoint before the spike, and on with the data after it; a spike is
-    # spike_steps losses in a row, each above median + spike_factor * deviation of the last spike_window ones; nothing
-    # is saved meanwhile
-    loss_spike: str
-    # deviations above the median; the deviation is the median absolute one, at least 1% of the median
-    spike_factor: float
-    spike_window: int  # losses of which the median and the deviation are computed
-    spike_steps: int  # losses in a row that make a spike
-    max_rollbacks: int  # rollbacks of a start before the same step; after them it stops
-
-    def validate(self) -> None:
-        require_at_least("health.step_seconds", self.step_seconds, 0)
-        if self.straggler_factor != 0 and not self.straggler_factor > 1:
-            raise ConfigError(f"health.straggler_factor={self.straggler_factor} must be above 1, or 0 to tell of none")
-        require_choice("health.nonfinite", self.nonfinite, ("stop", "rollback"))
-        require_choice("health.loss_spike", self.loss_spike, ("ignore", "stop", "rollback"))
-        require_positive("health.spike_factor", self.spike_factor)
-        require_at_least("health.spike_window", self.spike_window, 2)
-        require_positive("health.spike_steps", self.spike_steps)
-        require_positive("health.max_rollbacks", self.max_rollbacks)
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """Traces of optimizer steps, see `kraken_train.training.profiler`."""
-
-    # [FIRST, LAST]: optimizer steps of which PyTorch's profiler writes a trace to RUN_DIR/starts/NUMBER/profiles; []:
-    # none; `echo 5 > RUN_DIR/profile` traces the next 5 steps of a running job
-    steps: tuple[int, ...] = ()
-    ranks: tuple[int, ...] = (0,)  # that write one
-    memory: bool = False  # also a snapshot of the GPU's memory over these steps, for https://pytorch.org/memory_viz
-
-    def validate(self) -> None:
-        """Raises ConfigError."""
-        if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
-            raise ConfigError(f"profile.steps={list(self.steps)} must be the first and the last step, as in [100,110]")
-        if any(rank < 0 for rank in self.ranks):
-            raise ConfigError(f"profile.ranks={list(self.ranks)} must be numbers of ranks, as in [0,7]; [] traces none")
-
-
-@dataclass(frozen=True)
-class NormsConfig:
-    """Sizes of weights, updates and activations by layer, see `kraken_train.training.norms`."""
-
-    # optimizer steps between those in which the sizes of weights, updates, activations and, in a Kraken, of the
-    # exchanged sums are measured, layer by layer; 0: never
-    every: int = 100
-
-    def validate(self) -> None:
-        """Raises ConfigError."""
-        require_at_least("norms.every", self.every, 0)
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """A copy of the run's metrics and events in Weights & Biases or TensorBoard."""
-
-    kind: str  # wandb | tensorboard
-    mode: str  # online | offline (W&B: in RUN_DIR/wandb, for `wandb sync`) | off
-    project: Name  # project in W&B
-    entity: Name | None  # user or team in W&B; null: the default one
-    name: Name | None  # name of the run; null: that of the run folder
-    group: Name | None  # group of runs; null: none
-    tags: tuple[Name, ...]  # tags of the run
-    notes: Name | None  # a text about the run; null: none
-    finish_seconds: float  # longest wait at the end of training for data that has not been sent
-
-    def validate(self) -> None:
-        require_choice("tracking.kind", self.kind, ("wandb", "tensorboard"))
-        require_choice("tracking.mode", self.mode, ("online", "offline", "off"))
-        if self.kind == "tensorboard" and self.mode == "online":
-            raise ConfigError("tracking.mode=online: TensorBoard only has files; use offline or off with it")
-        require_at_least("tracking.finish_seconds", self.finish_seconds, 0)
 
 
 @dataclass(frozen=True)
@@ -387,9 +87,9 @@ class TrainConfig:
     # keep an exponential average of the weights too: after each update, average = d average + (1 - d) weights with this
     # d, such as 0.999; `checkpoints.export weights=ema` exports it; null: none
     ema_decay: float | None = None
-    profile: ProfileConfig = ProfileConfig()
-    distill: DistillConfig = DistillConfig()
-    norms: NormsConfig = NormsConfig()
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    norms: NormsConfig = field(default_factory=NormsConfig)
     # the same training on the same devices gives the same bits, also after a kill: deterministic algorithms only, and
     # an error where an operation has none; slower on a GPU
     deterministic: bool = False

@@ -17,7 +17,7 @@ from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
 from kraken_train.common.token_counts import Tokens, format_tokens
 from kraken_train.common.validation import require_choice, require_positive
-from kraken_train.config import AUTO, PRECISIONS, EngineConfig
+from kraken_train.config import AUTO, PRECISIONS
 from kraken_train.model.config import ModelConfig, ModelSettings, parse_model
 from kraken_train.planning.cluster import THIS, Cluster, measured
 from kraken_train.planning.figure import draw
@@ -25,6 +25,7 @@ from kraken_train.planning.prediction import Prediction
 from kraken_train.planning.search import GB, Constraints, Plan, describe, reasons, search, why_slower
 from kraken_train.planning.traffic import Collective
 from kraken_train.recipe.optimizers import AnyOptimizer
+from kraken_train.settings.engine import EngineConfig
 from kraken_train.training.teacher import read_teacher
 
 

@@ -28,7 +28,7 @@ from kraken_train.bench.ttft import TTFTConfig
 from kraken_train.bench.vllm import VllmConfig
 from kraken_train.common.cli import CONF_DIR
 from kraken_train.common.setting_docs import describe, with_comments
-from kraken_train.config import EngineConfig, ParallelConfig, TrackingConfig, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.derive import DeriveConfig
 from kraken_train.evaluate import EvaluateConfig
 from kraken_train.generate import GenerateConfig
@@ -39,6 +39,9 @@ from kraken_train.model.track_config import TrackConfig
 from kraken_train.plan import PlanConfig
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.schedules import ConstantSchedule, CosineSchedule, WSDSchedule
+from kraken_train.settings.engine import EngineConfig
+from kraken_train.settings.parallel import ParallelConfig
+from kraken_train.settings.tracking import TrackingConfig
 from launch.slurm.config import SubmitConfig
 from launch.sweep import SweepConfig
 

@@ -16,12 +16,15 @@ from kraken_train.bench.throughput_config import ThroughputConfig
 from kraken_train.common.cli import compose_choice, compose_command
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import from_dict, from_hydra, to_dict
-from kraken_train.config import CheckpointConfig, EngineConfig, ParallelConfig, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.generate import GenerateConfig
 from kraken_train.model.config import KrakenConfig, padded_vocab_size, parse_model
 from kraken_train.model.registry import build_model
 from kraken_train.parallel.sharding import ModelRank
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
+from kraken_train.settings.checkpoint import CheckpointConfig
+from kraken_train.settings.engine import EngineConfig
+from kraken_train.settings.parallel import ParallelConfig
 
 MODEL_FILES = sorted((REPOSITORY / "conf" / "model").glob("*.yaml"), key=lambda path: path.stem)
 EXPERIMENT_FILES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))

@@ -30,11 +30,13 @@ from kraken_train.common.free_text import FilePath
 from kraken_train.common.output import open_output
 from kraken_train.common.settings import to_dict
 from kraken_train.common.validation import require_choice, require_positive
-from kraken_train.config import PRECISIONS, EngineConfig, ParallelConfig
+from kraken_train.config import PRECISIONS
 from kraken_train.model.config import ModelSettings, parse_model
 from kraken_train.parallel.device import DEVICES, choose_device
 from kraken_train.parallel.ranks import Runtime, read_runtime
 from kraken_train.recipe.optimizers import AnyOptimizer
+from kraken_train.settings.engine import EngineConfig
+from kraken_train.settings.parallel import ParallelConfig
 from kraken_train.training.precision import choose_precision, has_native_bf16, processor_name
 
 if TYPE_CHECKING:

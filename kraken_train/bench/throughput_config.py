@@ -11,10 +11,12 @@ from kraken_train.common.cli import CONF_DIR, compose_choice, compose_command
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.validation import require_choice, require_positive
-from kraken_train.config import PRECISIONS, EngineConfig, ParallelConfig, TrainConfig
+from kraken_train.config import PRECISIONS, TrainConfig
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.device import DEVICES
 from kraken_train.recipe.optimizers import AdamWConfig, AnyOptimizer
+from kraken_train.settings.engine import EngineConfig
+from kraken_train.settings.parallel import ParallelConfig
 
 DEEPSPEED, TORCH = "deepspeed", "torch"
 AUTHORS = "authors"  # of an entry, for the models that `authors` names

@@ -23,7 +23,6 @@ from kraken_train.bench.authors_step import AuthorsStep
 from kraken_train.bench.plain_engine import PlainEngine
 from kraken_train.bench.plan import usable_bytes
 from kraken_train.bench.throughput_config import AUTHORS, DEEPSPEED, TORCH, Entry, ThroughputConfig
-from kraken_train.config import ParallelConfig
 from kraken_train.data.dataset import Samples, TokenStream, TrainingData
 from kraken_train.data.loader import BatchLoader
 from kraken_train.model.config import ModelConfig
@@ -33,6 +32,7 @@ from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.overlap_budget import choose_budget
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.parallel.step_timer import DATA, OTHER, StepTimer
+from kraken_train.settings.parallel import ParallelConfig
 from kraken_train.training.engine import Engine
 from kraken_train.training.precision import DTYPES, reduce_dtype
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kraken_train.config import HealthConfig
+from kraken_train.settings.health import HealthConfig
 
 SMALLEST_DEVIATION = 0.01  # of the median: when the loss hardly changes, small changes must not count as spikes
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kraken_train.config import ParallelConfig
 from kraken_train.model.architecture import ModelConfig
 from kraken_train.model.flops import forward_flops_per_token, training_flops_per_token
 from kraken_train.planning.cluster import Cluster
@@ -14,6 +13,7 @@ from kraken_train.planning.memory import Memory, predict_memory
 from kraken_train.planning.roofline import StepTime, predict_time
 from kraken_train.planning.teacher import teacher_seconds, teacher_traffic
 from kraken_train.planning.traffic import Collective, predict_traffic
+from kraken_train.settings.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

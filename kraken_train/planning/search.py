@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.common.validation import divisors
-from kraken_train.config import ParallelConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.planning.cluster import Cluster
 from kraken_train.planning.fake_trace import trace_teacher
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.memory import Memory, predict_memory
 from kraken_train.planning.prediction import Prediction, predict
+from kraken_train.settings.parallel import ParallelConfig
 
 ENOUGH_TOKENS = 65_536  # of a micro-batch; a larger one would not use a device better
 ALIKE = 0.01  # relative; of layouts with speeds so close the simplest is best

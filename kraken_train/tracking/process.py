@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from kraken_train.config import TrackingConfig
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
+from kraken_train.settings.tracking import TrackingConfig
 
 LOG = "tracking.log"
 INTERRUPTED_SECONDS = 5.0  # for a run that continues later: after a request to stop there is little time

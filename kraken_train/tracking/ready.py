@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.config import TrackingConfig
+from kraken_train.settings.tracking import TrackingConfig
 
 PUBLIC_SERVICE = "https://api.wandb.ai"
 

@@ -10,10 +10,10 @@ from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import read_file
 from kraken_train.common.parsing import parse_mapping, parse_yaml
 from kraken_train.common.settings import from_dict
-from kraken_train.config import TrackingConfig
 from kraken_train.model.config import parse_model
 from kraken_train.run.layout import CONFIG_FILE, IDENTITY_FILE, start_folders
 from kraken_train.run.recorded_settings import recorded_settings
+from kraken_train.settings.tracking import TrackingConfig
 
 ENVIRONMENT_FILE = "environment.json"  # in the folder of a start
 

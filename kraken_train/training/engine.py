@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kraken_train.config import LossConfig, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.kernels.selection import KERNELS_SETTING, use_kernels
 from kraken_train.model.cross_entropy import Losses
 from kraken_train.model.divergence import SoftTargets
@@ -35,6 +35,7 @@ from kraken_train.parallel.sharding import ShardedDim, sharded_dims
 from kraken_train.parallel.step_timer import BACKWARD, FORWARD, OPTIMIZER, REDUCTION, StepTimer
 from kraken_train.recipe.optimizers import MuonConfig
 from kraken_train.recipe.parametrization import STANDARD, Parametrization
+from kraken_train.settings.loss import LossConfig
 from kraken_train.training import deepspeed_internals
 from kraken_train.training.deepspeed_internals import (
     get_master_weight,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from kraken_train.config import AUTO, ParallelConfig
+from kraken_train.config import AUTO
+from kraken_train.settings.parallel import ParallelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CUDA_WITH_BF16 = (8, 0)  # compute capability of the first NVIDIA GPUs with bf16 units: A100

@@ -14,10 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.config import ProfileConfig
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.run.folder import RunFolder
 from kraken_train.run.layout import PROFILE_REQUEST, PROFILES
+from kraken_train.settings.inspection import ProfileConfig
 
 MOST_MEMORY_EVENTS = 200_000  # allocations and frees, the newest
 MOST_REQUESTED = 100  # steps; a trace of more is too large to be looked at

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from data_prep.tokenizers import load_tokenizer
 from kraken_train.common.errors import ConfigError
-from kraken_train.config import ValidationConfig
 from kraken_train.evaluation.likelihoods import shared_likelihoods
 from kraken_train.evaluation.live_suites import LiveSuites, scores_of
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.parallel.mesh import ParallelMesh
 from kraken_train.parallel.ranks import Runtime
+from kraken_train.settings.validation import ValidationConfig
 from kraken_train.training.metrics_logger import Record
 
 

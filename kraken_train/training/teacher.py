@@ -24,7 +24,7 @@ from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
 from kraken_train.common.settings import to_dict
 from kraken_train.common.validation import divisors
-from kraken_train.config import DistillConfig, TrainConfig
+from kraken_train.config import TrainConfig
 from kraken_train.inference.loading import load_part
 from kraken_train.kernels.selection import KERNELS_SETTING, choose_kernels
 from kraken_train.model.config import ModelConfig
@@ -32,6 +32,7 @@ from kraken_train.model.divergence import SoftTargets
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import even_share
 from kraken_train.parallel.communicator import Communicator
+from kraken_train.settings.loss import DistillConfig
 from kraken_train.training.precision import DTYPES
 
 

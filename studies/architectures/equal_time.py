@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from kraken_train.config import ParallelConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.planning.cluster import load_cluster
 from kraken_train.planning.layout import TrainingLayout
 from kraken_train.planning.roofline import predict_time
 from kraken_train.planning.traffic import predict_traffic
+from kraken_train.settings.parallel import ParallelConfig
 from studies.architectures.plan import Batch, Plan
 
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.config import HealthConfig
 from kraken_train.health.loss_monitor import LossMonitor, Trouble
 from kraken_train.health.stack_dump import Place, describe_stall
 from kraken_train.health.stragglers import LEAST_SECONDS, WINDOW, Change, Stragglers, describe_ranks
+from kraken_train.settings.health import HealthConfig
 
 HEALTH = HealthConfig(
     step_seconds=0,

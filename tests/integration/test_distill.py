@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from checkpoints.training.store import find_good_checkpoint, read_weights, stored_tensors
 from integration.training import learned, overrides, records
 from kraken_train.common.errors import CheckpointError, ConfigError
-from kraken_train.config import DistillConfig, ParallelConfig
 from kraken_train.data.dataset import TrainingData
 from kraken_train.data.validation_set import validation_sets
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig, padded_vocab_size
 from kraken_train.model.registry import build_model
+from kraken_train.settings.loss import DistillConfig
+from kraken_train.settings.parallel import ParallelConfig
 from kraken_train.training.resume import changed_settings
 from kraken_train.training.teacher import open_teacher
 

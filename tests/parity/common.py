@@ -12,16 +12,7 @@ import torch.distributed as dist
 from helpers import shareable_configs
 from plain_muon import PlainMuon
 
-from kraken_train.config import (
-    CheckpointConfig,
-    EngineConfig,
-    HealthConfig,
-    LossConfig,
-    ParallelConfig,
-    TrackingConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from kraken_train.config import TrainConfig
 from kraken_train.model.config import ModelConfig
 from kraken_train.model.initialization import scale_initial_weights, weight_kind
 from kraken_train.model.language_model import LanguageModel
@@ -32,6 +23,13 @@ from kraken_train.parallel.ranks import Runtime
 from kraken_train.recipe.optimizers import AdamWConfig, MuonConfig
 from kraken_train.recipe.parametrization import STANDARD, Parametrization, parametrization_of
 from kraken_train.recipe.schedules import ConstantSchedule
+from kraken_train.settings.checkpoint import CheckpointConfig
+from kraken_train.settings.engine import EngineConfig
+from kraken_train.settings.health import HealthConfig
+from kraken_train.settings.loss import LossConfig
+from kraken_train.settings.parallel import ParallelConfig
+from kraken_train.settings.tracking import TrackingConfig
+from kraken_train.settings.validation import ValidationConfig
 from kraken_train.training.engine import Engine
 from kraken_train.training.precision import reduce_dtype
 

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kraken_train.config import DistillConfig
 from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
@@ -28,6 +27,7 @@ from kraken_train.model.track_config import TrackConfig
 from kraken_train.parallel.distributed import make_communicator
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.planning.layout import TrainingLayout
+from kraken_train.settings.loss import DistillConfig
 from kraken_train.training import optim
 from kraken_train.training.engine import Engine
 from kraken_train.training.optim import LARGEST_BUCKET_DURING_BACKWARD

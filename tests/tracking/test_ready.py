@@ -10,7 +10,7 @@ import pytest
 from parity.common import settings
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.config import TrackingConfig
+from kraken_train.settings.tracking import TrackingConfig
 from kraken_train.tracking.ready import require_ready
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kraken_train.common.errors import ConfigError
-from kraken_train.config import ProfileConfig
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.run.folder import RunFolder
+from kraken_train.settings.inspection import ProfileConfig
 from kraken_train.training.profiler import StepProfiler, require_usable
 
 ONE_RANK = Runtime(0, 0, 1, 1)
