@@ -55,6 +55,9 @@ class DeriveConfig:
     # largest width of all heads of a layer relative to the base's, which decides the time of attention and the
     # key-value cache; null: heads as wide as the streams, as in the paper, 1.8 to 3.3 times the base's
     max_attention_cost: float | None
+    # width of the embedding and of the head of the Kraken to find, for example the base's hidden_size; null: the
+    # Kraken's own hidden_size, as in the paper
+    embedding_size: int | None
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -66,11 +69,19 @@ class DeriveConfig:
             )
         if self.max_attention_cost is not None:
             require_positive("max_attention_cost", self.max_attention_cost)
+        if self.embedding_size is not None:
+            require_positive("embedding_size", self.embedding_size)
+            require_choice("with embedding_size, architecture", self.architecture, with_embedding_size())
 
 
 def made_for_devices() -> tuple[str, ...]:
     """The architectures with a setting for the number of devices."""
     return tuple(name for name, schema in ARCHITECTURES.items() if schema.units_setting is not None)
+
+
+def with_embedding_size() -> tuple[str, ...]:
+    """Those of them whose embedding may have a width of its own."""
+    return tuple(name for name in made_for_devices() if "embedding_size" in ARCHITECTURES[name].setting_names())
 
 
 @dataclass(frozen=True)
@@ -154,16 +165,17 @@ def derive(
     tolerance: float = 0.02,
     max_attention_cost: float | None = None,
     architecture: str = DEFAULT_ARCHITECTURE,
+    embedding_size: int | None = None,
 ) -> list[Candidate]:
     """Models whose parameters differ from the base's by at most `tolerance` (a fraction), the best first.
 
-    `max_attention_cost` as in `DeriveConfig`. Raises ConfigError if the base is not a standard or parallel Transformer,
-    or if no width fits.
+    `max_attention_cost` and `embedding_size` as in `DeriveConfig`. Raises ConfigError if the base is not a standard or
+    parallel Transformer, or if no width fits.
     """
     if not base.is_baseline:
         raise ConfigError(f"model.architecture={base.architecture} is no base to derive from; use model=gpt2-124m or "
                           "another standard Transformer")  # fmt: skip
-    like = Likeness(base, architecture, num_sub_layers)
+    like = Likeness(base, architecture, num_sub_layers, embedding_size)
     if max_attention_cost is None:
         candidates = list(candidates_near(base, like, tolerance))
     else:
@@ -237,6 +249,7 @@ class Likeness:
     base: ModelConfig
     architecture: str
     num_sub_layers: int
+    embedding_size: int | None = None
 
     def model(self, width: int, heads: int, head_dim: int | None = None) -> ModelConfig:
         """One with heads and FFN of its own."""
@@ -247,14 +260,19 @@ class Likeness:
         for name in ("num_layers", "vocab_size", "context_length", "norm_epsilon"):
             settings[name] = getattr(base, name)
         settings["hidden_size"] = width
+        if self.embedding_size is not None:
+            settings["embedding_size"] = self.embedding_size
         return schema(**settings)
 
 
 def nearest_with_best_heads(
-    base: ModelConfig, num_sub_layers: int, architecture: str = DEFAULT_ARCHITECTURE
+    base: ModelConfig,
+    num_sub_layers: int,
+    architecture: str = DEFAULT_ARCHITECTURE,
+    embedding_size: int | None = None,
 ) -> Candidate:
     """The model with heads of 64 or 128 whose parameters are nearest to the base's, at any distance."""
-    like, candidates = Likeness(base, architecture, num_sub_layers), []
+    like, candidates = Likeness(base, architecture, num_sub_layers, embedding_size), []
     for width in range(min(BEST), 4 * base.hidden_size, min(BEST)):
         head_dim = max(k for k in BEST if width % k == 0)
         candidates.append(Candidate(like.model(width, width // head_dim), base))
@@ -296,7 +314,14 @@ def print_candidates(config: DeriveConfig) -> None:
     if config.model.get("vocab_size") is None:
         raise ConfigError("model.vocab_size is not set, and the parameters depend on it; give model.vocab_size=NUMBER")
     base = parse_model(config.model)
-    candidates = derive(base, config.num_sub_layers, config.tolerance, config.max_attention_cost, config.architecture)
+    candidates = derive(
+        base,
+        config.num_sub_layers,
+        config.tolerance,
+        config.max_attention_cost,
+        config.architecture,
+        config.embedding_size,
+    )
     console = Console(width=None if Console().is_terminal else 120)
     console.print(as_table(candidates))
     print(f"to train the first: python -m kraken_train.train {candidates[0].overrides}")
@@ -305,7 +330,9 @@ def print_candidates(config: DeriveConfig) -> None:
         slower = f", and slower ones where they are larger than {FASTEST_UP_TO}" if size > FASTEST_UP_TO else ""
         print(f"attention kernels compute its heads of {size} as heads of {computed_size(size)}{slower}")
     if candidates[0].config.head_size not in BEST:
-        faster = nearest_with_best_heads(candidates[0].base, config.num_sub_layers, config.architecture)
+        faster = nearest_with_best_heads(
+            candidates[0].base, config.num_sub_layers, config.architecture, config.embedding_size
+        )
         needed = round_up(abs(faster.difference))
         if needed < 1:
             print(

@@ -17,19 +17,22 @@ def network_warning(config: TrainConfig, model: ModelConfig, ranks_per_node: int
     size = config.parallel.sub_layer_parallel_size
     if ranks_per_node % size == 0:
         return None
-    all_reduces = sum(one.count for one in model.all_reduces)  # per micro-batch, forward and backward
     bytes_per_number = 4 if config.precision == "fp32" else 2  # precision=auto is a 16-bit format on GPUs
-    message_bytes = config.micro_batch_size * model.context_length * model.hidden_size * bytes_per_number
+    tokens = config.micro_batch_size * model.context_length
+    # Per micro-batch, forward and backward: all-reduces and the bytes of each.
+    messages = [(one.count, tokens * one.width * bytes_per_number) for one in model.all_reduces]
+    number = sum(count for count, _ in messages)
+    total_bytes = sum(count * message_bytes for count, message_bytes in messages)
     micro_batches = max(config.batch_sizes) // config.micro_batch_size
     within, between = (
-        all_reduces * read_interconnect(name).all_reduce_seconds(message_bytes, size)
-        for name in (WITHIN_NODE, BETWEEN_NODES)
+        sum(count * link.all_reduce_seconds(message_bytes, size) for count, message_bytes in messages)
+        for link in map(read_interconnect, (WITHIN_NODE, BETWEEN_NODES))
     )
     return (
         f"warning: parallel.sub_layer_parallel_size={size} does not divide ranks_per_node={ranks_per_node}, so ranks "
-        f"of a model replica communicate over the network: per micro-batch {all_reduces} all-reduces of "
-        f"{message_bytes / 1e6:,.3g} MB, which take {1e3 * between:,.3g} ms on {BETWEEN_NODES} and {1e3 * within:,.3g} "
-        f"ms on {WITHIN_NODE}; {all_reduces * message_bytes * micro_batches / 1e9:,.3g} GB per step over all "
+        f"of a model replica communicate over the network: per micro-batch {number} all-reduces of "
+        f"{total_bytes / 1e6:,.3g} MB in all, which take {1e3 * between:,.3g} ms on {BETWEEN_NODES} and "
+        f"{1e3 * within:,.3g} ms on {WITHIN_NODE}; {total_bytes * micro_batches / 1e9:,.3g} GB per step over all "
         f"{micro_batches} micro-batches. Place all ranks of a replica in one node"
     )
 

@@ -67,7 +67,7 @@ class FFNFirstConfig(ModelConfig):
 
     @property
     def all_reduces(self) -> tuple[AllReduces, ...]:
-        return (AllReduces("FFN and attention, and their gradients", 4 * self.num_layers),)
+        return (AllReduces("FFN and attention, and their gradients", 4 * self.num_layers, self.hidden_size),)
 
 
 class FFNFirstModel(LanguageModel):

@@ -54,7 +54,7 @@ def small_configs(vocab_size: int = 96, context_length: int = 24) -> dict[str, M
         "parallel-mqa": GPTConfig(hidden_size=24, num_heads=3, num_kv_heads=1, architecture="parallel", **common),
         "kraken-modern": KrakenConfig(
             3, hidden_size=20, heads_per_sub_layer=2, head_dim=8, ffn_hidden_size=28, tie_embeddings=False,
-            ffn_reads_stream=True, **common, **MODERN,
+            ffn_reads_stream=True, embedding_size=26, **common, **MODERN,
         ),
         "standard-modern": GPTConfig(
             hidden_size=20, num_heads=6, num_kv_heads=3, head_dim=8, ffn_hidden_size=30, **common, **MODERN
@@ -89,7 +89,8 @@ def shareable_configs() -> dict[str, ModelConfig]:
         "standard": GPTConfig(hidden_size=48, num_heads=4, **common),
         "parallel": GPTConfig(hidden_size=48, num_heads=8, num_kv_heads=4, architecture="parallel", **common),
         "kraken-modern": KrakenConfig(
-            4, hidden_size=28, heads_per_sub_layer=2, head_dim=8, ffn_reads_stream=True, **common, **MODERN
+            4, hidden_size=28, heads_per_sub_layer=2, head_dim=8, ffn_reads_stream=True, embedding_size=36, **common,
+            **MODERN,
         ),
         "standard-modern": GPTConfig(
             hidden_size=40, num_heads=8, num_kv_heads=4, head_dim=8, ffn_hidden_size=72, tie_embeddings=False,

@@ -231,7 +231,12 @@ def test_plain_settings_have_no_name_of_a_group() -> None:
 def test_models_that_are_compared_have_equal_sizes(size: str) -> None:
     """Each in the experiment of docs/quality.md: the same tokens and schedule, parameters within 1%."""
     sizes = []
-    for model in (f"kraken-{size}-4way-stream", f"kraken-{size}-4way-modern", f"gpt-{size}-modern"):
+    for model in (
+        f"kraken-{size}-4way-wide",
+        f"kraken-{size}-4way-stream",
+        f"kraken-{size}-4way-modern",
+        f"gpt-{size}-modern",
+    ):
         given = [f"experiment=quality-{size}", f"model={model}", "data_dir=data", "run_dir=run"]
         config = compose_command(given, TrainConfig, "train")
         sizes.append(parse_model(config.model).num_parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from conf_models import conf_model
 from helpers import REPOSITORY, run_here, user_error
 from hydra import compose, initialize_config_dir
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from kraken_train.common.errors import ConfigError
 from kraken_train.derive import Candidate, derive, nearest_with_best_heads
 from kraken_train.model.config import parse_model
+from kraken_train.model.registry import build_model
 from kraken_train.model.track_config import TrackConfig
 
 
@@ -92,6 +94,27 @@ def test_tracks(base_name: str) -> None:
         assert config.num_parameters == 4 * 12 * layer + 50304 * d + d
         assert abs(config.num_parameters / base.num_parameters - 1) <= 0.02
         assert 4 * heads <= 768
+
+
+def test_a_wider_embedding() -> None:
+    """It costs parameters, which the streams or their FFNs lack; weights are counted in a model."""
+    base = conf_model("gpt-10m-modern", 4096)
+    plain, wide = (derive(base, 4, max_attention_cost=1.0, embedding_size=size) for size in (None, base.hidden_size))
+    for candidate in wide:
+        with torch.device("meta"):
+            model = build_model(candidate.config)
+        assert candidate.config.embedding_size == model.token_embedding.weight.shape[1] == base.hidden_size
+        assert candidate.config.num_parameters == sum(weight.numel() for weight in model.parameters())
+        assert "model.embedding_size=288" in candidate.overrides.split()
+    ffns = {candidate.config.hidden_size: candidate.config.ffn_size for candidate in plain}
+    shared = [one for one in wide if one.config.hidden_size in ffns]
+    assert shared
+    assert all(one.config.ffn_size < ffns[one.config.hidden_size] for one in shared)
+    given = ["model=gpt-10m-modern", "model.vocab_size=4096", "num_sub_layers=4", "embedding_size=288"]
+    message = user_error(run_here("kraken_train.derive", *given, "architecture=track"))
+    assert "with embedding_size, architecture=track" in message
+    assert "kraken" in message
+    assert "embedding_size=0 must be" in user_error(run_here("kraken_train.derive", *given[:-1], "embedding_size=0"))
 
 
 def test_an_architecture_for_any_number_of_devices_is_refused() -> None:

@@ -41,8 +41,8 @@ from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.registry import build_model
 
 # 1 stored the baselines' attention.qkv.weight as (3, D, D); 3 added the settings of `LayerSettings`, 4
-# `ffn_reads_stream`.
-FORMAT_VERSION = 4
+# `ffn_reads_stream`, 5 `embedding_size`.
+FORMAT_VERSION = 5
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,8 +11,9 @@ search can reorder it. That makes the base models fit for backends that bring an
 as vLLM's Transformers backend: `AutoModel` is in `auto_map`, keyword arguments pass through all modules down to that
 function, and `_supports_attention_backend` is set. There is no plan for tensor or pipeline parallelism.
 
-Shapes: N sub-layers, B batch, T new tokens, S tokens seen so far, D hidden size, H heads of a sub-layer (of a layer in
-the baselines), G <= H key-value heads, K head dimension, V vocabulary size.
+Shapes: N sub-layers, B batch, T new tokens, S tokens seen so far, D hidden size, E width of the embedding (D unless the
+model has an `embedding_size`), H heads of a sub-layer (of a layer in the baselines), G <= H key-value heads, K head
+dimension, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.4", "This model's file builds on it: pip install -U transformers")
 import transformers.initialization as init  # noqa: E402 (older versions have none)
 
-# Of config.json and the weights; 3 added the settings of layers other than GPT-2's, 4 `ffn_reads_stream`.
-FORMAT_VERSION = 4
+# Of config.json and the weights; 3 added the settings of layers other than GPT-2's, 4 `ffn_reads_stream`, 5
+# `embedding_size`.
+FORMAT_VERSION = 5
 INITIAL_STD = 0.02
 
 
@@ -145,6 +147,11 @@ class KrakenConfig(PretrainedConfig):
         return int(getattr(self, self.layer_class.kv_heads_setting) or self.heads_per_stream)
 
     # Under the names by which caches and inference servers ask for them:
+
+    @property
+    def embedding_width(self) -> int:
+        """Of the embeddings, and of what the head reads."""
+        return int(getattr(self, "embedding_size", None) or self.hidden_size)
 
     @property
     def num_attention_heads(self) -> int:
@@ -310,6 +317,10 @@ class StackedLinear(nn.Module):
         return product.view(n, batch, tokens, -1)
 
 
+class EmbeddingMaps(StackedLinear):
+    """A map from the embedding into each stream, (N, B, T, E) -> (N, B, T, D)."""
+
+
 class StackedNorm(nn.Module):
     """N norms, each with a gain of its own, over the last axis of (N, ..., size)."""
 
@@ -382,7 +393,7 @@ class KrakenLayer(GradientCheckpointingLayer):
 
     settings: ClassVar[dict[str, Any]] = {  # of this architecture, with their defaults
         "ffn_multiplier": 2, "num_sub_layers": 2, "heads_per_sub_layer": 2, "kv_heads_per_sub_layer": None,
-        "ffn_reads_stream": False,
+        "ffn_reads_stream": False, "embedding_size": None,
     }  # fmt: skip
     streams_setting: ClassVar[str | None] = "num_sub_layers"
     has_conjunction: ClassVar[bool] = True
@@ -391,7 +402,8 @@ class KrakenLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: KrakenConfig, layer_idx: int) -> None:
         super().__init__()
-        self.is_first = layer_idx == 0
+        # Streams that start as the embedding are equal before the first layer, and it counts once, not N times.
+        self.reads_embedding = layer_idx == 0 and getattr(config, "embedding_size", None) is None
         self.attention = StackedAttention(config, layer_idx)
         self.ffn = StackedFFN(config, getattr(config, "ffn_reads_stream", False))
 
@@ -407,8 +419,7 @@ class KrakenLayer(GradientCheckpointingLayer):
         return total
 
     def forward(self, streams: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        # All streams start as the embedding, and it counts once, not N times.
-        total = streams[0] if self.is_first else streams.sum(dim=0)
+        total = streams[0] if self.reads_embedding else streams.sum(dim=0)
         attended, weights = self.attention(streams, **kwargs)
         return self.ffn(streams, attended, total), weights
 
@@ -678,16 +689,20 @@ class KrakenModel(PreTrainedModel):
 
     def __init__(self, config: KrakenConfig) -> None:
         super().__init__(config)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        width = config.embedding_width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
         learned = config.positions == "learned"
-        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size) if learned else None
+        self.position_embedding = nn.Embedding(config.context_length, width) if learned else None
         # Not `config.layer_class`: vLLM sends configurations to its processes with a copy of their class, and of all
         # that the class uses, without the source.
         layer_class = LAYERS[config.architecture]
+        self.embedding_maps = None
+        if getattr(config, "embedding_size", None) is not None:
+            self.embedding_maps = EmbeddingMaps(config.num_sub_layers, width, config.hidden_size)
         self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_layers))
         if layer_class.has_conjunction:
-            self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, config.hidden_size)
-        self.final_norm = plain_norm(config)
+            self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, width)
+        self.final_norm = Norm(config.norm, width, config.norm_epsilon)
         self.gradient_checkpointing = False
         self.build_head(config)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -714,7 +729,7 @@ class KrakenModel(PreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Token ids (B, T) -> `last_hidden_state` (B, T, D), which is what the head takes.
+        """Token ids (B, T) -> `last_hidden_state` (B, T, E), which is what the head takes.
 
         `attention_mask` (B, S) has 0 for padding, on either side. `hidden_states` are the embedding, the sum over
         sub-layers after each layer but the last, and the last hidden state.
@@ -753,6 +768,8 @@ class KrakenModel(PreTrainedModel):
 
         layer_class = self.config.layer_class
         state = layer_class.begin(embedding, self.config)
+        if self.embedding_maps is not None:
+            state = self.embedding_maps(state)
         states, all_weights = [embedding], []
         for layer in self.layers:
             state, weights = layer(
@@ -824,6 +841,8 @@ class KrakenModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, StackedLinear | QKVLinear | nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=INITIAL_STD)
+        if isinstance(module, EmbeddingMaps):  # a stream has the variance of the embedding
+            init.normal_(module.weight, mean=0.0, std=module.weight.shape[-1] ** -0.5)
         # A layer's parts come before the layer.
         if isinstance(module, KrakenLayer | GPTLayer):
             depth = self.config.num_layers * self.config.streams
@@ -857,7 +876,7 @@ class KrakenForCausalLM(KrakenModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "token_embedding.weight"}  # noqa: RUF012
 
     def build_head(self, config: KrakenConfig) -> None:
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.embedding_width, config.vocab_size, bias=False)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -49,7 +49,7 @@ def serving_memory(
     tokens = batch_size * (prompt_tokens or capacity)
     inner = max(part.shape[-2] for name, part in model.named_parameters() if name.endswith("ffn.up.weight"))
     inner *= 2 if config.ffn == "gelu" else 3
-    per_token = rows * (4 * config.hidden_size + inner) + 2 * config.hidden_size
+    per_token = rows * (4 * config.hidden_size + inner) + 2 * config.embedding_width
     activations = tokens * per_token + 2 * batch_size * config.vocab_size
     return ServingMemory(*(values * dtype.itemsize for values in (weights, cache, activations)))
 

@@ -63,7 +63,7 @@ class LayerPart:
 
 @dataclass(frozen=True)
 class AllReduces:
-    """All-reduces of (batch, tokens, hidden_size) among the ranks of a model copy, in each micro-batch.
+    """All-reduces of (batch, tokens, width) among the ranks of a model copy, in each micro-batch.
 
     Half of the `count` belong to the forward pass and half to the backward pass. `behind` names the part of the layer
     that is computed meanwhile; None: the ranks wait.
@@ -71,6 +71,7 @@ class AllReduces:
 
     purpose: str
     count: int
+    width: int
     behind: str | None = None
 
 
@@ -232,6 +233,11 @@ class ModelConfig(LayerSettings, ABC):
         return 64
 
     @property
+    def embedding_width(self) -> int:
+        """Width of the embedding, and of what the head reads."""
+        return self.hidden_size
+
+    @property
     def attention_width(self) -> int:
         """Width of all heads of a layer together: the cost of attention is proportional to it."""
         return self.num_streams * self.query_size
@@ -244,30 +250,30 @@ class ModelConfig(LayerSettings, ABC):
     @property
     def num_parameters(self) -> int:
         """All weights: matrices with the head, embeddings and norms."""
-        embeddings = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        embeddings = 0 if self.tie_embeddings else self.vocab_size * self.embedding_width
         if self.positions == "learned":
-            embeddings += self.context_length * self.hidden_size
+            embeddings += self.context_length * self.embedding_width
         return self.matrix_parameters + embeddings + self.norm_parameters
 
     @property
     def norm_parameters(self) -> int:
         """Weights of all norms."""
         qk_norms = 2 * self.num_layers * self.num_streams * self.head_size if self.qk_norm else 0
-        return self.hidden_norms * self.hidden_size + qk_norms
+        return (self.hidden_norms - 1) * self.hidden_size + self.embedding_width + qk_norms
 
     @property
     def matrix_parameters(self) -> int:
         """Parameters that each token is multiplied with: the layers' matrices and the head."""
         layer = sum(matrix.parameters for part in self.layer_parts(1).values() for matrix in part.matrices)
-        last = sum(matrix.parameters for matrix in self.last_matrices(1))
-        return self.num_layers * layer + last + self.vocab_size * self.hidden_size
+        once = sum(matrix.parameters for matrix in (*self.first_matrices(1), *self.last_matrices(1)))
+        return self.num_layers * layer + once + self.vocab_size * self.embedding_width
 
     # Declarations
 
     @property
     @abstractmethod
     def hidden_norms(self) -> int:
-        """Norms over the hidden size in the whole model, the last one included."""
+        """Norms in the whole model but those of queries and keys. The one before the head is counted too."""
 
     @property
     @abstractmethod
@@ -305,6 +311,10 @@ class ModelConfig(LayerSettings, ABC):
     def ffn_passes(self, streams: int, ranks: int) -> tuple[tuple[Passes, float], ...]:
         """Element-wise operations between the products of the FFN, with their widths."""
         return ((GELU if self.ffn == "gelu" else SWIGLU, streams * self.ffn_size / ranks),)
+
+    def first_matrices(self, ranks: int) -> tuple[Matrix, ...]:
+        """What there is once on one of `ranks` ranks, between the embedding and the layers."""
+        return ()
 
     def last_matrices(self, ranks: int) -> tuple[Matrix, ...]:
         """What there is once on one of `ranks` ranks, between the layers and the head."""

@@ -3,7 +3,7 @@
 Sharded, each rank looks up the tokens and computes the logits of its own rows, and no rank ever holds the logits of all
 (Megatron-LM, arXiv 1909.08053, section 3). The loss is the same; `kraken_train.model.cross_entropy` computes it.
 
-Shapes: B batch, T tokens, D hidden size, V vocabulary size, v rows of it here.
+Shapes: B batch, T tokens, E width of the embedding, V vocabulary size, v rows of it here.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from kraken_train.parallel.weight_role import WeightRole
 
 
 class Vocabulary(nn.Module):
-    """Holds the rows `rows` of a (V, D) matrix: of the embedding, of the head, or of both if they are tied."""
+    """Holds the rows `rows` of a (V, E) matrix: of the embedding, of the head, or of both if they are tied."""
 
     weight_role = WeightRole.EMBEDDING
 
-    def __init__(self, rows: UnitRange, hidden_size: int, communicator: Communicator) -> None:
+    def __init__(self, rows: UnitRange, width: int, communicator: Communicator) -> None:
         super().__init__()
         self.rows = rows
         self.sharded_dim = None if rows.is_whole else ShardedDim(rows, axis=0)
         self.communicator = communicator
-        self.weight = nn.Parameter(torch.empty(rows.count, hidden_size))
+        self.weight = nn.Parameter(torch.empty(rows.count, width))
         self.cross_entropy = CrossEntropy(rows, communicator)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D)."""
+        """(B, T) -> (B, T, E)."""
         if self.rows.is_whole:
             return F.embedding(ids, self.weight)
         local, here = self.rows.local(ids)
         return self.communicator.all_reduce(F.embedding(local, self.weight) * here[..., None])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, V), on every rank."""
+        """(B, T, E) -> (B, T, V), on every rank."""
         if self.rows.is_whole:
             return F.linear(hidden, self.weight)
         after = self.rows.total - self.rows.first - self.rows.count
         return self.communicator.all_reduce(F.pad(self.local_logits(hidden), (self.rows.first, after)))
 
     def losses(self, hidden: Tensor, targets: Tensor, z_weight: float, soft: SoftTargets | None = None) -> Losses:
-        """The sums of `token_losses`, of the z-loss and of the divergence from `soft` (B, T, E), with gradients."""
+        """The sums of `token_losses`, of the z-loss and of the divergence from `soft`, with gradients."""
         shared = hidden if self.rows.is_whole else self.communicator.copy_to_ranks(hidden)
         if soft is not None:
             soft = soft._replace(hidden=soft.hidden.flatten(0, 1))
@@ -59,5 +59,5 @@ class Vocabulary(nn.Module):
         return losses.view(targets.shape)
 
     def local_logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, v)."""
+        """(B, T, E) -> (B, T, v)."""
         return F.linear(self.communicator.copy_to_ranks(hidden), self.weight)

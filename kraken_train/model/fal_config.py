@@ -31,7 +31,7 @@ class FALConfig(TensorParallelConfig):
 
     @property
     def all_reduces(self) -> tuple[AllReduces, ...]:
-        return (AllReduces("attention with FFN, and their gradients", 2 * (self.num_layers + 1)),)
+        return (AllReduces("attention with FFN, and their gradients", 2 * (self.num_layers + 1), self.hidden_size),)
 
     @property
     def copied_gains(self) -> int:

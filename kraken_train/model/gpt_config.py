@@ -56,7 +56,8 @@ class GPTConfig(TensorParallelConfig):
 
     @property
     def all_reduces(self) -> tuple[AllReduces, ...]:
-        return (AllReduces("attention and FFN, and their gradients", 2 * self.form.all_reduces * self.num_layers),)
+        count = 2 * self.form.all_reduces * self.num_layers
+        return (AllReduces("attention and FFN, and their gradients", count, self.hidden_size),)
 
     @property
     def copied_gains(self) -> int:

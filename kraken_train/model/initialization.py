@@ -1,7 +1,7 @@
 """Initial weights that depend on the run's seed and a weight's global identity, never on the rank that holds it.
 
 normal(0, 0.02); projections that add to a residual stream normal(0, 0.02 / sqrt(2 depth)), depth being L N for
-Kraken (as in the authors' code) and L for the baselines; norms 1.
+Kraken (as in the authors' code) and L for the baselines; norms 1. A module with an `initial_std` has that instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def initialize(model: nn.Module, seed: int, residual_depth: int) -> None:
     parameters that has no role.
     """
     for name, module in model.named_modules():
-        std = STANDARD_DEVIATION
+        std = getattr(module, "initial_std", STANDARD_DEVIATION)
         if name.endswith(RESIDUAL_PROJECTIONS):
             std /= math.sqrt(2 * residual_depth)
         role = weight_role(module)

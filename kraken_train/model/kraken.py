@@ -7,15 +7,17 @@ Inference", NeurIPS 2024, arXiv 2408.07802, section 3.
     layer l > 1  s = sum_j x_j;  a_i = MHA_i(LN1_i(x_i));  x_i = x_i + a_i + FFN_i(LN2_i(a_i + s))
     conjunction  y = sum_i W_i x_i;  logits = LN(y) E^T
 
-With `ffn_reads_stream`, which is not the paper's, every FFN reads LN2_i(x_i + a_i + s), s = e in layer 1.
+Two settings are not the paper's. With `ffn_reads_stream` every FFN reads LN2_i(x_i + a_i + s), s = e in layer 1. With
+`embedding_size` e and y are wider than the streams, which start as x_i = M_i e; layer 1 is then like the others.
 
 The all-reduce of the sum s starts before the attention and is needed only after it, so the attention hides it.
 
-Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, V vocabulary size.
+Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, E width of the embedding (default: D).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,10 +55,13 @@ class KrakenModel(LanguageModel):
     ) -> None:
         super().__init__(config, communicator or LocalCommunicator(), vocabulary)
         self.units = units or all_units(config.num_sub_layers)
+        self.embedding_maps = None
+        if config.embedding_size is not None:
+            self.embedding_maps = EmbeddingMaps(self.units, config.embedding_size, config.hidden_size)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             KrakenLayer(config, self.units, self.communicator) for _ in range(config.num_layers)
         )
-        self.conjunction = Conjunction(self.units, config.hidden_size, config.hidden_size)
+        self.conjunction = Conjunction(self.units, config.hidden_size, config.embedding_width)
         initialize(self, seed, residual_depth=config.num_layers * config.num_sub_layers)
 
     @property
@@ -64,14 +69,20 @@ class KrakenModel(LanguageModel):
         return self.units.count, self.config.kv_heads, self.config.head_size
 
     def hidden(self, embedding: Tensor, rotary: Rotary | None, scopes: Sequence[AttentionScope | None]) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(B, T, E) -> (B, T, E)."""
         embedding = self.communicator.copy_to_ranks(embedding)
-        # x_i, (n, B, T, D): laid out as in every later layer, so that one compilation serves all.
-        streams = Streams(embedding.expand(self.units.count, -1, -1, -1).contiguous())
-        total: Tensor | None = embedding  # all streams start as the embedding, and it counts once, not N times
+        streams = Streams(self.first_streams(embedding))
+        # Where all streams start as the embedding it counts once, not N times.
+        total: Tensor | None = embedding if self.embedding_maps is None else None
         for layer, follower, scope in zip(self.layers, [*self.layers, None][1:], scopes, strict=True):
             streams, total = layer(streams, total, rotary, scope, follower), None
         return self.communicator.all_reduce(self.conjunction(streams.x).sum(dim=0))
+
+    def first_streams(self, embedding: Tensor) -> Tensor:
+        """x_i before the first layer, (B, T, E) -> (n, B, T, D)."""
+        # Laid out as in every later layer, so that one compilation serves all.
+        copies = embedding.expand(self.units.count, -1, -1, -1).contiguous()
+        return copies if self.embedding_maps is None else self.embedding_maps(copies)
 
     def use_fused_kernels(self) -> bool:
         if not fits_kernels(self.units.count, self.config.hidden_size):
@@ -83,6 +94,16 @@ class KrakenModel(LanguageModel):
                 if isinstance(module, KrakenLayer | StackedAttention | StackedFFN):
                     module.kernels = FusedKernels
         return True
+
+
+class EmbeddingMaps(StackedLinear):
+    """M_i of all sub-layers here. At the start a stream has the variance of the embedding."""
+
+    weight_kind = WeightKind.EMBEDDING_MAP
+
+    @property
+    def initial_std(self) -> float:
+        return math.sqrt(1 / self.weight.shape[-1])
 
 
 class Conjunction(StackedLinear):

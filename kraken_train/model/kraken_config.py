@@ -27,6 +27,7 @@ class KrakenConfig(ModelConfig):
     The product `num_sub_layers * heads_per_sub_layer` is the total number of heads of a layer. Parameters of the
     paper's models, with d = hidden_size, k the width of the keys, m = ffn_multiplier:
     L N ((2 + 2m) d^2 + 2dk + 2d) + V d + T d + N d^2 + d for sub-layers, embeddings, conjunction and final norm.
+    With e = embedding_size the last four are V e + T e + 2N d e + e, of which N d e are the maps into the streams.
     """
 
     num_sub_layers: int  # narrow sub-layers of each layer; sub-layer parallelism divides them
@@ -44,6 +45,9 @@ class KrakenConfig(ModelConfig):
     # the FFN reads the sub-layer's own stream beside its attention and the sum, LN2_i(x_i + a_i + s) instead of
     # LN2_i(a_i + s); false: as in the paper
     ffn_reads_stream: bool = False
+    # width of the embeddings and of the head; each sub-layer has a map from it into its stream, and the conjunction
+    # leads back to it; null: hidden_size without maps, as in the paper
+    embedding_size: int | None = None
     architecture: str = "kraken"  # class of the model
 
     architectures = ("kraken",)
@@ -57,6 +61,10 @@ class KrakenConfig(ModelConfig):
     @property
     def num_streams(self) -> int:
         return self.num_sub_layers
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding_size or self.hidden_size
 
     @property
     def hidden_norms(self) -> int:
@@ -79,16 +87,26 @@ class KrakenConfig(ModelConfig):
             FFN: LayerPart(self.ffn_matrices(here, 1), ffn),
         }
 
+    def first_matrices(self, ranks: int) -> tuple[Matrix, ...]:
+        """The maps from the embedding into the streams, if it has a width of its own."""
+        if self.embedding_size is None:
+            return ()
+        return (Matrix(self.embedding_size, self.hidden_size, self.num_sub_layers // ranks),)
+
     def last_matrices(self, ranks: int) -> tuple[Matrix, ...]:
         """The conjunction."""
-        return (Matrix(self.hidden_size, self.hidden_size, self.num_sub_layers // ranks),)
+        return (Matrix(self.hidden_size, self.embedding_width, self.num_sub_layers // ranks),)
 
     @property
     def all_reduces(self) -> tuple[AllReduces, ...]:
-        """The sum over the sub-layers hides behind the attention of the next layer; the first layer has none."""
+        """The sum over the sub-layers hides behind the attention of the next layer.
+
+        The first layer has none where all streams start as the embedding.
+        """
+        sums = self.num_layers - (self.embedding_size is None)
         return (
-            AllReduces("sum of the sub-layers, and of its gradient", 2 * (self.num_layers - 1), behind=ATTENTION),
-            AllReduces("conjunction, and gradient of the embedding", 2),
+            AllReduces("sum of the sub-layers, and of its gradient", 2 * sums, self.hidden_size, behind=ATTENTION),
+            AllReduces("conjunction, and gradient of the embedding", 2, self.embedding_width),
         )
 
     @property

@@ -48,12 +48,12 @@ class LadderConfig(TensorParallelConfig):
     @property
     def all_reduces(self) -> tuple[AllReduces, ...]:
         """A sum hides behind the part after it where that is of a ladder layer; there is none after the last FFN."""
-        layers, ladders = self.num_layers, self.num_ladder_layers
+        layers, ladders, width = self.num_layers, self.num_ladder_layers, self.hidden_size
         hidden = ladders + min(ladders, layers - 1)  # sums forward: of attention, and of the FFN of the layer before
         return (
-            AllReduces("attention, and its gradient", 2 * ladders, behind=FFN),
-            AllReduces("FFN, and its gradient", 2 * min(ladders, layers - 1), behind=ATTENTION),
-            AllReduces("those exposed, as of the last FFN", 2 * (2 * layers - hidden)),
+            AllReduces("attention, and its gradient", 2 * ladders, width, behind=FFN),
+            AllReduces("FFN, and its gradient", 2 * min(ladders, layers - 1), width, behind=ATTENTION),
+            AllReduces("those exposed, as of the last FFN", 2 * (2 * layers - hidden), width),
         )
 
     @property

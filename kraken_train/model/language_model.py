@@ -1,6 +1,7 @@
 """What all architectures share: embeddings in, layers, the head and the loss out.
 
-Shapes: B batch, T tokens, D hidden size, V vocabulary size.
+Shapes: B batch, T tokens, E width of the embedding, which is the hidden size unless a model says otherwise,
+V vocabulary size.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kraken_train.parallel.sharding import UnitRange, all_units
 class LanguageModel(nn.Module):
     """What Kraken and the baselines share: embeddings in, the head and the loss out.
 
-    A subclass has `layers` and turns the embedding into the last hidden state, (B, T, D) -> (B, T, D), layer by layer.
+    A subclass has `layers` and turns the embedding into the last hidden state, (B, T, E) -> (B, T, E), layer by layer.
     """
 
     layers: Sequence[Layer]
@@ -34,7 +35,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.communicator = communicator
         self.context_length = config.context_length
-        rows, width = vocabulary or all_units(config.vocab_size), config.hidden_size
+        rows, width = vocabulary or all_units(config.vocab_size), config.embedding_width
         self.token_embedding = Vocabulary(rows, width, communicator)
         self.position_embedding = nn.Embedding(config.context_length, width) if config.positions == "learned" else None
         self.final_norm = FinalNorm(config)
@@ -83,7 +84,7 @@ class LanguageModel(nn.Module):
     def last_hidden(
         self, input_ids: Tensor, caches: Sequence[AttentionScope] | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Token ids (B, T) -> what the head sees, (B, T, D)."""
+        """Token ids (B, T) -> what the head sees, (B, T, E)."""
         documents = None
         if self.end_of_document is not None and caches is None:
             documents = Documents.of(input_ids, self.end_of_document)
@@ -122,7 +123,7 @@ class LanguageModel(nn.Module):
     ) -> Losses:
         """The means over the targets that count; `z_weight` is the weight of the z-loss (see `model.cross_entropy`).
 
-        `soft` are the predictions of a teacher for these tokens, its hidden states (B, T, E).
+        `soft` are the predictions of a teacher for these tokens.
         """
         counted = (targets != IGNORED).sum()
         sums = self.head.losses(self.last_hidden(input_ids), targets, z_weight, soft)

@@ -74,13 +74,13 @@ class Layer(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm without bias or RMSNorm, as `config.norm` says, over the last axis of (..., D)."""
+    """LayerNorm without bias or RMSNorm, as `config.norm` says, over the last axis, of `size` (default: D) values."""
 
     weight_role = WeightRole.NORM
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, size: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(size or config.hidden_size))
         self.normalize = NORMALIZE[config.norm]
         self.epsilon = config.norm_epsilon
 
@@ -92,6 +92,9 @@ class FinalNorm(Norm):
     """The norm before the head."""
 
     weight_kind = WeightKind.FINAL_NORM
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, config.embedding_width)
 
 
 class StackedLinear(nn.Module):

@@ -80,7 +80,7 @@ class TrackConfig(ModelConfig):
 
     @property
     def all_reduces(self) -> tuple[AllReduces, ...]:
-        return (AllReduces("sum of the tracks, and of its gradient", 2 * self.sums),)
+        return (AllReduces("sum of the tracks, and of its gradient", 2 * self.sums, self.hidden_size),)
 
     @property
     def title(self) -> str:

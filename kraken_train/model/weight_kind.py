@@ -10,6 +10,7 @@ from enum import Enum
 
 class WeightKind(Enum):
     EMBEDDING = "embedding"  # rows, one for each token or position; the head too, tied or not
+    EMBEDDING_MAP = "embedding map"  # from an embedding of another width; its initial values follow that width
     HIDDEN = "hidden"  # a matrix between activations whose number grows with the width
     RESIDUAL = "residual"  # the last matrix of a branch, which adds to a residual stream
     CONJUNCTION = "conjunction"  # the matrices that make one stream of all, before the final norm

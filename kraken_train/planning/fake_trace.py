@@ -108,7 +108,7 @@ def fake_head(layout: TrainingLayout) -> Tensor | None:
     teacher = layout.teacher
     if teacher is None:
         return None
-    return torch.empty(layout.vocabulary_rows(teacher.vocab_size), teacher.hidden_size, dtype=layout.dtype)
+    return torch.empty(layout.vocabulary_rows(teacher.vocab_size), teacher.embedding_width, dtype=layout.dtype)
 
 
 def fake_soft_targets(ids: Tensor, head: Tensor | None) -> SoftTargets | None:

@@ -145,8 +145,8 @@ def products(config: ModelConfig, layout: TrainingLayout) -> tuple[dict[str, lis
         return [Product(tokens, matrix.in_features, matrix.out_features, matrix.count) for matrix in matrices]
 
     parts = {name: with_tokens(part.matrices) for name, part in config.layer_parts(ranks).items()}
-    head = Matrix(config.hidden_size, layout.vocabulary_rows(config.vocab_size))
-    return parts, with_tokens([*config.last_matrices(ranks), head])
+    head = Matrix(config.embedding_width, layout.vocabulary_rows(config.vocab_size))
+    return parts, with_tokens([*config.first_matrices(ranks), *config.last_matrices(ranks), head])
 
 
 def attention_seconds(config: ModelConfig, layout: TrainingLayout, cluster: Cluster) -> tuple[float, float]:
@@ -182,7 +182,7 @@ def loss_bytes(config: ModelConfig, layout: TrainingLayout) -> float:
     """Bytes moved in a micro-batch for the logits, and for the weight's gradient, to which each chunk adds in fp32."""
     tokens = layout.micro_batch_size * config.context_length
     rows = layout.vocabulary_rows(config.vocab_size)
-    weight = rows * config.hidden_size
+    weight = rows * config.embedding_width
     chunks = loss_chunks(config, layout)
     return LOSS / 2 * layout.width * tokens * rows + weight * (chunks * (2 * layout.width + 2 * FP32) + 4 * FP32)
 

@@ -48,16 +48,16 @@ def predict_pass(config: ModelConfig, ranks: int, load: Load, cluster: Cluster, 
     tokens = load.sequences * load.new_tokens
     parts = serving_part_seconds(config, ranks, load, cluster, precision)
     # The head is computed for the last token of each sequence.
-    head = Matrix(config.hidden_size, layout.vocabulary_rows(config.vocab_size))
+    head = Matrix(config.embedding_width, layout.vocabulary_rows(config.vocab_size))
     computed = config.num_layers * sum(parts.values())
-    computed += seconds_of(config.last_matrices(ranks), tokens, cluster, layout)
+    computed += seconds_of((*config.first_matrices(ranks), *config.last_matrices(ranks)), tokens, cluster, layout)
     computed += seconds_of([head], load.sequences, cluster, layout)
     if ranks == 1:
         return PassTime(computed, 0.0, 0.0)
     link = cluster.interconnect(ranks, 1)
-    one = link.all_reduce_seconds(tokens * config.hidden_size * layout.width, ranks)
     exposed, hidden = link.all_gather_seconds(winner_bytes(load, ranks), ranks), 0.0
     for reduced in config.all_reduces:
+        one = link.all_reduce_seconds(tokens * reduced.width * layout.width, ranks)
         behind = 0.0 if reduced.behind is None else min(one, parts[reduced.behind])
         exposed += reduced.count / 2 * (one - behind)  # the other half belongs to the backward pass
         hidden += reduced.count / 2 * behind

@@ -25,12 +25,13 @@ def teacher_traffic(teacher: ModelConfig, layout: TrainingLayout) -> Iterator[Co
     if ranks == 1:
         return
     tokens = layout.micro_batch_size * teacher.context_length
-    hidden = tokens * teacher.hidden_size * layout.width
     for reduced in teacher.all_reduces:
         if forward := reduced.count // 2 * steps:
-            yield Collective("forward pass of the teacher", "all-reduce", COPY, hidden, forward, reduced.behind)
+            size = tokens * reduced.width * layout.width
+            yield Collective("forward pass of the teacher", "all-reduce", COPY, size, forward, reduced.behind)
     if layout.vocab_parallel:
-        yield Collective("embedding of the teacher", "all-reduce", COPY, hidden, steps)
+        size = tokens * teacher.embedding_width * layout.width
+        yield Collective("embedding of the teacher", "all-reduce", COPY, size, steps)
         chunks = loss_chunks(teacher, layout)
         numbers = 3 * FP32 * ranks * -(-tokens // chunks)
         yield Collective("divergence from the teacher", "all-gather", COPY, numbers, chunks * steps)

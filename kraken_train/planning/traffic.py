@@ -1,7 +1,7 @@
 """The communication of an optimizer step: its collectives, their number and their bytes.
 
-Among the devices of a model copy, for each micro-batch of B x T tokens: the all-reduces of (B, T, D) that the
-architecture declares (`ModelConfig.all_reduces`). Among the copies: the sum of the fp32 gradients and the updated
+Among the devices of a model copy, for each micro-batch of B x T tokens: the all-reduces that the architecture declares
+(`ModelConfig.all_reduces`). Among the copies: the sum of the fp32 gradients and the updated
 weights. Left out are collectives of a few numbers (loss, norm), and sums of gradients over a single copy, which
 transfer nothing.
 """
@@ -72,15 +72,16 @@ def within_copy(config: ModelConfig, layout: TrainingLayout) -> Iterator[Collect
     if ranks == 1:
         return
     tokens = layout.micro_batch_size * config.context_length
-    hidden = tokens * config.hidden_size * layout.width
     for reduced in config.all_reduces:
         if reduced.count:
-            yield Collective(reduced.purpose, "all-reduce", COPY, hidden, reduced.count * steps, reduced.behind)
+            size = tokens * reduced.width * layout.width
+            yield Collective(reduced.purpose, "all-reduce", COPY, size, reduced.count * steps, reduced.behind)
     if config.copied_gains:
         gains = layout.width * config.copied_gains
         yield Collective("gradients of the gains of norms", "all-reduce", COPY, gains, steps)
     if layout.vocab_parallel:
-        yield Collective("embedding, and gradient of the head", "all-reduce", COPY, hidden, 2 * steps)
+        size = tokens * config.embedding_width * layout.width
+        yield Collective("embedding, and gradient of the head", "all-reduce", COPY, size, 2 * steps)
         chunks = loss_chunks(config, layout)
         numbers = 2 * FP32 * ranks * -(-tokens // chunks)
         yield Collective("loss", "all-gather", COPY, numbers, chunks * steps)

@@ -40,21 +40,20 @@ class Parametrization:
 
     def multipliers(self, kind: WeightKind) -> Multipliers:
         width, depth, streams = self.width, self.depth, self.streams
-        match kind:
-            case WeightKind.EMBEDDING:
-                return Multipliers(1.0, 1.0, 1 / width)
-            case WeightKind.HIDDEN:
-                return Multipliers(1 / math.sqrt(width), 1 / width, 1 / (width * depth * streams))
-            case WeightKind.RESIDUAL:
-                # The standard values fall with sqrt(depth * streams); from the base to here they fall with depth alone.
-                initial = math.sqrt(streams / depth) / math.sqrt(width)
-                return Multipliers(initial, 1 / (width * depth), 1 / (width * streams))
-            case WeightKind.CONJUNCTION:
-                return Multipliers(1 / (math.sqrt(width) * streams), 1 / (width * streams), 1 / width)
-            case WeightKind.NORM:
-                return Multipliers(1.0, 1.0, 1 / (width * depth * streams))
-            case WeightKind.FINAL_NORM:  # the head's factor 1 / width
-                return Multipliers(1 / width, 1 / width, 1.0)
+        rules = {
+            WeightKind.EMBEDDING: Multipliers(1.0, 1.0, 1 / width),
+            # Its standard initial values fall with the width of the embedding already.
+            WeightKind.EMBEDDING_MAP: Multipliers(1.0, 1 / width, 1 / (width * streams)),
+            WeightKind.HIDDEN: Multipliers(1 / math.sqrt(width), 1 / width, 1 / (width * depth * streams)),
+            # The standard values fall with sqrt(depth * streams); from the base to here they fall with depth alone.
+            WeightKind.RESIDUAL: Multipliers(
+                math.sqrt(streams / depth) / math.sqrt(width), 1 / (width * depth), 1 / (width * streams)
+            ),
+            WeightKind.CONJUNCTION: Multipliers(1 / (math.sqrt(width) * streams), 1 / (width * streams), 1 / width),
+            WeightKind.NORM: Multipliers(1.0, 1.0, 1 / (width * depth * streams)),
+            WeightKind.FINAL_NORM: Multipliers(1 / width, 1 / width, 1.0),  # the head's factor 1 / width
+        }
+        return rules[kind]
 
 
 STANDARD = Parametrization()

@@ -6,19 +6,16 @@ Shapes: N sub-layers in all, n of them here, B batch, T tokens, D hidden size, W
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kraken_train.model.embedding import Vocabulary
 from kraken_train.model.initialization import initialize
 from kraken_train.model.kraken import Conjunction
 from kraken_train.model.language_model import LanguageModel
 from kraken_train.model.layers import (
     AttentionScope,
-    FinalNorm,
     Layer,
     StackedAttention,
     StackedFFN,
@@ -44,12 +41,7 @@ class VariantModel(LanguageModel):
     ) -> None:
         super().__init__(config, communicator or LocalCommunicator(), vocabulary)
         self.units = units or all_units(config.num_sub_layers)
-        width, outer = config.hidden_size, config.outer_size or config.hidden_size
-        if outer != width:
-            self.token_embedding = Vocabulary(self.token_embedding.rows, outer, self.communicator)
-            self.lm_head = None if self.lm_head is None else Vocabulary(self.lm_head.rows, outer, self.communicator)
-            outer_norm = SimpleNamespace(hidden_size=outer, norm=config.norm, norm_epsilon=config.norm_epsilon)
-            self.final_norm = FinalNorm(cast(Any, outer_norm))
+        width, outer = config.hidden_size, config.embedding_width
         self.stream_maps = StackedLinear(self.units, outer, width) if config.has_maps else None
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             VariantLayer(config, self.units, self.communicator, index) for index in range(config.num_layers)

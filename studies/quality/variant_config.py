@@ -41,6 +41,8 @@ class VariantConfig(KrakenConfig):
     def validate(self) -> None:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(KrakenConfig)}
         KrakenConfig(**{**plain, "architecture": "kraken"})
+        if self.embedding_size is not None:
+            raise ConfigError("model.embedding_size is called model.outer_size in the study's Kraken; use that")
         if self.separate_norms and self.concatenated:
             raise ConfigError("model.separate_norms and model.concatenated exclude each other; set one of them")
         if self.shared_attention_layers > 1:
@@ -53,17 +55,19 @@ class VariantConfig(KrakenConfig):
         return self.stream_maps or self.outer_size is not None
 
     @property
+    def embedding_width(self) -> int:
+        return self.outer_size or self.hidden_size
+
+    @property
     def num_parameters(self) -> int:
-        """All weights, as the base counts them and the changes add or take away."""
+        """All weights, as the base counts them and the changes add."""
         n, layers, d = self.num_sub_layers, self.num_layers, self.hidden_size
-        outer = self.outer_size or d
         gains = sum(start is not None for start in (self.sum_start, self.own_start, self.residual_start)) * layers
         gains += (self.late_start is not None) * (layers - 1)
         total = super().num_parameters + self.learned_gains * gains * n * d
         total += (self.separate_norms or self.concatenated) * layers * n * d
         total += self.concatenated * layers * n * d * self.ffn_size * (2 if self.ffn == "swiglu" else 1)
-        total += self.has_maps * n * d * outer + n * d * (outer - d) + (outer - d)  # maps, conjunction, last norm
-        return total + self.vocab_size * (outer - d) * (1 if self.tie_embeddings else 2)
+        return total + self.has_maps * n * d * self.embedding_width
 
 
 def register() -> None:

@@ -26,6 +26,7 @@ CASES = [
         KrakenConfig(4, hidden_size=128, heads_per_sub_layer=2, ffn_reads_stream=True, **SIZES, **MODERN),
         UnitRange(4, 0, 2),
     ),
+    (KrakenConfig(4, hidden_size=128, heads_per_sub_layer=4, embedding_size=192, **SIZES), UnitRange(4, 2, 2)),
     (GPTConfig(hidden_size=256, num_heads=8, **SIZES, **MODERN), all_units(8)),
 ]
 

@@ -67,7 +67,7 @@ def test_dry_run(data: Path, tmp_path: Path) -> None:
     # 2 layers, forward and backward; 2 x 32 x 16 numbers of 4 bytes; 4 micro-batches
     printed = " ".join(result.stdout.split())
     assert "does not divide ranks_per_node=2" in printed
-    assert "4 all-reduces of 0.0041 MB" in printed
+    assert "4 all-reduces of 0.0164 MB in all" in printed
     assert not run.exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,13 @@ from kraken_train.parallel.communicator import LocalCommunicator
 def kraken_by_hand(weights: dict[str, Tensor], config: KrakenConfig, input_ids: Tensor) -> Tensor:
     """Section 3 of the paper, sub-layer by sub-layer; PyTorch's own attention module is the oracle of MHA.
 
-    `ffn_reads_stream` adds x_i to what an FFN reads.
+    `ffn_reads_stream` adds x_i to what an FFN reads. With `embedding_size` streams start as maps of the embedding.
     """
     read = float(config.ffn_reads_stream)
     n, d = config.num_sub_layers, config.hidden_size
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return F.layer_norm(x, (d,), weight, eps=config.norm_epsilon)
+        return F.layer_norm(x, weight.shape, weight, eps=config.norm_epsilon)
 
     def mha(layer: int, i: int, x: Tensor) -> Tensor:
         prefix = f"layers.{layer}.attention"
@@ -45,12 +46,12 @@ def kraken_by_hand(weights: dict[str, Tensor], config: KrakenConfig, input_ids: 
 
     embedding = weights["token_embedding.weight"][input_ids]
     embedding = embedding + weights["position_embedding.weight"][: input_ids.shape[1]]
-    streams = []
-    for i in range(n):
-        a = mha(0, i, embedding)
-        streams.append(embedding + a + ffn(0, i, embedding + a + read * embedding))
-    for layer in range(1, config.num_layers):
-        s = sum(streams)
+    if config.embedding_size is None:
+        streams = [embedding] * n
+    else:
+        streams = [embedding @ weights["embedding_maps.weight"][i].T for i in range(n)]
+    for layer in range(config.num_layers):
+        s = embedding if layer == 0 and config.embedding_size is None else sum(streams)
         attended = [mha(layer, i, streams[i]) for i in range(n)]
         read_by_ffn = [attended[i] + s + read * streams[i] for i in range(n)]
         streams = [streams[i] + attended[i] + ffn(layer, i, read_by_ffn[i]) for i in range(n)]
@@ -58,9 +59,22 @@ def kraken_by_hand(weights: dict[str, Tensor], config: KrakenConfig, input_ids: 
     return norm(y, weights["final_norm.weight"]) @ weights["token_embedding.weight"].T
 
 
-@pytest.mark.parametrize(("num_sub_layers", "reads_stream"), [(1, False), (2, False), (3, False), (3, True), (6, True)])
-def test_logits_and_gradients(num_sub_layers: int, reads_stream: bool) -> None:
-    config = KrakenConfig(num_sub_layers, 3, 16, 2, 40, 12, ffn_multiplier=3, ffn_reads_stream=reads_stream)
+@pytest.mark.parametrize(
+    ("num_sub_layers", "changes"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (3, {"ffn_reads_stream": True}),
+        (6, {"ffn_reads_stream": True}),
+        (1, {"embedding_size": 16}),
+        (3, {"embedding_size": 28}),
+        (2, {"embedding_size": 12, "ffn_reads_stream": True}),
+    ],
+    ids=str,
+)
+def test_logits_and_gradients(num_sub_layers: int, changes: dict[str, Any]) -> None:
+    config = KrakenConfig(num_sub_layers, 3, 16, 2, 40, 12, ffn_multiplier=3, **changes)
     model = rough_model(config)
     input_ids, targets = random_ids(config, 2, 9), random_ids(config, 2, 9, seed=1)
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}

@@ -40,13 +40,13 @@ def test_nothing_changes_at_the_base() -> None:
 def test_initial_values_follow_the_size() -> None:
     """Against the formulas of docs/learning-rate-transfer.md, written out: from the base, and not relative to what the
     standard parametrization gives the larger model."""
-    large = KRAKEN.replace(hidden_size=256, num_layers=6, num_sub_layers=8, heads_per_sub_layer=8)
+    large = KRAKEN.replace(hidden_size=256, num_layers=6, num_sub_layers=8, heads_per_sub_layer=8, embedding_size=400)
     for name, weight in initial_weights(large, MUP).items():
         if name.endswith("norm.weight"):
             expected = 1 / 4 if name == "final_norm.weight" else 1.0
             assert torch.equal(weight, torch.full_like(weight, expected)), name
             continue
-        expected = 0.02
+        expected = 1 / math.sqrt(400) if name == "embedding_maps.weight" else 0.02
         if name.startswith("layers"):
             expected /= math.sqrt(4)
         if name.endswith(("attention.out.weight", "ffn.down.weight")):
@@ -79,7 +79,7 @@ def test_learning_rates_and_weight_decay() -> None:
     rates = {kind: larger.multipliers(kind).learning_rate for kind in WeightKind}
     assert rates == {
         WeightKind.EMBEDDING: 1, WeightKind.NORM: 1, WeightKind.HIDDEN: 1 / 4, WeightKind.RESIDUAL: 1 / 12,
-        WeightKind.CONJUNCTION: 1 / 8, WeightKind.FINAL_NORM: 1 / 4,
+        WeightKind.CONJUNCTION: 1 / 8, WeightKind.FINAL_NORM: 1 / 4, WeightKind.EMBEDDING_MAP: 1 / 4,
     }  # fmt: skip
     assert all(larger.multipliers(kind).weight_decay * rate == pytest.approx(1) for kind, rate in rates.items())
 

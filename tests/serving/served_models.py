@@ -28,8 +28,9 @@ CONFIGS: dict[str, ModelConfig] = {
     # Heads of 24 are computed as 32.
     "kraken-modern": KrakenConfig(
         4, hidden_size=48, heads_per_sub_layer=2, head_dim=24, tie_embeddings=False, ffn_hidden_size=64,
-        ffn_reads_stream=True, **COMMON, **MODERN,
+        ffn_reads_stream=True, embedding_size=80, **COMMON, **MODERN,
     ),
+    "kraken-wide": KrakenConfig(4, hidden_size=64, heads_per_sub_layer=2, embedding_size=96, **COMMON),
     "standard": GPTConfig(hidden_size=128, num_heads=4, **COMMON),
     "standard-modern": GPTConfig(
         hidden_size=96, num_heads=4, num_kv_heads=2, head_dim=40, ffn_hidden_size=128, **COMMON, **MODERN

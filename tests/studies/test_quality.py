@@ -65,6 +65,22 @@ def test_a_fixed_gain_of_one_is_the_setting_of_the_library() -> None:
         torch.testing.assert_close(variant(ids), library(ids), rtol=0, atol=1e-12)
 
 
+def test_a_wider_embedding_is_a_setting_of_the_library() -> None:
+    """`embedding_size` came from question 12, where it is called `outer_size`."""
+    settings = {**SIZES, **MODERN}
+    library = build_model(KrakenConfig(**settings, embedding_size=24), seed=2).double()
+    variant = build_model(VariantConfig(**settings, outer_size=24), seed=2).double()
+    maps = library.embedding_maps.weight.std().item()
+    assert maps == pytest.approx(24**-0.5, rel=0.05)
+    assert variant.stream_maps.weight.std().item() == pytest.approx(maps, rel=0.05)
+    weights = {name.replace("stream_maps", "embedding_maps"): weight for name, weight in variant.state_dict().items()}
+    library.load_state_dict(weights)
+    ids = random_ids(library.config, 2, 20)
+    assert torch.equal(variant(ids), library(ids))
+    with pytest.raises(ConfigError, match=r"is called model.outer_size"):
+        VariantConfig(**settings, embedding_size=24)
+
+
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_ranks_and_parameters(changes: dict[str, object]) -> None:
     """Two ranks compute what one does, with a Kraken's collectives: no change but two adds one."""

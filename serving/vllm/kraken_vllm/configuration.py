@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-FORMAT_VERSION = 4  # the newest that this plugin reads
+FORMAT_VERSION = 5  # the newest that this plugin reads
 # Head dimensions for which the attention kernels of CPUs and GPUs are built; a head is padded to the next one.
 KERNEL_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -34,7 +34,7 @@ class Architecture:
 ARCHITECTURES = {
     "kraken": Architecture(
         "heads_per_sub_layer", "kv_heads_per_sub_layer", 2, "num_sub_layers",
-        first_format=1, hides_sums=True, further=(("ffn_reads_stream", False),),
+        first_format=1, hides_sums=True, further=(("ffn_reads_stream", False), ("embedding_size", None)),
     ),
     "standard": Architecture(),
     "parallel": Architecture(),
@@ -147,6 +147,11 @@ class KrakenConfig(PretrainedConfig):
     @property
     def kv_heads_per_stream(self) -> int:
         return int(getattr(self, self.form.kv_heads))
+
+    @property
+    def embedding_width(self) -> int:
+        """Of the embeddings, and of what the head reads."""
+        return int(getattr(self, "embedding_size", None) or self.hidden_size)
 
     @property
     def num_attention_heads(self) -> int:

@@ -1,7 +1,9 @@
 """From token ids to the input of the head, on one of P ranks. Imports no vLLM.
 
-Each rank holds the whole embedding. A Kraken has one all-reduce per layer but the first, under way while the attention
-computes, and one for the conjunction.
+Each rank holds the whole embedding. A Kraken has one all-reduce per layer, under way while the attention computes, and
+one for the conjunction. The first layer has none unless the streams start as maps of the embedding (`embedding_size`).
+
+Shapes: n sub-layers of this rank, T tokens, D hidden size, E width of the embedding (D without `embedding_size`).
 """
 
 from __future__ import annotations
@@ -33,23 +35,30 @@ LAYERS: dict[str, Any] = {
 
 
 class Decoder(nn.Module):
-    """Token ids and positions (T,) -> (T, D), equal on all ranks."""
+    """Token ids and positions (T,) -> (T, E), equal on all ranks."""
 
     def __init__(self, config: Any, backend: Backend, prefix: str = "model") -> None:
         super().__init__()
-        share, width = backend.share, config.hidden_size
+        share, width = backend.share, config.embedding_width
         self.config = config
         self.count = share.of(config.streams) if config.is_stacked else 1
         self.all_reduce = backend.all_reduce
         self.token_embedding = Embedding(config.vocab_size, width)
         self.position_embedding = Embedding(config.context_length, width) if config.positions == "learned" else None
         self.layer_class = LAYERS[config.architecture]
+        self.embedding_maps = None
+        if getattr(config, "embedding_size", None) is not None:
+            self.embedding_maps = StackedLinear(
+                backend, self.count, width, config.hidden_size, f"{prefix}.embedding_maps", share.along
+            )
         self.layers = nn.ModuleList(
             self.layer_class(config, backend, f"{prefix}.layers.{index}", index) for index in range(config.num_layers)
         )
         self.conjunction = None
         if self.layer_class.has_conjunction:
-            self.conjunction = StackedLinear(backend, self.count, width, width, f"{prefix}.conjunction", share.along)
+            self.conjunction = StackedLinear(
+                backend, self.count, config.hidden_size, width, f"{prefix}.conjunction", share.along
+            )
         self.final_norm = Norm(config.norm, width, config.norm_epsilon)
 
     def forward(
@@ -66,6 +75,8 @@ class Decoder(nn.Module):
         else:
             rotary = rotary_angles(positions, self.config, embedding.dtype)
         state = self.layer_class.begin(embedding, self.count)
+        if self.embedding_maps is not None:
+            state = self.embedding_maps(state)
         for layer in self.layers:
             state = layer(state, rotary)
         stream = cast(Any, self.layers[-1]).end(state)

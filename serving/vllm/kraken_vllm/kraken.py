@@ -87,7 +87,8 @@ class KrakenLayer(nn.Module):
 
     def __init__(self, config: Any, backend: Backend, prefix: str, index: int) -> None:
         super().__init__()
-        self.is_first = index == 0
+        # Streams that start as the embedding are equal before the first layer, and it counts once, not N times.
+        self.reads_embedding = index == 0 and config.embedding_size is None
         self.reads_stream = config.ffn_reads_stream
         self.sum = LateSum(backend, config.overlap)
         self.attention = KrakenAttention(config, backend, f"{prefix}.attention")
@@ -101,12 +102,11 @@ class KrakenLayer(nn.Module):
         return state  # the conjunction joins them
 
     def forward(self, streams: Tensor, rotary: Rotary | None) -> Tensor:
-        # All streams start as the embedding, and it counts once, not N times.
-        partial = streams[0] if self.is_first else streams.sum(dim=0)
-        begun = partial if self.is_first else self.sum.begin(partial)
+        partial = streams[0] if self.reads_embedding else streams.sum(dim=0)
+        begun = partial if self.reads_embedding else self.sum.begin(partial)
         attended = self.attention(streams, rotary)
         residual = streams + attended
         own = residual if self.reads_stream else attended
-        with_sum = own + partial if self.is_first else self.sum.add(partial, begun, own)
+        with_sum = own + partial if self.reads_embedding else self.sum.add(partial, begun, own)
         result: Tensor = residual + self.ffn(with_sum)
         return result

@@ -94,7 +94,7 @@ class KrakenForCausalLM(nn.Module):
             require_quantized(self.model, quantization)
         self.lm_head = ParallelLMHead(
             config.vocab_size,
-            config.hidden_size,
+            config.embedding_width,
             padding_size=math.lcm(VOCABULARY_STEP, size),
             prefix=f"{at}lm_head",
         )

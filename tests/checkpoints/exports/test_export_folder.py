@@ -66,7 +66,7 @@ def test_round_trip(architecture: str, tmp_path: Path, tokenizer_dir: Path) -> N
 def test_format(export_dir: Path) -> None:
     description = json.loads((export_dir / "config.json").read_text())
     assert description["model_type"] == "kraken"
-    assert description["format_version"] == 4
+    assert description["format_version"] == 5
     assert description["architectures"] == ["KrakenForCausalLM"]
     assert description["dtype"] == "float32"
     assert description["num_sub_layers"] == 3
@@ -206,7 +206,7 @@ def test_reading_something_else(tmp_path: Path, export_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 5}, "format_version=5, and this program knows up to 4"),
+        ({"format_version": 6}, "format_version=6, and this program knows up to 5"),
         ({"format_version": "new"}, "format_version=new"),
         ({"model_type": "gpt2"}, "model_type is not kraken"),
         ({"heads_per_sub_layer": 3}, "does not divide"),

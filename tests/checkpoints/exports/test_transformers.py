@@ -48,6 +48,10 @@ CONFIGS: dict[str, ModelConfig] = {
         for kv in (None, 3, 1)
     },
     "kraken-stream": KrakenConfig(3, hidden_size=16, heads_per_sub_layer=4, ffn_reads_stream=True, **COMMON, **MODERN),
+    "kraken-wide": KrakenConfig(4, hidden_size=16, heads_per_sub_layer=2, embedding_size=24, **COMMON),
+    "kraken-wide-untied": KrakenConfig(
+        2, hidden_size=16, heads_per_sub_layer=4, embedding_size=20, tie_embeddings=False, **COMMON, **MODERN
+    ),
     "ladder": LadderConfig(hidden_size=24, num_heads=6, **COMMON),
     "fal": FALConfig(hidden_size=24, num_heads=6, **COMMON),
     "fal-modern": FALConfig(hidden_size=24, num_heads=6, num_kv_heads=3, **COMMON, **MODERN),
@@ -190,7 +194,7 @@ def test_what_cannot_be_imported(cases: Path, tmp_path: Path) -> None:
         return message
 
     assert "m is not a folder" in attempt()
-    assert "format_version=5, and this program knows up to 4" in refused(format_version=5)
+    assert "format_version=6, and this program knows up to 5" in refused(format_version=6)
     assert "model_type is not kraken" in refused(model_type="gpt2")
     assert "architecture=rwkv; known: kraken, standard, parallel" in refused(architecture="rwkv")
     assert "lacks the weight layers.2" in refused(num_layers=3)
