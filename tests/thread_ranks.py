@@ -29,10 +29,12 @@ class ThreadSum:
         self.barrier = threading.Barrier(2, timeout=60)
         self.parts: list[Tensor | None] = [None, None]
         self.calls: Counter[int] = Counter()
+        self.values: Counter[int] = Counter()  # of all calls together
 
     def of_rank(self, rank: int) -> Callable[..., Any]:
         def all_reduce(buffer: Tensor, op: Any = dist.ReduceOp.SUM, **_: Any) -> ThreadSum:
             self.calls[rank] += 1
+            self.values[rank] += buffer.numel()
             self.parts[rank] = buffer.clone()
             self.barrier.wait()
             first, second = self.parts

@@ -53,10 +53,10 @@ class ParallelMesh:
         self.mesh = make_mesh(device_type, data_parallel_size, sub_layer_parallel_size, group_options(budget))
         # DeepSpeed asks for them several times a step, and DeviceMesh would create a submesh for each answer.
         self.sizes = {DATA: data_parallel_size, KRAKEN: sub_layer_parallel_size}
-        # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is.
-        self.cpu_mesh = (
-            self.mesh if device_type == "cpu" else make_mesh("cpu", data_parallel_size, sub_layer_parallel_size)
-        )
+        # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is. A submesh is made once here,
+        # too.
+        on_cpu = self.mesh if device_type == "cpu" else make_mesh("cpu", data_parallel_size, sub_layer_parallel_size)
+        self.cpu_copy = on_cpu[KRAKEN]
 
     @property
     def model_rank(self) -> ModelRank:
@@ -85,7 +85,7 @@ class ParallelMesh:
         shape = sharded_dim.whole_shape(local.shape)
         stride = torch.empty(shape, device="meta").stride()
         placement = [Shard(sharded_dim.axis)]
-        return DTensor.from_local(local, self.cpu_mesh[KRAKEN], placement, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, self.cpu_copy, placement, run_check=False, shape=shape, stride=stride)
 
     def get_model_parallel_rank(self) -> int:
         return self.mesh.get_local_rank(KRAKEN)

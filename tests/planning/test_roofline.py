@@ -13,6 +13,7 @@ from helpers import random_ids
 from torch.utils.flop_counter import FlopCounterMode
 
 from kraken_train.model.config import GPTConfig, KrakenConfig
+from kraken_train.model.cross_entropy import LOGITS_AT_ONCE
 from kraken_train.model.flops import matrix_flops_per_token
 from kraken_train.model.registry import build_model
 from kraken_train.planning import cluster
@@ -24,6 +25,7 @@ from kraken_train.planning.traffic import predict_traffic
 
 H100 = load_cluster("dgx_h100")
 KRAKEN = KrakenConfig(4, num_layers=12, hidden_size=512, heads_per_sub_layer=4, vocab_size=50304, context_length=1024)
+WIDE = replace(KRAKEN, embedding_size=768)
 GPT = GPTConfig(num_layers=12, hidden_size=768, num_heads=12, vocab_size=50304, context_length=1024)
 ALONE = TrainingLayout(1, 1, micro_batch_size=20, accumulation_steps=1)
 # Tokens per second of one H100, micro-batches of 20 x 1024, bf16, compiled, plain PyTorch.
@@ -36,7 +38,7 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("config", [KRAKEN, GPT])
+@pytest.mark.parametrize("config", [KRAKEN, WIDE, GPT])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_products_are_all_matrix_parameters(config: KrakenConfig | GPTConfig, size: int) -> None:
     layout = replace(ALONE, sub_layer_parallel_size=size, vocab_parallel=size > 1)
@@ -78,6 +80,15 @@ def test_an_ffn_that_reads_its_stream() -> None:
     more = reading.element_wise - plain.element_wise
     assert more == pytest.approx(2 * streams * 2 * tokens / H100.bandwidth, rel=1e-6)
     assert reading.total - plain.total == pytest.approx(more, rel=1e-6)
+
+
+def test_a_wider_embedding() -> None:
+    """The loss adds to a wider gradient of the head in each chunk; sums over the ranks are those of test_traffic."""
+    plain, wide = (predict(config, ALONE, H100).time for config in (KRAKEN, WIDE))
+    chunks = -(-20 * 1024 // (LOGITS_AT_ONCE // 50304))
+    more = 50304 * (768 - 512) * (chunks * (2 * 2 + 2 * 4) + 4 * 4)  # bytes
+    assert wide.loss - plain.loss == pytest.approx(more / H100.bandwidth, rel=1e-6)
+    assert wide.element_wise == plain.element_wise
 
 
 def test_choices_cost_time() -> None:

@@ -16,6 +16,7 @@ from kraken_train.planning.serving_time import Load, predict_pass
 
 RATE, BANDWIDTH, LAYERS, VOCABULARY = 1e12, 1e9, 8, 4096
 SIZE = Size("small", LAYERS, 1024, head_dim=128)
+WIDE = "kraken with a wider embedding"
 
 
 @pytest.fixture
@@ -30,14 +31,16 @@ def cluster() -> Cluster:
 
 
 def made(architecture: str, degree: int = 4) -> ModelConfig:
+    if architecture == WIDE:
+        return model_config("kraken", SIZE, degree, VOCABULARY, 512).replace(embedding_size=1536)
     return model_config(architecture, SIZE, degree, VOCABULARY, 512)
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", [*architectures(), WIDE])
 def test_arithmetic_of_a_prompt(cluster: Cluster, architecture: str) -> None:
     """Two operations per weight and token, but for the head only the last token, and the causal half of the scores."""
     config, (sequences, tokens) = made(architecture), (3, 256)
-    head = VOCABULARY * config.hidden_size
+    head = VOCABULARY * config.embedding_width
     weights = config.matrix_parameters - head
     width = config.attention_width * computed_size(config.head_size) / config.head_size  # as kernels compute it
     scores = 2 * sequences * tokens**2 * width * LAYERS
@@ -48,7 +51,7 @@ def test_arithmetic_of_a_prompt(cluster: Cluster, architecture: str) -> None:
     assert (found.exposed, found.hidden) == (0, 0)
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", [*architectures(), WIDE])
 def test_memory_of_a_token(cluster: Cluster, architecture: str) -> None:
     """The weights are read once, and the keys and values of all tokens before; activations are few."""
     config, cached = made(architecture), 8192
@@ -58,15 +61,18 @@ def test_memory_of_a_token(cluster: Cluster, architecture: str) -> None:
     assert long - short == pytest.approx(2 * 2 * cached * config.cache_width * LAYERS / BANDWIDTH, rel=1e-6)
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", [*architectures(), WIDE])
 def test_what_is_waited_for(cluster: Cluster, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With sums of a second each: those that nothing hides, and of the others what exceeds the computation."""
     link = Interconnect("link", latency_us=1e6, bus_bandwidth=None, source="")
     monkeypatch.setattr(clusters, "load_interconnect", lambda _: link)
     config, load = made(architecture), Load(1, 256)
     found = predict_pass(config, 4, load, cluster, "bf16")
-    sums = {"kraken": LAYERS, "standard": 2 * LAYERS, "parallel": LAYERS, "ladder": 2 * LAYERS, "fal": LAYERS + 1}
-    hidden = {"kraken": LAYERS - 1, "ladder": 2 * LAYERS - 1}.get(architecture, 0)
+    sums = {
+        "kraken": LAYERS, WIDE: LAYERS + 1, "standard": 2 * LAYERS, "parallel": LAYERS, "ladder": 2 * LAYERS,
+        "fal": LAYERS + 1,
+    }  # fmt: skip
+    hidden = {"kraken": LAYERS - 1, WIDE: LAYERS, "ladder": 2 * LAYERS - 1}.get(architecture, 0)
     total = sums.get(architecture, LAYERS // 4)  # tracks are summed every four layers
     assert found.exposed + found.hidden == pytest.approx(total + 1)  # and the logits are gathered
     assert (found.hidden > 0) == (hidden > 0)
