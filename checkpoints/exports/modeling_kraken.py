@@ -22,7 +22,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -319,6 +319,10 @@ class StackedLinear(nn.Module):
 
 class EmbeddingMaps(StackedLinear):
     """A map from the embedding into each stream, (N, B, T, E) -> (N, B, T, D)."""
+
+    def __init__(self, count: int, in_features: int, out_features: int) -> None:
+        super().__init__(count, in_features, out_features)
+        self.initial_std = in_features**-0.5  # a stream has the variance of the embedding
 
 
 class StackedNorm(nn.Module):
@@ -703,6 +707,11 @@ class KrakenModel(PreTrainedModel):
         if layer_class.has_conjunction:
             self.conjunction = StackedLinear(config.num_sub_layers, config.hidden_size, width)
         self.final_norm = Norm(config.norm, width, config.norm_epsilon)
+        # Here, since the library initializes no layers of code that travels, only modules that have weights themselves.
+        depth = config.num_layers * config.streams
+        for layer in cast(Any, self.layers):
+            for projection in (layer.attention.out, layer.ffn.down):
+                projection.initial_std = INITIAL_STD / math.sqrt(2 * depth)
         self.gradient_checkpointing = False
         self.build_head(config)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -836,18 +845,11 @@ class KrakenModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """normal(0, 0.02), projections onto a residual stream normal(0, 0.02 / sqrt(2 depth)), norms 1."""
+        """normal(0, 0.02), or what a module has as its `initial_std`; norms 1."""
         if isinstance(module, StackedNorm | Norm):
             init.ones_(module.weight)
         elif isinstance(module, StackedLinear | QKVLinear | nn.Linear | nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=INITIAL_STD)
-        if isinstance(module, EmbeddingMaps):  # a stream has the variance of the embedding
-            init.normal_(module.weight, mean=0.0, std=module.weight.shape[-1] ** -0.5)
-        # A layer's parts come before the layer.
-        if isinstance(module, KrakenLayer | GPTLayer):
-            depth = self.config.num_layers * self.config.streams
-            for projection in (module.attention.out, module.ffn.down):
-                init.normal_(projection.weight, mean=0.0, std=INITIAL_STD / math.sqrt(2 * depth))
+            init.normal_(module.weight, mean=0.0, std=getattr(module, "initial_std", INITIAL_STD))
 
 
 class ContextEnd(StoppingCriteria):

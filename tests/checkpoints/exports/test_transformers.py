@@ -33,6 +33,7 @@ from kraken_train.model.config import GPTConfig, KrakenConfig, ModelConfig
 from kraken_train.model.fal_config import FALConfig
 from kraken_train.model.ladder_config import LadderConfig
 from kraken_train.model.language_model import LanguageModel
+from kraken_train.model.registry import build_model
 from kraken_train.model.track_config import TrackConfig
 
 COMMON = {"num_layers": 2, "context_length": 24, "vocab_size": 96}
@@ -226,6 +227,16 @@ def test_a_head_that_is_the_embedding_is_no_weight(cases: Path, tmp_path: Path) 
     result = run_here("checkpoints.import_transformers", f"model_dir={source}", f"output_dir={tmp_path / 'e'}")
     assert result.returncode == 0, result.stderr
     assert {*load_file(tmp_path / "e" / "model.safetensors")} == {*weights}
+
+
+@pytest.mark.parametrize("name", ["kraken-wide", "kraken-stream", "standard-3", "track"])
+def test_a_new_model_begins_as_ours(name: str) -> None:
+    """Standard deviations of the initial weights; each is of hundreds of values or more."""
+    config = CONFIGS[name].replace(vocab_size=512, context_length=128, num_layers=1)
+    theirs = modeling_kraken.KrakenForCausalLM(modeling_kraken.KrakenConfig(**dataclasses.asdict(config)))
+    weights = theirs.state_dict()
+    for key, ours in build_model(config).state_dict().items():
+        assert weights[key].std().item() == pytest.approx(ours.std().item(), rel=0.15, abs=1e-6), key
 
 
 def test_the_file_that_travels_is_of_this_format() -> None:
