@@ -12,6 +12,8 @@ from plugin_ranks import plugin_config
 from checkpoints.exports import folder
 from kraken_train.model import config as models
 from kraken_train.model import registry
+from kraken_train.model.ladder_config import LadderConfig
+from kraken_train.model.track_config import TrackConfig
 
 COMMON = {"vocab_size": 96, "context_length": 24, "num_layers": 3}
 KRAKEN = models.KrakenConfig(6, hidden_size=16, heads_per_sub_layer=2, **COMMON)
@@ -65,3 +67,24 @@ def test_unknown_configurations() -> None:
     for version in (1, FORMAT_VERSION + 1):
         with pytest.raises(ValueError, match=rf"format_version={version} .* reads versions 2 to {FORMAT_VERSION}"):
             KrakenConfig(**{**description, "format_version": version})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (KRAKEN, {"num_layers": 0}, r"num_layers=0 in config.json must be a whole number of at least 1"),
+        (KRAKEN, {"heads_per_sub_layer": -2}, r"heads_per_sub_layer=-2 in"),
+        (KRAKEN, {"num_sub_layers": 2.5}, r"num_sub_layers=2.5 in"),
+        (KRAKEN, {"embedding_size": 0}, r"embedding_size=0 in"),
+        (KRAKEN, {"vocab_size": "96"}, r"vocab_size='96' in"),
+        (KRAKEN, {"norm": "batchnorm"}, r"norm='batchnorm' in config.json must be layernorm or rmsnorm"),
+        (STANDARD, {"num_kv_heads": 5}, r"num_kv_heads=5 in config.json does not divide num_heads=12"),
+        (STANDARD, {"num_heads": 0}, r"num_heads=0 in"),
+        (STANDARD, {"num_heads": 18, "head_dim": None}, r"num_heads=18 in config.json does not divide hidden_size=48"),
+        (TrackConfig(2, hidden_size=16, heads_per_track=2, **COMMON), {"sync_every": 0}, r"sync_every=0 in"),
+        (LadderConfig(hidden_size=16, num_heads=2, **COMMON), {"ladder_layers": True}, r"ladder_layers=True in"),
+    ],
+)
+def test_a_configuration_that_was_edited(config: models.ModelConfig, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KrakenConfig(**{**folder.describe(config, {}, torch.float32), **changes})

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 FORMAT_VERSION = 5  # the newest that this plugin reads
+CHOICES = {"norm": ("layernorm", "rmsnorm"), "ffn": ("gelu", "swiglu"), "positions": ("learned", "rope")}
 # Head dimensions for which the attention kernels of CPUs and GPUs are built; a head is padded to the next one.
 KERNEL_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -115,6 +116,7 @@ class KrakenConfig(PretrainedConfig):
         setattr(self, form.heads, kwargs.pop(form.heads, 2))
         # A number in any case: vLLM reads `num_kv_heads` first and asks no further.
         setattr(self, form.kv_heads, kwargs.pop(form.kv_heads, None) or getattr(self, form.heads))
+        require_known_values(self, head_dim)
         self.head_dim = head_dim or hidden_size // self.heads_per_stream
         self.tie_word_embeddings = self.tie_embeddings
         self.bos_token_id = bos_token_id
@@ -177,6 +179,31 @@ class KrakenConfig(PretrainedConfig):
     def kernel_head_dim(self) -> int:
         """The head dimension that the attention computes with: `head_dim`, or more with zeros appended."""
         return next(known for known in KERNEL_HEAD_DIMS if known >= self.head_dim)
+
+
+def require_known_values(config: KrakenConfig, head_dim: int | None) -> None:
+    """Raises ValueError for settings that no export has, as after an edit of config.json by hand."""
+    form = config.form
+    names = ["num_layers", "hidden_size", "vocab_size", "context_length", form.heads, form.kv_heads]
+    names += [] if form.streams is None else [form.streams]
+    further = [name for name, default in form.further if default is not False]  # but for switches
+    optional = {name: getattr(config, name) for name in ["ffn_hidden_size", *further]} | {"head_dim": head_dim}
+    counts = {name: getattr(config, name) for name in names}
+    counts |= {name: value for name, value in optional.items() if value is not None}
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} in config.json must be a whole number of at least 1")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}={getattr(config, name)!r} in config.json must be {' or '.join(choices)}")
+    heads, kv_heads = config.heads_per_stream, config.kv_heads_per_stream
+    if heads % kv_heads:
+        raise ValueError(f"{form.kv_heads}={kv_heads} in config.json does not divide {form.heads}={heads}")
+    if head_dim is None and config.hidden_size % heads:
+        raise ValueError(
+            f"{form.heads}={heads} in config.json does not divide hidden_size={config.hidden_size}, and there is no "
+            "head_dim"
+        )
 
 
 def require_servable(config: Any, size: int, max_model_len: int | None = None) -> None:
