@@ -694,6 +694,11 @@ class KrakenModel(PreTrainedModel):
     def __init__(self, config: KrakenConfig) -> None:
         super().__init__(config)
         width = config.embedding_width
+        if config._attn_implementation == "vllm" and width != config.hidden_size and not config.tie_embeddings:
+            raise ValueError(
+                f"vLLM without a plugin makes a head of hidden_size={config.hidden_size} inputs, and this one has "
+                f"embedding_size={width}; install the plugin of kraken-train, serving/vllm, which serves it"
+            )
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.context_length, width) if learned else None

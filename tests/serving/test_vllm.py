@@ -105,6 +105,22 @@ def test_compiled(one_rank: dict[str, Outcome], expected: Expected) -> None:
     require_tokens(one_rank["compiled"], expected(COMPILED))
 
 
+def test_without_the_plugin(
+    exports: dict[str, Path], expected: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the file that travels, in vLLM's own Transformers backend."""
+    monkeypatch.setenv("VLLM_PLUGINS", "none")
+    names = ("kraken", "kraken-wide", "standard")
+    untied = write_served(tmp_path / "untied", CONFIGS["kraken-wide"].replace(tie_embeddings=False))
+    jobs = {name: job(exports[name], trust_remote_code=True) for name in names}
+    outcomes = in_vllm({**jobs, "untied": job(untied, trust_remote_code=True)}, tmp_path)
+    for name in names:
+        require_tokens(outcomes[name], expected(name))
+    refusal = outcomes["untied"].error
+    assert refusal is not None
+    assert "makes a head of hidden_size=64 inputs, and this one has embedding_size=96; install the plugin" in refusal
+
+
 def test_trusting_remote_code_changes_nothing(one_rank: dict[str, Outcome], expected: Expected) -> None:
     require_tokens(one_rank["trusted"], expected("kraken"))
 
