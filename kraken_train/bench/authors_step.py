@@ -95,7 +95,10 @@ def require_paper_layers(config: object) -> KrakenConfig:
     """Raises ConfigError for what their code does not have."""
     if not isinstance(config, KrakenConfig):
         raise ConfigError("their code trains Krakens only")
-    paper = {"norm": "layernorm", "ffn": "gelu", "positions": "learned", "qk_norm": False, "tie_embeddings": True}
+    paper = {
+        "norm": "layernorm", "ffn": "gelu", "positions": "learned", "qk_norm": False, "tie_embeddings": True,
+        "ffn_reads_stream": False, "embedding_size": None,
+    }  # fmt: skip
     for name, value in paper.items():
         if getattr(config, name) != value:
             raise ConfigError(f"their code has {name}={value} only, not {getattr(config, name)}")

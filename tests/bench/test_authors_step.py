@@ -69,3 +69,10 @@ def test_same_loss_and_gradient_in_double() -> None:
 def test_models_that_their_code_does_not_have(name: str) -> None:
     with pytest.raises(ConfigError, match="their code"):
         LoopedKraken(build_model(shareable_configs()[name]))
+
+
+@pytest.mark.parametrize("changes", [{"ffn_reads_stream": True}, {"embedding_size": 48}], ids=str)
+def test_settings_that_their_code_does_not_have(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    with pytest.raises(ConfigError, match=f"their code has {name}="):
+        LoopedKraken(build_model(KRAKEN.replace(**changes)))
