@@ -72,7 +72,7 @@ class PlainMuon:
 
 def is_vocabulary(name: str) -> bool:
     """Whether a weight has a row for each token or position."""
-    return "embedding" in name or "lm_head" in name
+    return "token_embedding" in name or "position_embedding" in name or "lm_head" in name
 
 
 def split(config: ModelConfig, name: str, weight: Tensor) -> list[Tensor]:

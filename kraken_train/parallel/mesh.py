@@ -7,6 +7,7 @@ copy r // P and is number r % P in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,10 +54,10 @@ class ParallelMesh:
         self.mesh = make_mesh(device_type, data_parallel_size, sub_layer_parallel_size, group_options(budget))
         # DeepSpeed asks for them several times a step, and DeviceMesh would create a submesh for each answer.
         self.sizes = {DATA: data_parallel_size, KRAKEN: sub_layer_parallel_size}
-        # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is. A submesh is made once here,
-        # too.
-        on_cpu = self.mesh if device_type == "cpu" else make_mesh("cpu", data_parallel_size, sub_layer_parallel_size)
-        self.cpu_copy = on_cpu[KRAKEN]
+        # Tensors of a checkpoint are on the CPU, and DTensors must be where their mesh is.
+        self.cpu_mesh = (
+            self.mesh if device_type == "cpu" else make_mesh("cpu", data_parallel_size, sub_layer_parallel_size)
+        )
 
     @property
     def model_rank(self) -> ModelRank:
@@ -74,6 +75,11 @@ class ParallelMesh:
     def place(self) -> Place:
         return Place(self.data_rank, self.data_size, self.model_rank.rank, self.model_rank.size)
 
+    @cached_property
+    def copy_on_cpu(self) -> DeviceMesh:
+        """The ranks of this copy. Kept, since DeviceMesh makes a new submesh for each answer."""
+        return self.cpu_mesh[KRAKEN]
+
     def as_global(self, local: Tensor, sharded_dim: ShardedDim | None) -> Tensor:
         """This rank's part of a parameter, on the CPU, as a DTensor with the whole shape; a shared one unchanged.
 
@@ -85,7 +91,7 @@ class ParallelMesh:
         shape = sharded_dim.whole_shape(local.shape)
         stride = torch.empty(shape, device="meta").stride()
         placement = [Shard(sharded_dim.axis)]
-        return DTensor.from_local(local, self.cpu_copy, placement, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, self.copy_on_cpu, placement, run_check=False, shape=shape, stride=stride)
 
     def get_model_parallel_rank(self) -> int:
         return self.mesh.get_local_rank(KRAKEN)
