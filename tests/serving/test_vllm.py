@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
 OF_TWO_RANKS = (
     "kraken", "kraken-gqa", "kraken-modern", "standard-modern", "parallel-mqa", "track", "ladder-modern", "fal",
 )  # fmt: skip
+OF_FOUR_RANKS = ("kraken", "standard")
 COMPILED = "kraken-modern"
 QUANTIZED = ("kraken", "standard")
 Expected = Callable[[str], list[list[int]]]
@@ -149,6 +150,13 @@ def test_a_quantization_that_changes_nothing_is_refused(one_rank: dict[str, Outc
 @pytest.mark.parametrize("name", OF_TWO_RANKS)
 def test_two_ranks(name: str, exports: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     jobs = {name: job(exports[name], tensor_parallel_size=2)}
+    require_tokens(in_vllm(jobs, tmp_path)[name], expected(name))
+
+
+@pytest.mark.parametrize("name", OF_FOUR_RANKS)
+def test_four_ranks(name: str, exports: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
+    """A sub-layer, or a head, for each rank."""
+    jobs = {name: job(exports[name], tensor_parallel_size=4)}
     require_tokens(in_vllm(jobs, tmp_path)[name], expected(name))
 
 
