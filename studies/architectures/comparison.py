@@ -15,7 +15,6 @@ from studies.architectures.plan import Plan
 from studies.results import Result
 from studies.study import Run
 
-SUBJECT = "kraken"
 ERRORS = 2.0  # standard errors of a difference that make it more than noise
 
 
@@ -67,12 +66,11 @@ class Comparison:
         """Seed by seed, since runs of one seed have the same samples in the same order."""
         return [a - b for a, b in zip(self.losses[name], self.losses[other], strict=True)]
 
-    @property
-    def noise(self) -> float:
+    def noise(self, subject: str) -> float:
         """The standard error of a difference from the subject, of all architectures together: seeds are few."""
-        others = [name for name in self.losses if name != SUBJECT]
-        variance = statistics.mean(statistics.variance(self.differences(name, SUBJECT)) for name in others)
-        return math.sqrt(variance / len(self.losses[SUBJECT]))
+        others = [name for name in self.losses if name != subject]
+        variance = statistics.mean(statistics.variance(self.differences(name, subject)) for name in others)
+        return math.sqrt(variance / len(self.losses[subject]))
 
 
 def at_equal_tokens(size: str, found: Mapping[str, Trained]) -> Comparison:
@@ -108,29 +106,37 @@ def rounded(tokens: int) -> str:
     return format_tokens(round(tokens / digits) * digits)
 
 
-def verdict(comparison: Comparison) -> str:
-    """Sentences: who is best, and what the subject wins and loses against."""
-    if SUBJECT not in comparison.losses or len(comparison.losses) < 2:
-        return f"**{comparison.size}, {comparison.rule}:** there is nothing to compare yet."
+def verdict(comparison: Comparison, subjects: Sequence[str]) -> str:
+    """Sentences: who is best, and what each of the subjects wins and loses against."""
+    known = [name for name in subjects if name in comparison.losses]
+    beginning = f"**{comparison.size}, {comparison.rule}:**"
+    if not known or len(comparison.losses) < 2:
+        return f"{beginning} there is nothing to compare yet."
+    sentences = [f"{beginning} {comparison.ordered[0]} has the lowest loss."]
+    sentences += [outcome(comparison, name) for name in known]
+    if comparison.unknown:
+        sentences.append(
+            f"Not known, since it would see more or fewer tokens than were trained: {listed(comparison.unknown)}."
+        )
+    return " ".join(sentences)
+
+
+def outcome(comparison: Comparison, subject: str) -> str:
+    """Sentences on one architecture."""
     order = comparison.ordered
     kinds: dict[str, list[str]] = {"wins against": [], "loses to": [], "is within noise of": []}
     for name in order:
-        if name == SUBJECT:
+        if name == subject:
             continue
-        difference = statistics.mean(comparison.differences(SUBJECT, name))
-        certain = abs(difference) > ERRORS * comparison.noise
+        difference = statistics.mean(comparison.differences(subject, name))
+        certain = abs(difference) > ERRORS * comparison.noise(subject)
         kind = ("wins against" if difference < 0 else "loses to") if certain else "is within noise of"
         kinds[kind].append(name)
-    outcome = listed([f"{kind} {listed(names)}" for kind, names in kinds.items() if names])
-    text = (
-        f"**{comparison.size}, {comparison.rule}:** {order[0]} has the lowest loss; {SUBJECT} is number "
-        f"{order.index(SUBJECT) + 1} of {len(order)}: it {outcome}."
-    )
+    found = listed([f"{kind} {listed(names)}" for kind, names in kinds.items() if names])
+    text = f"{subject} is number {order.index(subject) + 1} of {len(order)}: it {found}."
     if REFERENCE in comparison.losses:
-        percent = 100 * math.expm1(statistics.mean(comparison.differences(SUBJECT, REFERENCE)))
+        percent = 100 * math.expm1(statistics.mean(comparison.differences(subject, REFERENCE)))
         text += f" Its perplexity is {abs(percent):.1f}% {'above' if percent > 0 else 'below'} {REFERENCE}'s."
-    if comparison.unknown:
-        text += f" Not known, since it would see more or fewer tokens than were trained: {listed(comparison.unknown)}."
     return text
 
 

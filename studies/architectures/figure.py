@@ -40,14 +40,18 @@ def draw(found: Mapping[str, Mapping[str, Trained]], timed: Mapping[str, list[Co
 
 
 def draw_losses(panel: Axes, architectures: Mapping[str, Trained], scale: Mapping[str, float]) -> None:
-    """A line for each architecture with standard errors, over its millions of tokens times its scale."""
+    """A line for each architecture with standard errors, over its millions of tokens times its scale.
+
+    Forms of an architecture have its colour, and dashes.
+    """
     for name, one in architectures.items():
         losses = dict(sorted(one.by_tokens.items()))
         panel.errorbar(
             [tokens / 1e6 * scale[name] for tokens in losses],
             [statistics.mean(values) for values in losses.values()],
             [standard_error(values) or 0.0 for values in losses.values()],
-            color=one.model.color, marker="o", markersize=3, capsize=2, linewidth=1.2, label=name,
+            color=one.model.color, linestyle="-" if name == one.model.architecture else "--",
+            marker="o", markersize=3, capsize=2, linewidth=1.2, label=name,
         )  # fmt: skip
     panel.set_xscale("log", base=2)
     label_log_axis(panel.xaxis, base=2)

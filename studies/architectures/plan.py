@@ -21,9 +21,9 @@ from kraken_train.common.errors import ConfigError
 from kraken_train.common.settings import from_dict
 from kraken_train.common.token_counts import Tokens, format_tokens, parse_tokens
 from kraken_train.common.validation import require_at_least, require_choice, require_positive
-from kraken_train.derive import derive, model_overrides
+from kraken_train.derive import derive, model_overrides, with_embedding_size
 from kraken_train.model.config import ModelConfig, parse_model
-from kraken_train.model.registry import ARCHITECTURES
+from kraken_train.model.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
 from kraken_train.planning.cluster import INTERCONNECTS
 from studies.results import Result, Results
 from studies.study import Run, Study
@@ -71,13 +71,15 @@ class Cell:
 @dataclass(frozen=True)
 class Plan:
     path: Path  # of the file
-    architectures: tuple[str, ...]
+    architectures: tuple[str, ...]  # names of architectures or of `forms`
+    forms: dict[str, str]  # further forms of an architecture: name in the tables -> architecture
+    with_embedding_of_base: tuple[str, ...]  # whose embedding and head are as wide as the standard Transformer's
     sizes: dict[str, dict[str, Any]]  # settings of the standard Transformer, besides those of all models
     tokens: tuple[Tokens, ...]  # of the runs of each size, ascending
     learning_rates: tuple[float, ...]  # ascending
     seeds: tuple[int, ...]
     layers: dict[str, Any]  # settings of all models
-    changes: dict[str, dict[str, Any]]  # settings of an architecture
+    changes: dict[str, dict[str, Any]]  # settings of an architecture or form
     warmup: float  # fraction of a run
     training: dict[str, Any]  # settings of kraken_train.train
     devices: int  # that share a copy in the predicted times; sub-layers of the Krakens, and tracks
@@ -89,13 +91,20 @@ class Plan:
         """Raises ConfigError."""
         for name in ("architectures", "tokens", "learning_rates", "seeds"):
             require_axis(name, getattr(self, name))
+        for name, architecture in self.forms.items():
+            require_choice(f"forms.{name}", architecture, architectures())
         for name in self.architectures:
-            require_choice("architectures", name, architectures())
+            require_choice("architectures", name, (*architectures(), *self.forms))
+        for name in self.with_embedding_of_base:
+            require_choice("with_embedding_of_base", name, self.architectures)
+            require_choice(
+                f"with_embedding_of_base={name}, whose architecture", self.architecture(name), with_embedding_size()
+            )
         for name in ("tokens", "learning_rates"):
             values = getattr(self, name)
             if len(values) < FEWEST or list(values) != sorted(values):
                 raise ConfigError(f"{name}={list(values)} must be at least {FEWEST} values in ascending order")
-        for needed in (REFERENCE, "kraken"):
+        for needed in (REFERENCE, DEFAULT_ARCHITECTURE):
             if needed not in self.architectures:
                 raise ConfigError(f"architectures={list(self.architectures)} must have {needed}, which others are "
                                   "compared with")  # fmt: skip
@@ -105,6 +114,15 @@ class Plan:
         for name in ("optim", "precision"):
             if name not in self.training:
                 raise ConfigError(f"training.{name} is not set; give it, since predicted times depend on it")
+
+    def architecture(self, name: str) -> str:
+        """Of an entry of `architectures`."""
+        return self.forms.get(name, name)
+
+    @property
+    def krakens(self) -> list[str]:
+        """The forms of Kraken, whose wins and losses the verdict names."""
+        return [name for name in self.architectures if self.architecture(name) == DEFAULT_ARCHITECTURE]
 
     @cached_property
     def models(self) -> dict[str, dict[str, ModelConfig]]:
@@ -116,11 +134,14 @@ class Plan:
         base = parse_model({"architecture": REFERENCE, **self.layers, **settings})
         found = {}
         for name in self.architectures:
-            changes = self.changes.get(name, {})
-            if ARCHITECTURES[name].units_setting is None:
-                found[name] = parse_model({"architecture": name, **self.layers, **settings, **changes})
+            architecture, changes = self.architecture(name), self.changes.get(name, {})
+            if ARCHITECTURES[architecture].units_setting is None:
+                found[name] = parse_model({"architecture": architecture, **self.layers, **settings, **changes})
             else:
-                best = derive(base, self.devices, self.tolerance, self.max_attention_cost, name)[0]
+                embedding_size = base.hidden_size if name in self.with_embedding_of_base else None
+                best, *_ = derive(
+                    base, self.devices, self.tolerance, self.max_attention_cost, architecture, embedding_size
+                )
                 found[name] = best.config.replace(**changes)
             difference = found[name].num_parameters / base.num_parameters - 1
             if abs(difference) > self.tolerance:

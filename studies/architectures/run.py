@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("plan", type=Path, metavar="PLAN", help="what to train: studies/architectures/cpu.yaml, ...")
     parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder that data_prep.prepare has written")
     parser.add_argument("runs_dir", type=Path, metavar="RUNS", help="folder for the runs")
-    parser.add_argument("--sizes", help="such as 1m,3m; default: all of the plan")
+    parser.add_argument("--sizes", help="such as 1m,2m; default: all of the plan")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one per GPU, or one")
     options = parser.parse_args(arguments)
     with user_errors(options.runs_dir):

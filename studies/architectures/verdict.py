@@ -69,7 +69,7 @@ def report(
     if not found:
         return "\n\n".join([*parts, f"The {REFERENCE} Transformer is not finished at any size."]) + "\n"
     comparisons = [one for size in found for one in (at_equal_tokens(size, found[size]), *timed[size])]
-    parts.append("\n".join(f"- {verdict(one)}" for one in comparisons))
+    parts.append("\n".join(f"- {verdict(one, plan.krakens)}" for one in comparisons))
     parts += [f"![Loss over tokens and over predicted time]({figure})", conditions(plan)]
     for size, of_size in found.items():
         parts += [f"## {size}", size_table(of_size, timed[size])]

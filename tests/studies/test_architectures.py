@@ -32,6 +32,8 @@ from studies.study import Run
 FOLDER = Path(read_plan.__code__.co_filename).parent
 SMALL: dict[str, Any] = {
     "architectures": ["kraken", "standard"],
+    "forms": {},
+    "with_embedding_of_base": [],
     "sizes": {
         "s": {"num_layers": 2, "hidden_size": 64, "num_heads": 2, "head_dim": 32},
         "m": {"num_layers": 3, "hidden_size": 64, "num_heads": 2, "head_dim": 32},
@@ -70,6 +72,8 @@ def test_comparisons_are_fair(name: str) -> None:
     for models in plan.models.values():
         for model in models.values():
             assert abs(model.num_parameters / models["standard"].num_parameters - 1) <= 0.01
+        assert models["kraken"].embedding_width == models["kraken"].hidden_size
+        assert models["kraken-wide"].embedding_width == models["standard"].hidden_size > models["kraken"].hidden_size
     size, models = next(iter(plan.models.items()))
     others = set()
     for architecture, model in models.items():
@@ -137,15 +141,20 @@ def test_verdict() -> None:
     losses = {"kraken": [5.0, 5.1], "standard": [4.9, 5.02], "ladder": [5.01, 5.09], "track": [5.3, 5.42]}
     comparison = Comparison("1m", "4M tokens", "", losses)
     # Differences from kraken: -0.1 and -0.08, 0.01 and -0.01, 0.3 and 0.32, each with a variance of 2 * 0.01^2.
-    assert comparison.noise == pytest.approx(0.01)
-    assert verdict(comparison) == (
-        "**1m, 4M tokens:** standard has the lowest loss; kraken is number 2 of 4: it wins against track, loses to "
-        "standard and is within noise of ladder. Its perplexity is 9.4% above standard's."
+    assert comparison.noise("kraken") == pytest.approx(0.01)
+    of_kraken = (
+        "kraken is number 2 of 4: it wins against track, loses to standard and is within noise of ladder. Its "
+        "perplexity is 9.4% above standard's."
+    )
+    assert verdict(comparison, ["kraken"]) == f"**1m, 4M tokens:** standard has the lowest loss. {of_kraken}"
+    assert verdict(comparison, ["kraken", "track"]) == (
+        f"**1m, 4M tokens:** standard has the lowest loss. {of_kraken} track is number 4 of 4: it loses to standard, "
+        "kraken and ladder. Its perplexity is 49.2% above standard's."
     )
     without = dataclasses.replace(comparison, losses={"standard": [1.0, 1.0]})
-    assert verdict(without) == "**1m, 4M tokens:** there is nothing to compare yet."
+    assert verdict(without, ["kraken"]) == "**1m, 4M tokens:** there is nothing to compare yet."
     unknown = dataclasses.replace(comparison, unknown=("fal",))
-    assert "Not known, since it would see more or fewer tokens than were trained: fal." in verdict(unknown)
+    assert "Not known, since it would see more or fewer tokens than were trained: fal." in verdict(unknown, ["kraken"])
     assert [rounded(tokens) for tokens in (1_003_520, 4_001_792, 2_000_158_720)] == ["1M", "4M", "2B"]
 
 
@@ -200,6 +209,9 @@ def test_refusals(tmp_path: Path) -> None:
         ({"learning_rates": [3e-3, 2e-3, 1e-3]}, "learning_rates=.* in ascending order"),
         ({"architectures": ["standard", "fal"]}, "must have kraken, which others are compared with"),
         ({"architectures": ["kraken", "standard", "squid"]}, "architectures=squid"),
+        ({"forms": {"squid": "squids"}}, "forms.squid=squids"),
+        ({"with_embedding_of_base": ["track"]}, "with_embedding_of_base=track is not known"),
+        ({"with_embedding_of_base": ["standard"]}, "with_embedding_of_base=standard, whose architecture=standard"),
         ({"speed": 1}, "speed is not a setting"),
         ({"training": {"optim": "adamw"}}, "training.precision is not set"),
     ):
@@ -232,7 +244,7 @@ def test_report(tmp_path: Path) -> None:
     report = write_verdict(plan)
     assert "missing" not in report
     assert (
-        "- **s, 1k tokens:** kraken has the lowest loss; kraken is number 1 of 2: it wins against standard." in report
+        "- **s, 1k tokens:** kraken has the lowest loss. kraken is number 1 of 2: it wins against standard." in report
     )
     assert "**l, the predicted time of 510 tokens of standard, as at large:** kraken has the lowest loss" in report
     assert "tried, so a better one may lie beyond it: kraken of s, kraken of m, kraken of l." in report
