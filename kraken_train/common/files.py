@@ -6,10 +6,11 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from kraken_train.common.errors import KrakenError
 
@@ -92,17 +93,43 @@ def is_plain_name(name: object) -> bool:
 def write_synced(path: Path, text: str) -> None:
     """Write `text` and wait until the disk has it."""
     with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        write_through(file, text)
+
+
+def write_through(file: IO[str], text: str) -> None:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def replace_synced(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new one, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_synced(temporary, text)
-    temporary.replace(path)
+    """Write `text` so that `path` holds either its old content or all of the new one, even after a power cut.
+
+    Several processes may do so at the same time; the last one's text remains.
+    """
+    with open_temporary(path) as file:
+        try:
+            write_through(file, text)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+def open_temporary(path: Path) -> IO[str]:
+    """A new file beside `path`, locked until it is closed.
+
+    It has always the same name, so that one which a killed process has left is used again; another name only while
+    another process writes to that one.
+    """
+    usual = path.with_name(f".{path.name}.tmp")
+    file = usual.open("a", encoding="utf-8")
+    if try_lock(file.fileno()) and is_still(usual, file.fileno()):
+        file.truncate(0)
+        return file
+    file.close()
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp").open("x", encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:
