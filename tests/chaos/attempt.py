@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +50,19 @@ class Attempt:
 class Start:
     """A command that runs in processes of its own."""
 
-    def __init__(self, command: list[str], plan: Plan, folder: Path) -> None:
+    def __init__(self, command: list[str], plan: Plan, folder: Path, answer: Path | None) -> None:
+        """`answer` takes the standard output; None: it is kept with the error messages."""
         self.plan = plan
         self.log = Path(plan.control, OUTPUT)
         environment = command_environment(plan)
         environment["PYTHONPATH"] = os.pathsep.join([str(TESTS / "chaos" / "inject"), environment["PYTHONPATH"]])
-        with self.log.open("w", encoding="utf-8") as output:  # a file, since processes left over keep a pipe open
+        with ExitStack() as files:  # not pipes, which processes left over keep open
+            errors = output = files.enter_context(self.log.open("w", encoding="utf-8"))
+            if answer is not None:
+                answer.parent.mkdir(exist_ok=True)
+                output = files.enter_context(answer.open("w", encoding="utf-8"))
             self.process = subprocess.Popen(
-                command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
             )
 
     def is_running(self) -> bool:
@@ -78,15 +83,21 @@ class Start:
 class ForkedStart:
     """A Python command in one process, as a fork of a process that has imported PyTorch: seconds faster."""
 
-    def __init__(self, command: list[str], plan: Plan, folder: Path) -> None:
+    def __init__(self, command: list[str], plan: Plan, folder: Path, answer: Path | None) -> None:
         assert command[1] == "-m", "only modules run in forks"
-        self.plan = plan
+        self.plan, self.answer = plan, answer
         self.thread = threading.Thread(target=self.run, args=(["-m", "chaos.injected", *command[2:]],))
         self.thread.start()
 
     def run(self, program: list[str]) -> None:
         (result,) = run_forked([program], [command_environment(self.plan)])
-        self.result = Attempt(result.returncode, result.stdout + result.stderr)
+        output = result.stderr
+        if self.answer is None:
+            output = result.stdout + output
+        else:
+            self.answer.parent.mkdir(exist_ok=True)
+            self.answer.write_text(result.stdout, encoding="utf-8")
+        self.result = Attempt(result.returncode, output)
         Path(self.plan.control, OUTPUT).write_text(self.result.output, encoding="utf-8")
 
     def is_running(self) -> bool:
@@ -97,7 +108,7 @@ class ForkedStart:
         return self.result
 
 
-Starter = Callable[[list[str], Plan, Path], Start | ForkedStart]
+Starter = Callable[[list[str], Plan, Path, Path | None], Start | ForkedStart]
 
 
 def command_environment(plan: Plan) -> dict[str, str]:

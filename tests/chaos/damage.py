@@ -44,7 +44,7 @@ class Damage(Fault):
     """A file that has been written is no longer what it was. `change` None: it is gone."""
 
     def __init__(self, name: str, change: Callable[[bytes, bytes, random.Random], bytes] | None) -> None:
-        victims = ("train", "train", "train-P2", "export", "evaluate")
+        victims = ("train", "train", "train-P2", "export", "evaluate", "generate")
         super().__init__(name, victims, {KILLED, MESSAGE, FINISHED, REFUSED})
         self.change = change
         self.kept: dict[str, tuple[Path, bytes]] = {}  # what was there before, by case
@@ -77,7 +77,7 @@ class Damage(Fault):
     def draw_files(self, case: Case) -> tuple[Path, Path]:
         """A file to damage, and one to take its place."""
         files = [path for path in sorted(case.work.rglob("*")) if path.is_file() and path.stat().st_size]
-        if case.victim.name == "evaluate":
+        if case.victim.name in ("evaluate", "generate"):
             files = [path for path in files if path.parts[len(case.work.parts)] in ("data", "export")]
         checkpoints = sorted(case.work.glob("run/checkpoints/step-????????"))
         newest = sorted(path for path in checkpoints[-1].iterdir()) if checkpoints else []

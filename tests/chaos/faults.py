@@ -22,7 +22,7 @@ SAVED = "saved"  # it was asked to end, and has saved
 KILLED = "killed"  # the command itself was killed, and can say nothing
 REFUSED = "refused"  # damaged files, until they were repaired
 TRAINING = ("train", "train-async", "train-P2", "train-DP2")
-ON_RANKS = tuple(name for name, victim in VICTIMS.items() if victim.ranks > 1)
+ON_RANKS = tuple(name for name, victim in VICTIMS.items() if DEEPSPEED in victim.launcher)
 ONE_PROCESS = tuple(name for name, victim in VICTIMS.items() if victim.ranks == 1)
 DAY = 86400.0
 
@@ -72,7 +72,7 @@ class Fault:
 
     def impossible(self) -> str | None:
         """Why this machine cannot have it."""
-        return None
+        return next((reason for name in self.victims if (reason := VICTIMS[name].impossible()) is not None), None)
 
     def strike(self, case: Case) -> Strike | None:
         """Where it strikes in the first start; None: nothing strikes within it."""
@@ -170,8 +170,8 @@ class Stopped(Fault):
 class Duplicate(Fault):
     """The same command is started again while it runs; the second is refused, or does no harm."""
 
-    def __init__(self) -> None:
-        super().__init__("duplicate", ("train", "train-P2", "prepare", "export", "evaluate"), {FINISHED})
+    def __init__(self, name: str, victims: tuple[str, ...]) -> None:
+        super().__init__(name, victims, {FINISHED})
 
     def strike(self, case: Case) -> Strike:
         return Strike(*draw_moment(case), "hold", {})
@@ -230,6 +230,8 @@ INJECTED = [
         "clock-jump", (*TRAINING, "prepare"), {FINISHED}, "move clock",
         lambda draw: {"seconds": draw.choice([-1, 1]) * draw.choice([1.0, 3600.0, 400 * DAY])},
     ),
-    Injected("memory-limit", ("train", "train-P2", "prepare", "evaluate"), {MESSAGE, FINISHED}, "limit memory"),
-    Duplicate(),
+    Injected(
+        "memory-limit", ("train", "train-P2", "prepare", "evaluate", "generate"), {MESSAGE, FINISHED}, "limit memory"
+    ),
+    Duplicate("duplicate", ("train", "train-P2", "prepare", "export", "evaluate")),
 ]  # fmt: skip

@@ -12,12 +12,13 @@ from chaos.attempt import Attempt, ForkedStart, Start, Starter
 from chaos.damage import DAMAGES
 from chaos.faults import FINISHED, INJECTED, KILLED, MESSAGE, REFUSED, SAVED, Case, Fault
 from chaos.machine import MACHINE
+from chaos.on_slurm import ON_SLURM
 from chaos.plan import STRUCK, Plan
 from chaos.victims import VICTIMS, Undisturbed, Victim
 from kraken_train.common.cli import USER_ERROR_EXIT_CODE
 from kraken_train.health.shutdown import INTERRUPTED_EXIT_CODE
 
-FAULTS = {fault.name: fault for fault in (*INJECTED, *DAMAGES, *MACHINE)}
+FAULTS = {fault.name: fault for fault in (*INJECTED, *DAMAGES, *MACHINE, *ON_SLURM)}
 REPETITIONS = 3  # of a command until it is done
 NOT_STRUCK = "did not strike"
 PASSED_OVER = "passed over a damaged checkpoint"
@@ -49,7 +50,8 @@ class Harness:
         assert attempt.code == 0, f"{victim.name} fails without a fault:\n{attempt.output}"
 
     def start(self, victim: Victim, command: list[str], plan: Plan) -> Start | ForkedStart:
-        return (self.starter if victim.ranks == 1 else Start)(command, plan, Path(plan.control))
+        answer = None if victim.answer is None else Path(plan.watched) / victim.answer
+        return (self.starter if victim.ranks == 1 else Start)(command, plan, Path(plan.control), answer)
 
     def run_case(self, kind: str, seed: int) -> Result:
         fault, draw = FAULTS[kind], random.Random(f"{kind} {seed}")

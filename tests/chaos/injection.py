@@ -1,8 +1,8 @@
 """In a process of the command: counts its events, and strikes at one of them.
 
-Events are the beginnings of optimizer steps and, below the watched folder, file operations that change something: a
-file is opened for writing, renamed, removed or synced, a folder is made. Python's audit hooks report them from every
-library, before they happen, and can refuse them.
+Events are the beginnings of optimizer steps, the tokens that the inference engine computes, and, below the watched
+folder, file operations that change something: a file is opened for writing, renamed, removed or synced, a folder is
+made. Python's audit hooks report file operations from every library, before they happen, and can refuse them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from chaos.plan import FILE, RELEASE, STEP, STRUCK, VARIABLE, Plan
+from chaos.plan import FILE, RELEASE, STEP, STRUCK, TOKEN, VARIABLE, Plan
 
 FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # Python's audit events of file operations that change something, and where their arguments name a folder that the path
@@ -42,8 +42,9 @@ class Injection:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.counts = {STEP: 0, FILE: 0}
-        self.waiting = plan.number > 0  # the fault has not struck yet
+        self.counts = {STEP: 0, FILE: 0, TOKEN: 0}
+        # The fault has not struck yet; a job that Slurm has requeued starts in the same environment again.
+        self.waiting = plan.number > 0 and not Path(plan.control, STRUCK).exists()
         self.refusal: int | None = None  # the error of every further file operation
         self.failures_of_fsync = 0  # so many further ones fail
         self.delay = 0.0  # seconds, at most, of each further file operation
@@ -107,6 +108,15 @@ class Injection:
             original(trainer)
 
         module.Trainer.train_step = train_step
+
+    def watch_tokens(self, module: ModuleType) -> None:
+        original = module.InferenceEngine.add_tokens
+
+        def add_tokens(engine: Any, token_ids: Any) -> Any:
+            self.happens(TOKEN)
+            return original(engine, token_ids)
+
+        module.InferenceEngine.add_tokens = add_tokens
 
     def leave_word(self, **what: Any) -> None:
         """Tell the harness that the fault has struck."""
@@ -221,6 +231,15 @@ def exhaust_memory(injection: Injection, trainer: Any, group: str, spare_bytes: 
     raise AssertionError(f"{len(held)} MiB were given all the same")
 
 
+def cancel_job(injection: Injection, trainer: Any) -> None:
+    """The job of Slurm in which this process runs. The step goes on once the rank knows that it has to end."""
+    job = os.environ["SLURM_JOB_ID"]
+    injection.leave_word(job=job)
+    subprocess.run(["scancel", job], check=True)
+    while not trainer.stop.requested:
+        time.sleep(0.05)
+
+
 def cut_network(injection: Injection, trainer: Any) -> None:
     """Of this process's network namespace, in which the command runs alone."""
     injection.leave_word(cut="lo")
@@ -243,6 +262,7 @@ ACTIONS: dict[str, Callable[..., str | None]] = {
     "spoil gradient": spoil_gradient,
     "limit memory": limit_memory,
     "exhaust memory": exhaust_memory,
+    "cancel job": cancel_job,
     "cut network": cut_network,
     "hold": hold,
 }
@@ -266,7 +286,8 @@ def module_of(command: Sequence[str]) -> str | None:
 
 
 def own_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """As the launcher or Slurm has set it."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def install_in_interpreter() -> None:
@@ -287,6 +308,7 @@ def install(module: str | None) -> None:
     sys.addaudithook(injection.on_audit)
     injection.watch_fsync()
     after_import("kraken_train.training.trainer", injection.watch_steps)
+    after_import("kraken_train.inference.engine", injection.watch_tokens)
     if plan.number == 0:
         atexit.register(injection.write_counts)
 

@@ -1,4 +1,4 @@
-"""Kinds of faults that need something of the machine: a small disk, a network of its own, a limit of memory, Slurm."""
+"""Kinds of faults that need something of the machine: a small disk, a network of its own, a limit of memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class OutOfMemory(Fault):
     """The kernel kills one process, since its control group has no memory left."""
 
     def __init__(self) -> None:
-        super().__init__("out-of-memory", (*TRAINING, "prepare", "evaluate"), {MESSAGE, KILLED})
+        super().__init__("out-of-memory", (*TRAINING, "prepare", "evaluate", "generate"), {MESSAGE, KILLED})
 
     def impossible(self) -> str | None:
         if not os.access(MEMORY_GROUPS / "cgroup.procs", os.W_OK):
@@ -100,14 +100,4 @@ class NetworkCut(Fault):
         return Strike(*draw_moment(case, only=STEP), "cut network", {})
 
 
-class Slurm(Fault):
-    """`make test-slurm` kills ranks and nodes of jobs; here there is no kind of its own yet."""
-
-    def __init__(self) -> None:
-        super().__init__("slurm", TRAINING, set())
-
-    def impossible(self) -> str | None:
-        return "faults under Slurm are those of `make test-slurm`"
-
-
-MACHINE = [FullDisk(), OutOfMemory(), NetworkCut(), Slurm()]
+MACHINE = [FullDisk(), OutOfMemory(), NetworkCut()]

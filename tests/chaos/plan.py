@@ -1,4 +1,4 @@
-"""What a process of a command is told about its fault: JSON in an environment variable."""
+"""The fault of a process of a command: JSON in an environment variable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 VARIABLE = "KRAKEN_CHAOS"  # in the environment of every process of a case, so that those left over are found
-STEP, FILE = EVENTS = "step", "file"  # an optimizer step begins; a file operation is about to happen
+# an optimizer step begins; a file operation is about to happen; the inference engine is to compute a further token
+STEP, FILE, TOKEN = "step", "file", "token"
 STRUCK, RELEASE = "struck.json", "release"  # files in the control folder
 
 

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import torch
 from integration.training import learned, overrides
+from slurm.cluster import has_slurm
 
-from chaos.plan import FILE, STEP
+from chaos.plan import FILE, STEP, TOKEN
 from checkpoints.training.store import find_good_checkpoint, load_tensors
 from kraken_train.common.errors import KrakenError
 
 STEPS, SAVE_EVERY = 12, 3
 WATCHDOG_SECONDS = 10
+PROMPTS = "prompts.txt"
 TRAIN, PREPARE, EXPORT = "kraken_train.train", "data_prep.prepare", "checkpoints.export"
 EVALUATE, GENERATE = "kraken_train.evaluate", "kraken_train.generate"
-DEEPSPEED = "launch.deepspeed"
+DEEPSPEED, SLURM = "launch.deepspeed", "chaos.slurm_job"
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,18 @@ class Victim:
     settings: Callable[[Path], list[str]]  # the command's arguments for such a folder
     compare: Callable[[Path, Path], list[str]]  # (folder, undisturbed folder) -> how the results differ
     ranks: int = 1
-    needs: tuple[tuple[str, str], ...] = ()  # (victim, a result of it), copied into the folder
+    launcher: tuple[str, ...] = ()  # module that starts the ranks, with its arguments; empty: there is one process
+    needs: tuple[tuple[str, str], ...] = ()  # (victim, a result of it), copied into the folder; no victim: of WRITERS
     events: tuple[str, ...] = (FILE,)
     refuses_to_repeat: bool = False  # refuses where the whole of its result is there already
+    answer: str | None = None  # file in the folder that takes the standard output, where that is the result
+
+    def impossible(self) -> str | None:
+        """Why this machine cannot run it."""
+        return None if SLURM not in self.launcher or has_slurm() else "no Slurm controller answers"
 
     def command(self, work: Path, more: Sequence[str] = ()) -> list[str]:
-        arguments = [self.module, *self.settings(work), *more]
-        if self.ranks == 1:
-            return [sys.executable, "-m", *arguments]
-        return [sys.executable, "-m", DEEPSPEED, "--num_gpus", str(self.ranks), *arguments]
+        return [sys.executable, "-m", *self.launcher, self.module, *self.settings(work), *more]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -130,6 +135,11 @@ def write_corpus(folder: Path) -> None:
     (folder / "corpus.jsonl").write_text(lines, encoding="utf-8")
 
 
+def write_prompts(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / PROMPTS).write_text("Chapter 1:\nword7 word12\nChapter\n", encoding="utf-8")
+
+
 def preparing(workers: int) -> Callable[[Path], list[str]]:
     return lambda work: [
         f"source={work / 'corpus'}", "tokenizer.vocab_size=320", "validation_fraction=0.1", f"num_workers={workers}",
@@ -146,9 +156,12 @@ def evaluating(work: Path) -> list[str]:
 
 
 def generating(work: Path) -> list[str]:
-    return [f"export_dir={work / 'export'}", "prompt=Chapter 1:", "max_new_tokens=12", "temperature=0"]
+    prompts = f"prompts_file={work / 'prompts' / PROMPTS}"
+    return [f"export_dir={work / 'export'}", prompts, "max_new_tokens=8", "batch_size=2", "device=cpu"]
 
 
+WRITERS = {"corpus": write_corpus, "prompts": write_prompts}
+ON_TWO_RANKS = {"ranks": 2, "launcher": (DEEPSPEED, "--num_gpus", "2")}
 CORPUS, DATA = (("", "corpus"),), (("prepare", "data"),)
 TRAINING = {"module": TRAIN, "compare": compare_runs, "needs": DATA, "events": (STEP, FILE)}
 VICTIMS = {
@@ -158,8 +171,12 @@ VICTIMS = {
         Victim("train-async", settings=training("checkpoint.asynchronous=true"), **TRAINING),
         Victim("train-wandb", settings=training("tracking=wandb", "tracking.mode=offline"), **TRAINING),
         Victim("train-tensorboard", settings=training("tracking=tensorboard"), **TRAINING),
-        Victim("train-P2", settings=training("parallel.sub_layer_parallel_size=2"), ranks=2, **TRAINING),
-        Victim("train-DP2", settings=training("parallel.sub_layer_parallel_size=1"), ranks=2, **TRAINING),
+        Victim("train-P2", settings=training("parallel.sub_layer_parallel_size=2"), **ON_TWO_RANKS, **TRAINING),
+        Victim("train-DP2", settings=training("parallel.sub_layer_parallel_size=1"), **ON_TWO_RANKS, **TRAINING),
+        Victim(
+            "train-slurm", settings=training("parallel.sub_layer_parallel_size=2"), ranks=2, launcher=(SLURM,),
+            **TRAINING,
+        ),
         Victim("prepare", PREPARE, preparing(0), compare_data, needs=CORPUS),
         Victim("prepare-workers", PREPARE, preparing(2), compare_data, needs=CORPUS),
         Victim(
@@ -167,6 +184,10 @@ VICTIMS = {
         ),
         Victim(
             "evaluate", EVALUATE, evaluating, compare_trees("export"), needs=(("export", "export"), *DATA)
+        ),
+        Victim(
+            "generate", GENERATE, generating, compare_trees("answer"), needs=(("export", "export"), ("", "prompts")),
+            events=(TOKEN,), answer="answer/texts.jsonl",
         ),
     )
 }  # fmt: skip
@@ -193,7 +214,7 @@ class Undisturbed:
         work.mkdir(parents=True, exist_ok=True)
         for maker, name in victim.needs:
             if maker == "":
-                write_corpus(work / name)
+                WRITERS[name](work / name)
             else:
                 shutil.copytree(self.of(VICTIMS[maker]) / name, work / name)
 
