@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from checkpoints.exports.checksums import require_unchanged
 from checkpoints.exports.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -95,6 +96,7 @@ def complete_export(folder: Path) -> list[str]:
         )
     if export.tokenizer_dir.is_dir():
         export.load_tokenizer()  # raises CheckpointError if it is damaged
+    require_unchanged(folder)
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if not any(part.startswith((".", "__")) for part in path.parts))
 

@@ -3,6 +3,7 @@
     model.safetensors  weights under global names, sub-layers stacked: layers.3.attention.qkv.weight is (N, 3D, D)
     config.json        the model's settings, `model_type`, `format_version`, `dtype` and facts about the training
     tokenizer/         the tokenizer's files, absent if the model came without one
+    SHA256SUMS         hashes of the other files
     modeling_kraken.py, generation_config.json, tokenizer.json, tokenizer_config.json
                        further files for transformers; the last two are made from `tokenizer/`
 
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.exports.checksums import require_unchanged, write_checksums
 from checkpoints.exports.native import is_native, native_description, require_native, to_native
 from checkpoints.exports.transformers_tokenizer import write_transformers_tokenizer
 from data_prep.manifest import TOKENIZER_FOLDER
@@ -67,8 +69,13 @@ class Export:
     def tokenizer_dir(self) -> Path:
         return self.folder / TOKENIZER_FOLDER
 
+    def require_weights(self) -> None:
+        """Raises CheckpointError if the weights are not those that were written. Reads all of the file."""
+        require_unchanged(self.folder, WEIGHTS_FILE)
+
     def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LanguageModel:
         """The model with its weights in `dtype`, by default the stored one. Raises CheckpointError."""
+        self.require_weights()
         weights = read_weights_file(self.folder / WEIGHTS_FILE)
         require_matching_shapes(
             {name: tuple(tensor.shape) for name, tensor in weights.items()}, self.config, str(self.folder)
@@ -84,7 +91,9 @@ class Export:
                 f"{self.folder} has no tokenizer, because none was given when it was made; make it again with one"
             )
         require_own_files(self.folder)
-        return load_tokenizer(self.tokenizer_dir)
+        tokenizer = load_tokenizer(self.tokenizer_dir)
+        require_unchanged(self.folder, TOKENIZER_FOLDER)
+        return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -139,6 +148,7 @@ def write_export(
             converted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
             save_file(converted, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             add_files(temporary)
+            write_checksums(temporary)
             sync_tree(temporary)
             os.replace(temporary, output_dir)  # over an empty folder too
             sync_folder(output_dir.parent)
@@ -249,7 +259,9 @@ def read_export(export_dir: Path) -> Export:
         raise CheckpointError(
             f"{export_dir / CONFIG_FILE} has dtype={description.get('dtype')}; known: {', '.join(DTYPES)}"
         )
-    return Export(export_dir, config, dtype, training_of(description, export_dir / CONFIG_FILE))
+    training = training_of(description, export_dir / CONFIG_FILE)
+    require_unchanged(export_dir, CONFIG_FILE)
+    return Export(export_dir, config, dtype, training)
 
 
 def training_of(description: Mapping[str, Any], path: Path) -> dict[str, Any]:

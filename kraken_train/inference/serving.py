@@ -32,7 +32,8 @@ def start_engine(
 
     `speeds` are those of the ranks' devices, `collectives` is one of `ranks.COLLECTIVES`. Raises ConfigError, before
     any weight is read, where the devices do not support `execution` or `collectives`, are too many to share the model,
-    or have too little memory; CheckpointError on all ranks if one of them cannot read its part.
+    or have too little memory; CheckpointError on all ranks if the weights are damaged or one of the ranks cannot read
+    its part.
     """
     execution.require_device(runtime.device)
     execution = execution.fitted(runtime.device, prompt_tokens, prompt_tokens + max_new_tokens)
@@ -50,6 +51,7 @@ def start_engine(
     ]
     free = runtime.gather(free_memory(runtime.device, runtime.local_world_size))
     require_memory(needs, free, f"the model in {export.folder} with a batch of {batch_size} prompts")
+    runtime.on_first(export.require_weights)
     units, communicator = shares[runtime.rank], connect(runtime, collectives)
     model = on_all(runtime, lambda: load_part(export, units, communicator, dtype, runtime.device))
     usable = tuple(length for length in execution.lengths if length <= capacity)

@@ -48,7 +48,8 @@ class TeacherExport:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the teacher's settings and weights. Reads all of the file."""
+        """Hex digest of the teacher's settings and weights. Reads all of the file. Raises CheckpointError."""
+        self.export.require_weights()
         settings = json.dumps(to_dict(self.config), sort_keys=True)
         weights = file_sha256(self.export.folder / WEIGHTS_FILE)
         return hashlib.sha256(f"{settings}{weights}".encode()).hexdigest()[:32]

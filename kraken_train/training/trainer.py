@@ -325,6 +325,7 @@ class Trainer:
         if self.config.init_from is None:
             return
         export = open_initial_export(Path(self.config.init_from), self.model_config, self.data.first.tokenizer_files)
+        self.runtime.on_first(export.require_weights)
         with export_reader(export) as read:
             self.engine.load_weights(read)
         self.print_rank0(f"starting with the weights of {export.folder}")

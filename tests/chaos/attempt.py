@@ -22,6 +22,7 @@ from chaos.plan import VARIABLE, Plan
 OUTPUT = "output.log"  # in the control folder: what the command has printed
 TESTS = REPOSITORY / "tests"
 OF_A_RANK = re.compile(r"error: rank \d+ \(process \d+ on \S+\): ")
+OF_A_JOB = " (a restart would not help, so the job ends)"  # after the message of a rank that Slurm has started
 FOLLOWS = "see its message"  # in the message of a rank that ends because of another one
 TRACEBACK = "Traceback (most recent call last)"
 
@@ -40,7 +41,8 @@ class Attempt:
         lines = [line.strip() for line in self.output.splitlines()]
         errors = [line for line in lines if line.startswith("error: ") and FOLLOWS not in line]
         # The launcher repeats the first message last, with the rank that it is of.
-        return list({OF_A_RANK.sub("error: ", line): line for line in reversed(errors)}.values())[::-1]
+        bare = {OF_A_RANK.sub("error: ", line).removesuffix(OF_A_JOB): line for line in reversed(errors)}
+        return list(bare.values())[::-1]
 
     @property
     def has_traceback(self) -> bool:
