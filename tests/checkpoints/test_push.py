@@ -56,7 +56,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_dry_run(export_dir: Path, hub: Hub) -> None:
     result = run_here("checkpoints.push", f"export_dir={export_dir}", "repo=me/model", "dry_run=true", "private=false")
     assert result.returncode == 0, result.stderr
-    assert "would upload 8 files" in result.stdout
+    assert "would upload 9 files" in result.stdout
     assert "me/model would be created, public" in result.stdout
     size = (export_dir / "model.safetensors").stat().st_size
     assert f"{size / 1000:.1f} kB  model.safetensors" in result.stdout
@@ -74,7 +74,7 @@ def test_exactly_the_files_of_the_export_are_uploaded(export_dir: Path, hub: Hub
     assert created == {"repo": "me/model", "private": True, "exist_ok": True}
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/model", export_dir)
     assert uploaded["allow_patterns"] == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_kraken.py",
+        "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "modeling_kraken.py",
         "tokenizer.json", "tokenizer/kraken_tokenizer.json", "tokenizer/tokenizer.model", "tokenizer_config.json",
     ]  # fmt: skip
 
@@ -92,10 +92,12 @@ def test_errors(export_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
     assert "no Hugging Face token; run `hf auth login`" in refused()
     hub.calls.clear()
     path = export_dir / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in config.items() if name != "auto_map"}))
+    config = path.read_text()
+    sums = (export_dir / "SHA256SUMS").rename(export_dir.with_name("sums"))
+    path.write_text(json.dumps({name: value for name, value in json.loads(config).items() if name != "auto_map"}))
     assert "has no auto_map" in refused()
-    path.write_text(json.dumps(config))
+    path.write_text(config)
+    sums.rename(export_dir / "SHA256SUMS")
     for name in ("tokenizer/tokenizer.model", "generation_config.json", "modeling_kraken.py", "model.safetensors"):
         (export_dir / name).unlink()
         assert Path(name).name in refused()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from checkpoints.exports.checksums import SUMS_FILE
 from checkpoints.exports.folder import write_export
 from checkpoints.training.manifest import content_sha256
 from data_prep.files import SUFFIXES
@@ -26,7 +27,7 @@ from data_prep.gpt2_ranks import NUM_RANKS
 from data_prep.indexed import ShardWriter, bin_path, idx_path
 from data_prep.manifest import MANIFEST_NAME, _parse, probe_sha256
 from data_prep.tokenizers import GPT2Tokenizer, HuggingFaceTokenizer
-from kraken_train.common.files import file_sha256
+from kraken_train.common.files import file_sha256, is_plain_name
 from kraken_train.evaluation.results import Score, SuiteResult, TaskResult, record_results
 from kraken_train.model.config import GPTConfig, ModelConfig
 
@@ -238,6 +239,20 @@ def sign(folder: Path) -> None:
                 sign_data(path, manifest)
         except Exception:  # of any kind: it is damaged in a way that leaves nothing to sign
             continue
+    sums = folder / SUMS_FILE
+    if sums.is_file() and not sums.is_symlink():
+        sign_export(sums)
+
+
+def sign_export(sums: Path) -> None:
+    lines = []
+    for line in sums.read_bytes().splitlines():
+        digest, _, name = line.decode("utf-8", "surrogateescape").partition("  ")
+        file = sums.with_name(name) if is_plain_name(name) else None
+        if file is not None and file.is_file() and file.stat().st_size < 1 << 24:
+            digest = file_sha256(file)
+        lines.append(f"{digest}  {name}\n".encode("utf-8", "surrogateescape"))
+    sums.write_bytes(b"".join(lines))
 
 
 def sign_checkpoint(path: Path, manifest: dict) -> None:

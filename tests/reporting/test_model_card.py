@@ -92,6 +92,7 @@ def test_data_of_all_phases(tmp_path: Path) -> None:
     description = json.loads((tmp_path / "e" / "config.json").read_text())
     description["training"]["phase_data_fingerprints"] = ["f00d", "beef"]
     (tmp_path / "e" / "config.json").write_text(json.dumps(description))
+    (tmp_path / "e" / "SHA256SUMS").unlink()
     write_card(tmp_path / "e")
     assert "| data fingerprint | f00d, beef |" in (tmp_path / "e" / "README.md").read_text()
 

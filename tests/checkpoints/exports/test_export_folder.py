@@ -12,6 +12,7 @@ import torch
 from helpers import random_ids, rough_model, small_configs, write_small_export
 from safetensors.torch import load_file, save_file
 
+from checkpoints.exports.checksums import SUMS_FILE
 from checkpoints.exports.folder import read_export, write_export
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.output import sole_writer
@@ -38,6 +39,7 @@ def export_dir(tmp_path: Path) -> Path:
 def edit_config(export_dir: Path, **changes: object) -> None:
     path = export_dir / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (export_dir / SUMS_FILE).unlink()
 
 
 @pytest.mark.parametrize("architecture", small_configs())
@@ -133,7 +135,7 @@ def test_what_a_killed_attempt_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".e.tmp" / "model.safetensors").write_bytes(b"half of it")
     write_into(tmp_path / "e")
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
-    written = ["config.json", "model.safetensors", "modeling_kraken.py"]
+    written = [SUMS_FILE, "config.json", "model.safetensors", "modeling_kraken.py"]
     assert sorted(path.name for path in (tmp_path / "e").iterdir()) == written
 
 
