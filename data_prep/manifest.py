@@ -90,6 +90,8 @@ class Manifest:
                     raise ValueError(f"{shard.name} has impossible numbers of documents or tokens")
         if wrong := find_wrong_type(self.request, REQUEST) or find_wrong_type(self.round_trips, ROUND_TRIPS):
             raise ValueError(f"its entry {wrong} is of the wrong type")
+        if unknown := next((name for name in self.round_trips if name not in ROUND_TRIPS), None):
+            raise ValueError(f"its entry round_trips.{unknown} is not known")
 
     @property
     def vocab_size(self) -> int:

@@ -151,7 +151,8 @@ def write_small_export(folder: Path, config: ModelConfig, tokenizer_dir: Path | 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m module arguments` in a fork (see `forked`)."""
-    return run_forked([["-m", module, *arguments]], [{"PYTHONPATH": str(REPOSITORY)}])[0]
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}  # threads decide the last bits of a sum
+    return run_forked([["-m", module, *arguments]], [environment])[0]
 
 
 def run_process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

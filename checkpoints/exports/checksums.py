@@ -6,10 +6,10 @@ versions have no such file, and are read without.
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from kraken_train.common.errors import CheckpointError
-from kraken_train.common.files import file_sha256, kind_of, read_file
+from kraken_train.common.files import file_sha256, is_plain_name, kind_of, read_file
 
 SUMS_FILE = "SHA256SUMS"
 CHANGING = ("README.md", "loss.png", "evaluation.json")  # by users, by evaluations
@@ -35,7 +35,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     sums = {}
     for line in lines:
         digest, _, name = line.partition("  ")
-        if len(digest) != HEX_DIGITS or not name or PurePosixPath(name).is_absolute() or ".." in name.split("/"):
+        if len(digest) != HEX_DIGITS or not all(is_plain_name(part) for part in name.split("/")):
             raise CheckpointError(
                 f"{path} is damaged: {line[:100]!r} is not a hash and the name of a file; copy it again, or remove it"
             )

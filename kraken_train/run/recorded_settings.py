@@ -56,8 +56,11 @@ def defaults_with(*choices: str) -> dict[str, Any]:
 
 
 def recorded_model(recorded: dict[str, Any]) -> dict[str, Any]:
-    """The same for the settings of a model, whose defaults its class has."""
-    schema = ARCHITECTURES.get(recorded.get("architecture", DEFAULT_ARCHITECTURE))
+    """The same for the settings of a model, whose defaults its class has. Raises ConfigError."""
+    architecture = recorded.get("architecture", DEFAULT_ARCHITECTURE)
+    if not isinstance(architecture, str):
+        raise ConfigError(f"the recorded model has architecture={architecture}, which must be a name")
+    schema = ARCHITECTURES.get(architecture)
     return filled({} if schema is None else schema.defaults(), recorded)
 
 

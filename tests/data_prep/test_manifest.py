@@ -53,6 +53,7 @@ def test_missing_and_foreign_folders(tmp_path: Path) -> None:
         ({"splits": {"train": {"shards": [{"name": "x"}], "text_bytes": 1}}}, "is damaged"),
         ({"tokenizer": {"kind": "gpt2"}}, "is damaged .*vocab_size"),
         ({"skipped": None, "splits": None}, "is damaged"),
+        ({"round_trips": {"exampld": None}}, "is damaged .its entry round_trips.exampld is not known"),
         ({"dtype": "int32"}, "was changed: its fingerprint"),
     ],
 )

@@ -37,7 +37,7 @@ from kraken_train.common.files import copy_folder
 from kraken_train.common.parsing import parse_json, parse_yaml
 from kraken_train.evaluation.suites import register_own_model
 from kraken_train.run.inventory import read_mapping
-from kraken_train.run.recorded_settings import recorded_settings
+from kraken_train.run.recorded_settings import recorded_model, recorded_settings
 
 STEP = Path("checkpoints") / "step-00000100"
 
@@ -241,6 +241,8 @@ def test_a_recorded_choice_names_no_file_elsewhere(tmp_path: Path) -> None:
     assert settings["max_steps"] != 7
     with pytest.raises(ConfigError, match=r"optim\.name=\[7\], which must be a name"):
         recorded_settings({"optim": {"name": [7]}})
+    with pytest.raises(ConfigError, match=r"architecture=\{'a': 1\}, which must be a name"):
+        recorded_model({"architecture": {"a": 1}})
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_what_users_and_evaluations_change(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["no hash  config.json", f"{'0' * 64}  ../secret", f"{'0' * 64}  /etc/passwd", "0" * 64]
+    "line", ["no hash  config.json", f"{'0' * 64}  ../secret", f"{'0' * 64}  /etc/passwd", f"{'0' * 64}  \0x", "0" * 64]
 )
 def test_a_damaged_list(folder: Path, line: str) -> None:
     with (folder / SUMS_FILE).open("a") as file:
