@@ -23,7 +23,7 @@ OUTPUT = "output.log"  # in the control folder: what the command has printed
 TESTS = REPOSITORY / "tests"
 OF_A_RANK = re.compile(r"error: rank \d+ \(process \d+ on \S+\): ")
 OF_A_JOB = " (a restart would not help, so the job ends)"  # after the message of a rank that Slurm has started
-FOLLOWS = "see its message"  # in the message of a rank that ends because of another one
+FOLLOWS = ("see its message", "a rank failed, see above")  # in messages of ranks and jobs that end because of a rank
 TRACEBACK = "Traceback (most recent call last)"
 
 
@@ -39,7 +39,7 @@ class Attempt:
     def errors(self) -> list[str]:
         """The different error messages, without those of ranks that only follow another one."""
         lines = [line.strip() for line in self.output.splitlines()]
-        errors = [line for line in lines if line.startswith("error: ") and FOLLOWS not in line]
+        errors = [line for line in lines if line.startswith("error: ") and not any(part in line for part in FOLLOWS)]
         # The launcher repeats the first message last, with the rank that it is of.
         bare = {OF_A_RANK.sub("error: ", line).removesuffix(OF_A_JOB): line for line in reversed(errors)}
         return list(bare.values())[::-1]
