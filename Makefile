@@ -52,8 +52,8 @@ $(VLLM)/.ready: serving/vllm/pyproject.toml
 demo: setup  ## run the main job end to end on a CPU: prepare, train, draw, export, evaluate, generate
 	$(BIN)/python -m launch.demo $(DEMO_DIR)
 
-test: setup  ## run the tests, except those marked slow
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
+test: setup  ## run the tests, except those marked slow or vllm
+	$(BIN)/python -m pytest -m "not slow and not vllm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 # The same seed gives the same cases; without one it is the time. A failure prints the changes that make it.
 fuzz: SEED := $(or $(SEED),$(shell date +%s))
