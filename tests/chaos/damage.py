@@ -48,6 +48,7 @@ class Damage(Fault):
         super().__init__(name, victims, {KILLED, MESSAGE, FINISHED, REFUSED})
         self.change = change
         self.kept: dict[str, tuple[Path, bytes]] = {}  # what was there before, by case
+        self.damaged: dict[str, bytes | None] = {}  # what it has become
 
     def strike(self, case: Case) -> Strike | None:
         if STEP not in case.victim.events:
@@ -68,10 +69,12 @@ class Damage(Fault):
         path, other = self.draw_files(case)
         content = path.read_bytes()
         self.kept[case.name] = path, content
-        if self.change is None:
+        damaged = None if self.change is None else self.change(content, other.read_bytes(), case.draw)
+        self.damaged[case.name] = damaged
+        if damaged is None:
             path.unlink()
         else:
-            path.write_bytes(self.change(content, other.read_bytes(), case.draw))
+            path.write_bytes(damaged)
         case.story.append(f"{path.relative_to(case.work)}: {self.name}")
 
     def draw_files(self, case: Case) -> tuple[Path, Path]:
@@ -96,6 +99,13 @@ class Damage(Fault):
             if not set(path.parts) & set(ignored) and not path.name.startswith(".lock")
             and path.name not in ("metrics.jsonl", "evaluation.json", "README.md")
         ]  # fmt: skip
+
+    def restore_input(self, case: Case) -> None:
+        """A training's folder is all of its result, so there nothing is put back."""
+        path, _ = self.kept[case.name]
+        found = path.read_bytes() if path.is_file() else None
+        if STEP not in case.victim.events and found == self.damaged[case.name]:
+            self.repair(case)
 
     def repair(self, case: Case) -> bool:
         path, content = self.kept[case.name]

@@ -95,6 +95,9 @@ class Fault:
         """After a repetition was refused: put right what cannot be continued. False: there is nothing to repair."""
         return False
 
+    def restore_input(self, case: Case) -> None:
+        """Before the results are compared, which may lie beside a damaged input that the command has left alone."""
+
     def after(self, case: Case) -> None:
         """At the end, whatever has happened."""
 

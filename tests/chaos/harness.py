@@ -134,6 +134,7 @@ class Harness:
             else:
                 problems.append(f"the same command does not continue, it ends with {again.code}: {again.errors}")
                 break
+        fault.restore_input(case)
         problems += compare(case.work, case.undisturbed)
         return (REFUSED if refused else outcome), problems
 
