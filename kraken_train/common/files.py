@@ -180,9 +180,9 @@ def is_still(path: Path, descriptor: int) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file of any size."""
+    """Hex digest of a file of any size. Raises OSError as `open_file` does."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_a_changed_file(
         use(read_export(folder))
     (folder / SUMS_FILE).unlink()  # it was changed on purpose, or it is an export of an earlier version
     use(read_export(folder))
+
+
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "tokenizer" / "pipe")
+    with (folder / SUMS_FILE).open("a") as file:
+        file.write(f"{'0' * 64}  tokenizer/pipe\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer/pipe cannot be read"):
+        read_export(folder).load_tokenizer()
 
 
 def test_sha256sum_checks_it(folder: Path) -> None:
