@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from helpers import run_here, run_module, user_error
 
 from kraken_train.common.errors import ConfigError
 from kraken_train.run.metrics import read_run
-from launch.local_queue import Job, Place, interrupt_on_sigterm, places, run_jobs
+from launch.local_queue import KEEP_FREED_MEMORY, Job, Place, environment, interrupt_on_sigterm, places, run_jobs
 
 ANYWHERE = [Place(()), Place(())]
 
@@ -78,6 +80,42 @@ def test_cores_and_gpu_of_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run_jobs([told], [Place((core,), "GPU-7")], lambda line: None) == []
     assert told.log.read_text() == f"{{{core}}} 1 GPU-7\n"
     assert os.sched_getaffinity(0) == before
+
+
+def test_a_place_on_a_cpu_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KEEP_FREED_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    assert environment(Place((0,))).items() >= KEEP_FREED_MEMORY.items()
+    assert not environment(Place((0,), "GPU-7")).keys() & KEEP_FREED_MEMORY
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
+    assert environment(Place((0,)))["MALLOC_MMAP_MAX_"] == "7"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are of glibc")
+def test_glibc_keeps_freed_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further faults of pages when 64 MB are allocated, filled and freed ten times, after the first time."""
+    script = textwrap.dedent("""
+        import ctypes, resource
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+        faults = []
+        for _ in range(11):
+            memory = libc.malloc(2**26)
+            ctypes.memset(memory, 1, 2**26)
+            libc.free(memory)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[-1] - faults[0])
+    """)
+    for name in KEEP_FREED_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    found = {}
+    for name, place in (("kept", Place(())), ("returned", Place((), "none"))):
+        asked = job(tmp_path, name, script)
+        assert run_jobs([asked], [place], lambda line: None) == []
+        found[name] = int(asked.log.read_text())
+    assert found["kept"] < 100
+    assert found["returned"] > 10 * 2**26 / 2**21  # at least one for each huge page
 
 
 def test_an_interrupt_ends_the_running_and_starts_no_further(tmp_path: Path) -> None:
