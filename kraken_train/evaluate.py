@@ -25,7 +25,7 @@ from checkpoints.exports.folder import Export, read_export
 from data_prep.manifest import SPLITS, Manifest, verify_quick
 from kraken_train.common.cli import run_entry
 from kraken_train.common.errors import CheckpointError, ConfigError, DataError
-from kraken_train.common.files import file_sha256
+from kraken_train.common.files import file_sha256, locked
 from kraken_train.common.free_text import FilePath
 from kraken_train.common.validation import require_choice, require_positive
 from kraken_train.evaluation.perplexity import MODES, evaluate, read_sequences
@@ -139,7 +139,16 @@ def write_results(
             print(f"not recorded in {export.folder}: only limit={config.limit} documents of each task were used")
             suites = {}
         if perplexity or suites:
+            record_in_export(export, perplexity, suites)
+
+
+def record_in_export(export: Export, perplexity: dict[str, Any] | None, suites: dict[str, SuiteResult]) -> None:
+    """Add results to those of the export, and to its model card. Raises CheckpointError."""
+    try:
+        with locked(export.folder):  # another evaluation of the same export may end now
             refresh_results(export, record_results(export.folder, perplexity, suites))
+    except OSError as error:
+        raise CheckpointError(f"{export.folder} cannot be written: {error.strerror}") from error
 
 
 def write_file(name: str, path: Path, text: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import REPOSITORY, run_forked
 from helpers import (
     TEXTS,
     launch_ranks,
@@ -167,6 +169,35 @@ def test_command(data_dir: Path, tmp_path: Path) -> None:
     assert [entry["loss"] for entry in recorded] == [written["loss"]]
     for text in ((tmp_path / "table.md").read_text(), (tmp_path / "e" / "README.md").read_text()):
         assert f"| {manifest.fingerprint[:12]} | validation | stream | 32 | {loss:.4f} |" in text
+
+
+def test_evaluations_that_end_at_the_same_time(tmp_path: Path) -> None:
+    """No entry of two processes is lost, neither in the export's file nor in its card."""
+    folder, script, each = tmp_path / "e", tmp_path / "record.py", 12
+    write_small_export(folder, small_configs()["kraken"], None)
+    script.write_text(
+        textwrap.dedent("""
+        import pathlib, sys
+        from checkpoints.exports.folder import read_export
+        from kraken_train.evaluate import record_in_export
+        folder, first, count = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:])
+        export = read_export(folder)
+        pathlib.Path(f"{folder}-{first}").touch()
+        while len(list(folder.parent.glob(f"{folder.name}-*"))) < 2:
+            pass
+        entry = {"data_fingerprint": "a" * 64, "split": "validation", "mode": "stream", "dtype": "fp32", "loss": 2.0,
+                 "perplexity": 7.4, "tokens": 9, "bits_per_byte": None}
+        for stride in range(first, first + count):
+            record_in_export(export, {**entry, "stride": stride}, {})
+    """)
+    )
+    programs = [[str(script), str(folder), str(first), str(each)] for first in (1, 1 + each)]
+    results = run_forked(programs, [{"PYTHONPATH": str(REPOSITORY)}] * 2)
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    strides = list(range(1, 1 + 2 * each))
+    assert sorted(entry["stride"] for entry in read_results(folder).perplexity) == strides
+    rows = (folder / "README.md").read_text().splitlines()
+    assert sorted(int(row.split(" | ")[3]) for row in rows if "| validation | stream |" in row) == strides
 
 
 def test_ranks_and_batches_do_not_change_the_result(data_dir: Path, tmp_path: Path) -> None:

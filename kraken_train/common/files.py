@@ -9,6 +9,9 @@ import os
 import secrets
 import shutil
 import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -23,6 +26,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+WAIT_SECONDS = 0.05  # between two attempts to get a lock
 LONGEST_NAME = 255  # bytes, on file systems of Linux
 
 
@@ -169,6 +173,18 @@ def try_lock(descriptor: int, shared: bool = False) -> bool:
         if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
             raise
     return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Exclude other processes that ask for the same; waits for one that has the lock of the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        while not try_lock(descriptor):
+            time.sleep(WAIT_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_still(path: Path, descriptor: int) -> bool:
