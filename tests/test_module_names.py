@@ -18,10 +18,13 @@ from helpers import REPOSITORY
 
 from kraken_train.health.stack_dump import BACKGROUND_THREADS
 
-PACKAGES = ("kraken_train", "data_prep", "checkpoints", "launch")
+PACKAGES = ("kraken_train", "data_prep", "checkpoints", "launch", "studies")
 NAME = rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+"
 SOURCES = [path for package in PACKAGES for path in sorted((REPOSITORY / package).rglob("*.py"))]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(page for folder in ("docs", "studies") for page in sorted((REPOSITORY / folder).rglob("*.md"))),
+]
 NOT_MODULES = {"checkpoints.damaged"}  # a folder
 FILE_ENDINGS = ("py", "yaml", "md", "png", "egg")
 
@@ -53,6 +56,12 @@ def strings(path: Path) -> Iterator[str]:
             yield node.value
 
 
+def can_be_started(name: str) -> bool:
+    """Whether `python -m name` does more than to define things."""
+    program = ast.parse((REPOSITORY / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in program.body)
+
+
 def test_strings_that_are_module_names() -> None:
     found = {text for path in SOURCES for text in strings(path) if re.fullmatch(NAME, text)}
     assert {"kraken_train.parallel.distributed", "launch.node"} <= found
@@ -63,8 +72,9 @@ def test_strings_that_are_module_names() -> None:
 def test_names_in_documentation(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     names = {name for name in re.findall(rf"`({NAME})`", text) if not name.endswith(FILE_ENDINGS)}
-    names |= set(re.findall(rf"python -m ({NAME})", text))
-    assert not [name for name in sorted(names) if not exists(name)]
+    commands = set(re.findall(rf"python -m ({NAME})", text))
+    assert not [name for name in sorted(names | commands) if not exists(name)]
+    assert not [name for name in sorted(commands) if not can_be_started(name)]
 
 
 @pytest.mark.parametrize("watcher", BACKGROUND_THREADS)

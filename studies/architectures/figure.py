@@ -35,7 +35,7 @@ def draw(found: Mapping[str, Mapping[str, Trained]], timed: Mapping[str, list[Co
     for line in panels:
         line[0].set_ylabel("validation loss (nats per token)")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4 * len(found)), frameon=False)
     save(figure, path)
 
 

@@ -54,11 +54,13 @@ def size_table(found: Mapping[str, Trained], timed: Sequence[Comparison]) -> str
 
 
 def rate_table(plan: Plan, results: Mapping[Run, Result]) -> str:
-    """Losses after the fewest tokens by learning rate, the least one bold."""
+    """Losses after the fewest tokens by learning rate, the least one bold; those without any are left out."""
     rows = []
     for size in plan.sizes:
         for name in plan.architectures:
             losses = plan.screened(size, name, results)
+            if not losses:
+                continue
             best = plan.best_rate(size, name, results)
             cells = {rate: f"{losses[rate]:.4f}" if rate in losses else "not run" for rate in plan.learning_rates}
             rows.append([size, name, *(f"**{cell}**" if rate == best else cell for rate, cell in cells.items())])
@@ -82,7 +84,7 @@ def curve_section(plan: Plan, found: Mapping[str, Mapping[str, Trained]]) -> lis
     """Fits of L(N, D), those of each seed on its own, so that their errors are known."""
     complete = [size for size, of_size in found.items() if len(of_size) == len(plan.architectures)]
     if len(complete) < FEWEST:
-        return [f"They are fitted once {FEWEST} sizes are finished; {len(complete)} are."]
+        return [f"They are fitted once {FEWEST} sizes are finished. Finished so far: {', '.join(complete) or 'none'}."]
     fits = [
         fit({
             name: [

@@ -76,3 +76,7 @@ def report(
     parts += ["## Learning rates", rate_table(plan, results), *edges(plan, found)]
     parts += ["## Curves", *curve_section(plan, found)]
     return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -236,7 +236,9 @@ def test_report(tmp_path: Path) -> None:
     report = write_verdict(plan)
     assert "24 or more" not in report
     assert "runs are missing" in report
-    assert "They are fitted once 3 sizes are finished; 1 are." in report
+    assert "They are fitted once 3 sizes are finished. Finished so far: s." in report
+    assert "| s | kraken | " in report
+    assert "| m | kraken | " not in report
     for size in ("m", "l"):
         finish(plan, results, plan.missing([size], found))
         known = plan.results(tmp_path / "runs")
