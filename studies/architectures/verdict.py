@@ -66,6 +66,10 @@ def report(
     missing = plan.missing(plan.sizes, results)
     if missing:
         parts.append(f"Not finished: {len(missing)} or more runs are missing, such as {missing[0].name}.")
+    for size, of_size in found.items():
+        unfinished = [name for name in plan.architectures if name not in of_size]
+        if unfinished:
+            parts.append(f"At {size} these are not finished and not compared: {', '.join(unfinished)}.")
     if not found:
         return "\n\n".join([*parts, f"The {REFERENCE} Transformer is not finished at any size."]) + "\n"
     comparisons = [one for size in found for one in (at_equal_tokens(size, found[size]), *timed[size])]

@@ -232,8 +232,12 @@ def test_report(tmp_path: Path) -> None:
     results = Results(plan.study, tmp_path / "runs")
     finish(plan, results, plan.missing(["s"], {}))
     found = plan.results(tmp_path / "runs")
-    finish(plan, results, plan.missing(["s"], found))
+    runs = plan.missing(["s"], found)
+    finish(plan, results, [run for run in runs if run.arm.startswith("standard ")])
+    assert "At s these are not finished and not compared: kraken.\n" in write_verdict(plan)
+    finish(plan, results, [run for run in runs if not run.arm.startswith("standard ")])
     report = write_verdict(plan)
+    assert "not compared" not in report
     assert "24 or more" not in report
     assert "runs are missing" in report
     assert "They are fitted once 3 sizes are finished. Finished so far: s." in report
