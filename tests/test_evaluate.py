@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -25,11 +26,14 @@ from helpers import (
 )
 from torch.nn.functional import cross_entropy
 
+from checkpoints.exports.folder import read_export
 from data_prep.indexed import Shard
 from data_prep.manifest import TOKENIZER_FOLDER, load_manifest
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.tokenizers import TokenizerSettings
+from kraken_train.common.errors import CheckpointError
 from kraken_train.data.dataset import TokenStream, open_split, sequential
+from kraken_train.evaluate import record_in_export
 from kraken_train.evaluation.perplexity import (
     Sequences,
     document_sequences,
@@ -198,6 +202,14 @@ def test_evaluations_that_end_at_the_same_time(tmp_path: Path) -> None:
     assert sorted(entry["stride"] for entry in read_results(folder).perplexity) == strides
     rows = (folder / "README.md").read_text().splitlines()
     assert sorted(int(row.split(" | ")[3]) for row in rows if "| validation | stream |" in row) == strides
+
+
+def test_an_export_that_was_removed_meanwhile(tmp_path: Path) -> None:
+    write_small_export(tmp_path / "e", small_configs()["kraken"], None)
+    export = read_export(tmp_path / "e")
+    shutil.rmtree(export.folder)
+    with pytest.raises(CheckpointError, match="/e cannot be written: No such file or directory"):
+        record_in_export(export, {"loss": 2.0}, {})
 
 
 def test_ranks_and_batches_do_not_change_the_result(data_dir: Path, tmp_path: Path) -> None:
