@@ -264,6 +264,18 @@ def write_verdict(plan: Plan) -> str:
     return plan.path.with_suffix(".md").read_text()
 
 
+def test_the_recorded_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict that the repository has is that of its recorded runs, and the documents show its figure."""
+    monkeypatch.setattr(verdict_command, "curve_section", lambda *_: [])  # the fit takes long
+    for suffix in (".yaml", ".jsonl"):
+        shutil.copy(FOLDER / f"cpu{suffix}", tmp_path)
+    report = write_verdict(read_plan(tmp_path / "cpu.yaml"))
+    assert "missing" not in report
+    before_curves, heading, _ = report.partition("## Curves")
+    assert (FOLDER / "cpu.md").read_text().partition("## Curves")[:2] == (before_curves, heading)
+    assert (FOLDER / "cpu.png").read_bytes() == (FOLDER.parents[1] / "docs" / "architectures-cpu.png").read_bytes()
+
+
 @pytest.mark.slow
 def test_commands(tmp_path: Path, data: Path) -> None:
     """Tiny runs, recorded as they are finished: the same command then has nothing to do, and the verdict names them."""
