@@ -13,7 +13,8 @@ from typing import Any
 
 from checkpoints.training.index import INDEX
 from checkpoints.training.manifest import POINTER, STEP_FOLDER, Checkpoint, read_manifest, step_folders
-from checkpoints.training.store import WEIGHT_PREFIX, stored_tensors, verify_checkpoint
+from checkpoints.training.store import WEIGHT_PREFIX, verify_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.cli import user_errors
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.help import make_parser
@@ -138,7 +139,7 @@ def describe_topology(metadata: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def describe_tensors(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    stored = stored_tensors(checkpoint)
+    stored = StoredTensors(checkpoint).entries
     numbers = {"weights": 0, "moments": 0, "others": 0}
     for name, entry in stored.items():
         kind = {WEIGHT_PREFIX: "weights", OPTIMIZER_PREFIX: "moments"}.get(name[: name.find(".") + 1], "others")

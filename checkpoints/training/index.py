@@ -28,6 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from checkpoints.training.library_errors import root_message
+from kraken_train.common.errors import CheckpointError
+from kraken_train.common.files import read_file
+
 INDEX = ".metadata"  # the file that every folder of torch.distributed.checkpoint has
 OF_THE_INDEX = "torch.distributed.checkpoint.metadata"
 RECORDS = {
@@ -79,6 +83,16 @@ class RestrictedUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of a checkpoint has")
+
+
+def read_index(path: Path, complete: bool = True) -> Metadata:
+    """The checkpoint library's index of tensors and files; `complete`: all files are there. Raises CheckpointError."""
+    try:
+        return parse_index(read_file(path / INDEX), file_sizes(path) if complete else None)
+    except OSError as error:
+        raise CheckpointError(f"the index of {path} cannot be read: {root_message(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"the index of {path} cannot be used: {error}; it was not loaded") from error
 
 
 def parse_index(content: bytes, sizes: Mapping[str, int] | None) -> Metadata:

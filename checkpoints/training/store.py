@@ -7,8 +7,6 @@ the previous checkpoint unchanged (`checkpoints.training.writer`).
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -17,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from checkpoints.training.index import INDEX, CheckedReader, file_sizes, parse_index
 from checkpoints.training.manifest import Checkpoint, find_size_problem, read_manifest, step_folders, step_of
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.errors import CheckpointError
-from kraken_train.common.files import file_sha256, read_file
+from kraken_train.common.files import file_sha256
 from kraken_train.model.config import ModelConfig, parse_model
 from kraken_train.parallel.ranks import Runtime
 
@@ -113,50 +108,6 @@ def find_problem(file: Path, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def load_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> dict[str, Tensor]:
-    """The unsharded tensors of a checkpoint, or only the named ones, on the CPU, read by this process alone.
-
-    Raises CheckpointError if one is missing.
-    """
-    stored = stored_tensors(checkpoint)
-    names = list(stored) if names is None else names
-    require_stored(checkpoint, stored, names)
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
-    read_into(tensors, checkpoint)
-    return tensors
-
-
-def fill_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-    """Read tensors of a checkpoint by name into the given ones, in place; for a DTensor only this rank's shards.
-
-    Not a collective: each rank reads on its own, whatever number of ranks wrote. Raises CheckpointError, with nothing
-    changed, if a name is missing or a (global) shape differs; and if a file cannot be read.
-    """
-    stored = stored_tensors(checkpoint)
-    require_stored(checkpoint, stored, list(tensors))
-    for name, tensor in tensors.items():
-        if tensor.shape != stored[name].size:
-            raise CheckpointError(
-                f"{checkpoint.path} holds {name} of shape {tuple(stored[name].size)}, not {tuple(tensor.shape)}; it is "
-                "a checkpoint of another model"
-            )
-    read_into(tensors, checkpoint)
-
-
-def require_stored(checkpoint: Checkpoint, stored: dict[str, TensorStorageMetadata], names: list[str]) -> None:
-    for name in names:
-        if name not in stored:
-            raise CheckpointError(f"{checkpoint.path} holds no tensor {name}; it is a checkpoint of another model")
-
-
-def read_into(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    reader = CheckedReader(checkpoint.path, read_index(checkpoint.path))
-    try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.path} cannot be read: {root_message(error)}") from error
-
-
 def read_weights(
     run_dir: Path, step: int | None = None, average: int = 1, prefix: str = WEIGHT_PREFIX
 ) -> TrainedWeights:
@@ -194,10 +145,11 @@ def read_weights(
 
 def stored_weights(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
     """The fp32 weights by global name. Raises CheckpointError if there are none of this prefix."""
-    names = [name for name in stored_tensors(checkpoint) if name.startswith(prefix)]
+    stored = StoredTensors(checkpoint)
+    names = [name for name in stored.entries if name.startswith(prefix)]
     if not names and prefix == EMA_PREFIX:
         raise CheckpointError(f"{checkpoint.path} holds no average of the weights; train with ema_decay=0.999")
-    return {name.removeprefix(prefix): tensor for name, tensor in load_tensors(checkpoint, names).items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in stored.read(names).items()}
 
 
 def mean_of_weights(checkpoints: Sequence[Checkpoint], prefix: str) -> dict[str, Tensor]:
@@ -223,33 +175,3 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
             f"of a {config.architecture} Transformer in another order; use the version that wrote it, or train again"
         )
     return config
-
-
-def stored_tensors(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
-    """The shape and dtype of each tensor in the checkpoint."""
-    stored = read_index(checkpoint.path).state_dict_metadata
-    return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-def root_message(error: BaseException) -> str:
-    """The innermost error message, such as "No space left on device"; the checkpoint library wraps it in others."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno is not None:
-            return os.strerror(chain.errno)
-        chain = chain.__cause__ or chain.__context__
-    text = str(error).strip().splitlines()
-    # On a full disk a write is short. PyTorch's zip writer then reports only positions.
-    return os.strerror(errno.ENOSPC) if "unexpected pos" in str(error) else (text[0] if text else type(error).__name__)
-
-
-def read_index(path: Path, complete: bool = True) -> Metadata:
-    """The checkpoint library's index of tensors and files; `complete`: all files are there. Raises CheckpointError."""
-    try:
-        return parse_index(read_file(path / INDEX), file_sizes(path) if complete else None)
-    except OSError as error:
-        raise CheckpointError(f"the index of {path} cannot be read: {root_message(error)}") from error
-    except ValueError as error:
-        raise CheckpointError(f"the index of {path} cannot be used: {error}; it was not loaded") from error

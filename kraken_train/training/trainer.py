@@ -12,7 +12,8 @@ from checkpoints.exports.initial import export_reader, open_initial_export
 from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.staging import open_stage
-from checkpoints.training.store import EMA_PREFIX, fill_tensors, stored_tensors
+from checkpoints.training.store import EMA_PREFIX
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.settings import to_dict
 from kraken_train.config import TrainConfig
 from kraken_train.data.dataset import Samples
@@ -333,8 +334,9 @@ class Trainer:
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Load the state that `save` has written. Raises CheckpointError."""
         metadata = checkpoint.metadata
-        with_average = any(name.startswith(EMA_PREFIX) for name in stored_tensors(checkpoint))
-        self.engine.load_state(lambda tensors: fill_tensors(checkpoint, tensors), metadata["updates"], with_average)
+        stored = StoredTensors(checkpoint)
+        with_average = any(name.startswith(EMA_PREFIX) for name in stored.entries)
+        self.engine.load_state(stored.fill, metadata["updates"], with_average)
         self.position = position_of(checkpoint)
         self.phase = len(started_phases(metadata)) - 1
         self.updates = metadata["updates"]

@@ -17,7 +17,8 @@ from integration.training import learned, overrides
 from slurm.cluster import has_slurm
 
 from chaos.plan import FILE, STEP, TOKEN
-from checkpoints.training.store import find_good_checkpoint, load_tensors
+from checkpoints.training.store import find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.errors import KrakenError
 
 STEPS, SAVE_EVERY = 12, 3
@@ -71,7 +72,8 @@ def compare_runs(work: Path, undisturbed: Path) -> list[str]:
         checkpoint, problems = find_good_checkpoint(run / "checkpoints")
     except KrakenError as error:
         return [f"no good checkpoint at the end: {error}"]
-    saved, wanted = load_tensors(checkpoint), load_tensors(find_good_checkpoint(other / "checkpoints")[0])
+    of_other, _ = find_good_checkpoint(other / "checkpoints")
+    saved, wanted = StoredTensors(checkpoint).read(), StoredTensors(of_other).read()
     problems = [f"a damaged checkpoint is left: {problem}" for problem in problems]
     if checkpoint.step != STEPS:
         problems.append(f"the last good checkpoint is of step {checkpoint.step}, not {STEPS}")

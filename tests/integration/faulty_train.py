@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from checkpoints.training import staging, writer
 from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import Checkpoint
-from checkpoints.training.store import find_good_checkpoint, load_tensors
+from checkpoints.training.store import find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.data.dataset import Samples
 from kraken_train.health.loss_monitor import Trouble
 from kraken_train.train import main
@@ -184,7 +185,7 @@ def check_rollbacks() -> None:
     def roll_back(self: Trainer, trouble: Trouble) -> None:
         original(self, trouble)
         checkpoint, _ = find_good_checkpoint(self.run.checkpoints)
-        saved, found = load_tensors(checkpoint), self.engine.state()
+        saved, found = StoredTensors(checkpoint).read(), self.engine.state()
         same = [torch.equal(tensor, local(found[name])) for name, tensor in saved.items()]
         told = {"step": checkpoint.step, "equal": all(same), "tensors": len(same)}
         print("told: " + json.dumps(told), flush=True)

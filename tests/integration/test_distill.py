@@ -13,7 +13,8 @@ from helpers import launch_ranks, rough_model, run_module, user_error, write_sma
 from parity.common import settings
 from torch.nn import functional as F
 
-from checkpoints.training.store import find_good_checkpoint, read_weights, stored_tensors
+from checkpoints.training.store import find_good_checkpoint, read_weights
+from checkpoints.training.stored_tensors import StoredTensors
 from integration.training import learned, overrides, records
 from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.data.dataset import TrainingData
@@ -88,7 +89,7 @@ def test_a_checkpoint_has_the_fingerprint_only_and_resumes_to_the_bit(
     """The export may have moved; another one is refused."""
     checkpoint, _ = find_good_checkpoint(reference / "checkpoints")
     assert checkpoint.metadata["teacher"]["folder"] == str(export)
-    names = {name.partition(".")[2] for name in stored_tensors(checkpoint) if name.startswith("model.")}
+    names = {name.partition(".")[2] for name in StoredTensors(checkpoint).entries if name.startswith("model.")}
     assert names == set(build_model(STUDENT).state_dict())
     run, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
     shutil.copytree(reference, run)

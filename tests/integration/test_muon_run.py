@@ -8,7 +8,8 @@ from pathlib import Path
 
 from helpers import run_module, user_error
 
-from checkpoints.training.store import find_good_checkpoint, stored_tensors
+from checkpoints.training.store import find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from integration.training import STEPS, learned, overrides
 
 SETTINGS = ("optim=muon", "schedule=constant", "schedule.warmup_steps=3", "optim.lr=1e-2", "checkpoint.keep=9")
@@ -25,8 +26,8 @@ def test_run(data: Path, tmp_path: Path) -> None:
     found = learned(run)
     assert len(found) == STEPS
     assert found[-1][1] < found[0][1] - 0.2
-    checkpoint, _ = find_good_checkpoint(run / "checkpoints")
-    kept = {name.partition(".layers.0.ffn.up")[0] for name in stored_tensors(checkpoint) if ".layers.0.ffn.up" in name}
+    names = StoredTensors(find_good_checkpoint(run / "checkpoints")[0]).entries
+    kept = {name.partition(".layers.0.ffn.up")[0] for name in names if ".layers.0.ffn.up" in name}
     assert kept == {"model", "optimizer.momentum_buffer"}
 
     # Interrupted after 8 steps, and continued.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints.training.retention import Retention
-from checkpoints.training.store import fill_tensors, find_good_checkpoint
+from checkpoints.training.store import find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.parallel.ranks import Runtime
 from kraken_train.training.engine import Engine
@@ -51,7 +52,7 @@ def resume(runtime: Runtime, sizes: list[int], folder: Path) -> dict[str, Steps]
             here = f"{size}x{runtime.world_size // size}"
             stage = int(zero[-1]) if here == grid else 3 - int(zero[-1])
             engine = make(runtime, size, precision, stage, optimizer)
-            engine.load_state(lambda tensors, checkpoint=checkpoint: fill_tensors(checkpoint, tensors), SAVED_AT)
+            engine.load_state(StoredTensors(checkpoint).fill, SAVED_AT)
             engine.verify_replicas()
             report[f"{saved.name} {here}"] = run_steps(engine, CONFIG, range(SAVED_AT, SAVED_AT + MORE_STEPS))
     return report
@@ -69,7 +70,7 @@ def other_architectures(runtime: Runtime, folder: Path) -> dict[str, dict[str, S
         checkpoint, _ = find_good_checkpoint(folder / name, runtime)
         for size in (1, runtime.world_size):
             engine = make_engine(config, runtime, size, zero_stage=2)
-            engine.load_state(lambda tensors, checkpoint=checkpoint: fill_tensors(checkpoint, tensors), 2)
+            engine.load_state(StoredTensors(checkpoint).fill, 2)
             engine.verify_replicas()
             report[name][str(size)] = run_steps(engine, config, steps)
     return report

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.training.retention import Retention
-from checkpoints.training.store import fill_tensors, find_good_checkpoint, load_tensors
+from checkpoints.training.store import find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.parallel.ranks import Runtime
 from parity.common import MODELS, make_engine, run_steps, same, whole_state
@@ -33,10 +34,10 @@ def run(runtime: Runtime, folder: Path) -> dict[str, Any]:
         expected = whole_state(engines[saved])
         save_checkpoint(folder / str(saved), STEPS, engines[saved].state(), {}, Retention(1), runtime)
         checkpoint, _ = find_good_checkpoint(folder / str(saved), runtime)
-        report[f"{saved}, read whole"] = same(load_tensors(checkpoint), expected)
+        report[f"{saved}, read whole"] = same(StoredTensors(checkpoint).read(), expected)
         for loaded, engine in engines.items():
             if loaded != saved:
-                engine.load_state(lambda tensors, checkpoint=checkpoint: fill_tensors(checkpoint, tensors), STEPS)
+                engine.load_state(StoredTensors(checkpoint).fill, STEPS)
                 engine.verify_replicas()
                 report[f"{saved} -> {loaded}"] = same(whole_state(engine), expected)
     return report

@@ -28,7 +28,8 @@ from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import step_folders
 from checkpoints.training.retention import Retention
 from checkpoints.training.staging import open_stage
-from checkpoints.training.store import fill_tensors, find_good_checkpoint
+from checkpoints.training.store import find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256
 from kraken_train.parallel.ranks import Runtime, read_runtime
@@ -248,7 +249,8 @@ def fill(checkpoint: store.Checkpoint, runtime: Runtime, mesh: DeviceMesh) -> di
             given[name] = DTensor.from_local(local[name], mesh, [Shard(AXES[name])], run_check=False)
         else:
             given[name] = local[name] = torch.zeros_like(whole)
-    fill_tensors(checkpoint, given)
+    stored = StoredTensors(checkpoint)
+    stored.fill(given)
     is_equal = {
         name: torch.equal(local[name], local_shard(whole, AXES[name], mesh) if name in AXES else whole)
         for name, whole in expected.items()
@@ -256,8 +258,8 @@ def fill(checkpoint: store.Checkpoint, runtime: Runtime, mesh: DeviceMesh) -> di
     larger = DTensor.from_local(torch.zeros(3, 8, 40), mesh, [Shard(0)], run_check=False)
     return {
         "equal": is_equal,
-        "shape": message(fill_tensors, checkpoint, {"model.a": larger}),
-        "name": message(fill_tensors, checkpoint, {"model.c": larger}),
+        "shape": message(stored.fill, {"model.a": larger}),
+        "name": message(stored.fill, {"model.c": larger}),
     }
 
 

@@ -21,7 +21,8 @@ from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import MANIFEST, content_sha256, read_manifest
 from checkpoints.training.remote import RemoteFolder, delete_newer_remote, download_newest, require_same_run
 from checkpoints.training.retention import Retention
-from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, load_tensors
+from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.errors import CheckpointError, ConfigError
 from kraken_train.parallel.ranks import free_port
 
@@ -107,7 +108,7 @@ def test_a_new_machine_continues_from_the_newest(remote: RemoteFolder, tmp_path:
     assert (checkpoint.step, problems) == (6, [])
     here = read_manifest(tmp_path / "here" / "step-00000006")
     assert (checkpoint.metadata, checkpoint.files) == (here.metadata, here.files)
-    assert equal(load_tensors(checkpoint), tensors(6))
+    assert equal(StoredTensors(checkpoint).read(), tensors(6))
     require_same_run(remote, "mine")
     with pytest.raises(CheckpointError, match="holds the checkpoints of run mine, and this is run other; use another"):
         require_same_run(remote, "other")

@@ -18,7 +18,8 @@ from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import has_checkpoints
 from checkpoints.training.retention import Retention
 from checkpoints.training.staging import STAGED, open_stage, take_up_staged
-from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, load_tensors
+from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest resets the module's filter
@@ -70,7 +71,7 @@ def test_a_staged_checkpoint_is_that_of_a_direct_save(folders: Folders, tmp_path
         assert one.read_bytes() == other.read_bytes()
     checkpoint, problems = find_good_checkpoint(folders.checkpoints)
     assert (checkpoint.step, checkpoint.metadata, problems) == (3, {"updates": 3}, [])
-    assert equal(load_tensors(checkpoint), tensors(3))
+    assert equal(StoredTensors(checkpoint).read(), tensors(3))
 
 
 def test_training_goes_on_during_the_copy(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,7 @@ def test_the_next_start_copies(folders: Folders, monkeypatch: pytest.MonkeyPatch
     assert line.startswith("copied the checkpoint of step 2")
     checkpoint, problems = find_good_checkpoint(folders.checkpoints)
     assert (checkpoint.step, checkpoint.metadata, problems) == (2, {"updates": 2}, [])
-    assert equal(load_tensors(checkpoint), tensors(2))
+    assert equal(StoredTensors(checkpoint).read(), tensors(2))
     assert not list(folders.stage.iterdir())
     assert take_up_staged(folders.checkpoints, SINGLE_PROCESS) is None
 
@@ -146,7 +147,7 @@ def test_a_kill(folders: Folders, tmp_path: Path, module: str, name: str, step: 
     open_stage(folders.stage, 0, SINGLE_PROCESS)
     checkpoint, problems = find_good_checkpoint(folders.checkpoints)
     assert (checkpoint.step, problems) == (step, [])
-    assert load_tensors(checkpoint)["model.a"].tolist() == [float(step)] * 3
+    assert StoredTensors(checkpoint).read()["model.a"].tolist() == [float(step)] * 3
     assert not list(folders.stage.iterdir())
     assert not (folders.checkpoints / STAGED).exists()
     with folders.writer() as saves:
@@ -216,7 +217,7 @@ def test_full_disks(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(CheckpointError, match="No space left"):
             take_up_staged(folders.checkpoints, SINGLE_PROCESS)
     assert (take_up_staged(folders.checkpoints, SINGLE_PROCESS) or "").startswith("copied")
-    assert equal(load_tensors(find_good_checkpoint(folders.checkpoints)[0]), tensors(2))
+    assert equal(StoredTensors(find_good_checkpoint(folders.checkpoints)[0]).read(), tensors(2))
 
 
 def test_open_stage(tmp_path: Path) -> None:

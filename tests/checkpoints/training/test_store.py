@@ -14,17 +14,16 @@ import torch
 from helpers import launch_ranks, small_configs
 from small_checkpoints import equal, files, save, tensors
 
-from checkpoints.training import store
+from checkpoints.training import store, stored_tensors
 from checkpoints.training.manifest import MANIFEST, Checkpoint, content_sha256
 from checkpoints.training.retention import Retention
 from checkpoints.training.store import (
     SINGLE_PROCESS,
-    fill_tensors,
     find_good_checkpoint,
-    load_tensors,
     model_of,
     verify_checkpoint,
 )
+from checkpoints.training.stored_tensors import StoredTensors
 from checkpoints.training.writer import save_checkpoint
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.settings import to_dict
@@ -42,10 +41,10 @@ def test_round_trip(tmp_path: Path) -> None:
     save(tmp_path, 5)
     checkpoint, problems = find_good_checkpoint(tmp_path)
     assert (checkpoint.step, checkpoint.metadata, problems) == (5, {"updates": 5}, [])
-    assert equal(load_tensors(checkpoint), tensors(5))
-    assert load_tensors(checkpoint, ["model.b"]).keys() == {"model.b"}
+    assert equal(StoredTensors(checkpoint).read(), tensors(5))
+    assert StoredTensors(checkpoint).read(["model.b"]).keys() == {"model.b"}
     with pytest.raises(CheckpointError, match=r"holds no tensor model\.c; it is a checkpoint of another model"):
-        load_tensors(checkpoint, ["model.c"])
+        StoredTensors(checkpoint).read(["model.c"])
 
 
 def test_retention_and_pointer(tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_fill_in_place(tmp_path: Path) -> None:
     checkpoint, _ = find_good_checkpoint(tmp_path)
     given = {name: torch.zeros_like(tensor) for name, tensor in tensors(1).items() if name != "model.b"}
     views = dict(given)
-    fill_tensors(checkpoint, given)
+    StoredTensors(checkpoint).fill(given)
     for name, view in views.items():
         assert torch.equal(view, tensors(1)[name])
         assert given[name] is view
@@ -124,9 +123,25 @@ def test_fill_in_place(tmp_path: Path) -> None:
         ({"model.a": torch.zeros(3, 4, 5), "model.c": torch.zeros(2)}, "holds no tensor model.c"),
     ):
         with pytest.raises(CheckpointError) as error:
-            fill_tensors(checkpoint, wrong)
+            StoredTensors(checkpoint).fill(wrong)
         assert message in str(error.value)
         assert not any(tensor.any() for tensor in wrong.values()), "tensors were read before all checks"
+
+
+def test_the_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads tensor by tensor, and the index of a large model takes seconds."""
+    save(tmp_path, 1)
+    read: list[Path] = []
+    real = stored_tensors.read_index
+    monkeypatch.setattr(stored_tensors, "read_index", lambda path: (read.append(path), real(path))[1])
+    checkpoint, _ = find_good_checkpoint(tmp_path)
+    stored = StoredTensors(checkpoint)
+    for name, expected in tensors(1).items():
+        given = {name: torch.zeros_like(expected)}
+        stored.fill(given)
+        assert equal(given, {name: expected})
+        assert equal(stored.read([name]), {name: expected})
+    assert read == [checkpoint.path]
 
 
 def test_unreadable_file_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +196,7 @@ def test_one_process_reads_what_ranks_saved(two_ranks: Ranks) -> None:
     for step in (1, 2, 3):
         checkpoint = verify_checkpoint(folder / f"step-{step:08d}")
         assert checkpoint.metadata == {"tokens": step}
-        assert equal(load_tensors(checkpoint), store_ranks.unsharded_tensors(step))
+        assert equal(StoredTensors(checkpoint).read(), store_ranks.unsharded_tensors(step))
         assert checkpoint.files.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
         for name, entry in checkpoint.files.items():
             assert entry["bytes"] == (checkpoint.path / name).stat().st_size
@@ -218,7 +233,7 @@ def test_ranks_save_by_way_of_a_local_disk(two_ranks: Ranks) -> None:
     for step in (1, 2):
         checkpoint = verify_checkpoint(folder / f"step-{step:08d}")
         assert checkpoint.metadata == {"tokens": step}
-        assert equal(load_tensors(checkpoint), store_ranks.unsharded_tensors(step))
+        assert equal(StoredTensors(checkpoint).read(), store_ranks.unsharded_tensors(step))
 
 
 def test_a_failure_of_one_rank_fails_on_all(two_ranks: Ranks) -> None:

@@ -19,7 +19,8 @@ from small_checkpoints import equal, files, save, tensors
 from checkpoints.training import writer
 from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.retention import Retention
-from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, load_tensors, verify_checkpoint
+from checkpoints.training.store import SINGLE_PROCESS, find_good_checkpoint, verify_checkpoint
+from checkpoints.training.stored_tensors import StoredTensors
 from kraken_train.common.errors import CheckpointError
 from kraken_train.parallel.ranks import Runtime
 
@@ -87,7 +88,7 @@ def test_background_save_equals_a_synchronous_one(tmp_path: Path) -> None:
     for step in (2, 3):
         checkpoint = verify_checkpoint(tmp_path / "later" / f"step-{step:08d}")
         assert (checkpoint.step, checkpoint.metadata) == (step, {"updates": step})
-        assert equal(load_tensors(checkpoint), tensors(step))
+        assert equal(StoredTensors(checkpoint).read(), tensors(step))
 
 
 class FakeCuda:
