@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_module, save_tokenizer, small_tokenizer
 from hypothesis import HealthCheck, settings
+
+# Several processes of tests and their ranks share the processors. A thread that waits for another one, which has none,
+# makes small operations ten times as slow.
+torch.set_num_threads(1)
 
 # No time limits for hypothesis: machines differ in speed.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from superglue_files import write_superglue
 
 
@@ -16,7 +14,7 @@ def files(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips without the harness; puts its caches into a temporary folder."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra eval)")
     import datasets  # noqa: PLC0415
@@ -25,7 +23,3 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads are slower for such a small model
-    yield
-    torch.set_num_threads(threads)
