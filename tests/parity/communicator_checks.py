@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from parity.common import MODELS, make_engine, make_mesh, make_model, run_steps
 
 OVERLAP_LAYERS = 40
 END = 3  # a token that ends a document
+Z_WEIGHT = 0.3
 DELAY = 0.010  # seconds that every all-reduce takes longer
 
 
@@ -83,36 +86,54 @@ def golden(runtime: Runtime, size: int) -> dict[str, float]:
     return {name: max(rank[name] for rank in runtime.gather(errors)) for name in errors}
 
 
-def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool, apart: bool) -> dict[str, float]:
-    """Largest relative errors against the same model in one process, in float64, ignored targets included.
+@dataclass(frozen=True)
+class Expected:
+    """What a whole model in one process computes in float64: inputs and results."""
 
-    `apart`: with attention within documents.
-    """
+    inputs: Tensor
+    targets: Tensor
+    losses: Tensor
+    logits: Tensor
+    z_loss: float
+    gradients: dict[str, Tensor]
+
+
+@functools.cache
+def of_whole(name: str, apart: bool) -> Expected:
+    """`apart`: with attention within documents. Some targets are ignored."""
     config = MODELS[name]
-    mesh = make_mesh(runtime, size)
-    whole, model = build_model(config).double(), make_model(config, mesh, vocab_parallel).double()
-    cuts = sharded_dims(model)
+    whole = build_model(config).double()
     ids = torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(5))
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
-    targets[0, 3:7] = -100
+    targets[0, 3:7] = IGNORED
     if apart:
         inputs[0, 6] = inputs[1, 1] = inputs[1, 12] = END
-        model.end_of_document = whole.end_of_document = END
-    losses, expected_losses = model.token_losses(inputs, targets).detach(), whole.token_losses(inputs, targets).detach()
-    found = model.losses(inputs, targets, z_weight=0.3)
-    found.objective.backward()
-    logits = whole(inputs)
-    z_loss = 0.3 * logits.logsumexp(-1)[targets != -100].square().mean()
+        whole.end_of_document = END
+    losses, logits = whole.token_losses(inputs, targets).detach(), whole(inputs)
+    z_loss = Z_WEIGHT * logits.logsumexp(-1)[targets != IGNORED].square().mean()
     (whole.loss(inputs, targets) + z_loss).backward()
+    gradients = {key: parameter.grad for key, parameter in whole.named_parameters() if parameter.grad is not None}
+    return Expected(inputs, targets, losses, logits.detach(), z_loss.item(), gradients)
+
+
+def against_whole(runtime: Runtime, name: str, size: int, vocab_parallel: bool, apart: bool) -> dict[str, float]:
+    """Largest relative errors of a model that ranks share against the same model in one process."""
+    expected = of_whole(name, apart)
+    model = make_model(MODELS[name], make_mesh(runtime, size), vocab_parallel).double()
+    model.end_of_document = END if apart else None
+    cuts = sharded_dims(model)
+    losses = model.token_losses(expected.inputs, expected.targets).detach()
+    found = model.losses(expected.inputs, expected.targets, z_weight=Z_WEIGHT)
+    found.objective.backward()
     gradient_errors = []
-    for parameter_name, parameter in model.named_parameters():
-        cut, expected = cuts[parameter_name], whole.get_parameter(parameter_name).grad
-        expected = expected if cut is None else cut.take(expected)
-        gradient_errors.append(float((parameter.grad - expected).norm() / expected.norm()))
+    for key, parameter in model.named_parameters():
+        cut, gradient = cuts[key], expected.gradients[key]
+        gradient = gradient if cut is None else cut.take(gradient)
+        gradient_errors.append(float((parameter.grad - gradient).norm() / gradient.norm()))
     errors = {
-        "logits": float((model(inputs) - whole(inputs)).detach().abs().max()),
-        "losses": float((losses - expected_losses).abs().max()),
-        "z_loss": abs(float(found.z_loss) - float(z_loss)),
+        "logits": float((model(expected.inputs).detach() - expected.logits).abs().max()),
+        "losses": float((losses - expected.losses).abs().max()),
+        "z_loss": abs(float(found.z_loss) - expected.z_loss),
         "gradients": max(gradient_errors),
     }
     return {key: max(rank[key] for rank in runtime.gather(errors)) for key in errors}
