@@ -10,8 +10,8 @@ import torch
 from helpers import run_module, save_tokenizer, small_tokenizer
 from hypothesis import HealthCheck, settings
 
-# Several processes of tests and their ranks share the processors. A thread that waits for another one, which has none,
-# makes small operations ten times as slow.
+# Several processes of tests and their ranks share the processors. With a second thread small operations take half as
+# much processor time again.
 torch.set_num_threads(1)
 
 # No time limits for hypothesis: machines differ in speed.

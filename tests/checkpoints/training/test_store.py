@@ -129,7 +129,7 @@ def test_fill_in_place(tmp_path: Path) -> None:
 
 
 def test_the_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start reads tensor by tensor, and the index of a large model takes seconds."""
+    """A start reads parameter by parameter; were the index read each time, that of a large model would take minutes."""
     save(tmp_path, 1)
     read: list[Path] = []
     real = stored_tensors.read_index
