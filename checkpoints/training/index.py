@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints.training.library_errors import root_message
+from checkpoints.training.root_message import root_message
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import read_file
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.training.library_errors import root_message
 from checkpoints.training.manifest import MANIFEST, Checkpoint, read_manifest
 from checkpoints.training.retention import Retention
+from checkpoints.training.root_message import root_message
 from checkpoints.training.writer import (
     WrittenPart,
     delete_old,

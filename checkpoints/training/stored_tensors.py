@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoints.training.index import CheckedReader, read_index
-from checkpoints.training.library_errors import root_message
 from checkpoints.training.manifest import Checkpoint
+from checkpoints.training.root_message import root_message
 from kraken_train.common.errors import CheckpointError
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints.training.index import read_index
-from checkpoints.training.library_errors import root_message
 from checkpoints.training.manifest import FORMAT_VERSION, MANIFEST, POINTER, Checkpoint, content_sha256, step_folders
 from checkpoints.training.retention import Retention
+from checkpoints.training.root_message import root_message
 from kraken_train.common.errors import CheckpointError
 from kraken_train.common.files import file_sha256, replace_synced, sync_folder, write_synced
 from kraken_train.parallel.ranks import Runtime

@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
 from torch.distributed.tensor import DTensor
 
-from checkpoints.training import staging, writer
+from checkpoints.training import staging, stored_tensors, writer
 from checkpoints.training.background import CheckpointWriter
 from checkpoints.training.manifest import Checkpoint
 from checkpoints.training.store import find_good_checkpoint
@@ -179,15 +180,23 @@ def skip_samples(first: int, steps: int) -> None:
 
 
 def check_rollbacks() -> None:
-    """Tells how much of what a run is after a rollback equals its newest checkpoint; of a single rank."""
+    """Tells how much of what a run is after a rollback equals its newest checkpoint, and how often the rollback read
+    that checkpoint's index; of a single rank.
+    """
     original = Trainer.roll_back
 
     def roll_back(self: Trainer, trouble: Trouble) -> None:
-        original(self, trouble)
+        with mock.patch.object(stored_tensors, "read_index", wraps=stored_tensors.read_index) as read_index:
+            original(self, trouble)
         checkpoint, _ = find_good_checkpoint(self.run.checkpoints)
         saved, found = StoredTensors(checkpoint).read(), self.engine.state()
         same = [torch.equal(tensor, local(found[name])) for name, tensor in saved.items()]
-        told = {"step": checkpoint.step, "equal": all(same), "tensors": len(same)}
+        told = {
+            "step": checkpoint.step,
+            "equal": all(same),
+            "tensors": len(same),
+            "index_readings": read_index.call_count,
+        }
         print("told: " + json.dumps(told), flush=True)
 
     Trainer.roll_back = roll_back  # type: ignore[method-assign]

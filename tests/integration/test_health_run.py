@@ -74,7 +74,7 @@ def test_back_from_a_spike(train: Train, without_bad_data: Path, tmp_path: Path)
 
     result = train(run, ["spikes", "0", "7"], rollback)
     assert result.returncode == 0, result.stderr
-    assert told(result) == [{"step": 4, "equal": True, "tensors": 48}]
+    assert told(result) == [{"step": 4, "equal": True, "tensors": 48, "index_readings": 1}]
     (event,) = events(run, "rolled_back")
     assert (event["step"], event["to_step"], event["skipped_samples"]) == (9, 4, 20)
     assert f"{event['reason']}: back from step 9" in result.stdout
@@ -100,7 +100,7 @@ def test_back_from_nan(train: Train, without_bad_data: Path, tmp_path: Path) -> 
     run = tmp_path / "run"
     result = train(run, ["sees NaNs", "0", "7"], "health.nonfinite=rollback", "checkpoint.asynchronous=true")
     assert result.returncode == 0, result.stderr
-    assert told(result) == [{"step": 4, "equal": True, "tensors": 48}]
+    assert told(result) == [{"step": 4, "equal": True, "tensors": 48, "index_readings": 1}]
     assert events(run, "rolled_back")[0]["reason"] == "the loss or a gradient was not finite in steps 7 to 9"
     assert of_steps(run) == of_steps(without_bad_data)
 
